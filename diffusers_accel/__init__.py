@@ -1,0 +1,58 @@
+"""diffusers_accel: makes stock diffusers pipelines as fast as the chip allows, in place, and takes it back on request.
+
+>>> from diffusers_accel import accelerate, explain, restore, stats
+>>> pipe = accelerate(FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.bfloat16).to("cuda"))
+
+Importing the package loads no kernel package and no triton; names are looked up when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import accelerate, explain, restore, stats, warmup
+    from .config import AccelConfig, AttentionConfig, CompileConfig, TeaCacheConfig, VAEConfig
+    from .errors import AccelError, ConfigError, NotAccelerated, Unsupported
+    from .kernels.attention import register_attention
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "api": ("accelerate", "explain", "restore", "stats", "warmup"),
+    "config": ("AccelConfig", "AttentionConfig", "CompileConfig", "TeaCacheConfig", "VAEConfig"),
+    "errors": ("AccelError", "ConfigError", "NotAccelerated", "Unsupported"),
+    "kernels.attention": ("register_attention",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AccelConfig",
+    "AccelError",
+    "AttentionConfig",
+    "CompileConfig",
+    "ConfigError",
+    "NotAccelerated",
+    "TeaCacheConfig",
+    "Unsupported",
+    "VAEConfig",
+    "accelerate",
+    "explain",
+    "register_attention",
+    "restore",
+    "stats",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

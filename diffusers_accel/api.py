@@ -1,0 +1,289 @@
+"""The five functions a user calls, the table of features, and the one order in which everything is applied.
+
+`accelerate` builds a target, runs every feature's check, and only then lets the journal apply their edits. What it did
+is kept in a session on the pipeline instance; nothing is kept anywhere else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import presets
+from .config import AccelConfig, read_yaml
+from .core.chain import Chain
+from .core.edits import Journal
+from .core.step import Mode, StepClock
+from .errors import ConfigError, NotAccelerated, Unsupported
+from .features import attention, cache, compile, request, vae
+from .features.feature import Denoiser, Feature, Plan, Target
+from .models import adapter_for
+from .reporting import Explanation, Row, Stats
+
+Pipe = TypeVar("Pipe")
+
+# The features, in the order their edits are applied, each under the name of its section in AccelConfig. "request" has
+# no section: it is always on.
+FEATURES: dict[str, ModuleType] = {
+    "attention": attention,
+    "compile": compile,
+    "cache": cache,
+    "vae": vae,
+    "request": request,
+}
+
+# Layers from the inside to the outside; a layer's rank is its place here, whatever order the edits come in.
+ORDER = ("compile", "cache gate", "cache decision", "vae", "request")
+
+# Where pipelines keep their denoisers.
+DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+
+_SESSION = "_diffusers_accel_session"
+
+
+@dataclass
+class Session:
+    """What is in force on one pipeline."""
+
+    config: AccelConfig
+    target: Target
+    journal: Journal
+    notes: tuple[str, ...]
+    weight_bytes_before: int
+
+
+def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path | None = None, **sections: Any) -> Pipe:
+    """Makes a stock pipeline faster, in place, and returns it. A second call replaces the first.
+
+    Args:
+        pipe: A diffusers pipeline.
+        config: A preset's name (`"lossless"`, `"balanced"`, `"fast"`), the path of a YAML file, an `AccelConfig` or a
+            mapping of its fields. Nothing at all means the preset `"lossless"`.
+        sections: Fields of `AccelConfig`, which override those of `config`. With sections alone, what is not named is
+            off.
+
+    Raises:
+        Unsupported: Something asked for cannot be done; nothing was changed.
+        ConfigError: The configuration cannot be read; nothing was changed.
+        TypeError: `pipe` is not a diffusers pipeline.
+    """
+    target = _target(pipe)
+    resolved, notes = _resolve(target, config, sections)
+    for name, feature, section in _active(resolved):
+        feature.check(target, section)
+    session = vars(pipe).get(_SESSION)
+    if session is not None:
+        restore(pipe)
+    weight_bytes = _weight_bytes(target)
+    journal = Journal()
+    journal.apply(
+        itertools.chain.from_iterable(feature.edits(target, section) for _, feature, section in _active(resolved))
+    )
+    vars(pipe)[_SESSION] = Session(resolved, target, journal, notes, weight_bytes)
+    return pipe
+
+
+def restore(pipe: Pipe) -> Pipe:
+    """Takes back everything `accelerate` did; the pipeline is the stock one again, bit for bit.
+
+    Raises:
+        NotAccelerated: It was never accelerated, or is restored already.
+    """
+    session = _session(pipe, "restore")
+    session.journal.undo()
+    del vars(pipe)[_SESSION]
+    return pipe
+
+
+def explain(
+    pipe: Any, config: str | AccelConfig | Mapping[str, Any] | Path | None = None, **sections: Any
+) -> Explanation:
+    """What `accelerate` with the same arguments would do, in which order, and what it would refuse. Changes nothing.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+        TypeError: `pipe` is not a diffusers pipeline.
+    """
+    target = _target(pipe)
+    resolved, notes = _resolve(target, config, sections)
+    rows = []
+    for name, feature, section in _active(resolved):
+        try:
+            plan: Plan = feature.check(target, section)
+            rows.append(Row(name, plan.action, plan.modules, notes=plan.notes))
+        except Unsupported as error:
+            rows.append(Row(name, "refused", 0, refused=f"{error.reason} Instead: {error.instead}"))
+    off = [name for name, _ in FEATURES.items() if name not in {row.feature for row in rows}]
+    rows.extend(Row(name, "off", 0) for name in off)
+    default = [str(denoiser) for denoiser in target.denoisers if denoiser.adapter.default]
+    if default:
+        notes = (*notes, f"No adapter describes {', '.join(default)}: features that need one are refused.")
+    return Explanation(type(pipe).__name__, str(target.denoisers[0].device), tuple(rows), notes)
+
+
+def stats(pipe: Any) -> Stats:
+    """What the last request really did. Prints itself as a table.
+
+    Raises:
+        NotAccelerated: The pipeline is not accelerated.
+    """
+    session = _session(pipe, "stats")
+    clock = session.target.clock
+    steps: dict[int | None, set[Mode]] = {}
+    branches = {}
+    for (denoiser, branch), calls in clock.calls.items():
+        modes = Counter(calls.values())
+        branches[f"{denoiser}/{branch}"] = {"computed": modes[Mode.FULL], "skipped": modes[Mode.SKIP]}
+        for step, mode in calls.items():
+            steps.setdefault(step, set()).add(mode)
+    skipped = sum(modes == {Mode.SKIP} for modes in steps.values())
+    linears = Counter(
+        type(module).__name__
+        for denoiser in session.target.denoisers
+        for module in denoiser.module.modules()
+        if isinstance(module, nn.Linear)
+    )
+    return Stats(
+        requests=clock.request,
+        steps_computed=len(steps) - skipped,
+        steps_skipped=skipped,
+        branches=branches,
+        attention_kernels=dict(session.target.attention_calls),
+        linear_layers=dict(linears),
+        weight_bytes_before=session.weight_bytes_before,
+        weight_bytes_after=_weight_bytes(session.target),
+    )
+
+
+def warmup(
+    pipe: Pipe,
+    resolutions: Sequence[tuple[int, int]] | None = None,
+    num_frames: Sequence[int] | None = None,
+    num_inference_steps: int = 2,
+    **call: Any,
+) -> Pipe:
+    """Runs short requests over the product of sizes, so that later ones of these sizes compile nothing.
+
+    Args:
+        pipe: An accelerated pipeline.
+        resolutions: (height, width) in pixels; `None` takes the pipeline's default size.
+        num_frames: Numbers of frames, for video.
+        num_inference_steps: Steps per request.
+        call: Whatever else the pipeline needs to be called (an image, say). `prompt` has a default.
+
+    Raises:
+        NotAccelerated: The pipeline is not accelerated.
+        TypeError: The pipeline needs an argument that was not given, or takes no size or frames.
+    """
+    from tqdm.auto import tqdm
+
+    _session(pipe, "warmup")
+    sizes: Iterable[dict[str, int]] = [{"height": h, "width": w} for h, w in resolutions] if resolutions else [{}]
+    frames: Iterable[dict[str, int]] = [{"num_frames": count} for count in num_frames] if num_frames else [{}]
+    requests = [{**size, **count} for size in sizes for count in frames]
+    if "prompt_embeds" not in call:
+        call = {"prompt": "warm-up", **call}
+    with tqdm(requests, desc="warm-up") as bar:
+        for arguments in bar:
+            bar.set_postfix_str(", ".join(f"{key} {value}" for key, value in arguments.items()))
+            with torch.no_grad():
+                pipe(num_inference_steps=num_inference_steps, **arguments, **call)  # type: ignore[operator]
+    return pipe
+
+
+def _session(pipe: Any, what: str) -> Session:
+    session = vars(pipe).get(_SESSION) if hasattr(pipe, "__dict__") else None
+    if session is None:
+        raise NotAccelerated(f"{what}: this {type(pipe).__name__} is not accelerated. Call accelerate(pipe) first.")
+    return session
+
+
+def _active(config: AccelConfig) -> Iterable[tuple[str, Feature, Any]]:
+    for name, feature in FEATURES.items():
+        section = getattr(config, name, None)
+        if section is not None or name == "request":
+            yield name, feature, section  # type: ignore[misc]
+
+
+def _resolve(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
+    """The configuration meant by what a user wrote, and notes from a preset."""
+    notes: tuple[str, ...] = ()
+    if config is None:
+        base, notes = (AccelConfig(), ()) if sections else presets.resolve("lossless", target)
+    elif isinstance(config, AccelConfig):
+        base = config
+    elif isinstance(config, Mapping):
+        base = AccelConfig.from_dict(config)
+    elif isinstance(config, (str, Path)):
+        # A file is meant by its ending, so that a missing one is not taken for an unknown preset.
+        if isinstance(config, Path) or Path(config).suffix in (".yaml", ".yml", ".json"):
+            base = AccelConfig.from_dict(read_yaml(config))
+        else:
+            base, notes = presets.resolve(config, target)
+    else:
+        raise ConfigError(
+            f"config: expected a preset's name, a file, an AccelConfig, a mapping or None, got {type(config).__name__}."
+        )
+    if not sections:
+        return base, notes
+    kept = {entry.name: getattr(base, entry.name) for entry in fields(base)}
+    return AccelConfig.from_dict({**kept, **sections}), notes
+
+
+def _target(pipe: Any) -> Target:
+    """The pipeline as the features see it; refuses what cannot be one."""
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(
+            f"Expected a diffusers pipeline, got {type(pipe).__name__}. "
+            "Give the object that DiffusionPipeline.from_pretrained(...) returns."
+        )
+    found = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}
+    denoisers = tuple(
+        Denoiser(name, module, adapter_for(module)) for name, module in found.items() if isinstance(module, nn.Module)
+    )
+    kind = type(pipe).__name__
+    if not denoisers:
+        reason = f"{', '.join(found)} is None." if found else f"it has none of {', '.join(DENOISERS)}."
+        raise Unsupported("accelerate", reason, "load the pipeline with its denoiser.", kind)
+    session = vars(pipe).get(_SESSION)
+    for denoiser in denoisers:
+        _refuse_compiled(denoiser)
+        if Chain.find(denoiser.module) is not None and session is None:
+            raise Unsupported(
+                "accelerate",
+                "another pipeline that shares it is accelerated.",
+                "restore(...) that pipeline first, or load this one with its own denoiser.",
+                str(denoiser),
+            )
+    clock = StepClock(lambda: getattr(pipe, "scheduler", None), lambda: getattr(pipe, "current_timestep", None))
+    return Target(pipe, denoisers, ORDER.index, clock)
+
+
+def _refuse_compiled(denoiser: Denoiser) -> None:
+    modules = [denoiser.module, *denoiser.adapter.blocks(denoiser.module)]
+    wrapped = hasattr(denoiser.module, "_orig_mod")
+    if wrapped or any(module._compiled_call_impl is not None for module in modules):
+        raise Unsupported(
+            "accelerate",
+            "it is compiled already, and layers cannot be put inside a compiled module.",
+            "load it uncompiled and use accelerate(pipe, compile=True).",
+            str(denoiser),
+        )
+
+
+def _weight_bytes(target: Target) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for denoiser in target.denoisers
+        for tensor in itertools.chain(denoiser.module.parameters(), denoiser.module.buffers())
+    )

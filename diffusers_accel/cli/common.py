@@ -1,0 +1,243 @@
+"""What several commands share: reading a configuration from options, loading a model, and the errors a user sees.
+
+Everything that can be judged from the options alone is judged before a model is loaded, because loading takes long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+
+from .. import api, demo
+from ..config import AccelConfig, read_yaml
+from ..errors import AccelError, ConfigError, nearest
+from ..presets import PRESETS
+
+
+class CommandError(AccelError):
+    """A command that cannot be carried out as it was written."""
+
+
+class DType(str, Enum):
+    """Types a pipeline's weights can be loaded in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A local pipeline folder, a Hugging Face id (owner/name), or a demo checkpoint: "
+        f"{', '.join(demo.CHECKPOINTS)}.",
+        show_default=False,
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="A YAML file with the keys of AccelConfig.", show_default=False),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help=f"A preset: {', '.join(PRESETS)}. Without --config, --preset and --set: lossless.",
+        show_default=False,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of the configuration and its value in YAML, over --config or --preset: attention.backend=sdpa, "
+        "cache.threshold=0.2, compile=true, cache=null. With --set alone, what is not named is off. Repeatable.",
+        show_default=False,
+    ),
+]
+DTypeOption = Annotated[
+    DType | None,
+    typer.Option("--dtype", help="Type of the weights. [default: bfloat16 on CUDA, else float32]", show_default=False),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... [default: cuda if available]", show_default=False
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The acceleration asked for: a preset's name or a configuration, and assignments over it."""
+
+    base: str | AccelConfig
+    assignments: tuple[tuple[str, Any], ...] = ()
+
+    def resolve(self, pipe: Any) -> tuple[str | AccelConfig, tuple[str, ...]]:
+        """What to give to `accelerate` or `explain`, and a preset's notes where it has been spelled out."""
+        if not self.assignments:
+            return self.base, ()
+        base, notes = api._resolve(api._target(pipe), self.base, {})
+        return assign(base, self.assignments), notes
+
+
+def read_wanted(config: Path | None, preset: str | None, settings: Sequence[str] | None) -> Wanted:
+    """The acceleration that --config, --preset and --set ask for together.
+
+    Raises:
+        CommandError: --config and --preset are both given, or a setting is not KEY=VALUE.
+        ConfigError: The file, the preset's name or a key is wrong.
+    """
+    assignments = tuple(map(_assignment, settings or ()))
+    if config is not None and preset is not None:
+        raise CommandError("--config and --preset exclude each other. Give one of them, and change it with --set.")
+    if config is not None:
+        base = AccelConfig.from_dict(read_yaml(config))
+    elif preset is None and assignments:
+        base = AccelConfig()
+    else:
+        preset = preset or "lossless"
+        if preset not in PRESETS:
+            raise ConfigError(f"There is no preset {preset!r}. {nearest(preset, PRESETS)}")
+        # what a preset holds depends on the model, so only the sections can be judged by now
+        AccelConfig.from_dict({key.split(".")[0]: None for key, _ in assignments})
+        return Wanted(preset, assignments)
+    return Wanted(assign(base, assignments))
+
+
+def assign(config: AccelConfig, assignments: Sequence[tuple[str, Any]]) -> AccelConfig:
+    """A configuration with dotted keys set one after the other.
+
+    Raises:
+        ConfigError: A key or a value is wrong; the message has the nearest key.
+    """
+    values = config.to_dict()
+    for key, value in assignments:
+        section, *parts = key.split(".")
+        if parts and section in values and not isinstance(values[section], dict):
+            # a shorthand set just before, such as cache=teacache: spell it out, then set its field
+            values = AccelConfig.from_dict(values).to_dict()
+        holder, last = values, section
+        for part in parts:
+            child = holder.get(last)
+            holder[last] = holder = dict(child) if isinstance(child, dict) else {}
+            last = part
+        holder[last] = value
+    return AccelConfig.from_dict(values)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    return key_value(text, "--set", "attention.backend=sdpa")
+
+
+def key_value(text: str, option: str, example: str) -> tuple[str, Any]:
+    """KEY=VALUE with the value read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip(". "):
+        raise CommandError(f"{option} {text}: expected KEY=VALUE, e.g. {option} {example}.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise CommandError(f"{option} {text}: {value!r} is not YAML.") from error
+
+
+def read_device(name: str | None) -> torch.device:
+    """The device of that name; without a name CUDA where there is any, else the CPU.
+
+    Raises:
+        CommandError: There is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device {name}: torch knows no such device. Give cuda, cuda:1 or cpu.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def load_model(model: str, device: torch.device, dtype: DType | None) -> Any:
+    """A stock pipeline on its device: a demo checkpoint, a local folder or a Hugging Face id.
+
+    Raises:
+        CommandError: There is no such model, or it cannot be loaded.
+    """
+    kind = dtype.value if dtype else "bfloat16" if device.type == "cuda" else "float32"
+    torch_dtype: torch.dtype = getattr(torch, kind)
+    with quiet_loading():
+        if model in demo.CHECKPOINTS:
+            return demo.load(model, torch_dtype).to(device)
+        from diffusers import DiffusionPipeline
+
+        source = _source(model)
+        try:
+            return DiffusionPipeline.from_pretrained(source, torch_dtype=torch_dtype).to(device)
+        except (OSError, ValueError, ImportError) as error:  # missing files, no network, a class nobody knows
+            raise CommandError(f"Could not load {model!r}: {one_line(error)}") from error
+
+
+def _source(model: str) -> str:
+    """What `from_pretrained` shall read, once it is sure that it can be meant."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise CommandError(f"The folder {model!r} is no diffusers pipeline: it has no model_index.json.")
+        return str(folder)
+    if model.count("/") == 1 and not model.startswith((".", "~", "/")):
+        return model  # owner/name: for the hub to judge
+    hint = "" if "/" in model else f" {nearest(model, demo.CHECKPOINTS)}"
+    raise CommandError(f"There is no model folder {model!r}. Give a folder, a Hugging Face id or a demo name.{hint}")
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the progress bars of loading, and without the notes that libraries leave for programmers."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # `torch_dtype` is what every diffusers release knows; the newest call it deprecated
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            yield
+    finally:
+        for library, verbosity, bar in zip(libraries, before, bars, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
+
+
+def accelerated(pipe: Any, wanted: Wanted) -> tuple[str, ...]:
+    """Accelerates a pipeline as asked and returns the notes of a preset that was spelled out."""
+    config, notes = wanted.resolve(pipe)
+    try:
+        api.accelerate(pipe, config)
+    except TypeError as error:
+        raise CommandError(one_line(error)) from error
+    return notes
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,46 @@
+"""`diffusers-accel explain`: what accelerating a model would do, in which order, and what is refused and why."""
+
+from __future__ import annotations
+
+import typer
+
+from .. import api
+from .common import (
+    CommandError,
+    ConfigOption,
+    DeviceOption,
+    DTypeOption,
+    ModelArgument,
+    PresetOption,
+    SetOption,
+    load_model,
+    one_line,
+    read_device,
+    read_wanted,
+)
+
+
+def explain(
+    model: ModelArgument,
+    config: ConfigOption = None,
+    preset: PresetOption = None,
+    settings: SetOption = None,
+    dtype: DTypeOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Show what accelerating MODEL would do, in order, and what is refused and why. Generates nothing.
+
+    Exits with 0 if nothing is refused, with 1 otherwise.
+    """
+    wanted = read_wanted(config, preset, settings)
+    pipe = load_model(model, read_device(device), dtype)
+    chosen, notes = wanted.resolve(pipe)
+    try:
+        explanation = api.explain(pipe, chosen)
+    except TypeError as error:
+        raise CommandError(one_line(error)) from error
+    typer.echo(str(explanation))
+    for note in notes:
+        typer.echo(note)
+    if not explanation.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,109 @@
+"""Comparison sheets: rows of equally large pictures under column headings, each row with its caption, as one picture.
+
+Small pictures are enlarged by a whole factor without smoothing, so that every pixel of a difference stays a pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+PAPER, INK, GRAY = (255, 255, 255), (20, 20, 24), (110, 110, 118)
+MARGIN, GAP = 32, 14
+TEXT, HEADING = 19, 22  # font sizes in pixels
+AMPLIFICATION = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a sheet.
+
+    Attributes:
+        tiles: Pictures (height, width, 3) with values in [0, 1], one per column.
+        caption: A line above the row; empty for none.
+        note: A gray line under the caption; empty for none.
+        label: A word at the row's left; empty for none.
+    """
+
+    tiles: Sequence[NDArray[np.floating]]
+    caption: str = ""
+    note: str = ""
+    label: str = ""
+
+
+def difference(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
+    """|a - b| made `AMPLIFICATION` times as large, cut off at 1."""
+    return np.clip(np.abs(a - b) * AMPLIFICATION, 0, 1)
+
+
+def draw(rows: Sequence[Row], headings: Sequence[str], tile: int = 256) -> Image.Image:
+    """Draws a sheet.
+
+    Args:
+        rows: The rows, from top to bottom; all tiles have one size.
+        headings: One per column.
+        tile: About how wide a tile shall be, in pixels; the tiles are enlarged by the nearest whole factor.
+    """
+    heading_font, font = ImageFont.load_default(size=HEADING), ImageFont.load_default(size=TEXT)
+    height, width = rows[0].tiles[0].shape[:2]
+    factor = max(1, round(tile / width))
+    tile_height, tile_width = height * factor, width * factor
+    labels = max((round(font.getlength(row.label)) + GAP for row in rows if row.label), default=0)
+    columns = len(headings)
+    inner = labels + columns * tile_width + (columns - 1) * GAP
+    texts = [_lines(row, font, inner) for row in rows]
+    line = round(TEXT * 1.4)
+    heading_lines = [_wrapped(heading, heading_font, tile_width) for heading in headings]
+    heading_line = round(HEADING * 1.3)
+    top = MARGIN + max(map(len, heading_lines)) * heading_line + GAP
+    bottom = top + sum(len(lines) * line + bool(lines) * GAP // 2 + tile_height + GAP for lines in texts)
+
+    sheet = Image.new("RGB", (inner + 2 * MARGIN, bottom - GAP + MARGIN), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    lefts = [MARGIN + labels + column * (tile_width + GAP) for column in range(columns)]
+    for left, lines in zip(lefts, heading_lines, strict=True):
+        for index, text in enumerate(lines):
+            pen.text((left, MARGIN + index * heading_line), text, fill=INK, font=heading_font)
+    y = top
+    for row, lines in zip(rows, texts, strict=True):
+        for text, colour in lines:
+            pen.text((MARGIN, y), text, fill=colour, font=font)
+            y += line
+        y += bool(lines) * GAP // 2
+        if row.label:
+            pen.text((MARGIN, y + tile_height // 2), row.label, fill=GRAY, font=font, anchor="lm")
+        for left, picture in zip(lefts, row.tiles, strict=True):
+            sheet.paste(_enlarged(picture, factor), (left, y))
+        y += tile_height + GAP
+    return sheet
+
+
+def _enlarged(picture: NDArray[np.floating], factor: int) -> Image.Image:
+    image = Image.fromarray((np.nan_to_num(picture).clip(0, 1) * 255).round().astype(np.uint8))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def _lines(row: Row, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[tuple[str, tuple]]:
+    """The lines above a row with their colours."""
+    return [
+        (text, colour)
+        for whole, colour in ((row.caption, INK), (row.note, GRAY))
+        if whole
+        for text in _wrapped(whole, font, width)
+    ]
+
+
+def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The text in lines no wider than `width` pixels, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -1,0 +1,227 @@
+"""The configuration: a tree of frozen keyword-only dataclasses, one per feature, `None` meaning off.
+
+A section accepts its class, a mapping of its fields, or a shorthand string for the common case. Everything here is
+plain data: it imports nothing of the package but its errors, holds no run-time state, and round-trips through YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union
+
+from .errors import ConfigError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which kernel computes attention.
+
+    Args:
+        backend: `"auto"`, or the name of a kernel (`"sdpa"`, `"cudnn"`, `"flash2"`, `"fa3"`, `"fa4"`, or one given to
+            `register_attention`). `"auto"` takes the fastest exact kernel that can run on this machine.
+    """
+
+    backend: str = "auto"
+
+    _shorthand: typing.ClassVar[str] = "backend"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    """Regional compilation of the denoiser's repeated blocks with `torch.compile`.
+
+    Args:
+        mode: As in `torch.compile`; `"auto"` means the default mode on a CUDA device and no compilation elsewhere.
+        backend: As in `torch.compile`.
+        fullgraph: Refuse graph breaks inside a block.
+        dynamic: As in `torch.compile`; `None` turns a dimension dynamic once it changes.
+    """
+
+    mode: str = "default"
+    backend: str = "inductor"
+    fullgraph: bool = True
+    dynamic: bool | None = None
+
+    _shorthand: typing.ClassVar[str] = "mode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeaCacheConfig:
+    """TeaCache: skip a step while the accumulated, rescaled change of the model's modulated input stays small.
+
+    Args:
+        threshold: Accumulated change below which a step reuses the last residual. 0 skips nothing. `None` takes the
+            published threshold of the coefficients (about 1.5x).
+        coefficients: The rescaling polynomial, highest degree first; or the name of a published row (see
+            `diffusers_accel.models.adapter.TEACACHE_ROWS`); or `None` to find the row from the model's configuration.
+        coefficients_2: The same for the second expert (`transformer_2`); `None` takes `coefficients`.
+        use_ret_steps: Wan's other published variant: compare the projected time embedding and always compute the
+            first five steps.
+    """
+
+    threshold: float | None = None
+    coefficients: tuple[float, ...] | str | None = None
+    coefficients_2: tuple[float, ...] | str | None = None
+    use_ret_steps: bool = False
+
+    kind: typing.ClassVar[str] = "teacache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Switches of the stock VAE.
+
+    Args:
+        tiling: Decode and encode in tiles; less memory, slower. `None` leaves the switch as it is.
+        slicing: Decode and encode one sample of the batch at a time. `None` leaves the switch as it is.
+        compile: Compile the decoder with `torch.compile`.
+    """
+
+    tiling: bool | None = None
+    slicing: bool | None = None
+    compile: bool = False
+
+    _shorthand: typing.ClassVar[str | None] = None
+
+
+# The cache section takes one of several classes; `kind` tells them apart in YAML, and is their shorthand string.
+CACHE_CONFIGS: dict[str, type] = {TeaCacheConfig.kind: TeaCacheConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccelConfig:
+    """What to accelerate, and how. Every section is off by default; see each section's class.
+
+    Raises:
+        ConfigError: A value has the wrong type, or a section has an unknown key.
+    """
+
+    attention: AttentionConfig | None = field(default=None, metadata={"section": AttentionConfig})
+    compile: CompileConfig | None = field(default=None, metadata={"section": CompileConfig})
+    cache: TeaCacheConfig | None = field(default=None, metadata={"section": CACHE_CONFIGS})
+    vae: VAEConfig | None = field(default=None, metadata={"section": VAEConfig})
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, _section(entry, getattr(self, entry.name)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AccelConfig:
+        """Builds a configuration from nested mappings, with the same keys as the fields."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"A configuration is a mapping of sections, not {type(values).__name__}.")
+        known = {entry.name for entry in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"Unknown configuration key {key!r}. {nearest(str(key), known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values: `from_dict(config.to_dict()) == config`. Sections that are off are left out."""
+        result: dict[str, Any] = {}
+        for entry in fields(self):
+            section = getattr(self, entry.name)
+            if section is not None:
+                kind = {"kind": section.kind} if hasattr(section, "kind") else {}
+                result[entry.name] = kind | {key: _plain(value) for key, value in dataclasses.asdict(section).items()}
+        return result
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> AccelConfig:
+        """Reads a YAML file with the same keys as the fields.
+
+        Raises:
+            ConfigError: The file is missing, is not YAML, or holds an unknown key.
+        """
+        return cls.from_dict(read_yaml(path))
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Writes the file that `from_yaml` reads."""
+        import yaml
+
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def read_yaml(path: str | Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file; `ConfigError` if there is no such file or no mapping in it."""
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"There is no configuration file {str(path)!r}. Give the path of a YAML file.")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is not YAML: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{str(path)!r} holds no mapping of configuration sections. Write e.g. 'attention: auto'.")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _section(entry: dataclasses.Field, value: Any) -> Any:
+    """Turns what a user may write for a section into an instance of the section's class, or `None`."""
+    section = entry.metadata["section"]
+    choices: dict[str, type] | None = section if isinstance(section, dict) else None
+    classes: tuple[type, ...] = tuple(choices.values()) if choices else (section,)
+    if value is None or value is False:
+        return None
+    if isinstance(value, classes):
+        for item in fields(value):
+            object.__setattr__(value, item.name, _checked(entry.name, value, item))
+        return value
+    if choices is not None:
+        if isinstance(value, str):
+            value = {"kind": value}
+        if isinstance(value, Mapping):
+            values = dict(value)
+            kind = values.pop("kind", None)
+            if kind not in choices:
+                raise ConfigError(f"{entry.name}: unknown kind {kind!r}. {nearest(str(kind), choices)}")
+            return _section(entry, _build(entry.name, choices[kind], values))
+    else:
+        if isinstance(value, Mapping):
+            return _section(entry, _build(entry.name, section, value))
+        shorthand = section._shorthand
+        if shorthand is not None and value is True:
+            return section()
+        if shorthand is not None and isinstance(value, str):
+            return section(**{shorthand: value})
+    names = " or ".join(item.__name__ for item in classes)
+    raise ConfigError(f"{entry.name}: expected {names}, a mapping of its fields, a shorthand or None, got {value!r}.")
+
+
+def _build(name: str, section: type, values: Mapping[str, Any]) -> Any:
+    known = {item.name for item in fields(section)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{name}: unknown key {key!r}. {nearest(str(key), known)}")
+    return section(**values)
+
+
+def _checked(section: str, holder: Any, item: dataclasses.Field) -> Any:
+    """One field's value, checked against its annotation; lists become tuples and integers floats where asked."""
+    annotation = typing.get_type_hints(type(holder))[item.name]
+    value = getattr(holder, item.name)
+    for kind in typing.get_args(annotation) if _is_union(annotation) else (annotation,):
+        origin = typing.get_origin(kind) or kind
+        if origin is tuple and isinstance(value, (list, tuple)):
+            if all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in value):
+                return tuple(float(number) for number in value)
+        elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, origin):
+            return value
+    raise ConfigError(f"{section}.{item.name}: expected {item.type}, got {value!r}.")
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (Union, types.UnionType)

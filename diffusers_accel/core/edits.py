@@ -1,0 +1,141 @@
+"""Edits and the journal: the only way this package touches anything that is not its own.
+
+An edit knows how to apply itself and holds what it replaced (a value, or that there was none). The journal applies
+edits as they are yielded; an error unwinds all of them, and `undo` takes them back last-in first-out. No feature writes
+an undo of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from .chain import Chain, Layer
+
+
+class Edit(Protocol):
+    """One reversible change."""
+
+    def apply(self) -> None: ...
+
+    def undo(self) -> None: ...
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+
+@dataclass(eq=False)
+class SetAttr:
+    """Sets an attribute of one instance; a class attribute it hides shows again after `undo`."""
+
+    owner: Any
+    name: str
+    value: Any
+    _old: Any = field(default=ABSENT, init=False)
+
+    def apply(self) -> None:
+        self._old = vars(self.owner).get(self.name, ABSENT)
+        setattr(self.owner, self.name, self.value)
+
+    def undo(self) -> None:
+        if self._old is ABSENT:
+            vars(self.owner).pop(self.name, None)
+        else:
+            setattr(self.owner, self.name, self._old)
+
+
+@dataclass(eq=False)
+class SetItem:
+    """Sets an item of a mapping (a registry, say)."""
+
+    mapping: MutableMapping
+    key: Any
+    value: Any
+    _old: Any = field(default=ABSENT, init=False)
+
+    def apply(self) -> None:
+        self._old = self.mapping.get(self.key, ABSENT)
+        self.mapping[self.key] = self.value
+
+    def undo(self) -> None:
+        if self._old is ABSENT:
+            self.mapping.pop(self.key, None)
+        else:
+            self.mapping[self.key] = self._old
+
+
+@dataclass(eq=False)
+class SwapModule:
+    """Puts another module in a child's place. The replacement keeps the parent's order of children."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+    _old: nn.Module | None = field(default=None, init=False)
+
+    def apply(self) -> None:
+        self._old = self.parent._modules[self.name]
+        self.parent._modules[self.name] = self.module
+
+    def undo(self) -> None:
+        self.parent._modules[self.name] = self._old
+
+
+@dataclass(eq=False)
+class AddLayer:
+    """Adds a layer to the chain around one of an instance's methods (`forward` unless said otherwise).
+
+    Args:
+        owner: The instance whose method is wrapped.
+        rank: Its place among the layers: higher ranks run outside lower ones, whatever the order of the edits.
+        function: Called as `function(inner, *args, **kwargs)`.
+        method: The name of the method.
+    """
+
+    owner: Any
+    rank: int
+    function: Callable[..., Any]
+    method: str = "forward"
+    _layer: Layer | None = field(default=None, init=False)
+
+    def apply(self) -> None:
+        self._layer = Layer(self.rank, self.function)
+        Chain.around(self.owner, self.method).add(self._layer)
+
+    def undo(self) -> None:
+        chain = Chain.find(self.owner, self.method)
+        if chain is not None and self._layer is not None:
+            chain.remove(self._layer)
+
+
+class Journal:
+    """The edits in force, in the order they were applied."""
+
+    def __init__(self) -> None:
+        self._applied: list[Edit] = []
+
+    def __len__(self) -> int:
+        return len(self._applied)
+
+    def apply(self, edits: Iterable[Edit]) -> None:
+        """Applies each edit as it is yielded. On any error, Ctrl-C included, everything in the journal is undone."""
+        try:
+            for edit in edits:
+                edit.apply()
+                self._applied.append(edit)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Takes every edit back, last first. Safe to call twice."""
+        while self._applied:
+            self._applied.pop().undo()

@@ -1,0 +1,77 @@
+"""What this machine has: packages and GPUs. Answers are sentences a user can read where something is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a denoiser lives.
+
+    Attributes:
+        type: As in `torch.device.type`.
+        name: The GPU's name, or the machine's architecture.
+        arch: CUDA compute capability, e.g. (9, 0); `None` off CUDA.
+    """
+
+    type: str
+    name: str
+    arch: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} (sm_{self.arch[0]}{self.arch[1]})" if self.arch else f"{self.type} ({self.name})"
+
+
+def describe(device: torch.device) -> Device:
+    """What is known of a torch device."""
+    if device.type == "cuda":
+        return Device("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    return Device(device.type, platform.machine())
+
+
+def best() -> Device:
+    """The device a pipeline would run on by default: the first GPU, or the CPU."""
+    return describe(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def has_module(name: str) -> bool:
+    """Whether a module can be found, without importing it (parents of a dotted name excepted)."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or `None`."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what can run here; absent ones left out."""
+    names = (
+        "diffusers-accel",
+        "torch",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "triton",
+        "fa3-fwd",
+        "flash-attn-4",
+        "flash-attn",
+        "sageattention",
+        "nvidia-modelopt",
+        "torchao",
+    )
+    found = {name: version(name) for name in names}
+    return {"python": sys.version.split()[0]} | {name: value for name, value in found.items() if value}

@@ -1,0 +1,1 @@
+"""Features: one file each, a check and a generator of edits. No feature imports another."""

@@ -1,0 +1,96 @@
+"""Regional compilation: each repeated block's forward runs compiled; blocks of one class share one compiled function.
+
+The compiled function is the innermost layer around a block, so caches, gates and hooks stay outside the graph, and
+`restore` takes it away without a trace on the module (`nn.Module.compile` would leave one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import CompileConfig
+from ..core.chain import Chain
+from ..core.edits import AddLayer, Edit
+from ..errors import Unsupported
+from .feature import Plan, Target
+
+
+def check(target: Target, config: CompileConfig) -> Plan:
+    """How many blocks would be compiled.
+
+    Raises:
+        Unsupported: The denoiser has no repeated blocks that are known.
+    """
+    if _off(target, config):
+        return Plan("nothing: compiled only on CUDA when the mode is 'auto'", 0)
+    for denoiser in target.denoisers:
+        if not denoiser.adapter.stacks:
+            raise Unsupported(
+                "compile", "no repeated blocks were found in it.", "compile=None, or torch.compile it.", str(denoiser)
+            )
+    kinds = {type(block) for denoiser in target.denoisers for block in denoiser.adapter.blocks(denoiser.module)}
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    return Plan(f"{names} with {config.backend}, mode {_mode(config) or 'default'}", target.blocks)
+
+
+def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
+    """One layer per block."""
+    if _off(target, config):
+        return
+    shared: dict[type, Callable[..., Any]] = {}
+    for denoiser in target.denoisers:
+        for block in denoiser.adapter.blocks(denoiser.module):
+            yield AddLayer(block, target.rank("compile"), _compiled(block, config, shared))
+            if denoiser.adapter.static_arguments:
+                yield AddLayer(block, target.rank("compile"), _read(denoiser.adapter.static_arguments))
+
+
+def _read(names: tuple[str, ...]) -> Callable[..., Any]:
+    """A layer that turns one-element tensors among the named arguments into Python values, as the stock code would."""
+
+    def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for name in names:
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].item()
+        return inner(*args, **kwargs)
+
+    return forward
+
+
+def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Callable[..., Any]]) -> Callable[..., Any]:
+    """A layer that runs `module`'s forward compiled; `shared` holds the compiled forwards by class."""
+    options = {
+        "backend": config.backend,
+        "fullgraph": config.fullgraph,
+        "dynamic": config.dynamic,
+        "mode": _mode(config),
+    }
+    chain = Chain.find(module)
+    plain = chain.stock if chain is not None else "forward" not in vars(module)
+    if plain:
+        kind = type(module)
+        if kind not in shared:
+            shared[kind] = torch.compile(kind.forward, **options)
+        function = shared[kind]
+        return lambda inner, *args, **kwargs: function(module, *args, **kwargs)
+    # Somebody else's wrapper (an offload hook, say) is part of the forward here: compile around it.
+    wrapped: list[Callable[..., Any]] = []
+
+    def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not wrapped:
+            wrapped.append(torch.compile(inner, **{**options, "fullgraph": False}))
+        return wrapped[0](*args, **kwargs)
+
+    return forward
+
+
+def _mode(config: CompileConfig) -> str | None:
+    return None if config.mode in ("auto", "default") or config.backend != "inductor" else config.mode
+
+
+def _off(target: Target, config: CompileConfig) -> bool:
+    return config.mode == "auto" and any(denoiser.device.type != "cuda" for denoiser in target.denoisers)

@@ -1,0 +1,103 @@
+"""What a feature is: a pure check and a generator of edits over one target.
+
+`accelerate` runs the check of every feature that is on before the first edit of any, so a refusal changes nothing. A
+check returns what the feature would do, which is what `explain` prints. Features never import each other and never
+undo anything: the journal does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..core.edits import Edit
+from ..core.platform import Device, describe
+from ..core.step import StepClock
+from ..models import Adapter
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A denoiser of a pipeline.
+
+    Attributes:
+        name: The pipeline's name for it, e.g. `"transformer"`.
+        module: The stock model.
+        adapter: The data about its class.
+    """
+
+    name: str
+    module: nn.Module
+    adapter: Adapter
+
+    @property
+    def device(self) -> Device:
+        return describe(next(self.module.parameters()).device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that activations have: that of the model's largest floating-point parameter."""
+        floating = [item for item in self.module.parameters() if item.is_floating_point()]
+        return max(floating, key=lambda item: item.numel()).dtype
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(getattr(self.module, "config", {}))
+
+    def __str__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__})"
+
+
+@dataclass
+class Target:
+    """One pipeline, as the features see it.
+
+    Attributes:
+        pipe: The stock pipeline.
+        denoisers: Its denoisers, those that are `None` left out.
+        rank: Place of a named layer in the one order that `api.py` holds.
+        clock: Places every denoiser call.
+        attention_calls: Kernel name -> calls in the last request.
+    """
+
+    pipe: Any
+    denoisers: tuple[Denoiser, ...]
+    rank: Callable[[str], int]
+    clock: StepClock
+    attention_calls: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def blocks(self) -> int:
+        return sum(len(denoiser.adapter.blocks(denoiser.module)) for denoiser in self.denoisers)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a feature would do.
+
+    Attributes:
+        action: In a few words.
+        modules: On how many modules; 0 if it leaves everything as it is.
+        notes: What a user should know of it, one sentence each.
+    """
+
+    action: str
+    modules: int
+    notes: tuple[str, ...] = ()
+
+
+class Feature(Protocol):
+    """A row of the FEATURES table in `api.py`. A feature is a module with these two functions."""
+
+    def check(self, target: Target, config: Any) -> Plan:
+        """Says what would be done. Pure; raises `Unsupported`."""
+        ...
+
+    def edits(self, target: Target, config: Any) -> Iterator[Edit]:
+        """The edits, each applied as it is yielded."""
+        ...

@@ -1,0 +1,62 @@
+"""Request scope: every denoiser call is placed (request, step, branch) before anything else looks at it.
+
+Always on. It adds one layer around each denoiser's forward and, where the class has a `cache_context`, one around that,
+so that the branch a pipeline names is known and forgotten again, also when the call raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..core.edits import AddLayer, Edit
+from .feature import Denoiser, Plan, Target
+
+
+def check(target: Target, config: Any) -> Plan:
+    """Always possible."""
+    return Plan("place every call: request, step, guidance branch", len(target.denoisers))
+
+
+def edits(target: Target, config: Any) -> Iterator[Edit]:
+    """One layer per denoiser, and one per `cache_context`."""
+    for denoiser in target.denoisers:
+        yield AddLayer(denoiser.module, target.rank("request"), _placed(target, denoiser))
+        if hasattr(denoiser.module, "cache_context"):
+            yield AddLayer(denoiser.module, target.rank("request"), _named(target), method="cache_context")
+
+
+def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
+    clock, adapter = target.clock, denoiser.adapter
+
+    def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        request = clock.request
+        special = adapter.special_branch(kwargs)
+        state = clock.enter(denoiser.name, adapter.branches, kwargs.get("timestep"), special)
+        if state.request != request:
+            target.attention_calls.clear()
+        try:
+            out = inner(*args, **kwargs)
+        except BaseException:
+            clock.abandon()
+            raise
+        clock.leave(state)
+        return out
+
+    return forward
+
+
+def _named(target: Target) -> Callable[..., Any]:
+    clock = target.clock
+
+    @contextmanager
+    def cache_context(inner: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        before, clock.context = clock.context, name
+        try:
+            with inner(name, *args, **kwargs):
+                yield
+        finally:
+            clock.context = before
+
+    return cache_context

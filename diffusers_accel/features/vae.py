@@ -1,0 +1,62 @@
+"""The VAE's own switches, and its decoder compiled. Everything else of the VAE stays diffusers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..config import VAEConfig
+from ..core.edits import AddLayer, Edit, SetAttr
+from ..errors import Unsupported
+from .feature import Plan, Target
+
+_SWITCHES = {"tiling": "use_tiling", "slicing": "use_slicing"}
+
+
+def check(target: Target, config: VAEConfig) -> Plan:
+    """What would be switched.
+
+    Raises:
+        Unsupported: The pipeline has no VAE, or its VAE lacks the switch or a decoder.
+    """
+    vae = getattr(target.pipe, "vae", None)
+    if vae is None:
+        raise Unsupported("vae", "the pipeline has no VAE.", "vae=None.", type(target.pipe).__name__)
+    actions = []
+    for name, attribute in _SWITCHES.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not hasattr(vae, attribute):
+            raise Unsupported(f"vae.{name}", "it has no such switch.", f"vae.{name}=None.", type(vae).__name__)
+        actions.append(f"{name} {'on' if value else 'off'}")
+    if config.compile:
+        if not isinstance(getattr(vae, "decoder", None), torch.nn.Module):
+            raise Unsupported("vae.compile", "it has no decoder module.", "vae.compile=False.", type(vae).__name__)
+        actions.append("decoder compiled")
+    return Plan(", ".join(actions) or "nothing", int(bool(actions)))
+
+
+def edits(target: Target, config: VAEConfig) -> Iterator[Edit]:
+    """The switches that were given, and one layer around the decoder."""
+    vae = target.pipe.vae
+    for name, attribute in _SWITCHES.items():
+        value = getattr(config, name)
+        if value is not None:
+            yield SetAttr(vae, attribute, value)
+    if config.compile:
+        yield AddLayer(vae.decoder, target.rank("vae"), _compiled())
+
+
+def _compiled() -> Callable[..., Any]:
+    # Video decoders keep a feature cache in Python lists between chunks, which may break the graph: that is allowed.
+    functions: list[Callable[..., Any]] = []
+
+    def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not functions:
+            functions.append(torch.compile(inner))
+        return functions[0](*args, **kwargs)
+
+    return forward

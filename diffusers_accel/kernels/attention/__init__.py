@@ -1,0 +1,28 @@
+"""Attention kernels: one record each, and the site through which a pipeline calls its kernel.
+
+Importing this package registers the records and imports no kernel package.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...core.platform import Device
+from . import flash3, flash4, torch_native  # noqa: F401  (each registers its record)
+from .record import KERNELS, AttentionKernel, register_attention
+from .site import SITES, AttentionSite
+
+# Exact kernels from fastest to slowest, by measured rates (benchmarks/results); "sdpa" always can.
+_PREFERENCE: dict[tuple[int, int] | None, tuple[str, ...]] = {(9, 0): ("fa3", "fa4"), (10, 0): ("fa4",)}
+
+
+def choose(device: Device, dtype: torch.dtype, head_dim: int | None) -> AttentionKernel:
+    """The fastest exact kernel that can run such calls on `device`."""
+    for name in _PREFERENCE.get(device.arch, ()):
+        kernel = KERNELS.get(name)
+        if kernel.missing(device) is None and kernel.refuses(dtype, head_dim) is None:
+            return kernel
+    return KERNELS.get("sdpa")
+
+
+__all__ = ["KERNELS", "SITES", "AttentionKernel", "AttentionSite", "choose", "register_attention"]

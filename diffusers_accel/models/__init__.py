@@ -1,0 +1,30 @@
+"""Adapters: data about each denoiser class. The table below is the list of the models this package knows."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow, default_adapter
+from .cosmos import COSMOS
+from .cosmos3 import COSMOS3
+from .flux import FLUX
+from .flux2 import FLUX2
+from .ltx2 import LTX2
+from .qwen import QWEN
+from .sd3 import SD3
+from .wan import WAN, WAN_VACE
+
+ADAPTERS: tuple[Adapter, ...] = (FLUX, FLUX2, WAN, WAN_VACE, LTX2, QWEN, COSMOS, COSMOS3, SD3)
+
+_BY_CLASS = {name: adapter for adapter in ADAPTERS for name in adapter.classes}
+
+# Every published TeaCache row by name, for `coefficients="..."`.
+TEACACHE_ROWS: dict[str, TeaCacheRow] = {name: row for adapter in ADAPTERS for name, row in adapter.rows.items()}
+
+
+def adapter_for(denoiser: nn.Module) -> Adapter:
+    """The adapter of a denoiser's class, or a default one."""
+    return _BY_CLASS.get(type(denoiser).__name__) or default_adapter(denoiser)
+
+
+__all__ = ["ADAPTERS", "TEACACHE_ROWS", "Adapter", "Checkpoint", "Stack", "TeaCacheRow", "adapter_for"]

@@ -1,0 +1,157 @@
+"""What an adapter is: data about one denoiser class, so that features need not know any model.
+
+An adapter says where the blocks are and which tensors flow through them, what signal a cache may watch, how guidance is
+done, and which published constants belong to which configuration. One family, one file, one line in the table of
+`models/__init__.py`. A denoiser nobody wrote an adapter for gets a default one, built from what the stock class says
+about itself; features that need more than it can say refuse by name.
+
+Private names of diffusers' models (`_repeated_blocks`, `_no_split_modules`) are read here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of like blocks.
+
+    Attributes:
+        path: Dotted path of the `ModuleList` in the denoiser.
+        streams: Argument names of the tensors that a block takes and returns updated, in the order of its return. A
+            block with one stream returns the tensor itself.
+    """
+
+    path: str
+    streams: tuple[str, ...]
+
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        return list(denoiser.get_submodule(self.path))  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class TeaCacheRow:
+    """Published TeaCache constants.
+
+    Attributes:
+        coefficients: The rescaling polynomial, highest degree first.
+        threshold: A published threshold, at about 1.5x.
+        source: Who published it.
+        fast_threshold: A published threshold at about 2x, where there is one.
+        use_ret_steps: Whether it was fitted for Wan's `use_ret_steps` variant.
+    """
+
+    coefficients: tuple[float, ...]
+    threshold: float
+    source: str
+    fast_threshold: float | None = None
+    use_ret_steps: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What tells checkpoints of one class apart: facts of their configuration, never their name.
+
+    Attributes:
+        config: The denoiser's configuration.
+        pipeline: Name of the pipeline's class.
+        pipeline_config: The pipeline's configuration.
+        use_ret_steps: Whether the rows of that variant are asked for.
+    """
+
+    config: Mapping[str, Any]
+    pipeline: str
+    pipeline_config: Mapping[str, Any]
+    use_ret_steps: bool = False
+
+    def has(self, **expected: Any) -> bool:
+        """Whether the denoiser's configuration has these values."""
+        return all(self.config.get(key) == value for key, value in expected.items())
+
+
+# The modulated input of the first block, from that block and its bound arguments.
+BlockSignal = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
+# The signal of every timestep at once, from the denoiser, its timesteps (steps,), and whether the projected embedding
+# is asked for: (steps, channels).
+TimestepSignal = Callable[[nn.Module, torch.Tensor, bool], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Data about a denoiser class.
+
+    Attributes:
+        classes: Names of the denoiser classes it describes.
+        stacks: The runs of blocks, in the order they are called.
+        guidance: `"separate"` calls per branch, `"batched"` in one call, or `"embedded"` in the model.
+        branches: Names of the branches in call order, for pipelines that set no `cache_context`.
+        special_branch: Names a call that is not one of `branches`, from its keyword arguments, or returns `None`.
+        block_signal: What a cache watches, from the first block's arguments.
+        timestep_signal: What a cache watches where it depends on the timestep alone.
+        rows: Published TeaCache constants, by name.
+        row: Picks the row for a checkpoint, or `None` if none was published for it.
+        side_stacks: Runs of blocks that feed the main stacks; they are compiled with them and never skipped.
+        static_arguments: Keyword arguments of a block that the stock code branches on in Python although they may be
+            one-element tensors: they are read before a compiled block, which cannot.
+        default: Whether this is a default adapter, for a class nobody described.
+    """
+
+    classes: tuple[str, ...]
+    stacks: tuple[Stack, ...] = ()
+    guidance: str = "separate"
+    branches: tuple[str, ...] = ("cond", "uncond")
+    special_branch: Callable[[Mapping[str, Any]], str | None] = lambda arguments: None
+    block_signal: BlockSignal | None = None
+    timestep_signal: TimestepSignal | None = None
+    rows: Mapping[str, TeaCacheRow] = None  # type: ignore[assignment]
+    row: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    side_stacks: tuple[Stack, ...] = ()
+    static_arguments: tuple[str, ...] = ()
+    default: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            object.__setattr__(self, "rows", {})
+
+    def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        """All repeated blocks, side stacks included, in call order."""
+        return [block for stack in (*self.side_stacks, *self.stacks) for block in stack.blocks(denoiser)]
+
+
+def default_adapter(denoiser: nn.Module) -> Adapter:
+    """An adapter for a class nobody described, from what the stock class says about itself.
+
+    Its stacks are the `ModuleList`s that hold the classes named in `_repeated_blocks` or `_no_split_modules`, or, if the
+    class names none, those of at least two modules of one class. It knows no cache signal.
+    """
+    named = set(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())
+    stacks = []
+    for path, module in denoiser.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        if any(path.startswith(stack.path + ".") for stack in stacks):
+            continue
+        kinds = {type(block).__name__ for block in module}
+        if kinds & named if named else len(module) > 1 and len(kinds) == 1 and _is_block(module[0]):
+            stacks.append(Stack(path, _streams(module[0])))
+    return Adapter(classes=(type(denoiser).__name__,), stacks=tuple(stacks), branches=(), default=True)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and "hidden_states" in parameter_names(module)
+
+
+def _streams(block: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name in ("hidden_states",) if name in parameter_names(block))
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Argument names of a module's stock `forward`, `self` left out."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]

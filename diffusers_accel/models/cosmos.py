@@ -1,0 +1,39 @@
+"""Cosmos 1.0, Predict2 and Predict2.5: one denoiser class, separate guidance calls, no cache context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
+
+
+def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+    hidden_states = arguments["hidden_states"]
+    if arguments.get("extra_pos_emb") is not None:
+        hidden_states = hidden_states + arguments["extra_pos_emb"]
+    return block.norm1(hidden_states, arguments["embedded_timestep"], arguments.get("temb"))[0]
+
+
+def _row(checkpoint: Checkpoint) -> str | None:
+    # The published row was fitted on the first generation; Predict2 and later share the class but not the model.
+    return "cosmos-1.0" if checkpoint.pipeline.startswith(("CosmosTextToWorld", "CosmosVideoToWorld")) else None
+
+
+COSMOS = Adapter(
+    classes=("CosmosTransformer3DModel",),
+    stacks=(Stack("transformer_blocks", ("hidden_states",)),),
+    block_signal=_signal,
+    rows={
+        "cosmos-1.0": TeaCacheRow(
+            (271.156237, -91.9775607, 2.2443725, 2.08355751, 0.14177633),
+            0.3,
+            "https://github.com/ali-vilab/TeaCache",
+            0.4,
+        )
+    },
+    row=_row,
+)

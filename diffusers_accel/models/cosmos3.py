@@ -1,0 +1,26 @@
+"""Cosmos3: understanding and generation streams in every layer, grouped heads, separate guidance calls.
+
+It has no adaLN; the timestep enters with the tokens, so the normalized input of the first layer is its cache signal. No
+TeaCache constants were ever published for it: give `coefficients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, Stack
+
+
+def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+    return block.input_layernorm_moe_gen(arguments["gen_seq"])
+
+
+COSMOS3 = Adapter(
+    classes=("Cosmos3OmniTransformer",),
+    stacks=(Stack("layers", ("und_seq", "gen_seq")),),
+    block_signal=_signal,
+)

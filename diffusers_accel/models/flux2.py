@@ -1,0 +1,41 @@
+"""FLUX.2 and FLUX.2 Klein: the single-stream stack takes text and image already concatenated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
+
+
+def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+    # The modulation holds (shift, scale, gate) for attention, then for the MLP; only the first two are wanted.
+    shift, scale = arguments["temb_mod_img"].chunk(6, dim=-1)[:2]
+    if shift.ndim == 2:
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    return (1 + scale) * block.norm1(arguments["hidden_states"]) + shift
+
+
+def _row(checkpoint: Checkpoint) -> str | None:
+    dev = checkpoint.has(num_layers=8, num_single_layers=48, num_attention_heads=48)
+    return "flux.2-dev" if dev else None
+
+
+FLUX2 = Adapter(
+    classes=("Flux2Transformer2DModel",),
+    stacks=(
+        Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
+        Stack("single_transformer_blocks", ("hidden_states",)),
+    ),
+    guidance="embedded",
+    block_signal=_signal,
+    rows={
+        "flux.2-dev": TeaCacheRow(
+            (104.58236, -6.87605554, -0.0861659379, 0.0537600252), 0.2, "TensorRT-LLM VisualGen"
+        )
+    },
+    row=_row,
+)

@@ -1,0 +1,31 @@
+"""LTX-2: video and audio streams in every block; guidance batched in one call, with extra calls for perturbed branches.
+
+No TeaCache constants were ever published for it: give `coefficients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, Stack
+
+
+def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+    hidden_states = arguments["hidden_states"]
+    modulation = block.get_mod_params(block.scale_shift_table, arguments["temb"], hidden_states.shape[0])
+    shift, scale = modulation[:2]
+    return block.norm1(hidden_states) * (1 + scale) + shift
+
+
+LTX2 = Adapter(
+    classes=("LTX2VideoTransformer3DModel",),
+    stacks=(Stack("transformer_blocks", ("hidden_states", "audio_hidden_states")),),
+    guidance="batched",
+    branches=("cond_uncond", "uncond_stg", "uncond_modality"),
+    block_signal=_signal,
+    static_arguments=("all_perturbed",),
+)

@@ -1,0 +1,32 @@
+"""Stable Diffusion 3 and 3.5: joint blocks, guidance batched in one call, an extra call for skip-layer guidance.
+
+No TeaCache constants were ever published for it: give `coefficients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, Stack
+
+
+def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+    return block.norm1(arguments["hidden_states"], emb=arguments["temb"])[0]
+
+
+def _special_branch(arguments: Mapping[str, Any]) -> str | None:
+    return "skip_layers" if arguments.get("skip_layers") is not None else None
+
+
+SD3 = Adapter(
+    classes=("SD3Transformer2DModel",),
+    stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
+    guidance="batched",
+    branches=("cond_uncond",),
+    special_branch=_special_branch,
+    block_signal=_signal,
+)

@@ -1,0 +1,127 @@
+"""What `stats` and `explain` return: plain data that prints itself as a table, in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of an explanation.
+
+    Attributes:
+        feature: The feature's name.
+        action: What it does, or would do.
+        modules: On how many modules.
+        refused: Why it cannot be done, or `None`.
+        notes: What else a user should know.
+    """
+
+    feature: str
+    action: str
+    modules: int
+    refused: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `accelerate` would do, in the order it would do it."""
+
+    pipeline: str
+    device: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is refused."""
+        return all(row.refused is None for row in self.rows)
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        cells = []
+        for row in self.rows:
+            cells.append([row.feature, row.action, str(row.modules), row.refused or ""])
+            cells.extend(["", f"  {note}", "", ""] for note in row.notes)
+        return ["feature", "what", "modules", "refused because"], cells
+
+    def __str__(self) -> str:
+        lines = [f"{self.pipeline} on {self.device}", text_table(*self._table()), *self.notes]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return html_table(f"{self.pipeline} on {self.device}", *self._table())
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the last request really did.
+
+    Attributes:
+        requests: Requests seen since `accelerate`.
+        steps_computed: Steps of the last request at which some branch was computed in full.
+        steps_skipped: Steps at which every branch was skipped.
+        branches: `"denoiser/branch"` -> calls computed and skipped.
+        attention_kernels: Kernel name -> calls.
+        linear_layers: Kind -> count, over the denoisers.
+        weight_bytes_before: Bytes of the denoisers' parameters and buffers before `accelerate`.
+        weight_bytes_after: The same now.
+        graphs_captured: CUDA graphs held.
+        graph_replays: CUDA graphs replayed in the last request.
+    """
+
+    requests: int = 0
+    steps_computed: int = 0
+    steps_skipped: int = 0
+    branches: dict[str, dict[str, int]] = field(default_factory=dict)
+    attention_kernels: dict[str, int] = field(default_factory=dict)
+    linear_layers: dict[str, int] = field(default_factory=dict)
+    weight_bytes_before: int = 0
+    weight_bytes_after: int = 0
+    graphs_captured: int = 0
+    graph_replays: int = 0
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        rows = [
+            ["requests", str(self.requests)],
+            ["steps computed", str(self.steps_computed)],
+            ["steps skipped", str(self.steps_skipped)],
+        ]
+        for name, calls in self.branches.items():
+            rows.append([f"  {name}", f"{calls['computed']} computed, {calls['skipped']} skipped"])
+        rows.append(["attention kernels", _counts(self.attention_kernels)])
+        rows.append(["linear layers", _counts(self.linear_layers)])
+        before, after = self.weight_bytes_before / 2**20, self.weight_bytes_after / 2**20
+        rows.append(["denoiser weights", f"{before:.1f} MiB before, {after:.1f} MiB now"])
+        if self.graphs_captured:
+            rows.append(["CUDA graphs", f"{self.graphs_captured} captured, {self.graph_replays} replays"])
+        return ["last request", ""], rows
+
+    def __str__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table("", *self._table())
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} x {count}" for name, count in counts.items()) or "none"
+
+
+def text_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in plain text: columns as wide as their widest cell."""
+    columns = [column for column in range(len(header)) if any(row[column] for row in rows) or header[column] == ""]
+    widths = {column: max(len(row[column]) for row in [header, *rows]) for column in columns}
+
+    def line(row: list[str]) -> str:
+        return "  ".join(row[column].ljust(widths[column]) for column in columns).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * widths[column] for column in columns), *map(line, rows)])
+
+
+def html_table(caption: str, header: list[str], rows: list[list[str]]) -> str:
+    """The same as HTML, for notebooks."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"

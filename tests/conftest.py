@@ -1,0 +1,20 @@
+"""Settings of the whole suite: no network, one way to count threads, quiet pipelines."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+# The models of the tests are tiny: threads cost more than they bring.
+torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """Compiled code of one test must not be found by another."""
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,339 @@
+"""The API on real stock pipelines: in place, replaced by a second call, undone, and refusing without a trace."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline
+from tiny import TINY, build
+
+import diffusers_accel as accel
+from diffusers_accel import (
+    AccelConfig,
+    CompileConfig,
+    ConfigError,
+    NotAccelerated,
+    TeaCacheConfig,
+    Unsupported,
+    accelerate,
+    explain,
+    register_attention,
+    restore,
+    stats,
+    warmup,
+)
+
+SKIP_ALL = TeaCacheConfig(threshold=1e9, coefficients=(1.0, 0.0))
+
+
+def fingerprint(pipe):
+    """Everything of a pipeline that an edit could leave behind: instance attributes of all modules and processors."""
+    found = {"pipe": sorted(vars(pipe))}
+    for name, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            for path, child in module.named_modules():
+                processor = getattr(child, "processor", None)
+                found[name, path] = (
+                    type(child),
+                    sorted(vars(child)),
+                    id(processor),
+                    dict(vars(processor)) if hasattr(processor, "__dict__") else None,
+                )
+        elif hasattr(module, "__dict__"):
+            found[name] = sorted(vars(module))
+    return found
+
+
+@pytest.fixture
+def flux():
+    return build("flux")
+
+
+def run(pipe, name="flux", **overrides):
+    return TINY[name].run(pipe, **overrides)
+
+
+def test_in_place_and_returned(flux):
+    assert accelerate(flux) is flux
+    assert restore(flux) is flux
+
+
+def test_everything_is_taken_back(flux):
+    # A first run leaves attributes of diffusers' own (hooks, the scheduler's timesteps).
+    stock, before = run(flux), fingerprint(flux)
+    accelerate(flux, attention="sdpa", cache=SKIP_ALL, vae={"tiling": True}, compile=CompileConfig(backend="eager"))
+    changed = run(flux)
+    assert fingerprint(flux) != before
+    assert not torch.equal(changed, stock), "skipping half of the steps must show, or this test proves nothing"
+    restore(flux)
+    assert fingerprint(flux) == before
+    assert torch.equal(run(flux), stock)
+
+
+def test_a_second_call_replaces_the_first(flux):
+    stock = run(flux)
+    accelerate(flux, cache=SKIP_ALL)
+    accelerate(flux, attention="sdpa")
+    assert torch.equal(run(flux), stock)
+    assert stats(flux).steps_skipped == 0
+    restore(flux)
+    with pytest.raises(NotAccelerated):
+        restore(flux)
+
+
+def test_a_refused_second_call_keeps_the_first(flux):
+    accelerate(flux, cache=SKIP_ALL)
+    expected = run(flux)
+    with pytest.raises(Unsupported):
+        accelerate(flux, attention="fa3")
+    assert torch.equal(run(flux), expected)
+    assert stats(flux).steps_skipped == 2
+
+
+def test_failure_midway_leaves_the_stock_pipeline(flux, monkeypatch):
+    before = fingerprint(flux)
+
+    def broken(target, config):
+        yield from ()
+        raise RuntimeError("midway")
+
+    monkeypatch.setattr(accel.api.vae, "edits", broken)
+    with pytest.raises(RuntimeError, match="midway"):
+        accelerate(flux, attention="sdpa", cache=SKIP_ALL, vae={"tiling": True})
+    assert fingerprint(flux) == before
+    with pytest.raises(NotAccelerated):
+        stats(flux)
+
+
+def test_two_pipelines_of_one_class_do_not_see_each_other():
+    first, second = build("flux"), build("flux")
+    stock = run(second)
+    accelerate(first, attention="sdpa", cache=SKIP_ALL)
+    skipped = run(first)
+    assert torch.equal(run(second), stock)
+    accelerate(second, attention="sdpa")
+    assert torch.equal(run(second), stock)
+    assert torch.equal(run(first), skipped), "state must not pass from one to the other"
+    assert (stats(first).steps_skipped, stats(second).steps_skipped) == (2, 0)
+    restore(first)
+    assert torch.equal(run(second), stock)
+    assert sum(stats(second).attention_kernels.values()) > 0
+
+
+def test_a_shared_denoiser_is_refused_to_a_second_pipeline(flux):
+    other = FluxImg2ImgPipeline(**flux.components)
+    accelerate(flux, attention="sdpa")
+    with pytest.raises(Unsupported, match="another pipeline that shares it"):
+        accelerate(other, attention="sdpa")
+    restore(flux)
+    accelerate(other, attention="sdpa")
+
+
+def test_a_pipeline_sharing_an_accelerated_denoiser_is_never_wrong(flux):
+    """A second pipeline made of the same components runs through the first one's layers."""
+    other = FluxImg2ImgPipeline(**flux.components)
+    stock = run(other, "flux-img2img")
+    accelerate(flux, attention="sdpa", cache=TeaCacheConfig(threshold=0.0, coefficients=(1.0, 0.0)))
+    assert torch.equal(run(other, "flux-img2img"), stock)
+
+
+def test_a_copy_is_stock(flux):
+    stock = run(flux)
+    accelerate(flux, cache=SKIP_ALL)
+    twin = copy.deepcopy(flux.transformer)
+    restore(flux)
+    flux.transformer = twin
+    assert torch.equal(run(flux), stock)
+
+
+def test_no_site_is_kept_after_restore(flux):
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    from diffusers_accel.kernels.attention import SITES
+
+    sites, backends = set(SITES), set(_AttentionBackendRegistry._backends)
+    accelerate(flux, attention="sdpa")
+    assert set(SITES) != sites and set(_AttentionBackendRegistry._backends) != backends
+    restore(flux)
+    assert set(SITES) == sites and set(_AttentionBackendRegistry._backends) == backends
+
+
+def test_explain_is_pure_and_prints_a_table(flux):
+    before = fingerprint(flux)
+    explanation = explain(flux, "fast")
+    refused = explain(flux, attention="fa3", cache="teacache")
+    assert fingerprint(flux) == before
+    assert explanation.ok and not refused.ok
+    text = str(refused)
+    assert "fa3" in text and "coefficients" in text and "refused" in text
+    assert "<table>" in refused._repr_html_()
+    rows = {row.feature: row for row in explain(flux, attention="sdpa", compile=True).rows}
+    assert rows["attention"].modules == 6 and rows["compile"].modules == 6
+    assert rows["cache"].action == "off"
+
+
+def test_stats_tells_what_ran(flux):
+    accelerate(flux, attention="sdpa", cache=SKIP_ALL)
+    for _ in range(2):
+        run(flux)
+    found = stats(flux)
+    assert found.requests == 2
+    assert (found.steps_computed, found.steps_skipped) == (2, 2)
+    assert found.branches == {"transformer/cond": {"computed": 2, "skipped": 2}}
+    # Six attention layers, two computed steps.
+    assert found.attention_kernels == {"sdpa": 12}
+    weights = sum(item.numel() * 4 for item in flux.transformer.parameters())
+    assert found.weight_bytes_before == found.weight_bytes_after >= weights
+    assert found.linear_layers["Linear"] > 10
+    assert "steps skipped" in str(found) and "<table>" in found._repr_html_()
+
+
+def test_presets_and_overrides(flux, tmp_path):
+    assert explain(flux).rows[0].feature == "attention"
+    accelerate(flux, "lossless", cache=SKIP_ALL)
+    run(flux)
+    assert stats(flux).steps_skipped == 2 and stats(flux).attention_kernels
+    AccelConfig(attention="sdpa").to_yaml(tmp_path / "accel.yaml")
+    for config in (str(tmp_path / "accel.yaml"), tmp_path / "accel.yaml", {"attention": "sdpa"}):
+        accelerate(flux, config)
+        run(flux)
+        assert stats(flux).attention_kernels == {"sdpa": 24}
+
+
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+def test_presets_leave_off_what_nobody_published(flux, preset):
+    explanation = explain(flux, preset)
+    assert explanation.ok and any("no TeaCache coefficients" in note for note in explanation.notes)
+
+
+def test_warmup_runs_every_size(flux):
+    accelerate(flux, attention="sdpa")
+    warmup(flux, resolutions=[(32, 32), (32, 48)], max_sequence_length=16, output_type="latent")
+    assert stats(flux).requests == 2
+
+
+class TestBadInput:
+    """Each is a clear error, and nothing was changed."""
+
+    @pytest.mark.parametrize("thing", [None, 3, "flux", torch.nn.Linear(1, 1)])
+    def test_not_a_pipeline(self, thing):
+        for function in (accelerate, explain):
+            with pytest.raises(TypeError, match="Expected a diffusers pipeline"):
+                function(thing)
+
+    @pytest.mark.parametrize(
+        ("arguments", "sections", "error", "message"),
+        [
+            (("fsat",), {}, ConfigError, "no preset 'fsat'. Did you mean 'fast'"),
+            (("missing.yaml",), {}, ConfigError, "no configuration file 'missing.yaml'"),
+            ((3,), {}, ConfigError, "got int"),
+            ((), {"atention": "sdpa"}, ConfigError, "Did you mean 'attention'"),
+            ((), {"attention": "sdp"}, Unsupported, "Did you mean 'sdpa'"),
+            ((), {"attention": "fa3"}, Unsupported, "fa3 needs"),
+            ((), {"attention": "cudnn"}, Unsupported, "needs a CUDA device"),
+            ((), {"cache": "teacache"}, Unsupported, "no coefficients are published"),
+            ((), {"cache": {"kind": "teacache", "coefficients": "flux.1-de"}}, Unsupported, "'flux.1-dev'"),
+            ((), {"cache": {"kind": "teacache", "coefficients": [1, 0]}}, Unsupported, "threshold"),
+        ],
+    )
+    def test_refused_without_a_trace(self, flux, arguments, sections, error, message):
+        before = fingerprint(flux)
+        with pytest.raises(error, match=message):
+            accelerate(flux, *arguments, **sections)
+        assert fingerprint(flux) == before
+
+    def test_no_denoiser(self, flux):
+        flux.transformer = None
+        with pytest.raises(Unsupported, match="transformer is None"):
+            accelerate(flux)
+
+    def test_compiled_already(self, flux):
+        flux.transformer.compile_repeated_blocks(backend="eager")
+        with pytest.raises(Unsupported, match="compiled already"):
+            accelerate(flux)
+
+    def test_native_cache_on(self, flux):
+        from diffusers import FirstBlockCacheConfig
+
+        flux.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(Unsupported, match="diffusers' own caches"):
+            accelerate(flux, cache=SKIP_ALL)
+
+    @pytest.mark.parametrize("function", [restore, stats, warmup])
+    def test_never_accelerated(self, flux, function):
+        with pytest.raises(NotAccelerated, match="not accelerated"):
+            function(flux)
+
+    def test_no_vae(self, flux):
+        flux.vae = None
+        with pytest.raises(Unsupported, match="no VAE"):
+            accelerate(flux, vae={"tiling": True})
+
+
+class TestUserAttention:
+    """`register_attention` lets a user's function in, and its mistakes do not pass in silence."""
+
+    @pytest.fixture(autouse=True)
+    def _clean(self):
+        from diffusers_accel.kernels.attention import KERNELS
+
+        before = dict(KERNELS._records)
+        yield
+        KERNELS._records.clear()
+        KERNELS._records.update(before)
+
+    @pytest.mark.parametrize("name", ["flux", "sd3", "cosmos", "cosmos3"])
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_users_function_runs(self, name, compiled):
+        @register_attention("mine")
+        def attention(query, key, value, attn_mask=None, is_causal=False, scale=None):
+            # Plain float64 softmax attention: an independent reference of what the stock kernels compute.
+            q, k, v = (item.transpose(1, 2).double() for item in (query, key, value))
+            scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+            if is_causal:
+                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+            if attn_mask is not None:
+                mask = attn_mask if attn_mask.dtype == torch.bool else None
+                scores = scores.masked_fill(~mask, float("-inf")) if mask is not None else scores + attn_mask
+            return (scores.softmax(-1) @ v).transpose(1, 2).to(query.dtype)
+
+        pipe = build(name)
+        stock = run(pipe, name)
+        accelerate(pipe, attention="mine", compile=CompileConfig(backend="eager") if compiled else None)
+        found = run(pipe, name)
+        assert set(stats(pipe).attention_kernels) == {"mine"}
+        # float32 attention against float64, through four steps of a random model; Cosmos rounds to 8 bits at the end.
+        torch.testing.assert_close(found, stock, atol=1.01 / 255, rtol=1e-2)
+
+    def test_a_wrong_shape_is_caught(self, flux):
+        register_attention("flat", lambda query, *_, **__: query.flatten(2))
+        accelerate(flux, attention="flat")
+        with pytest.raises(ValueError, match="'flat' returned"):
+            run(flux)
+
+    def test_names_are_taken_once(self):
+        with pytest.raises(ValueError, match="already"):
+            register_attention("sdpa", lambda *_: None)
+
+    def test_calls_it_cannot_take_are_warned_of_and_counted(self):
+        @register_attention("unmasked", mask=False, causal=False)
+        def attention(query, key, value, attn_mask=None, is_causal=False, scale=None):
+            assert attn_mask is None and not is_causal
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scale
+            )
+            return out.transpose(1, 2)
+
+        pipe = build("cosmos3")
+        stock = run(pipe, "cosmos3")
+        accelerate(pipe, attention="unmasked")
+        with pytest.warns(UserWarning, match="takes no causal mask"):
+            found = run(pipe, "cosmos3")
+        torch.testing.assert_close(found, stock, atol=2e-4, rtol=1e-3)
+        assert stats(pipe).attention_kernels == {"sdpa": 24, "unmasked": 24}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(pipe, "cosmos3")
