@@ -69,12 +69,12 @@ SetOption = Annotated[
 ]
 DTypeOption = Annotated[
     DType | None,
-    typer.Option("--dtype", help="Type of the weights. [default: bfloat16 on CUDA, else float32]", show_default=False),
+    typer.Option("--dtype", help="Type of the weights. Default: bfloat16 on CUDA, else float32.", show_default=False),
 ]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... [default: cuda if available]", show_default=False
+        "--device", metavar="DEVICE", help="cuda, cuda:1, cpu, ... Default: cuda if available.", show_default=False
     ),
 ]
 

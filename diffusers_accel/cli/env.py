@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -25,14 +27,16 @@ def env() -> None:
 
     best = platform.best()
     table = Table(title=f"Attention kernels on {best}", title_justify="left")
-    for column in ("kernel", "here", "types", "head_dim", "mask", "exact"):
+    for column in ("kernel", "runs here", "types", "head_dim", "mask", "exact"):
         table.add_column(column, overflow="fold")
-    for name in KERNELS:
-        kernel = KERNELS.get(name)
-        missing = kernel.missing(best)
-        here = "[green]runs[/green]" if missing is None else f"[yellow]{escape(missing)}[/yellow]"
-        table.add_row(name, here, *_abilities(kernel))
+    missing = {name: KERNELS.get(name).missing(best) for name in KERNELS}
+    for name, reason in missing.items():
+        here = "[green]yes[/green]" if reason is None else "[yellow]no[/yellow]"
+        table.add_row(name, here, *_abilities(KERNELS.get(name)))
     console.print(table)
+    for name, reason in missing.items():  # sentences get lines of their own: a column would be too narrow for them
+        if reason is not None:
+            console.print(f"[bold]{name}[/bold] {escape(reason)}", soft_wrap=True, highlight=False)
 
 
 def _abilities(kernel: AttentionKernel) -> tuple[str, ...]:
@@ -44,7 +48,7 @@ def _ranges(numbers: tuple[int, ...] | None) -> str:
     """8, 16, ..., 256 for an even spacing; all numbers otherwise."""
     if numbers is None:
         return "any"
-    steps = {second - first for first, second in zip(numbers, numbers[1:], strict=False)}
+    steps = {second - first for first, second in itertools.pairwise(numbers)}
     if len(numbers) > 4 and len(steps) == 1:
         return f"{numbers[0]}, {numbers[1]}, ..., {numbers[-1]}"
     return ", ".join(map(str, numbers))

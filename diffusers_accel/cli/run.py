@@ -65,11 +65,11 @@ def run(
     config: ConfigOption = None,
     preset: PresetOption = None,
     settings: SetOption = None,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels. [default: the model's]")] = None,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. [default: the model's]")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. [default: the model's]")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance. [default: the model's]")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance. Default: the model's.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same noise, on every device.")] = 0,
     call: Annotated[
         list[str] | None,
@@ -86,7 +86,7 @@ def run(
         typer.Option(
             metavar="FILE",
             help="Where to save: .png, .jpg or .webp; a video as .mp4 or .gif. Several results are numbered. "
-            "[default: made from the prompt]",
+            "Default: made from the prompt.",
             show_default=False,
         ),
     ] = None,
@@ -263,7 +263,7 @@ def write_image(picture: Any, file: Path) -> None:
 
 def write_video(frames: Any, file: Path, fps: int) -> None:
     """Writes frames (frames, height, width, channels) as an animated GIF or as H.264 in MP4."""
-    pictures = [_bytes(frame) for frame in frames]
+    pictures: list[Any] = [_bytes(frame) for frame in frames]
     if file.suffix.lower() == ".gif":
         from PIL import Image
 
