@@ -54,6 +54,7 @@ TONES: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {  # base 
 OPENINGS: tuple[str, ...] = ("", "", "", "a picture of ", "an image with ")
 VIDEO_OPENINGS: tuple[str, ...] = ("", "", "", "a video of ", "a clip with ")
 SYNONYMS: dict[str, tuple[str, ...]] = {"large": ("large", "large", "big"), "small": ("small", "small", "little")}
+OBJECT_SHARES = numpy.array([0.5, 0.36, 0.14])  # of scenes with one, two and three objects
 HELD_OUT_SHARE = 10  # one tuple in this many is held out
 
 COLOUR_NAMES: tuple[str, ...] = tuple(COLOURS)
@@ -118,7 +119,7 @@ def _sample_once(kind: str, count: int, generator: numpy.random.Generator, tuple
     colour, shape, third = chosen[..., 0], chosen[..., 1].copy(), chosen[..., 2]
     size = generator.integers(len(SIZES), size=(count, objects))
     radius = numpy.array(list(SIZES.values()))[size]
-    number = generator.integers(1, objects + 1, size=count)
+    number = 1 + generator.choice(objects, size=count, p=OBJECT_SHARES[:objects] / OBJECT_SHARES[:objects].sum())
     absent = numpy.arange(objects)[None] >= number[:, None]
     good = numpy.ones(count, bool)
     if kind == "image":

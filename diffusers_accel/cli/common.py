@@ -6,7 +6,6 @@ Everything that can be judged from the options alone is judged before a model is
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -186,8 +185,9 @@ def load_model(model: str, device: torch.device, dtype: DType | None) -> Any:
 
         source = _source(model)
         try:
-            return DiffusionPipeline.from_pretrained(source, torch_dtype=torch_dtype).to(device)
-        except (OSError, ValueError, ImportError) as error:  # missing files, no network, a class nobody knows
+            return DiffusionPipeline.from_pretrained(source, dtype=torch_dtype).to(device)
+        except (OSError, ValueError, ImportError, AttributeError) as error:
+            # missing files, no network, a package that a class needs, a class that this diffusers does not have
             raise CommandError(f"Could not load {model!r}: {one_line(error)}") from error
 
 
@@ -217,10 +217,7 @@ def quiet_loading() -> Iterator[None]:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            # `torch_dtype` is what every diffusers release knows; the newest call it deprecated
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            yield
+        yield
     finally:
         for library, verbosity, bar in zip(libraries, before, bars, strict=True):
             library.set_verbosity(verbosity)

@@ -105,7 +105,8 @@ def demo(
     comparisons, files = [], []
     steps = sum(2 * captions * record.arguments["num_inference_steps"] for record in records)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    terminal = Console(stderr=True)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("", total=steps)
         for record in records:
 
@@ -194,8 +195,10 @@ def _request(pipe: Any, record: Checkpoint, caption: str, seed: int, **call: Any
 
 
 def _check_packages() -> None:
-    if not platform.has_module("skimage"):
-        raise CommandError("The demo measures SSIM with scikit-image, which is missing: pip install scikit-image")
+    """Refuses to start without what only the demo needs: SSIM's package, and what Wan cleans its prompts with."""
+    missing = [name for name in ("skimage", "ftfy") if not platform.has_module(name)]
+    if missing:
+        raise CommandError(f"The demo needs {' and '.join(missing)}: pip install 'diffusers-accel[demo]'")
 
 
 def table(comparisons: Sequence[Comparison], device: platform.Device) -> Table:

@@ -133,6 +133,10 @@ def run(
         result = pipe(**arguments)
     except ValueError as error:  # a pipeline's own check of its arguments
         raise CommandError(f"{type(pipe).__name__}: {one_line(error)}") from error
+    except NameError as error:  # how Wan's pipelines miss the package that cleans their prompts
+        if error.name != "ftfy":
+            raise
+        raise CommandError(f"{type(pipe).__name__} needs ftfy: pip install ftfy") from error
     seconds = time.perf_counter() - begin
     files = save(result, target, fps)
 
@@ -216,7 +220,7 @@ def check_output(file: Path | None, video: bool | None = None) -> None:
         raise CommandError(f"--output {file}: there is no folder {str(file.parent)!r}.")
     if ending == ".mp4" and not has_ffmpeg():
         raise CommandError(
-            f"Saving {file} needs imageio with ffmpeg: pip install imageio imageio-ffmpeg. "
+            f"Saving {file} needs imageio with ffmpeg: pip install 'diffusers-accel[demo]'. "
             "Or give an --output that ends in .gif."
         )
 

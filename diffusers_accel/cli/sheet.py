@@ -57,19 +57,22 @@ def draw(rows: Sequence[Row], headings: Sequence[str], tile: int = 256) -> Image
     inner = labels + columns * tile_width + (columns - 1) * GAP
     texts = [_lines(row, font, inner) for row in rows]
     line = round(TEXT * 1.4)
-    heading_lines = [_wrapped(heading, heading_font, tile_width) for heading in headings]
+    heading_lines = [_wrapped(text, heading_font, tile_width) for text in headings]
     heading_line = round(HEADING * 1.3)
     top = MARGIN + max(map(len, heading_lines)) * heading_line + GAP
-    bottom = top + sum(len(lines) * line + bool(lines) * GAP // 2 + tile_height + GAP for lines in texts)
+    # a caption opens a new group, and stands further from the row above it
+    spaces = [GAP * (1 + bool(lines)) * (index > 0) for index, lines in enumerate(texts)]
+    bottom = top + sum(len(lines) * line + bool(lines) * GAP // 2 + tile_height for lines in texts) + sum(spaces)
 
-    sheet = Image.new("RGB", (inner + 2 * MARGIN, bottom - GAP + MARGIN), PAPER)
+    sheet = Image.new("RGB", (inner + 2 * MARGIN, bottom + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
     lefts = [MARGIN + labels + column * (tile_width + GAP) for column in range(columns)]
-    for left, lines in zip(lefts, heading_lines, strict=True):
-        for index, text in enumerate(lines):
+    for left, heading in zip(lefts, heading_lines, strict=True):
+        for index, text in enumerate(heading):
             pen.text((left, MARGIN + index * heading_line), text, fill=INK, font=heading_font)
     y = top
-    for row, lines in zip(rows, texts, strict=True):
+    for row, lines, space in zip(rows, texts, spaces, strict=True):
+        y += space
         for text, colour in lines:
             pen.text((MARGIN, y), text, fill=colour, font=font)
             y += line
@@ -78,7 +81,7 @@ def draw(rows: Sequence[Row], headings: Sequence[str], tile: int = 256) -> Image
             pen.text((MARGIN, y + tile_height // 2), row.label, fill=GRAY, font=font, anchor="lm")
         for left, picture in zip(lefts, row.tiles, strict=True):
             sheet.paste(_enlarged(picture, factor), (left, y))
-        y += tile_height + GAP
+        y += tile_height
     return sheet
 
 

@@ -122,7 +122,7 @@ def load(name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
     import diffusers
 
     pipeline = getattr(diffusers, record.pipeline)
-    return pipeline.from_pretrained(record.folder, torch_dtype=torch_dtype, local_files_only=True)
+    return pipeline.from_pretrained(record.folder, dtype=torch_dtype, local_files_only=True)
 
 
 def call_arguments(name: str) -> dict[str, Any]:

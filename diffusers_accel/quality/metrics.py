@@ -59,7 +59,7 @@ def ssim(a: Pictures, b: Pictures, channel_axis: int = -1) -> float:
     try:
         from skimage.metrics import structural_similarity
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("ssim needs scikit-image: pip install scikit-image") from error
+        raise ModuleNotFoundError("ssim needs scikit-image: pip install 'diffusers-accel[demo]'") from error
 
     first, second = _pair(a, b)
     if channel_axis not in (-1, -3):

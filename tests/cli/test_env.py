@@ -1,0 +1,62 @@
+"""`env` and the app itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import diffusers_accel
+from diffusers_accel.cli import env as env_module
+from diffusers_accel.core.platform import Device
+from diffusers_accel.kernels.attention import KERNELS
+
+
+def test_env_names_every_kernel_and_why_it_cannot_run(cli, monkeypatch):
+    h100 = Device("cuda", "NVIDIA H100", (9, 0))
+    monkeypatch.setattr(env_module.platform, "best", lambda: h100)
+    result = cli("env")
+    assert result.exit_code == 0
+    assert f"torch            {torch.__version__}" in result.stdout
+    lines = result.stdout.splitlines()
+    for name in KERNELS:
+        row = next(line for line in lines if line.startswith(f"│ {name} "))
+        reason = KERNELS.get(name).missing(h100)
+        assert (" yes " if reason is None else " no ") in row.split("│")[2]
+        assert reason is None or f"{name} {reason}" in lines
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [(None, "any"), ((64, 96, 128), "64, 96, 128"), (tuple(range(8, 257, 8)), "8, 16, ..., 256"), ((), "")],
+)
+def test_ranges(numbers, text):
+    assert env_module._ranges(numbers) == text
+
+
+def test_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "diffusers_accel", "env"], capture_output=True, text=True, check=True
+    )
+    assert "sdpa" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_version_and_help(cli):
+    assert cli("--version").stdout.strip() == f"diffusers-accel {diffusers_accel.__version__}"
+    for command in ("demo", "run", "explain", "env"):
+        assert command in cli("--help").stdout
+        assert cli(command, "--help").exit_code == 0
+
+
+def test_the_package_loads_without_the_command_line():
+    program = (
+        "import sys, diffusers_accel, diffusers_accel.quality.metrics\n"
+        "loaded = {'typer', 'skimage', 'imageio', 'matplotlib'} & set(sys.modules)\n"
+        "loaded |= {name for name in sys.modules if name.startswith('diffusers_accel.cli')}\n"
+        "sys.exit(str(loaded) if loaded else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

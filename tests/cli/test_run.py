@@ -1,0 +1,155 @@
+"""`run`: what is passed to the pipeline, what is refused, and what is saved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from diffusers_accel.cli import run as run_module
+from diffusers_accel.cli.common import CommandError
+
+IMAGE = ("--prompt", "a red fox", "--height", 32, "--width", 32, "--steps", 2, "--call", "max_sequence_length=16")
+VIDEO = (*IMAGE, "--num-frames", 5)
+
+
+def stat(printed: str, name: str) -> str:
+    """What the printed statistics say of `name`."""
+    line = next(line for line in printed.splitlines() if line.startswith(name))
+    return line.removeprefix(name).strip()
+
+
+@pytest.fixture
+def run(cli, folders):
+    """`run` with a stand-in on the CPU."""
+
+    def call(model: str, *arguments: object):
+        result = cli("run", folders / model, "--device", "cpu", *arguments)
+        assert result.exit_code == 0, result.output
+        return result
+
+    return call
+
+
+def test_image_is_the_pipelines(run, folders, tmp_path):
+    result = run("flux-shapes", *IMAGE, "--seed", 3, "--output", tmp_path / "fox.png")
+    assert f"saved {tmp_path / 'fox.png'}" in result.stdout
+    assert stat(result.stdout, "steps computed") == "2"
+    assert stat(result.stdout, "attention kernels").startswith("sdpa x ")
+
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(folders / "flux-shapes", dtype=torch.float32)
+    expected = pipe(
+        "a red fox",
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "fox.png")), np.asarray(expected))
+
+
+def test_the_seed_matters_and_batches_are_numbered(run, tmp_path):
+    run("flux-shapes", *IMAGE, "--prompt", "snow", "--output", tmp_path / "a.png")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-0.png", "a-1.png"]
+    run("flux-shapes", *IMAGE, "--prompt", "snow", "--seed", 1, "--output", tmp_path / "b.png")
+    first, again = (np.asarray(Image.open(tmp_path / name)) for name in ("a-0.png", "b-0.png"))
+    assert not np.array_equal(first, again)
+
+
+def test_demo_name_brings_its_arguments(cli, shapes, tmp_path):
+    file = tmp_path / "demo.png"
+    result = cli("run", "flux-shapes", "--device", "cpu", "--prompt", "fox", "--width", 48, "--output", file)
+    assert result.exit_code == 0, result.output
+    assert Image.open(file).size == (48, 32)
+    assert stat(result.stdout, "steps computed") == "5"
+
+
+def test_settings_reach_the_pipeline(run, tmp_path):
+    careless = ("--set", "cache.kind=teacache", "--set", "cache.threshold=1000000", "--set", "cache.coefficients=[1,0]")
+    steps = ("--steps", 5, "--output", tmp_path / "fox.png")
+    assert stat(run("flux-shapes", *IMAGE, *steps, *careless).stdout, "steps skipped") == "3"
+    assert stat(run("flux-shapes", *IMAGE, *steps).stdout, "steps skipped") == "0"
+
+
+def test_dtype(run, tmp_path):
+    whole = run("flux-shapes", *IMAGE, "--output", tmp_path / "a.png").stdout
+    half = run("flux-shapes", *IMAGE, "--dtype", "bfloat16", "--output", tmp_path / "b.png").stdout
+    sizes = [float(stat(printed, "denoiser weights").split()[0]) for printed in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_video_as_gif(run, tmp_path):
+    file = tmp_path / "fox.gif"
+    run("wan-shapes", *VIDEO, "--fps", 10, "--output", file)
+    frames = list(ImageSequence.Iterator(Image.open(file)))
+    assert len(frames) == 5
+    assert frames[0].size == (32, 32)
+    assert frames[0].info["duration"] == 100
+
+
+def test_video_as_mp4_named_after_the_prompt(run, tmp_path, monkeypatch):
+    imageio = pytest.importorskip("imageio.v2")
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.chdir(tmp_path)
+    run("wan-shapes", *VIDEO, "--negative-prompt", "blurry")
+    frames = imageio.mimread(tmp_path / "a-red-fox.mp4")
+    assert len(frames) == 5
+    assert frames[0].shape == (32, 32, 3)
+
+
+def test_arguments_the_pipeline_does_not_take(refused, folders, tmp_path):
+    model = ("run", folders / "flux-shapes", "--device", "cpu", *IMAGE, "--output", tmp_path / "fox.png")
+    message = refused(*model, "--num-frames", 5, "--call", "fps=3")
+    assert "FluxPipeline does not take --num-frames, --call fps" in message
+    assert "num_inference_steps" in message
+    message = refused(*model, "--width", 33, "--call", "prompt_2=[a, b, c]", "--call", "prompt_embeds=3")
+    assert message.startswith("error: FluxPipeline: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_arguments(folders):
+    class Pipeline:
+        def __call__(self, prompt, image, strength=0.5, output_type="pil"):
+            pass
+
+    with pytest.raises(CommandError, match="Pipeline also needs --image"):
+        run_module.call_arguments(Pipeline(), {"prompt": "a fox"})
+    arguments = run_module.call_arguments(Pipeline(), {"prompt": "a fox", "image": 1})
+    assert arguments == {"prompt": "a fox", "image": 1, "output_type": "np"}
+
+
+def test_output_is_judged_before_anything_runs(refused, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "accelerated", lambda pipe, wanted: pytest.fail("got as far as accelerating"))
+    image = ("run", folders / "flux-shapes", "--device", "cpu", *IMAGE)
+    video = ("run", folders / "wan-shapes", "--device", "cpu", *VIDEO)
+    assert "A picture is saved as .png" in refused(*image, "--output", tmp_path / "fox.gif")
+    assert "A video is saved as .mp4" in refused(*video, "--output", tmp_path / "fox.png")
+    assert "not '.txt'" in refused(*image, "--output", tmp_path / "fox.txt")
+    assert "there is no folder" in refused(*image, "--output", tmp_path / "none" / "fox.png")
+    monkeypatch.setattr(run_module, "has_ffmpeg", lambda: False)
+    message = refused(*video, "--output", tmp_path / "fox.mp4")
+    assert "pip install" in message
+    assert ".gif" in message
+
+
+def test_refused_feature(refused, folders, tmp_path):
+    message = refused(
+        "run",
+        folders / "flux-shapes",
+        "--device",
+        "cpu",
+        *IMAGE,
+        "--set",
+        "attention=cudnn",
+        "--output",
+        tmp_path / "a.png",
+    )
+    assert "needs a CUDA device" in message
+
+
+def test_unreadable_image(refused, folders, tmp_path):
+    assert "--image" in refused("run", folders / "flux-shapes", *IMAGE, "--image", tmp_path / "none.png")
