@@ -77,7 +77,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     """
     target = _target(pipe)
     resolved, notes = _resolve(target, config, sections)
-    for name, feature, section in _active(resolved):
+    for _, feature, section in _active(resolved):
         feature.check(target, section)
     session = vars(pipe).get(_SESSION)
     if session is not None:
@@ -199,6 +199,18 @@ def warmup(
     return pipe
 
 
+def resolve(
+    pipe: Any, config: str | AccelConfig | Mapping[str, Any] | Path | None = None, **sections: Any
+) -> tuple[AccelConfig, tuple[str, ...]]:
+    """The configuration that `accelerate` with the same arguments would apply, and notes on what a preset left off.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+        TypeError: `pipe` is not a diffusers pipeline.
+    """
+    return _resolve(_target(pipe), config, sections)
+
+
 def _session(pipe: Any, what: str) -> Session:
     session = vars(pipe).get(_SESSION) if hasattr(pipe, "__dict__") else None
     if session is None:
@@ -240,14 +252,14 @@ def _resolve(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[
 
 def _target(pipe: Any) -> Target:
     """The pipeline as the features see it; refuses what cannot be one."""
-    from diffusers import DiffusionPipeline
+    import diffusers
 
-    if not isinstance(pipe, DiffusionPipeline):
+    if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise TypeError(
             f"Expected a diffusers pipeline, got {type(pipe).__name__}. "
             "Give the object that DiffusionPipeline.from_pretrained(...) returns."
         )
-    found = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}
+    found = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}  # type: ignore[attr-defined]
     denoisers = tuple(
         Denoiser(name, module, adapter_for(module)) for name, module in found.items() if isinstance(module, nn.Module)
     )

@@ -167,7 +167,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _section(entry: dataclasses.Field, value: Any) -> Any:
+def _section(entry: dataclasses.Field[Any], value: Any) -> Any:
     """Turns what a user may write for a section into an instance of the section's class, or `None`."""
     section = entry.metadata["section"]
     choices: dict[str, type] | None = section if isinstance(section, dict) else None
@@ -175,7 +175,7 @@ def _section(entry: dataclasses.Field, value: Any) -> Any:
     if value is None or value is False:
         return None
     if isinstance(value, classes):
-        for item in fields(value):
+        for item in fields(value):  # type: ignore[arg-type]
             object.__setattr__(value, item.name, _checked(entry.name, value, item))
         return value
     if choices is not None:
@@ -184,6 +184,8 @@ def _section(entry: dataclasses.Field, value: Any) -> Any:
         if isinstance(value, Mapping):
             values = dict(value)
             kind = values.pop("kind", None)
+            if kind is None:
+                raise ConfigError(f"{entry.name}: say which with {entry.name}.kind. {nearest('', choices)}")
             if kind not in choices:
                 raise ConfigError(f"{entry.name}: unknown kind {kind!r}. {nearest(str(kind), choices)}")
             return _section(entry, _build(entry.name, choices[kind], values))

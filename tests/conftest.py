@@ -13,6 +13,7 @@ import torch
 # The models of the tests are tiny: threads cost more than they bring.
 torch.set_num_threads(1)
 
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     """Compiled code of one test must not be found by another."""

@@ -26,8 +26,8 @@ import numpy
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import scenes as scene_data  # noqa: E402
-from scenes import COLOURS, MOTION_NAMES, PLACE_CENTRES, SHAPES, SIZES, TONES, TRAVEL, Scenes  # noqa: E402
+import scenes as scene_data
+from scenes import COLOURS, MOTION_NAMES, PLACE_CENTRES, SHAPES, SIZES, TONES, TRAVEL, Scenes
 
 MAX_SEQUENCE_LENGTH = 64
 FRAMES = 17

@@ -89,7 +89,7 @@ class Wanted:
         """What to give to `accelerate` or `explain`, and a preset's notes where it has been spelled out."""
         if not self.assignments:
             return self.base, ()
-        base, notes = api._resolve(api._target(pipe), self.base, {})
+        base, notes = api.resolve(pipe, self.base)
         return assign(base, self.assignments), notes
 
 

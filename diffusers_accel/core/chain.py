@@ -22,7 +22,7 @@ from typing import Any
 class Layer:
     """A function around a method: called as `function(inner, *args, **kwargs)`; higher ranks run outside lower ones."""
 
-    __slots__ = ("rank", "function")
+    __slots__ = ("function", "rank")
 
     def __init__(self, rank: int, function: Callable[..., Any]):
         self.rank, self.function = rank, function

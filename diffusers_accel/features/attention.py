@@ -11,7 +11,6 @@ Names private to diffusers' dispatcher appear in this file only.
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,7 +41,7 @@ def check(target: Target, config: AttentionConfig) -> Plan:
             if config.backend != "auto" and not touched:
                 raise Unsupported(
                     f"attention={config.backend!r}",
-                    f"its {len(closed)} attention layers compute attention in code that cannot be redirected ({names}).",
+                    f"its {len(closed)} attention layers call attention in a way that cannot be redirected ({names}).",
                     "leave attention=None for this model.",
                     str(denoiser),
                 )
@@ -74,8 +73,12 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
             yield from registrations
             for processor in dispatched:
                 yield SetAttr(processor, "_attention_backend", member)
+        # One class per stock class, so that all blocks share one compiled graph.
+        classes = {kind: _rebound_class(kind, site) for kind in {type(processor) for _, processor in rebound}}
         for module, processor in rebound:
-            yield SetAttr(module, "processor", _rebind(processor, site))
+            clone: Any = object.__new__(classes[type(processor)])
+            vars(clone).update(vars(processor))
+            yield SetAttr(module, "processor", clone)
 
 
 def _kernel(denoiser: Denoiser, config: AttentionConfig) -> AttentionKernel:
@@ -152,11 +155,13 @@ def _dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:
 
 def _calls_by_name(processor: Any) -> bool:
     """Whether the processor's code reaches attention through a global name that can be bound anew."""
-    call = getattr(type(processor), "__call__", None)
+    call = vars(type(processor)).get("__call__")
     if not isinstance(call, types.FunctionType):
         return False
     names, scope = call.__code__.co_names, call.__globals__
-    return "dispatch_attention_fn" in names or ("scaled_dot_product_attention" in names and scope.get("F") is F)
+    # A processor of ours is judged as the stock one it runs, so that a second `accelerate` is checked like the first.
+    functional = scope.get("F") is F or isinstance(scope.get("F"), _Functional)
+    return "dispatch_attention_fn" in names or ("scaled_dot_product_attention" in names and functional)
 
 
 class _Functional:
@@ -169,15 +174,8 @@ class _Functional:
         return getattr(F, name)
 
 
-def _rebind(processor: Any, site: AttentionSite) -> Any:
-    """The same processor, its stock code running with its attention function bound to `site`."""
-    clone = object.__new__(_rebound_class(type(processor), site))
-    vars(clone).update(vars(processor))
-    return clone
-
-
-@functools.lru_cache(maxsize=256)
 def _rebound_class(stock: type, site: AttentionSite) -> type:
+    """A subclass of a stock processor that runs the stock code with its attention function bound to `site`."""
     call = stock.__call__  # type: ignore[operator]
 
     def dispatched(

@@ -37,7 +37,7 @@ def check(target: Target, config: TeaCacheConfig) -> Plan:
         Unsupported: The denoiser has no adapter or native caching is on; or nothing was published for it and no
             coefficients were given.
     """
-    actions, notes, modules = [], [], 0
+    actions, modules = [], 0
     for denoiser in target.denoisers:
         if getattr(denoiser.module, "is_cache_enabled", False):
             raise Unsupported(
@@ -48,10 +48,10 @@ def check(target: Target, config: TeaCacheConfig) -> Plan:
             raise Unsupported(
                 "cache", "no adapter says what signal to watch.", "cache=None for this model.", str(denoiser)
             )
-        threshold, coefficients, source = _constants(target, denoiser, config)
+        threshold, _, source = _constants(target, denoiser, config)
         actions.append(f"{denoiser.name}: teacache, threshold {threshold:g}, {source}")
         modules += sum(len(stack.blocks(denoiser.module)) for stack in adapter.stacks)
-    return Plan("; ".join(actions), modules, tuple(notes))
+    return Plan("; ".join(actions), modules)
 
 
 def edits(target: Target, config: TeaCacheConfig) -> Iterator[Edit]:
@@ -59,9 +59,7 @@ def edits(target: Target, config: TeaCacheConfig) -> Iterator[Edit]:
     for denoiser in target.denoisers:
         threshold, coefficients, _ = _constants(target, denoiser, config)
 
-        def policy(
-            threshold: float = threshold, coefficients: tuple[float, ...] = coefficients
-        ) -> Policy:
+        def policy(threshold: float = threshold, coefficients: tuple[float, ...] = coefficients) -> Policy:
             return TeaCache(threshold, coefficients, config.use_ret_steps)
 
         cache = StepCache(target, denoiser, policy, projected=config.use_ret_steps)
@@ -73,9 +71,7 @@ def edits(target: Target, config: TeaCacheConfig) -> Iterator[Edit]:
                 yield AddLayer(block, target.rank("cache gate"), gate)
 
 
-def _constants(
-    target: Target, denoiser: Denoiser, config: TeaCacheConfig
-) -> tuple[float, tuple[float, ...], str]:
+def _constants(target: Target, denoiser: Denoiser, config: TeaCacheConfig) -> tuple[float, tuple[float, ...], str]:
     """The threshold, the coefficients and where they come from, or `Unsupported`."""
     given = config.coefficients
     if denoiser.name == "transformer_2" and config.coefficients_2 is not None:
@@ -217,10 +213,10 @@ class StepCache:
 
     def _measured_change(self, lane: Lane, step: StepState, signal: torch.Tensor) -> float | None:
         adapter, pipe = self.denoiser.adapter, self.target.pipe
-        if adapter.guidance == "batched" and step.branch == adapter.branches[0]:
+        batched = adapter.guidance == "batched" and step.branch == adapter.branches[0]
+        if batched and getattr(pipe, "do_classifier_free_guidance", False) and signal.shape[0] % 2 == 0:
             # Both halves share a call; the conditional one, which comes last, decides.
-            if getattr(pipe, "do_classifier_free_guidance", False) and signal.shape[0] % 2 == 0:
-                signal = signal.chunk(2)[1]
+            signal = signal.chunk(2)[1]
         previous, lane.signal = lane.signal, signal
         if previous is None or previous.shape != signal.shape:
             return None

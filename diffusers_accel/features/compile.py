@@ -63,7 +63,7 @@ def _read(names: tuple[str, ...]) -> Callable[..., Any]:
 
 def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Callable[..., Any]]) -> Callable[..., Any]:
     """A layer that runs `module`'s forward compiled; `shared` holds the compiled forwards by class."""
-    options = {
+    options: dict[str, Any] = {
         "backend": config.backend,
         "fullgraph": config.fullgraph,
         "dynamic": config.dynamic,

@@ -77,10 +77,10 @@ class Checkpoint:
 
 
 # The modulated input of the first block, from that block and its bound arguments.
-BlockSignal = Callable[[nn.Module, Mapping[str, Any]], torch.Tensor]
+BlockSignal = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 # The signal of every timestep at once, from the denoiser, its timesteps (steps,), and whether the projected embedding
 # is asked for: (steps, channels).
-TimestepSignal = Callable[[nn.Module, torch.Tensor, bool], torch.Tensor]
+TimestepSignal = Callable[[Any, torch.Tensor, bool], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +128,11 @@ class Adapter:
 def default_adapter(denoiser: nn.Module) -> Adapter:
     """An adapter for a class nobody described, from what the stock class says about itself.
 
-    Its stacks are the `ModuleList`s that hold the classes named in `_repeated_blocks` or `_no_split_modules`, or, if the
-    class names none, those of at least two modules of one class. It knows no cache signal.
+    Its stacks are the `ModuleList`s that hold the classes named in `_repeated_blocks` or `_no_split_modules`, or, if
+    it names none, those of at least two modules of one class. It knows no cache signal.
     """
     named = set(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())
-    stacks = []
+    stacks: list[Stack] = []
     for path, module in denoiser.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
 
 
-def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     hidden_states = arguments["hidden_states"]
     if arguments.get("extra_pos_emb") is not None:
         hidden_states = hidden_states + arguments["extra_pos_emb"]

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from .adapter import Adapter, Stack
 
 
-def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     return block.input_layernorm_moe_gen(arguments["gen_seq"])
 
 

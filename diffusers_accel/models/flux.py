@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
 
 
-def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     return block.norm1(arguments["hidden_states"], emb=arguments["temb"])[0]
 
 
@@ -34,7 +33,9 @@ FLUX = Adapter(
     guidance="embedded",
     block_signal=_signal,
     rows={
-        "flux.1-dev": TeaCacheRow((498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861), 0.25, _TEACACHE, 0.6),
+        "flux.1-dev": TeaCacheRow(
+            (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861), 0.25, _TEACACHE, 0.6
+        ),
         "flux.1-schnell": TeaCacheRow((1.0, 0.0), 0.25, "TensorRT-LLM VisualGen"),
         "flux.1-kontext": TeaCacheRow(
             (-1046.55119, 312.563399, -16.9500694, 0.410995971, 0.0374537863), 0.25, "a ComfyUI port of TeaCache"

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
 
 
-def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     # The modulation holds (shift, scale, gate) for attention, then for the MLP; only the first two are wanted.
     shift, scale = arguments["temb_mod_img"].chunk(6, dim=-1)[:2]
     if shift.ndim == 2:
@@ -33,9 +32,7 @@ FLUX2 = Adapter(
     guidance="embedded",
     block_signal=_signal,
     rows={
-        "flux.2-dev": TeaCacheRow(
-            (104.58236, -6.87605554, -0.0861659379, 0.0537600252), 0.2, "TensorRT-LLM VisualGen"
-        )
+        "flux.2-dev": TeaCacheRow((104.58236, -6.87605554, -0.0861659379, 0.0537600252), 0.2, "TensorRT-LLM VisualGen")
     },
     row=_row,
 )

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from .adapter import Adapter, Stack
 
 
-def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     hidden_states = arguments["hidden_states"]
     modulation = block.get_mod_params(block.scale_shift_table, arguments["temb"], hidden_states.shape[0])
     shift, scale = modulation[:2]

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
 
 
-def _signal(block: nn.Module, arguments: Mapping[str, Any]) -> torch.Tensor:
+def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     modulation = block.img_mod(arguments["temb"]).chunk(2, dim=-1)[0]
     normed = block.img_norm1(arguments["hidden_states"])
     return block._modulate(normed, modulation, arguments.get("modulate_index"))[0]

@@ -6,15 +6,16 @@ before the first step, without reading anything back from the device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
 
 
-def _signal(denoiser: nn.Module, timesteps: torch.Tensor, projected: bool) -> torch.Tensor:
+def _signal(denoiser: Any, timesteps: torch.Tensor, projected: bool) -> torch.Tensor:
     embedder = denoiser.condition_embedder
     dtype = next(iter(embedder.time_embedder.parameters())).dtype
     embedding = embedder.time_embedder(embedder.timesteps_proj(timesteps).to(dtype))
@@ -25,7 +26,7 @@ def _signal(denoiser: nn.Module, timesteps: torch.Tensor, projected: bool) -> to
 
 # (in_channels, num_layers, heads) of the published checkpoints that one row describes without doubt. The 480P and 720P
 # image-to-video checkpoints have one configuration, so their rows are taken by name only; so are Wan2.2's experts.
-_CONFIGURATIONS = {
+_CONFIGURATIONS: dict[tuple[Any, ...], str] = {
     (16, 30, 12): "wan2.1-t2v-1.3b",
     (16, 40, 40): "wan2.1-t2v-14b",
     (48, 30, 24): "wan2.2-ti2v-5b",
@@ -74,8 +75,8 @@ WAN = Adapter(
     row=_row,
 )
 
-# Its side blocks compute the hints that are added between (and, by configuration, after) the main blocks, so they run on
-# skipped steps too.
+# Its side blocks compute the hints that are added between (and, by configuration, after) the main blocks, so they run
+# on skipped steps too.
 WAN_VACE = Adapter(
     classes=("WanVACETransformer3DModel",),
     stacks=(Stack("blocks", ("hidden_states",)),),

@@ -1,4 +1,4 @@
-"""TeaCache's rule (https://arxiv.org/abs/2411.19108): accumulate the rescaled change of the signal, skip while it is small.
+"""TeaCache's rule (https://arxiv.org/abs/2411.19108): sum up the rescaled change of the signal, skip while it is small.
 
 With d the relative L1 change of the signal between two steps and p the fitted polynomial, `accumulated += |p(d)|`; the
 step is skipped while that stays under the threshold, else it is computed and the sum starts anew. The signal is

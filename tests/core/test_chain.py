@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers.hooks import HookRegistry, ModelHook as DiffusersHook
+from diffusers.hooks import HookRegistry
+from diffusers.hooks import ModelHook as DiffusersHook
 from torch import nn
 
 from diffusers_accel.core.chain import Chain

@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -165,7 +166,7 @@ def wake(module: torch.nn.Module, scale: float = 0.05) -> torch.nn.Module:
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _bpe(suffix: str, specials: tuple[str, ...], size: int) -> tuple[str, str]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 

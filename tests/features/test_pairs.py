@@ -1,0 +1,44 @@
+"""Every pair of features on every family, generated from FEATURES: exact, whatever order they are named in."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from tiny import TINY, build
+
+from diffusers_accel import CompileConfig, TeaCacheConfig, accelerate, restore, stats
+from diffusers_accel.api import FEATURES
+
+# A lossless setting of each feature. A feature without one here fails `test_every_feature_has_a_setting`.
+SETTINGS = {
+    "attention": "sdpa",
+    "compile": CompileConfig(backend="eager"),
+    "cache": TeaCacheConfig(threshold=0.0, coefficients=(1.0, 0.0)),
+    "vae": {"slicing": True},
+}
+FAMILIES = ["flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3"]
+PAIRS = list(itertools.combinations(SETTINGS, 2))
+
+
+def test_every_feature_has_a_setting():
+    assert set(SETTINGS) == set(FEATURES) - {"request"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pairs(name):
+    entry, pipe = TINY[name], build(name)
+    stock = entry.run(pipe, steps=2)
+    expected = stock if isinstance(stock, tuple) else (stock,)
+    for pair in PAIRS:
+        for order in (pair, pair[::-1]):
+            accelerate(pipe, **{feature: SETTINGS[feature] for feature in order})
+            found = entry.run(pipe, steps=2)
+            for one, other in zip(found if isinstance(found, tuple) else (found,), expected, strict=True):
+                # The eager backend and the same kernel: nothing may change.
+                assert torch.equal(one, other), order
+            assert stats(pipe).steps_computed == 2
+    restore(pipe)
+    again = entry.run(pipe, steps=2)
+    assert all(map(torch.equal, again if isinstance(again, tuple) else (again,), expected))

@@ -1,0 +1,122 @@
+"""Attention kernels against float64: the contract of layout, masks, grouped heads and refusals.
+
+Kernels that need a GPU are run by `benchmarks/check_gpu.py`; here their records are asked why they cannot run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from diffusers_accel.core.platform import Device
+from diffusers_accel.kernels.attention import KERNELS, SITES, AttentionSite, choose
+from diffusers_accel.kernels.attention.record import AttentionKernel
+
+HOPPER = Device("cuda", "NVIDIA H200", (9, 0))
+CPU = Device("cpu", "x86_64")
+
+
+def reference(query, key, value, mask=None, causal=False, scale=None):
+    """Softmax attention in float64 on (batch, sequence, heads, head_dim)."""
+    groups = query.shape[2] // key.shape[2]
+    key, value = (item.repeat_interleave(groups, dim=2) for item in (key, value))
+    q, k, v = (item.transpose(1, 2).double() for item in (query, key, value))
+    scores = q @ k.transpose(-1, -2) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.double()
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def inputs(batch=2, length=37, kv_length=53, heads=4, kv_heads=4, dim=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, length, heads, dim), (batch, kv_length, kv_heads, dim), (batch, kv_length, kv_heads, dim)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@pytest.fixture
+def site():
+    site = AttentionSite(KERNELS.get("sdpa"), Counter())
+    SITES[site.number] = site
+    yield site
+    del SITES[site.number]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", ["plain", "scaled", "boolean mask", "additive mask", "causal", "grouped"])
+def test_sdpa_through_a_site(site, case, compiled):
+    options = {}
+    query, key, value = inputs(kv_heads=2 if case == "grouped" else 4, kv_length=37 if case == "causal" else 53)
+    if case == "scaled":
+        options["scale"] = 0.3
+    if case == "boolean mask":
+        options["attn_mask"] = torch.rand(2, 1, 37, 53, generator=torch.Generator().manual_seed(1)) > 0.3
+    if case == "additive mask":
+        options["attn_mask"] = torch.randn(2, 1, 1, 53, generator=torch.Generator().manual_seed(1))
+    if case == "causal":
+        options["is_causal"] = True
+    if case == "grouped":
+        options["enable_gqa"] = True
+    call = torch.compile(lambda *args, **kwargs: site(*args, **kwargs), backend="aot_eager", fullgraph=True)
+    found = (call if compiled else site)(query, key, value, **options)
+    expected = reference(query, key, value, options.get("attn_mask"), case == "causal", options.get("scale"))
+    # float32 against float64: sums of 53 terms.
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    assert site.counts == {"sdpa": 1}
+
+
+def test_the_operator_is_well_formed(site):
+    """Schema, fake implementation and strides, as torch itself checks them."""
+    from diffusers_accel.kernels.attention.site import _attention
+
+    query, key, value = inputs()
+    arguments = (query, key, value, None, False, None, False, site.number)
+    torch.library.opcheck(_attention, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_inputs_are_not_changed(site):
+    tensors = inputs()
+    copies = [item.clone() for item in tensors]
+    site(*tensors)
+    assert all(map(torch.equal, tensors, copies))
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash2", "fa3", "fa4"])
+def test_gpu_kernels_say_why_they_cannot_run_here(name):
+    reason = KERNELS.get(name).missing(CPU)
+    assert reason and ("needs a CUDA device" in reason or "needs the package" in reason)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ({"dtype": torch.float32}, "takes torch.bfloat16, not torch.float32"),
+        ({"head_dim": 80}, "not 80"),
+        ({"masked": True}, "no attention mask"),
+        ({"dtype": torch.bfloat16, "head_dim": 128}, None),
+    ],
+)
+def test_a_record_judges_a_call(call, reason):
+    found = KERNELS.get("fa3").refuses(**call)
+    assert found is None if reason is None else reason in found
+
+
+def test_auto_takes_the_best_that_can_run(monkeypatch):
+    assert choose(CPU, torch.float32, 64).name == "sdpa"
+    installed = {"fa3_fwd_interface"}
+    monkeypatch.setattr("diffusers_accel.kernels.attention.record.has_module", lambda name: name in installed)
+    assert choose(HOPPER, torch.bfloat16, 128).name == "fa3"
+    assert choose(HOPPER, torch.float32, 128).name == "sdpa"
+    assert choose(HOPPER, torch.bfloat16, 80).name == "sdpa"
+    assert choose(Device("cuda", "NVIDIA A100", (8, 0)), torch.bfloat16, 128).name == "sdpa"
+    installed.clear()
+    installed.add("flash_attn.cute")
+    assert choose(HOPPER, torch.bfloat16, 80).name == "fa4"
+
+
+def test_a_wrong_architecture_is_named():
+    kernel = AttentionKernel(name="x", load=lambda: None, architectures=((10, 0),))
+    assert "built for sm_100; this is NVIDIA H200 (sm_90)" in kernel.missing(HOPPER)
