@@ -1,0 +1,177 @@
+"""FLUX.1-dev's real shape, with random weights: stock diffusers, its regional compile, and this package, in one run.
+
+Random weights cost what trained ones cost, so this measures speed only. Prompt embeddings are given, so that the text
+encoders stay out; VAE decoding is included. Variants:
+
+- `stock`: diffusers as it comes.
+- `off`: `accelerate(pipe, AccelConfig())`, which places every call and changes nothing. Called in turn with `stock`.
+- `diffusers compile`: `transformer.compile_repeated_blocks(fullgraph=True)`.
+- `lossless`: `accelerate(pipe, "lossless")`.
+- `lossless, sdpa`: the same with `attention="sdpa"`, to tell the kernel's part from the rest.
+
+    python benchmarks/flux.py                      # on a CUDA device
+    python benchmarks/flux.py --tiny --device cpu  # a dry run of the script
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+from diffusers_accel import AccelConfig, accelerate, restore, stats
+
+TRANSFORMER: dict[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+VAE: dict[str, Any] = {
+    "latent_channels": 16,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "sample_size": 1024,
+}
+SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 256, "max_image_seq_len": 4096,
+             "base_shift": 0.5, "max_shift": 1.15}  # fmt: skip
+
+
+def build(device: str, dtype: torch.dtype, tiny: bool) -> FluxPipeline:
+    """The stock pipeline with random weights, made on the device."""
+    torch.manual_seed(0)
+    transformer, vae = dict(TRANSFORMER), dict(VAE)
+    if tiny:
+        transformer |= {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64}
+        vae |= {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 8, "layers_per_block": 1}
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            denoiser = FluxTransformer2DModel(**transformer).eval().requires_grad_(False)
+            decoder = AutoencoderKL(**vae).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=decoder,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=denoiser,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="a small model: a dry run of the script")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result; benchmarks/results if not given")
+    options = parser.parse_args()
+    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    size, steps = (64, 2) if options.tiny else (options.size, options.steps)
+
+    pipe = build(options.device, dtype, options.tiny)
+    config = pipe.transformer.config
+    embeddings = {
+        "prompt_embeds": torch.randn(1, 512, config.joint_attention_dim, device=options.device, dtype=dtype),
+        "pooled_prompt_embeds": torch.randn(1, config.pooled_projection_dim, device=options.device, dtype=dtype),
+    }
+
+    def generate() -> torch.Tensor:
+        generator = torch.Generator(options.device).manual_seed(0)
+        return pipe(
+            **embeddings, height=size, width=size, num_inference_steps=steps, guidance_scale=3.5, generator=generator,
+            output_type="pt",
+        ).images  # fmt: skip
+
+    def off() -> torch.Tensor:
+        accelerate(pipe, AccelConfig())
+        try:
+            return generate()
+        finally:
+            restore(pipe)
+
+    figures: dict[str, Any] = {}
+    cold: dict[str, float] = {}
+    kernels: dict[str, Any] = {}
+
+    def note(name: str, times: list[float]) -> None:
+        figures.setdefault(name, []).extend(times)
+        print(f"{name}: {measure.summary(times)}", flush=True)
+
+    reference = generate().float()
+    assert torch.isfinite(reference).all(), "the random model's output must be finite"
+    for name, times in measure.alternate({"stock": generate, "off": off}, options.repeats).items():
+        note(name, times)
+
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+    differences: dict[str, float] = {}
+
+    def timed_first(name: str) -> None:
+        measure.synchronize()
+        start = time.perf_counter()
+        found = generate().float()
+        measure.synchronize()
+        cold.setdefault(name, round(time.perf_counter() - start, 2))
+        error = (found - reference).pow(2).mean()
+        differences[name] = round(float(-10 * error.log10()), 2)
+
+    # Two passes over the compiled variants, so that none is always first on a cool card.
+    for _ in range(2):
+        accelerate(pipe, "lossless", compile=True)
+        timed_first("lossless")
+        note("lossless", measure.seconds(generate, options.repeats, warm=0))
+        kernels["lossless"] = stats(pipe).attention_kernels
+        accelerate(pipe, attention="sdpa", compile=True)
+        timed_first("lossless, sdpa")
+        note("lossless, sdpa", measure.seconds(generate, options.repeats, warm=0))
+        kernels["lossless, sdpa"] = stats(pipe).attention_kernels
+        restore(pipe)
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        timed_first("diffusers compile")
+        note("diffusers compile", measure.seconds(generate, options.repeats, warm=0))
+        # diffusers has no way back from compile_repeated_blocks.
+        for block in blocks:
+            block._compiled_call_impl = None
+
+    result = {
+        "work": f"FLUX.1-dev shape, {size}x{size}, {steps} steps, batch 1, {dtype}, VAE decode included",
+        "variants": {name: measure.summary(times) for name, times in figures.items()},
+        "first call, compilation included, seconds": cold,
+        "psnr against stock, dB": differences,
+        "attention kernels of one request": kernels,
+    }
+    stock = result["variants"]["stock"]["seconds"]
+    result["speed-up over stock"] = {
+        name: round(stock / figure["seconds"], 3) for name, figure in result["variants"].items()
+    }
+    path = measure.write("flux-dry-run" if options.tiny else "flux", result, options.out)
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    main()
