@@ -1,7 +1,7 @@
 """Checks on a CUDA device what the test suite cannot check without one.
 
 - Every attention kernel that can run, against float64 on fresh random inputs, in the shapes of the models.
-- The shipped checkpoints and small stock pipelines on the device: lossless settings against stock, restored bit for bit.
+- The shipped checkpoints and small stock pipelines on the device: lossless settings against stock, and restored.
 
 Relative error is ||found - reference|| / ||reference||; bf16 attention stays under 1e-2. The result is written like a
 benchmark's, and the exit status is 1 if a check fails.
@@ -56,7 +56,7 @@ def check_kernels(device: torch.device) -> dict[str, Any]:
             continue
         function, errors = kernel.load(), {}
         for label, ((batch, length, kv_length, heads, kv_heads, dim), causal) in CALLS.items():
-            refused = kernel.refuses(torch.bfloat16, dim, False, causal, heads != kv_heads)
+            refused = kernel.refuses(torch.bfloat16, dim, device, False, causal, heads != kv_heads)
             if refused:
                 errors[label] = refused
                 continue

@@ -1,4 +1,4 @@
-"""What step caching costs in fidelity on the shipped checkpoints: PSNR against stock over captions the models never saw.
+"""What step caching costs in fidelity on the shipped checkpoints: PSNR against stock over held-out captions.
 
 For each threshold: the share of steps skipped and the PSNR of the accelerated pictures against the stock ones of the
 same seeds, pooled over all of them, on average, and at worst. Threshold 0 must give the stock pictures bit for bit. One

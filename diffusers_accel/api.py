@@ -21,6 +21,7 @@ from . import presets
 from .config import AccelConfig, read_yaml
 from .core.chain import Chain
 from .core.edits import Journal
+from .core.platform import describe
 from .core.step import Mode, StepClock
 from .errors import ConfigError, NotAccelerated, Unsupported
 from .features import attention, cache, compile, request, vae
@@ -261,7 +262,9 @@ def _target(pipe: Any) -> Target:
         )
     found = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}  # type: ignore[attr-defined]
     denoisers = tuple(
-        Denoiser(name, module, adapter_for(module)) for name, module in found.items() if isinstance(module, nn.Module)
+        Denoiser(name, module, adapter_for(module), describe(_device(pipe, module)))
+        for name, module in found.items()
+        if isinstance(module, nn.Module)
     )
     kind = type(pipe).__name__
     if not denoisers:
@@ -279,6 +282,12 @@ def _target(pipe: Any) -> Target:
             )
     clock = StepClock(lambda: getattr(pipe, "scheduler", None), lambda: getattr(pipe, "current_timestep", None))
     return Target(pipe, denoisers, ORDER.index, clock)
+
+
+def _device(pipe: Any, module: nn.Module) -> torch.device:
+    device = next(module.parameters()).device
+    # Under an offload hook the weights wait on the CPU (or on meta), and the pipeline knows where they will run.
+    return device if device.type not in ("cpu", "meta") else pipe._execution_device
 
 
 def _refuse_compiled(denoiser: Denoiser) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..core.edits import Edit
-from ..core.platform import Device, describe
+from ..core.platform import Device
 from ..core.step import StepClock
 from ..models import Adapter
 
@@ -29,15 +29,13 @@ class Denoiser:
         name: The pipeline's name for it, e.g. `"transformer"`.
         module: The stock model.
         adapter: The data about its class.
+        device: Where it runs (under an offload hook its weights may be elsewhere).
     """
 
     name: str
     module: nn.Module
     adapter: Adapter
-
-    @property
-    def device(self) -> Device:
-        return describe(next(self.module.parameters()).device)
+    device: Device
 
     @property
     def dtype(self) -> torch.dtype:

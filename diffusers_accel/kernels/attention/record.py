@@ -65,11 +65,14 @@ class AttentionKernel:
         self,
         dtype: torch.dtype | None = None,
         head_dim: int | None = None,
+        device: torch.device | None = None,
         masked: bool = False,
         causal: bool = False,
         grouped: bool = False,
     ) -> str | None:
         """Why the kernel cannot take such a call, or `None` if it can. What is not given is not judged."""
+        if device is not None and self.architectures != () and device.type != "cuda":
+            return f"runs on CUDA, and the call is on {device.type}"
         if dtype is not None and self.dtypes and dtype not in self.dtypes:
             return f"takes {', '.join(str(item) for item in self.dtypes)}, not {dtype}"
         if head_dim is not None and self.head_dims is not None and head_dim not in self.head_dims:

@@ -43,7 +43,8 @@ class AttentionSite:
         enable_gqa: bool,
     ) -> torch.Tensor:
         """Attention on (batch, sequence, heads, head_dim) tensors by the kernel that can take the call."""
-        reason = self.kernel.refuses(query.dtype, query.shape[-1], attn_mask is not None, is_causal, enable_gqa)
+        masked = attn_mask is not None
+        reason = self.kernel.refuses(query.dtype, query.shape[-1], query.device, masked, is_causal, enable_gqa)
         if reason is None:
             self.counts[self.kernel.name] += 1
             return self.function(query, key, value, attn_mask, is_causal, scale, enable_gqa)
