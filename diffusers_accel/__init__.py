@@ -1,7 +1,7 @@
 """diffusers_accel: makes stock diffusers pipelines as fast as the chip allows, in place, and takes it back on request.
 
 >>> from diffusers_accel import accelerate, explain, restore, stats
->>> pipe = accelerate(FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.bfloat16).to("cuda"))
+>>> pipe = accelerate(FluxPipeline.from_pretrained(MODEL, dtype=torch.bfloat16).to("cuda"))
 
 Importing the package loads no kernel package and no triton; names are looked up when they are first used.
 """

@@ -217,7 +217,7 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any
 
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     classes: dict[str, Any] = {"FluxPipeline": FluxPipeline, "WanPipeline": WanPipeline}
-    pipeline = classes[name].from_pretrained(folder, torch_dtype=dtype).to(device)
+    pipeline = classes[name].from_pretrained(folder, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -117,6 +117,15 @@ FLUX_SHIFT, WAN_SHIFT = 2.0, 3.0  # of the shipped schedulers, and of the traini
 
 
 @dataclass
+class VaeStage:
+    """A stage of the VAE's training."""
+
+    share: float  # of the VAE's time
+    rate: float
+    streams: list[tuple[int, int, int, int, float]]  # (resolution, crop, frames, batch, share of the steps)
+
+
+@dataclass
 class Plan:
     """How one model is trained; the streams are (resolution, batch, share of the steps)."""
 
@@ -124,13 +133,12 @@ class Plan:
     vae_share: float  # of the minutes
     encode_share: float
     reserve_seconds: float  # for sampling, scoring and saving at the end
-    vae_streams: list[tuple[int, int, int, int, float]]  # (resolution, crop, frames, batch, share of the steps)
+    vae_stages: list[VaeStage]  # each with an optimizer and a learning-rate schedule of its own
     streams: list[tuple[int, int, float]]
     samples: dict[int, int]  # scenes to encode per resolution, at most
     pool: dict[int, int]  # rendered scenes for the VAE per resolution
     drop_captions: float
     peak_rate: float = 1.5e-3
-    vae_rate: float = 2e-3
     score_sizes: tuple[int, ...] = (128,)
     score_count: int = 200
 
@@ -138,16 +146,19 @@ class Plan:
 PLANS: dict[str, Plan] = {
     "flux-shapes": Plan(
         kind="image", vae_share=0.24, encode_share=0.1, reserve_seconds=30,
-        vae_streams=[(128, 64, 1, 96, 0.75), (128, 128, 1, 32, 0.15), (256, 256, 1, 8, 0.1)],
+        vae_stages=[VaeStage(1.0, 2e-3, [(128, 64, 1, 96, 0.75), (128, 128, 1, 32, 0.15), (256, 256, 1, 8, 0.1)])],
         streams=[(128, 384, 0.72), (192, 192, 0.12), (256, 128, 0.16)],
         samples={128: 160_000, 192: 40_000, 256: 40_000}, pool={128: 12_000, 256: 2_000},
         drop_captions=0.05, score_sizes=(128, 256),
     ),
     "wan-shapes": Plan(
         kind="video", vae_share=0.4, encode_share=0.14, reserve_seconds=30,
-        # Small crops make many steps in the time. Most see all frames: what the causal caches hold late in a clip
-        # differs from its beginning, and a decoder that never saw it drifts.
-        vae_streams=[(128, 64, 17, 8, 0.55), (128, 64, 5, 16, 0.3), (128, 128, 17, 4, 0.15)],
+        # Small crops of few frames make many steps in the time. A second stage sees all frames: what the causal caches
+        # hold late in a clip differs from its beginning, and a decoder that never saw it drifts.
+        vae_stages=[
+            VaeStage(0.72, 2e-3, [(128, 64, 5, 16, 0.85), (128, 128, 9, 6, 0.15)]),
+            VaeStage(0.28, 1e-3, [(128, 64, 17, 8, 0.55), (128, 64, 5, 16, 0.3), (128, 128, 17, 4, 0.15)]),
+        ],
         streams=[(128, 192, 1.0)],
         samples={128: 30_000}, pool={128: 2_500},
         drop_captions=0.12,
@@ -159,9 +170,12 @@ def tiny_plan(plan: Plan) -> Plan:
     """The same phases, a few steps each: for a dry run on a CPU."""
     size = 64
     if plan.kind == "image":
-        plan.vae_streams = [(size, 32, 1, 2, 0.5), (32, 32, 1, 2, 0.5)]
+        plan.vae_stages = [VaeStage(1.0, 2e-3, [(size, 32, 1, 2, 0.5), (32, 32, 1, 2, 0.5)])]
     else:
-        plan.vae_streams = [(size, 32, 5, 2, 0.5), (size, size, 17, 1, 0.5)]
+        plan.vae_stages = [
+            VaeStage(0.5, 2e-3, [(size, 32, 5, 2, 1.0)]),
+            VaeStage(0.5, 1e-3, [(size, size, 17, 1, 1.0)]),
+        ]
     plan.streams = [(size, 4, 0.5), (32, 4, 0.5)] if plan.kind == "image" else [(size, 4, 1.0)]
     plan.samples = {size: 16, 32: 16} if plan.kind == "image" else {size: 8}
     plan.pool = {size: 8, 32: 8} if plan.kind == "image" else {size: 4}
@@ -592,6 +606,44 @@ def render_pool(kind: str, size: int, count: int, seed: int, device: torch.devic
     return torch.cat(parts)
 
 
+def add_vae_stream(
+    trainer: Trainer,
+    vae: Any,
+    video: bool,
+    pools: dict[int, torch.Tensor],
+    stream: tuple[int, int, int, int, float],
+    device: torch.device,
+) -> None:
+    """Random crops and moments of the rendered scenes, in static buffers, and the loss on them."""
+    size, crop, clip_frames, batch, share = stream
+    shape = (batch, 3, clip_frames, crop, crop) if video else (batch, 3, crop, crop)
+    target = torch.zeros(shape, device=device)
+    latent_shape = (batch, 16, (clip_frames - 1) // 4 + 1, crop // 8, crop // 8)
+    noise = torch.zeros(latent_shape if video else (batch, 16, crop // 8, crop // 8), device=device)
+
+    pool, room = pools[size], size - crop
+
+    def fill() -> None:
+        chosen = pool[torch.randint(len(pool), (batch,), device=device)]
+        left, top = random.randint(0, room), random.randint(0, room)
+        chosen = chosen[..., top : top + crop, left : left + crop]
+        if video:
+            first = random.randrange(FRAMES - clip_frames + 1)
+            chosen = chosen[:, :, first : first + clip_frames]
+        target.copy_(chosen).div_(127.5).sub_(1)
+        noise.normal_()
+
+    def loss() -> torch.Tensor:
+        moments = wan_moments(vae, target) if video else vae.encoder(target)
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 10)
+        latents = mean + (0.5 * log_variance).exp() * noise
+        decoded = wan_decode(vae, latents) if video else vae.decoder(latents)
+        return vae_loss(decoded, target, mean, log_variance)
+
+    trainer.add_stream(f"vae {crop}x{clip_frames}", share, fill, loss)
+
+
 def train_vae(
     parts: Parts, plan: Plan, clock: Clock, device: torch.device, seed: int, log: Any, most_steps: int | None
 ) -> dict[str, Any]:
@@ -603,50 +655,23 @@ def train_vae(
             if parameter.ndim in (4, 5):
                 layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
                 parameter.data = parameter.data.contiguous(memory_format=layout)
-    trainer = Trainer(list(vae.parameters()), device, plan.vae_rate, average=False, decay=0.0)
-    pools = {
-        size: render_pool(plan.kind, size, plan.pool[size], seed + size, device)
-        for size in sorted({stream[0] for stream in plan.vae_streams})
-    }
-    for size, crop, clip_frames, batch, share in plan.vae_streams:
-        shape = (batch, 3, clip_frames, crop, crop) if video else (batch, 3, crop, crop)
-        target = torch.zeros(shape, device=device)
-        latent_shape = (batch, 16, (clip_frames - 1) // 4 + 1, crop // 8, crop // 8)
-        noise = torch.zeros(latent_shape if video else (batch, 16, crop // 8, crop // 8), device=device)
-
-        def fill(
-            pool: torch.Tensor = pools[size],
-            target: torch.Tensor = target,
-            noise: torch.Tensor = noise,
-            batch: int = batch,
-            crop: int = crop,
-            room: int = size - crop,
-            frames: int = clip_frames,
-        ) -> None:
-            chosen = pool[torch.randint(len(pool), (batch,), device=device)]
-            left, top = random.randint(0, room), random.randint(0, room)
-            chosen = chosen[..., top : top + crop, left : left + crop]
-            if video:
-                first = random.randrange(FRAMES - frames + 1)
-                chosen = chosen[:, :, first : first + frames]
-            target.copy_(chosen).div_(127.5).sub_(1)
-            noise.normal_()
-
-        def loss(target: torch.Tensor = target, noise: torch.Tensor = noise) -> torch.Tensor:
-            moments = wan_moments(vae, target) if video else vae.encoder(target)
-            mean, log_variance = moments.float().chunk(2, dim=1)
-            log_variance = log_variance.clamp(-20, 10)
-            latents = mean + (0.5 * log_variance).exp() * noise
-            decoded = wan_decode(vae, latents) if video else vae.decoder(latents)
-            return vae_loss(decoded, target, mean, log_variance)
-
-        trainer.add_stream(f"vae {crop}x{clip_frames}", share, fill, loss)
+    sizes = sorted({stream[0] for stage in plan.vae_stages for stream in stage.streams})
+    pools = {size: render_pool(plan.kind, size, plan.pool[size], seed + size, device) for size in sizes}
     say(f"VAE pools rendered: {plan.pool}")
-    until = clock.elapsed() + max(1.0, plan.vae_share * clock.total - clock.elapsed())
-    summary: dict[str, Any] = trainer.run("vae", clock, until, log, seed, most_steps=most_steps)
-    trainer.release()
+    begin = clock.elapsed()
+    seconds = max(1.0, plan.vae_share * clock.total - begin)
+    summary: dict[str, Any] = {"stages": []}
+    spent = 0.0
+    for number, stage in enumerate(plan.vae_stages, start=1):
+        trainer = Trainer(list(vae.parameters()), device, stage.rate, average=False, decay=0.0)
+        for stream in stage.streams:
+            add_vae_stream(trainer, vae, video, pools, stream, device)
+        spent += stage.share / sum(one.share for one in plan.vae_stages)
+        until = begin + seconds * spent
+        summary["stages"].append(trainer.run(f"vae {number}", clock, until, log, seed, most_steps=most_steps))
+        trainer.release()
     vae.eval().requires_grad_(False)
-    size = plan.vae_streams[0][0]
+    size = plan.vae_stages[0].streams[0][0]
     batch = 16 if most_steps is None else 2
     summary["psnr dB"] = scoring.reconstruction_psnr(vae, plan.kind, size, 4 * batch, batch)
     say(f"VAE reconstruction of held-out scenes: {summary['psnr dB']} dB")
@@ -938,14 +963,14 @@ def read_state(name: str, folder: Path, scratch: Path) -> tuple[Parts, dict[str,
 CALLS = {
     "flux-shapes": """from diffusers import FluxPipeline
 
-pipeline = FluxPipeline.from_pretrained("flux-shapes", torch_dtype=torch.bfloat16).to("cuda")
+pipeline = FluxPipeline.from_pretrained("flux-shapes", dtype=torch.bfloat16).to("cuda")
 image = pipeline(
     "a large red circle at the top left and a small blue square in the center, on a striped dark background",
     height=128, width=128, num_inference_steps=24, max_sequence_length=64,
 ).images[0]""",
     "wan-shapes": """from diffusers import WanPipeline
 
-pipeline = WanPipeline.from_pretrained("wan-shapes", torch_dtype=torch.bfloat16).to("cuda")
+pipeline = WanPipeline.from_pretrained("wan-shapes", dtype=torch.bfloat16).to("cuda")
 frames = pipeline(
     "a large red circle moving right, on a striped dark background",
     height=128, width=128, num_frames=17, num_inference_steps=24, guidance_scale=4.0, max_sequence_length=64,
@@ -1102,7 +1127,7 @@ def run(options: argparse.Namespace) -> None:
 
         weights_file = options.vae / "diffusion_pytorch_model.safetensors"
         parts.vae.load_state_dict({key: value.float() for key, value in load_file(weights_file).items()})
-        plan.vae_rate *= 0.5
+        plan.vae_stages = plan.vae_stages[-1:]
         facts["vae started from"] = options.vae.name
     parts.vae.to(device)
     for module in parts.trained().values():
@@ -1218,7 +1243,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="a folder with NAME.tar and NAME-state.tar to go on from")
     parser.add_argument("--rate", type=float, help="peak learning rate of phase 3")
     parser.add_argument("--vae-share", type=float, help="share of the minutes for the VAE")
-    parser.add_argument("--vae", type=Path, help="a VAE folder to start phase 1 from, at half its learning rate")
+    parser.add_argument("--vae", type=Path, help="a VAE folder that has been through all but the last stage of phase 1")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks before the capture")
     parser.add_argument("--checkpoint-seconds", type=float, default=100)
     parser.add_argument("--tiny", action="store_true", help="a few steps of every phase, for a dry run on a CPU")
