@@ -114,7 +114,8 @@ def check_models(device: torch.device) -> dict[str, Any]:
         entry, pipe = TINY[name], build(name).to(device)
 
         def small(pipe: Any, entry: Any = entry) -> torch.Tensor:
-            out = entry.run(pipe)
+            moved = {key: item.to(device) for key, item in entry.call().items() if isinstance(item, torch.Tensor)}
+            out = entry.run(pipe, **moved)
             return torch.cat([item.float().flatten() for item in (out if isinstance(out, tuple) else (out,))])
 
         sections: dict[str, Any] = {"attention": "sdpa", "compile": CompileConfig()}
@@ -130,6 +131,8 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device("cuda")
     kernels = check_kernels(device)
+    print(kernels, flush=True)
+    measure.write("check-gpu", {"kernels": kernels}, options.out)  # kept should a model break off
     models = {} if options.skip_models else check_models(device)
     wrong = [
         f"{kernel}, {label}: {error}"

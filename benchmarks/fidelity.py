@@ -24,7 +24,7 @@ from diffusers_accel import AccelConfig, TeaCacheConfig, accelerate, demo, resto
 sys.path.insert(0, str(Path(__file__).parent / "shapes"))
 import scenes
 
-THRESHOLDS = {"flux-shapes": (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6), "wan-shapes": (0.0, 0.1, 0.15, 0.2, 0.25, 0.3)}
+THRESHOLDS = {"flux-shapes": (0.0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.6), "wan-shapes": (0.0, 0.15, 0.17, 0.18, 0.2, 0.25)}
 BOUNDS = {"flux-shapes": 33.0, "wan-shapes": 30.0}
 SKIPPED_SHARE = 0.4
 

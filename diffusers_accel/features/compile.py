@@ -46,6 +46,7 @@ def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
         for block in denoiser.adapter.blocks(denoiser.module):
             yield AddLayer(block, target.rank("compile"), _compiled(block, config, shared))
             if denoiser.adapter.static_arguments:
+                # Of equal rank and added later, so it runs outside the compiled forward.
                 yield AddLayer(block, target.rank("compile"), _read(denoiser.adapter.static_arguments))
 
 
