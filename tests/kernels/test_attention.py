@@ -96,6 +96,9 @@ def test_gpu_kernels_say_why_they_cannot_run_here(name):
         ({"dtype": torch.float32}, "takes torch.bfloat16, not torch.float32"),
         ({"head_dim": 80}, "not 80"),
         ({"masked": True}, "no attention mask"),
+        ({"causal": True, "square": False}, "for equal lengths only"),
+        ({"causal": True, "square": True}, None),
+        ({"device": torch.device("cpu")}, "runs on CUDA"),
         ({"dtype": torch.bfloat16, "head_dim": 128}, None),
     ],
 )
@@ -120,3 +123,26 @@ def test_auto_takes_the_best_that_can_run(monkeypatch):
 def test_a_wrong_architecture_is_named():
     kernel = AttentionKernel(name="x", load=lambda: None, architectures=((10, 0),))
     assert "built for sm_100; this is NVIDIA H200 (sm_90)" in kernel.missing(HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "attribute"), [("fa3", "fa3_fwd_interface", ""), ("fa4", "flash_attn.cute", "flash_attn")]
+)
+def test_flash_packages_are_called_as_they_are_documented(name, module, attribute, monkeypatch):
+    """A stand-in with the packages' signature, computing in float64: the arguments must arrive where they belong."""
+    import sys
+    import types
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+        return reference(q, k, v, None, causal, softmax_scale).to(q.dtype), None
+
+    stand_in = types.ModuleType(module)
+    stand_in.flash_attn_func = flash_attn_func
+    if attribute:
+        monkeypatch.setitem(sys.modules, attribute, types.ModuleType(attribute))
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    monkeypatch.setattr("diffusers_accel.kernels.attention.flash.has_module", lambda found: found == module)
+    function = KERNELS.get(name).load()
+    query, key, value = inputs(kv_heads=2, kv_length=37)
+    found = function(query, key, value, None, True, 0.4, True)
+    torch.testing.assert_close(found.double(), reference(query, key, value, None, True, 0.4), atol=1e-5, rtol=1e-5)

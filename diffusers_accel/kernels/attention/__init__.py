@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ...core.platform import Device
-from . import flash3, flash4, torch_native  # noqa: F401  (each registers its record)
+from . import flash, torch_native  # noqa: F401  (each registers its records)
 from .record import KERNELS, AttentionKernel, register_attention
 from .site import SITES, AttentionSite
 

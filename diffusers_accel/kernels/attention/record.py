@@ -31,7 +31,8 @@ class AttentionKernel:
         dtypes: Input types it takes; empty for all.
         head_dims: Head dimensions it takes; `None` for all.
         mask: Whether it takes an attention mask.
-        causal: Whether it takes `is_causal`.
+        causal: Whether it takes `is_causal`, whose diagonal starts at the top left, as SDPA's does.
+        causal_square: Whether it takes `is_causal` only for equal lengths (elsewhere its diagonal lies otherwise).
         gqa: Whether it takes fewer key and value heads than query heads.
         exact: Whether it computes in the input's own precision (no quantization).
     """
@@ -45,6 +46,7 @@ class AttentionKernel:
     head_dims: tuple[int, ...] | None = None
     mask: bool = True
     causal: bool = True
+    causal_square: bool = False
     gqa: bool = True
     exact: bool = True
 
@@ -69,6 +71,7 @@ class AttentionKernel:
         masked: bool = False,
         causal: bool = False,
         grouped: bool = False,
+        square: bool = True,
     ) -> str | None:
         """Why the kernel cannot take such a call, or `None` if it can. What is not given is not judged."""
         if device is not None and self.architectures != () and device.type != "cuda":
@@ -81,6 +84,8 @@ class AttentionKernel:
             return "takes no attention mask"
         if causal and not self.causal:
             return "takes no causal mask"
+        if causal and self.causal_square and not square:
+            return "takes a causal mask for equal lengths only"
         if grouped and not self.gqa:
             return "takes no grouped key and value heads"
         return None

@@ -44,7 +44,8 @@ class AttentionSite:
     ) -> torch.Tensor:
         """Attention on (batch, sequence, heads, head_dim) tensors by the kernel that can take the call."""
         masked = attn_mask is not None
-        reason = self.kernel.refuses(query.dtype, query.shape[-1], query.device, masked, is_causal, enable_gqa)
+        square = query.shape[1] == key.shape[1]
+        reason = self.kernel.refuses(query.dtype, query.shape[-1], query.device, masked, is_causal, enable_gqa, square)
         if reason is None:
             self.counts[self.kernel.name] += 1
             return self.function(query, key, value, attn_mask, is_causal, scale, enable_gqa)
