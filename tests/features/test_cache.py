@@ -225,6 +225,30 @@ def test_an_interrupt_and_a_callback_that_replaces_latents():
     assert_same(entry.run(used), expected)
 
 
+def test_an_interrupt_within_the_second_expert():
+    """The second expert's first step of a request is not the request's first: nothing may be left there for it."""
+    entry = TINY["wan22"]
+
+    def interrupt(pipe, step, timestep, tensors):
+        pipe._interrupt = step >= 2
+        return tensors
+
+    used = accelerate(build("wan22"), EAGER_WAN)
+    entry.run(used, callback_on_step_end=interrupt)
+    assert stats(used).branches["transformer_2/cond"]["computed"] == 1
+    fresh = accelerate(build("wan22"), EAGER_WAN)
+    assert_same(entry.run(used, num_inference_steps=6), entry.run(fresh, num_inference_steps=6))
+    assert stats(used).branches == stats(fresh).branches
+
+
+def test_a_context_that_broke_off_names_no_later_call():
+    pipe = accelerate(build("flux-kontext"), EAGER)
+    with pytest.raises(Stop), pipe.transformer.cache_context("odd"):
+        raise Stop
+    TINY["flux-kontext"].run(pipe)
+    assert set(stats(pipe).branches) == {"transformer/cond"}
+
+
 def test_two_pipelines_interleaved_within_a_generation():
     entry = TINY["flux"]
     first, second = (accelerate(build("flux", seed=seed), EAGER) for seed in (0, 1))

@@ -68,12 +68,16 @@ def test_sdpa_through_a_site(site, case, compiled):
     assert site.counts == {"sdpa": 1}
 
 
-def test_the_operator_is_well_formed(site):
-    """Schema, fake implementation and strides, as torch itself checks them."""
+@pytest.mark.parametrize("value_dim", [32, 16])
+def test_the_operator_is_well_formed(site, value_dim):
+    """Schema, fake implementation and strides, as torch itself checks them; a value of another head_dim takes SDPA's
+    plain path, whose output lies otherwise in memory."""
     from diffusers_accel.kernels.attention.site import _attention
 
     query, key, value = inputs()
+    value = value[..., :value_dim].contiguous()
     arguments = (query, key, value, None, False, None, False, site.number)
+    assert _attention(*arguments).is_contiguous()
     torch.library.opcheck(_attention, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -86,6 +86,31 @@ def test_every_attention_layer_is_reached(name):
     assert stats(pipe).attention_kernels == {"sdpa": stock_calls}
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_padding_mask_arrives(compiled):
+    """Two prompts of different lengths: Qwen-Image pads one and masks the padding; without the mask it would show."""
+    entry, pipe = TINY["qwen"], build("qwen")
+    prompts = {
+        "prompt": ["a red fox in the snow under a very dark sky", "fox"],
+        "negative_prompt": ["blurry, low quality, and some more words", "bad"],
+    }
+    stock = entry.run(pipe, steps=2, **prompts)
+    alone = entry.run(pipe, steps=2, prompt=prompts["prompt"][1], negative_prompt=prompts["negative_prompt"][1])
+    assert stock.shape[0] == 2 and not torch.equal(stock[1], alone[0])
+    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="eager") if compiled else None)
+    assert_equal(entry.run(pipe, steps=2, **prompts), stock)
+    masked = []
+    from diffusers_accel.kernels.attention import SITES
+
+    site = list(SITES.values())[-1]
+    run = site.run
+    site.run = lambda query, key, value, mask, *rest: (
+        masked.append(mask is not None) or run(query, key, value, mask, *rest)
+    )
+    entry.run(pipe, steps=2, **prompts)
+    assert any(masked), "the prompts were meant to need a mask"
+
+
 # One pipeline per denoiser class and way of calling it; the others differ outside of the blocks.
 COMPILED = [
     "flux",

@@ -1,8 +1,8 @@
 """FlashAttention 3 and 4, from their wheels or a user's own build. Forward only here; neither takes a mask.
 
 FlashAttention 3 (https://arxiv.org/abs/2407.08608) is for Hopper: the `fa3-fwd` wheel, or a user's build of
-`flash_attn_interface`. FlashAttention 4 is CuTe DSL for Hopper and Blackwell: the `flash-attn-4` wheel, called directly,
-since torch's own activation of it does not work with the released betas.
+`flash_attn_interface`. FlashAttention 4 is CuTe DSL for Hopper and Blackwell: the `flash-attn-4` wheel, called directly
+because torch's own activation of it does not work with the released betas.
 """
 
 from __future__ import annotations
