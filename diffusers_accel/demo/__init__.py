@@ -81,9 +81,9 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             "max_sequence_length": 64,
         },
         captions=(
+            "a small orange triangle moving right, on a checkered gray background",
             "a small yellow square moving right and a large blue triangle moving left, on a plain light background",
             "a large cyan ring moving left and a small red cross moving up, on a striped beige background",
-            "a small orange triangle moving right, on a checkered gray background",
             "a small cyan cross moving up, on a gradient gray background",
             "a small purple circle moving up, on a gradient dark background",
             "a large orange cross staying still, on a checkered gray background",
