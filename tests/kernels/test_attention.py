@@ -115,6 +115,10 @@ def test_auto_takes_the_best_that_can_run(monkeypatch):
     assert choose(CPU, torch.float32, 64).name == "sdpa"
     installed = {"fa3_fwd_interface"}
     monkeypatch.setattr("diffusers_accel.kernels.attention.record.has_module", lambda name: name in installed)
+    # Found but broken: passed over, and named as such.
+    assert choose(HOPPER, torch.bfloat16, 128).name == "sdpa"
+    assert "does not load: ModuleNotFoundError" in KERNELS.get("fa3").missing(HOPPER)
+    monkeypatch.setattr(AttentionKernel, "_broken", lambda kernel: None)
     assert choose(HOPPER, torch.bfloat16, 128).name == "fa3"
     assert choose(HOPPER, torch.float32, 128).name == "sdpa"
     assert choose(HOPPER, torch.bfloat16, 80).name == "sdpa"

@@ -61,6 +61,16 @@ class AttentionKernel:
         if self.architectures is not None and device.arch not in self.architectures:
             wanted = ", ".join(f"sm_{major}{minor}" for major, minor in self.architectures)
             return f"is built for {wanted}; this is {device}."
+        return self._broken()
+
+    def _broken(self) -> str | None:
+        """Why an installed package does not load (built for another CUDA or torch, say), or `None` if it does."""
+        if not self.modules:
+            return None
+        try:
+            self.load()
+        except Exception as error:  # whatever a foreign package raises while it is imported
+            return f"is installed and does not load: {type(error).__name__}: {error}."
         return None
 
     def refuses(
