@@ -12,7 +12,7 @@ from . import flash, torch_native  # noqa: F401  (each registers its records)
 from .record import KERNELS, AttentionKernel, register_attention
 from .site import SITES, AttentionSite
 
-# Exact kernels from fastest to slowest, by measured rates (benchmarks/results); "sdpa" always can.
+# Exact kernels to prefer over SDPA, best first; fa3's margin on Hopper is in benchmarks/results/flux.json.
 _PREFERENCE: dict[tuple[int, int] | None, tuple[str, ...]] = {(9, 0): ("fa3", "fa4"), (10, 0): ("fa4",)}
 
 
