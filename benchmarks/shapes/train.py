@@ -1098,8 +1098,8 @@ def run(options: argparse.Namespace) -> None:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-        # With cuDNN's attention, training flux-shapes ended in an illegal memory access (torch 2.11, cuDNN 9.19); without
-        # it, never. CLIP's causal attention over 77 tokens is the suspect. Other kernels are as fast at these sizes.
+        # With cuDNN's attention, training flux-shapes ended in an illegal memory access (torch 2.11, cuDNN 9.19), and
+        # never without it. CLIP's causal attention over 77 tokens is the suspect. Others are as fast at these sizes.
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         torch.set_num_threads(1)
