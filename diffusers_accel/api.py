@@ -7,6 +7,7 @@ is kept in a session on the pipeline instance; nothing is kept anywhere else.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -78,8 +79,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     """
     target = _target(pipe)
     resolved, notes = _resolve(target, config, sections)
-    for _, feature, section in _active(resolved):
-        feature.check(target, section)
+    plans = [feature.check(target, section) for _, feature, section in _active(resolved)]
     session = vars(pipe).get(_SESSION)
     if session is not None:
         restore(pipe)
@@ -89,6 +89,9 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         itertools.chain.from_iterable(feature.edits(target, section) for _, feature, section in _active(resolved))
     )
     vars(pipe)[_SESSION] = Session(resolved, target, journal, notes, weight_bytes)
+    # What was left off or stays as it was is said here too, not only to those who ask `explain`.
+    for note in (*notes, *(note for plan in plans for note in plan.left)):
+        warnings.warn(f"accelerate: {note}", stacklevel=2)
     return pipe
 
 
@@ -119,7 +122,7 @@ def explain(
     for name, feature, section in _active(resolved):
         try:
             plan: Plan = feature.check(target, section)
-            rows.append(Row(name, plan.action, plan.modules, notes=plan.notes))
+            rows.append(Row(name, plan.action, plan.modules, notes=(*plan.notes, *plan.left)))
         except Unsupported as error:
             rows.append(Row(name, "refused", 0, refused=f"{error.reason} Instead: {error.instead}"))
     off = [name for name, _ in FEATURES.items() if name not in {row.feature for row in rows}]

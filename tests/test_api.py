@@ -207,6 +207,8 @@ def test_presets_and_overrides(flux, tmp_path):
 def test_presets_leave_off_what_nobody_published(flux, preset):
     explanation = explain(flux, preset)
     assert explanation.ok and any("no TeaCache coefficients" in note for note in explanation.notes)
+    with pytest.warns(UserWarning, match="no TeaCache coefficients"):
+        accelerate(flux, preset)
 
 
 def test_warmup_runs_every_size(flux):
@@ -307,6 +309,25 @@ class TestUserAttention:
         assert set(stats(pipe).attention_kernels) == {"mine"}
         # float32 attention against float64, through four steps of a random model; Cosmos rounds to 8 bits at the end.
         torch.testing.assert_close(found, stock, atol=1.01 / 255, rtol=1e-2)
+
+    @pytest.mark.parametrize("name", ["flux", "cosmos"])
+    def test_context_parallelism_switched_on_afterwards_is_refused(self, name):
+        from diffusers.models import attention_dispatch
+        from diffusers.models.transformers import transformer_cosmos
+
+        pipe = build(name)
+        accelerate(pipe, attention="sdpa")
+        processors = [module.processor for module in pipe.transformer.modules() if hasattr(module, "processor")]
+        tensors = [torch.randn(1, 4, 2, 16) for _ in range(3)]
+        if name == "flux":
+            backend = processors[0]._attention_backend
+            dispatch = attention_dispatch.dispatch_attention_fn
+        else:
+            backend, dispatch = None, type(processors[0]).__call__.__globals__["dispatch_attention_fn"]
+            assert dispatch is not transformer_cosmos.dispatch_attention_fn
+        dispatch(*tensors, backend=backend)
+        with pytest.raises(Unsupported, match="context parallelism"):
+            dispatch(*tensors, backend=backend, parallel_config=object())
 
     def test_a_wrong_shape_is_caught(self, flux):
         register_attention("flat", lambda query, *_, **__: query.flatten(2))

@@ -31,7 +31,7 @@ def check(target: Target, config: AttentionConfig) -> Plan:
     Raises:
         Unsupported: The kernel is unknown, cannot run here, or no attention layer can be given to it.
     """
-    actions, notes, modules = [], [], 0
+    actions, notes, left, modules = [], [], [], 0
     for denoiser in target.denoisers:
         kernel = _kernel(denoiser, config)
         dispatched, rebound, closed = _processors(denoiser.module)
@@ -45,7 +45,7 @@ def check(target: Target, config: AttentionConfig) -> Plan:
                     "leave attention=None for this model.",
                     str(denoiser),
                 )
-            notes.append(f"{denoiser.name}: {len(closed)} attention layers stay stock ({names}).")
+            left.append(f"{denoiser.name}: {len(closed)} attention layers stay stock ({names}).")
         for processor in dispatched:
             if getattr(processor, "_parallel_config", None) is not None:
                 raise Unsupported(
@@ -59,7 +59,7 @@ def check(target: Target, config: AttentionConfig) -> Plan:
         actions.append(f"{denoiser.name}: {chosen}")
         if not kernel.mask:
             notes.append(f"{denoiser.name}: calls with a mask run on sdpa, since {kernel.name} takes none.")
-    return Plan("; ".join(actions), modules, tuple(notes))
+    return Plan("; ".join(actions), modules, tuple(notes), tuple(left))
 
 
 def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
@@ -139,6 +139,7 @@ def _dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:
         enable_gqa: bool = False,
         _parallel_config: Any = None,
     ) -> Any:
+        _refuse_neighbours(_parallel_config)
         return site(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
     registry = _AttentionBackendRegistry
@@ -148,6 +149,16 @@ def _dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:
         SetItem(registry._constraints, member, []),
         SetItem(registry._supported_arg_names, member, arguments | {"_parallel_config"}),
     ]
+
+
+def _refuse_neighbours(given: Any) -> None:
+    """Refuses context parallelism switched on after us, or one backend's arguments: ignored, they would do harm."""
+    if given:
+        raise Unsupported(
+            "attention",
+            "diffusers' context parallelism or backend arguments reached an accelerated attention layer.",
+            "restore(pipe) before using them.",
+        )
 
 
 # --- processors that call attention themselves ----------------------------------------------------------------------
@@ -187,8 +198,12 @@ def _rebound_class(stock: type, site: AttentionSite) -> type:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-        **_: Any,
+        attention_kwargs: Any = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
     ) -> Any:
+        _refuse_neighbours(parallel_config or attention_kwargs)
         return site(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
     def heads_first(

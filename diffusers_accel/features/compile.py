@@ -34,7 +34,12 @@ def check(target: Target, config: CompileConfig) -> Plan:
             )
     kinds = {type(block) for denoiser in target.denoisers for block in denoiser.adapter.blocks(denoiser.module)}
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
-    return Plan(f"{names} with {config.backend}, mode {_mode(config) or 'default'}", target.blocks)
+    wrapped = sum(
+        not _plain(block) for denoiser in target.denoisers for block in denoiser.adapter.blocks(denoiser.module)
+    )
+    left = (f"{wrapped} blocks carry another hook: it is compiled with them, each alone, graph breaks allowed.",)
+    action = f"{names} with {config.backend}, mode {_mode(config) or 'default'}"
+    return Plan(action, target.blocks, left=left if wrapped else ())
 
 
 def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
@@ -70,9 +75,7 @@ def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Calla
         "dynamic": config.dynamic,
         "mode": _mode(config),
     }
-    chain = Chain.find(module)
-    plain = chain.stock if chain is not None else "forward" not in vars(module)
-    if plain:
+    if _plain(module):
         kind = type(module)
         if kind not in shared:
             shared[kind] = torch.compile(kind.forward, **options)
@@ -87,6 +90,12 @@ def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Calla
         return wrapped[0](*args, **kwargs)
 
     return forward
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether nobody else has wrapped the module's forward."""
+    chain = Chain.find(module)
+    return chain.stock if chain is not None else "forward" not in vars(module)
 
 
 def _mode(config: CompileConfig) -> str | None:

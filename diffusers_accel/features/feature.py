@@ -82,11 +82,13 @@ class Plan:
         action: In a few words.
         modules: On how many modules; 0 if it leaves everything as it is.
         notes: What a user should know of it, one sentence each.
+        left: What stays undone or is done otherwise than asked; `accelerate` warns of it.
     """
 
     action: str
     modules: int
     notes: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 class Feature(Protocol):

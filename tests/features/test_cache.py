@@ -279,10 +279,13 @@ def test_controlnet_is_honoured_on_skipped_steps():
     pipe.controlnet.register_forward_hook(lambda module, args, output: controls.append(output))
     entry.run(pipe)
     assert stats(pipe).steps_skipped == 2
+    checked = 0
     for after_block, at_norm, control in zip(seen, norm_inputs, controls, strict=True):
         single = control[1] if isinstance(control, tuple) else control.controlnet_single_block_samples
         if single is not None:
             torch.testing.assert_close(at_norm, after_block + single[-1], atol=1e-6, rtol=1e-6)
+            checked += 1
+    assert checked == 4, "the ControlNet was meant to add something behind the last block"
 
 
 def test_a_scheduler_replaced_between_requests():
