@@ -43,7 +43,7 @@ FEATURES: dict[str, ModuleType] = {
 }
 
 # Layers from the inside to the outside; a layer's rank is its place here, whatever order the edits come in.
-ORDER = ("compile", "cache gate", "cache decision", "vae", "request")
+ORDER = ("compile", "attention layer", "cache gate", "cache decision", "vae", "request")
 
 # Where pipelines keep their denoisers.
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
@@ -161,6 +161,7 @@ def stats(pipe: Any) -> Stats:
         steps_skipped=skipped,
         branches=branches,
         attention_kernels=dict(session.target.attention_calls),
+        attention_timings={shape: dict(times) for shape, times in session.target.attention_timings.items()},
         linear_layers=dict(linears),
         weight_bytes_before=session.weight_bytes_before,
         weight_bytes_after=_weight_bytes(session.target),

@@ -21,14 +21,49 @@ from .errors import ConfigError, nearest
 class AttentionConfig:
     """Which kernel computes attention.
 
+    A kernel is named as `diffusers-accel env` lists them: `"sdpa"`, `"cudnn"`, `"flash2"`, `"fa3"`, `"fa3-fp8"`,
+    `"fa4"`, `"sage"`, `"sage-fp8"`, `"qk16pv8"`, or a name given to `register_attention`. `"auto"` times the kernels
+    that can run on each new shape and takes the fastest.
+
     Args:
-        backend: `"auto"`, or the name of a kernel (`"sdpa"`, `"cudnn"`, `"flash2"`, `"fa3"`, `"fa4"`, or one given to
-            `register_attention`). `"auto"` takes the fastest exact kernel that can run on this machine.
+        backend: The kernel for all layers that nothing below says otherwise of.
+        recipe: What a quantized backend of ours rounds, e.g. `"int8-1-16-1"`: type of QK, then tokens per scale of Q,
+            K and V. `None` takes the backend's first.
+        fidelity: What `"auto"` may choose: `"exact"` kernels only, or `"8bit"` ones too.
+        dense_steps: Share of the first steps that are computed by `dense_backend`, between 0 and 1.
+        dense_layers: Share of the first blocks that are computed by `dense_backend`, between 0 and 1.
+        dense_backend: The kernel of dense steps and layers; `"auto"` takes an exact one.
+        self_attention: The kernel for self-attention (text and image joined included) instead of `backend`.
+        cross_attention: The kernel for cross-attention instead of `backend`.
+        layers: Globs of attention modules -> kernels, e.g. `{"transformer_blocks.0.*": "sdpa"}`; the first that
+            matches wins over everything above.
+
+    Raises:
+        ConfigError: A share is not between 0 and 1, or the fidelity is neither of the two.
     """
 
     backend: str = "auto"
+    recipe: str | None = None
+    fidelity: str = "exact"
+    dense_steps: float = 0.0
+    dense_layers: float = 0.0
+    dense_backend: str = "auto"
+    self_attention: str | None = None
+    cross_attention: str | None = None
+    layers: dict[str, str] | None = None
 
     _shorthand: typing.ClassVar[str] = "backend"
+
+    def validate(self) -> None:
+        """Checks what types alone do not say."""
+        for name in ("dense_steps", "dense_layers"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"attention.{name}: a share between 0 and 1, got {getattr(self, name)!r}.")
+        if self.fidelity not in ("exact", "8bit"):
+            raise ConfigError(f"attention.fidelity: 'exact' or '8bit', got {self.fidelity!r}.")
+        for glob, backend in (self.layers or {}).items():
+            if not isinstance(glob, str) or not isinstance(backend, str):
+                raise ConfigError(f"attention.layers: globs to names of kernels, got {glob!r}: {backend!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +212,8 @@ def _section(entry: dataclasses.Field[Any], value: Any) -> Any:
     if isinstance(value, classes):
         for item in fields(value):  # type: ignore[arg-type]
             object.__setattr__(value, item.name, _checked(entry.name, value, item))
+        if hasattr(value, "validate"):
+            value.validate()
         return value
     if choices is not None:
         if isinstance(value, str):

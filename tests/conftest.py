@@ -10,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Our Triton kernels run through the interpreter where there is no GPU; it must be asked for before they are loaded.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The models of the tests are tiny: threads cost more than they bring.
 torch.set_num_threads(1)
 

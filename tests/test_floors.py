@@ -21,6 +21,8 @@ FLOORS = [
 ]
 FREE = {"config", "errors"}
 NEVER = {"core": {"diffusers"}, "kernels": {"diffusers"}, "policies": {"diffusers", "torch"}}
+# Modules of Triton kernels: they may import triton, and are themselves imported by loaders only.
+TRITON = {"kernels/attention/quantize.py", "kernels/attention/low_bit.py"}
 OPTIONAL = {"triton", "flash_attn", "fa3_fwd_interface", "flash_attn_interface", "sageattention", "modelopt", "torchao"}
 
 
@@ -96,8 +98,21 @@ def test_optional_packages_are_imported_in_loaders_only():
         for _, path in source_files()
         for dotted, top in imports(path)
         if top and dotted.split(".")[0] in OPTIONAL
+        if not (dotted.startswith("triton") and str(path.relative_to(ROOT)) in TRITON)
     ]
     assert not wrong, wrong
+
+
+def test_triton_modules_are_imported_in_loaders_only():
+    modules = tuple("diffusers_accel." + name.removesuffix(".py").replace("/", ".") for name in TRITON)
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {dotted}"
+        for _, path in source_files()
+        for dotted, top in imports(path)
+        if top and dotted.startswith(modules) and str(path.relative_to(ROOT)) not in TRITON
+    ]
+    assert not wrong, wrong
+    assert all((ROOT / name).is_file() for name in TRITON)
 
 
 def test_private_names_of_diffusers_are_in_one_file():

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core import platform
-from ..kernels.attention import KERNELS, AttentionKernel
+from ..kernels.attention import KERNELS, RECIPES, AttentionKernel
 
 
 def env() -> None:
@@ -27,21 +27,36 @@ def env() -> None:
 
     best = platform.best()
     table = Table(title=f"Attention kernels on {best}", title_justify="left")
-    for column in ("kernel", "runs here", "types", "head_dim", "mask", "exact"):
-        table.add_column(column, overflow="fold")
-    missing = {name: KERNELS.get(name).missing(best) for name in KERNELS}
+    for column in ("kernel", "runs here", "GPUs", "types", "head_dim", "mask", "LSE", "exact"):
+        table.add_column(column, overflow="fold", no_wrap=column == "kernel")
+    # A recipe's record differs from its backend's in what is rounded only.
+    missing = {name: KERNELS.get(name).missing(best) for name in KERNELS if "/" not in name}
     for name, reason in missing.items():
         here = "[green]yes[/green]" if reason is None else "[yellow]no[/yellow]"
         table.add_row(name, here, *_abilities(KERNELS.get(name)))
     console.print(table)
+    for backend, recipes in RECIPES.items():
+        console.print(f"[bold]{backend}[/bold] recipes: {', '.join(recipes)}", soft_wrap=True, highlight=False)
     for name, reason in missing.items():  # sentences get lines of their own: a column would be too narrow for them
         if reason is not None:
             console.print(f"[bold]{name}[/bold] {escape(reason)}", soft_wrap=True, highlight=False)
 
 
 def _abilities(kernel: AttentionKernel) -> tuple[str, ...]:
-    types = ", ".join(str(dtype).removeprefix("torch.") for dtype in kernel.dtypes) or "any"
-    return types, _ranges(kernel.head_dims), _yes(kernel.mask), _yes(kernel.exact)
+    types = ", ".join(_SHORT.get(dtype, str(dtype)) for dtype in kernel.dtypes) or "any"
+    mask = "any" if kernel.mask else "keys" if kernel.key_mask else "no"
+    return _gpus(kernel), types, _ranges(kernel.head_dims), mask, _yes(kernel.lse), _yes(kernel.exact)
+
+
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _gpus(kernel: AttentionKernel) -> str:
+    if kernel.architectures:
+        return ", ".join(f"sm_{major}{minor}" for major, minor in kernel.architectures)
+    if kernel.at_least is not None:
+        return f"sm_{kernel.at_least[0]}{kernel.at_least[1]} and later"
+    return "any" if kernel.on_cuda else "any, and CPUs"
 
 
 def _ranges(numbers: tuple[int, ...] | None) -> str:

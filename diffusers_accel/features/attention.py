@@ -1,4 +1,4 @@
-"""Attention: routes a denoiser's attention calls to one kernel, and counts what really ran.
+"""Attention: routes a denoiser's attention calls to kernels, and counts what really ran.
 
 Two seams. A stock processor that carries `_attention_backend` hands it to diffusers' dispatcher, so it is given a
 backend of ours on the instance: the process-wide setting, which diffusers' own setter changes for every pipeline, is
@@ -6,36 +6,94 @@ left alone. A processor without it (SD3, Cosmos 1 and 2, and most classes outsid
 runs the *stock code* with a single global name bound to our kernel: no source is copied, and the stock processor
 comes back with `restore`.
 
+Modules that play one role in every block (`attn1`, `audio_attn2`) share one site, so that all blocks share one compiled
+graph. Which block is running is marked from outside the compiled block, and only if the configuration asks for it.
+
 Names private to diffusers' dispatcher appear in this file only.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
 from ..config import AttentionConfig
-from ..core.edits import Edit, SetAttr, SetItem
-from ..errors import Unsupported
-from ..kernels.attention import KERNELS, SITES, AttentionKernel, AttentionSite, choose
+from ..core.edits import AddLayer, Edit, SetAttr, SetItem
+from ..errors import Unsupported, nearest
+from ..kernels.attention import (
+    KERNELS,
+    RECIPES,
+    SITES,
+    AttentionSite,
+    Call,
+    Choice,
+    Fastest,
+    Fixed,
+    Timings,
+    candidates,
+)
 from .feature import Denoiser, Plan, Target
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """One attention module: its path, and the number of its block among all blocks (`None` outside them)."""
+
+    path: str
+    module: nn.Module
+    block: int | None
+
+
+@dataclass
+class _Role:
+    """The modules that play one part in every block.
+
+    Attributes:
+        name: Path within the block; the full path of a module outside the blocks.
+        cross: Whether it attends to another stream.
+        layers: Its modules.
+        backends: The kernel's name for each module.
+    """
+
+    name: str
+    cross: bool
+    layers: list[_Layer] = field(default_factory=list)
+    backends: list[str] = field(default_factory=list)
+
+    @property
+    def head_dim(self) -> int | None:
+        return _head_dim(self.layers[0].module)
+
+
+@dataclass
+class _Place:
+    """The block that is running, as its mark says."""
+
+    block: int | None = None
+    dense: bool = False
+
+
 def check(target: Target, config: AttentionConfig) -> Plan:
-    """The kernel each denoiser would use.
+    """The kernels each denoiser would use.
 
     Raises:
-        Unsupported: The kernel is unknown, cannot run here, or no attention layer can be given to it.
+        Unsupported: A kernel or recipe is unknown or cannot run here, a glob matches nothing, or no attention layer can
+            be given to a kernel.
     """
+    _refuse_unmatched(target, config)
     actions, notes, left, modules = [], [], [], 0
     for denoiser in target.denoisers:
-        kernel = _kernel(denoiser, config)
-        dispatched, rebound, closed = _processors(denoiser.module)
-        touched = len(dispatched) + len(rebound)
+        roles, closed = _roles(denoiser, config)
+        touched = sum(len(role.layers) for role in roles)
         if closed:
             names = ", ".join(sorted({type(processor).__name__ for processor in closed}))
             if config.backend != "auto" and not touched:
@@ -46,72 +104,286 @@ def check(target: Target, config: AttentionConfig) -> Plan:
                     str(denoiser),
                 )
             left.append(f"{denoiser.name}: {len(closed)} attention layers stay stock ({names}).")
-        for processor in dispatched:
-            if getattr(processor, "_parallel_config", None) is not None:
-                raise Unsupported(
-                    f"attention={config.backend!r}",
-                    "diffusers' own context parallelism is on, and it needs diffusers' own attention backends.",
-                    "attention=None, or load the pipeline without enable_parallelism.",
-                    str(denoiser),
-                )
+        for role in roles:
+            for layer in role.layers:
+                if getattr(layer.module.processor, "_parallel_config", None) is not None:
+                    raise Unsupported(
+                        f"attention={config.backend!r}",
+                        "diffusers' own context parallelism is on, and it needs diffusers' own attention backends.",
+                        "attention=None, or load the pipeline without enable_parallelism.",
+                        str(denoiser),
+                    )
         modules += touched
-        chosen = f"{kernel.name} (chosen)" if config.backend == "auto" else kernel.name
-        actions.append(f"{denoiser.name}: {chosen}")
-        if not kernel.mask:
-            notes.append(f"{denoiser.name}: calls with a mask run on sdpa, since {kernel.name} takes none.")
-    return Plan("; ".join(actions), modules, tuple(notes), tuple(left))
+        used: dict[str, Choice] = {}
+        for role in roles:
+            for backend in dict.fromkeys(role.backends):
+                used[backend] = _choice(denoiser, role, backend, config)
+        # A denoiser without a single attention layer still gets its kernel judged.
+        used = used or {_named(config): _choice(denoiser, None, _named(config), config)}
+        actions.append(f"{denoiser.name}: {_described(roles, used)}")
+        dense = _dense(denoiser, config)
+        if dense is not None:
+            notes.append(f"{denoiser.name}: {_share(config)} run on {_label(dense)}.")
+        for choice in used.values():
+            if isinstance(choice, Fastest) and len(choice.kernels) > 1:
+                notes.append(
+                    f"{denoiser.name}: each new shape is timed once on {', '.join(k.name for k in choice.kernels)}; "
+                    f"the answers are kept in {choice.timings.path}."
+                )
+            elif not choice.kernels[0].mask:
+                kernel = choice.kernels[0]
+                kind = "a mask that is not over keys alone" if kernel.key_mask else "a mask"
+                notes.append(f"{denoiser.name}: calls with {kind} run on sdpa, since {kernel.name} takes none.")
+    return Plan("; ".join(actions), modules, tuple(dict.fromkeys(notes)), tuple(left))
 
 
 def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
-    """A site per denoiser, entered in diffusers' registry while it is in use, and one edit per processor."""
+    """A site per role, entered in diffusers' registry while it is in use, one edit per processor, and marks on the
+    blocks if the block matters."""
     for denoiser in target.denoisers:
-        dispatched, rebound, _ = _processors(denoiser.module)
-        site = AttentionSite(_kernel(denoiser, config), target.attention_calls)
-        yield SetItem(SITES, site.number, site)
-        if dispatched:
+        roles, _ = _roles(denoiser, config)
+        place, dense = _Place(), _dense(denoiser, config)
+        owners = Counter(id(layer.module.processor) for role in roles for layer in role.layers)
+        for role in roles:
+            choices = {name: _choice(denoiser, role, name, config, target) for name in dict.fromkeys(role.backends)}
+            by_block = {layer.block: choices[name] for layer, name in zip(role.layers, role.backends, strict=True)}
+            # What `by_block` holds for a module outside the blocks is under None.
+            select = _selector(target, config, place, by_block, dense)
+            site = AttentionSite(select, target.attention_calls)
+            yield SetItem(SITES, site.number, site)
             member, registrations = _dispatcher_backend(site)
-            yield from registrations
-            for processor in dispatched:
-                yield SetAttr(processor, "_attention_backend", member)
-        # One class per stock class, so that all blocks share one compiled graph.
-        classes = {kind: _rebound_class(kind, site) for kind in {type(processor) for _, processor in rebound}}
-        for module, processor in rebound:
-            clone: Any = object.__new__(classes[type(processor)])
-            vars(clone).update(vars(processor))
-            yield SetAttr(module, "processor", clone)
+            if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
+                yield from registrations
+            # One class per stock class, so that all blocks share one compiled graph.
+            classes: dict[type, type] = {}
+            for layer in role.layers:
+                processor: Any = layer.module.processor
+                if hasattr(processor, "_attention_backend"):
+                    if owners[id(processor)] > 1:
+                        processor = copy.copy(processor)
+                        yield SetAttr(layer.module, "processor", processor)
+                    yield SetAttr(processor, "_attention_backend", member)
+                else:
+                    kind = type(processor)
+                    if kind not in classes:
+                        classes[kind] = _rebound_class(kind, site)
+                    clone: Any = object.__new__(classes[kind])
+                    vars(clone).update(vars(processor))
+                    yield SetAttr(layer.module, "processor", clone)
+        if config.dense_layers or any(len(set(role.backends)) > 1 for role in roles):
+            yield from _marks(denoiser, target, config, place)
 
 
-def _kernel(denoiser: Denoiser, config: AttentionConfig) -> AttentionKernel:
-    head_dim = denoiser.config.get("attention_head_dim")
-    head_dim = head_dim if isinstance(head_dim, int) else None
-    if config.backend == "auto":
-        return choose(denoiser.device, denoiser.dtype, head_dim)
-    kernel = KERNELS.get(config.backend)
-    feature = f"attention={config.backend!r}"
+def _selector(
+    target: Target,
+    config: AttentionConfig,
+    place: _Place,
+    by_block: dict[int | None, Choice],
+    dense: Choice | None,
+) -> Callable[[], Choice]:
+    """What a site asks on every call: the choice for the step and block that are running."""
+    first = next(iter(by_block.values()))
+    uniform = all(choice is first for choice in by_block.values())
+
+    def select() -> Choice:
+        if dense is not None and (place.dense or _in_dense_steps(target, config.dense_steps)):
+            return dense
+        return first if uniform else by_block[place.block]
+
+    return select
+
+
+def _in_dense_steps(target: Target, share: float) -> bool:
+    if not share:
+        return False
+    state = target.clock.current
+    if state is None or state.step is None:
+        return True  # a place that is unknown is computed with care
+    return state.step - state.first < math.ceil(share * (state.total - state.first))
+
+
+def _marks(denoiser: Denoiser, target: Target, config: AttentionConfig, place: _Place) -> Iterator[Edit]:
+    """A layer around each block that says which one is running."""
+    adapter = denoiser.adapter
+    dense: dict[int, bool] = {}
+    for stacks in (adapter.side_stacks, adapter.stacks):
+        blocks = [block for stack in stacks for block in stack.blocks(denoiser.module)]
+        count = math.ceil(config.dense_layers * len(blocks))
+        dense |= {id(block): index < count for index, block in enumerate(blocks)}
+    for number, block in enumerate(adapter.blocks(denoiser.module)):
+        yield AddLayer(block, target.rank("attention layer"), _marked(place, number, dense[id(block)]))
+
+
+def _marked(place: _Place, number: int, dense: bool) -> Callable[..., Any]:
+    def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = place.block, place.dense
+        place.block, place.dense = number, dense
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            place.block, place.dense = before
+
+    return forward
+
+
+# --- which kernel ----------------------------------------------------------------------------------------------------
+
+
+def _named(config: AttentionConfig) -> str:
+    """The kernel that `backend` and `recipe` name together."""
+    if config.recipe is None:
+        return config.backend
+    recipes = RECIPES.get(config.backend)
+    if recipes is None:
+        raise Unsupported(
+            f"attention.recipe={config.recipe!r}",
+            f"{config.backend!r} has no recipes; {', '.join(map(repr, RECIPES))} have.",
+            "recipe=None.",
+        )
+    if config.recipe not in recipes:
+        raise Unsupported(
+            f"attention.recipe={config.recipe!r}",
+            f"{config.backend!r} has no such recipe, but {', '.join(map(repr, recipes))}.",
+            nearest(config.recipe, recipes),
+        )
+    return f"{config.backend}/{config.recipe}"
+
+
+def _backend_of(denoiser: Denoiser, path: str, cross: bool, config: AttentionConfig) -> str:
+    for glob, backend in (config.layers or {}).items():
+        if _matches(denoiser, path, glob):
+            return backend
+    return (config.cross_attention if cross else config.self_attention) or _named(config)
+
+
+def _matches(denoiser: Denoiser, path: str, glob: str) -> bool:
+    return fnmatchcase(path, glob) or fnmatchcase(f"{denoiser.name}.{path}", glob)
+
+
+def _refuse_unmatched(target: Target, config: AttentionConfig) -> None:
+    for glob in config.layers or {}:
+        paths = [(denoiser, path) for denoiser in target.denoisers for path, _ in _attention_modules(denoiser.module)]
+        if not any(_matches(denoiser, path, glob) for denoiser, path in paths):
+            example = paths[0][1] if paths else "none"
+            raise Unsupported(
+                f"attention.layers[{glob!r}]",
+                "it matches no attention layer.",
+                f"a glob over names like {example!r}; nn.Module.named_modules lists them.",
+            )
+
+
+def _choice(
+    denoiser: Denoiser, role: _Role | None, backend: str, config: AttentionConfig, target: Target | None = None
+) -> Choice:
+    """What a name stands for on this denoiser; raises `Unsupported` if it cannot be."""
+    if backend == "auto":
+        return _fastest(denoiser, config.fidelity == "exact", target)
+    kernel = KERNELS.get(backend)
+    feature = f"attention={backend!r}"
+    instead = "attention='auto' or 'sdpa'."
     missing = kernel.missing(denoiser.device)
     if missing is not None:
-        raise Unsupported(feature, f"{kernel.name} {missing}", "attention='auto' or 'sdpa'.", str(denoiser))
-    refused = kernel.refuses(denoiser.dtype, head_dim)
+        raise Unsupported(feature, f"{kernel.name} {missing}", instead, str(denoiser))
+    head_dim = role.head_dim if role is not None else None
+    refused = kernel.refuses(Call(dtype=denoiser.dtype, head_dim=head_dim))
     if refused is not None:
-        raise Unsupported(feature, f"{kernel.name} {refused}.", "attention='auto' or 'sdpa'.", str(denoiser))
-    return kernel
+        where = f" in {role.layers[0].path}" if role is not None else ""
+        raise Unsupported(feature, f"{kernel.name} {refused}{where}.", instead, str(denoiser))
+    return Fixed(kernel)
 
 
-def _processors(denoiser: nn.Module) -> tuple[list[Any], list[tuple[nn.Module, Any]], list[Any]]:
-    """A denoiser's attention processors: dispatched, those that can be rebound (with their module), and the rest."""
-    dispatched: dict[int, Any] = {}
-    rebound, closed = [], []
-    for module in denoiser.modules():
+def _fastest(denoiser: Denoiser, exact: bool, target: Target | None = None) -> Fastest:
+    kernels = candidates(denoiser.device, exact)
+    seen = target.attention_timings if target is not None else {}
+    return Fastest(kernels, Timings(denoiser.device), seen)
+
+
+def _dense(denoiser: Denoiser, config: AttentionConfig) -> Choice | None:
+    """The choice for dense steps and layers, or `None` if there are none."""
+    if not config.dense_steps and not config.dense_layers:
+        return None
+    if config.dense_backend == "auto":
+        return _fastest(denoiser, True)
+    return _choice(denoiser, None, config.dense_backend, config)
+
+
+def _share(config: AttentionConfig) -> str:
+    parts = []
+    if config.dense_steps:
+        parts.append(f"the first {config.dense_steps:.0%} of steps")
+    if config.dense_layers:
+        parts.append(f"the first {config.dense_layers:.0%} of blocks")
+    return " and ".join(parts)
+
+
+def _label(choice: Choice) -> str:
+    return choice.kernels[0].name if len(choice.kernels) == 1 else "the fastest exact kernel"
+
+
+def _described(roles: list[_Role], used: dict[str, Choice]) -> str:
+    """E.g. `"sage-fp8"`, or `"attn1 sage-fp8, attn2 sdpa"` if the roles differ."""
+
+    def one(backend: str) -> str:
+        kernels = used[backend].kernels
+        if backend != "auto":
+            return backend
+        return f"{kernels[0].name} (chosen)" if len(kernels) == 1 else "the fastest, measured"
+
+    if len(used) == 1:
+        return one(next(iter(used)))
+    parts: dict[str, str] = {}
+    for role in roles:
+        counts = Counter(role.backends)
+        several = len(counts) > 1
+        parts[role.name] = " + ".join(
+            f"{one(name)} x {count}" if several else one(name) for name, count in counts.items()
+        )
+    return ", ".join(f"{name} {kernels}" for name, kernels in parts.items())
+
+
+# --- which modules ---------------------------------------------------------------------------------------------------
+
+
+def _attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
-        if processor is None or not callable(processor):
-            continue
-        if hasattr(processor, "_attention_backend"):
-            dispatched[id(processor)] = processor
-        elif not isinstance(processor, nn.Module) and _calls_by_name(processor):
-            rebound.append((module, processor))
-        else:
+        if processor is not None and callable(processor):
+            yield path, module
+
+
+def _roles(denoiser: Denoiser, config: AttentionConfig) -> tuple[list[_Role], list[Any]]:
+    """A denoiser's attention modules by the part they play, and the processors that cannot be redirected."""
+    blocks = {id(block): number for number, block in enumerate(denoiser.adapter.blocks(denoiser.module))}
+    inside = {path: blocks[id(module)] for path, module in denoiser.module.named_modules() if id(module) in blocks}
+    roles: dict[tuple[str, str], _Role] = {}
+    closed = []
+    for path, module in _attention_modules(denoiser.module):
+        processor: Any = module.processor
+        if not hasattr(processor, "_attention_backend") and (
+            isinstance(processor, nn.Module) or not _calls_by_name(processor)
+        ):
             closed.append(processor)
-    return list(dispatched.values()), rebound, closed
+            continue
+        parts = path.split(".")
+        block = next((".".join(parts[:end]) for end in range(1, len(parts)) if ".".join(parts[:end]) in inside), None)
+        name = path if block is None else path[len(block) + 1 :]
+        stack = "" if block is None else block.rpartition(".")[0]
+        cross = parts[-1] in denoiser.adapter.cross_attention
+        role = roles.setdefault((stack, name), _Role(name, cross))
+        role.layers.append(_Layer(path, module, None if block is None else inside[block]))
+        role.backends.append(_backend_of(denoiser, path, cross, config))
+    return list(roles.values()), closed
+
+
+def _head_dim(module: Any) -> int | None:
+    """What an attention module's own attributes say of its head dimension."""
+    for name in ("head_dim", "dim_head"):
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    inner, heads = getattr(module, "inner_dim", None), getattr(module, "heads", None)
+    if isinstance(inner, int) and isinstance(heads, int) and heads and inner % heads == 0:
+        return inner // heads
+    return None
 
 
 # --- diffusers' dispatcher -------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class Target:
         rank: Place of a named layer in the one order that `api.py` holds.
         clock: Places every denoiser call.
         attention_calls: Kernel name -> calls in the last request.
+        attention_timings: Shape class -> kernel -> seconds, where `"auto"` chose among several.
     """
 
     pipe: Any
@@ -68,6 +69,7 @@ class Target:
     rank: Callable[[str], int]
     clock: StepClock
     attention_calls: Counter[str] = field(default_factory=Counter)
+    attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:

@@ -36,6 +36,7 @@ def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
         state = clock.enter(denoiser.name, adapter.branches, kwargs.get("timestep"), special)
         if state.request != request:
             target.attention_calls.clear()
+            target.attention_timings.clear()
         try:
             out = inner(*args, **kwargs)
         except BaseException:

@@ -100,6 +100,7 @@ class Adapter:
         side_stacks: Runs of blocks that feed the main stacks; they are compiled with them and never skipped.
         static_arguments: Keyword arguments of a block that the stock code branches on in Python although they may be
             one-element tensors: they are read before a compiled block, which cannot.
+        cross_attention: Names of a block's attention modules whose keys are not its own stream's.
         default: Whether this is a default adapter, for a class nobody described.
     """
 
@@ -114,6 +115,7 @@ class Adapter:
     row: Callable[[Checkpoint], str | None] = lambda checkpoint: None
     side_stacks: tuple[Stack, ...] = ()
     static_arguments: tuple[str, ...] = ()
+    cross_attention: tuple[str, ...] = ()
     default: bool = False
 
     def __post_init__(self) -> None:
@@ -141,7 +143,22 @@ def default_adapter(denoiser: nn.Module) -> Adapter:
         kinds = {type(block).__name__ for block in module}
         if kinds & named if named else len(module) > 1 and len(kinds) == 1 and _is_block(module[0]):
             stacks.append(Stack(path, _streams(module[0])))
-    return Adapter(classes=(type(denoiser).__name__,), stacks=tuple(stacks), branches=(), default=True)
+    return Adapter(
+        classes=(type(denoiser).__name__,),
+        stacks=tuple(stacks),
+        branches=(),
+        cross_attention=_cross_attention(denoiser),
+        default=True,
+    )
+
+
+def _cross_attention(denoiser: nn.Module) -> tuple[str, ...]:
+    """Names of attention modules that say of themselves that they attend to another stream, and of those that follow
+    diffusers' habit: `attn1` attends to its own stream, `attn2` beside it to another."""
+    paths = {path: module for path, module in denoiser.named_modules() if hasattr(module, "processor")}
+    found = {path for path, module in paths.items() if getattr(module, "is_cross_attention", False)}
+    found |= {path for path in paths if path.endswith(".attn2") and f"{path[:-1]}1" in paths}
+    return tuple(sorted({path.rpartition(".")[2] for path in found}))
 
 
 def _is_block(module: nn.Module) -> bool:

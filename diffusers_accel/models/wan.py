@@ -69,6 +69,7 @@ ROWS = {
 
 WAN = Adapter(
     classes=("WanTransformer3DModel",),
+    cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     timestep_signal=_signal,
     rows=ROWS,
@@ -79,6 +80,7 @@ WAN = Adapter(
 # on skipped steps too.
 WAN_VACE = Adapter(
     classes=("WanVACETransformer3DModel",),
+    cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     side_stacks=(Stack("vace_blocks", ("control_hidden_states",)),),
     timestep_signal=_signal,

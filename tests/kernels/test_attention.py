@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from diffusers_accel.core.platform import Device
-from diffusers_accel.kernels.attention import KERNELS, SITES, AttentionSite, choose
-from diffusers_accel.kernels.attention.record import AttentionKernel
+from diffusers_accel.kernels.attention import KERNELS, SITES, AttentionKernel, AttentionSite, Call, Fixed, candidates
 
 HOPPER = Device("cuda", "NVIDIA H200", (9, 0))
 CPU = Device("cpu", "x86_64")
@@ -39,7 +38,8 @@ def inputs(batch=2, length=37, kv_length=53, heads=4, kv_heads=4, dim=32, seed=0
 
 @pytest.fixture
 def site():
-    site = AttentionSite(KERNELS.get("sdpa"), Counter())
+    choice = Fixed(KERNELS.get("sdpa"))
+    site = AttentionSite(lambda: choice, Counter())
     SITES[site.number] = site
     yield site
     del SITES[site.number]
@@ -88,7 +88,7 @@ def test_inputs_are_not_changed(site):
     assert all(map(torch.equal, tensors, copies))
 
 
-@pytest.mark.parametrize("name", ["cudnn", "flash2", "fa3", "fa4"])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "sdpa"])
 def test_gpu_kernels_say_why_they_cannot_run_here(name):
     reason = KERNELS.get(name).missing(CPU)
     assert reason and ("needs a CUDA device" in reason or "needs the package" in reason)
@@ -99,33 +99,35 @@ def test_gpu_kernels_say_why_they_cannot_run_here(name):
     [
         ({"dtype": torch.float32}, "takes torch.bfloat16, not torch.float32"),
         ({"head_dim": 80}, "not 80"),
-        ({"masked": True}, "no attention mask"),
+        ({"mask": "keys"}, "no attention mask"),
         ({"causal": True, "square": False}, "for equal lengths only"),
         ({"causal": True, "square": True}, None),
-        ({"device": torch.device("cpu")}, "runs on CUDA"),
+        ({"device": "cpu"}, "runs on CUDA"),
         ({"dtype": torch.bfloat16, "head_dim": 128}, None),
     ],
 )
 def test_a_record_judges_a_call(call, reason):
-    found = KERNELS.get("fa3").refuses(**call)
+    found = KERNELS.get("fa3").refuses(Call(**call))
     assert found is None if reason is None else reason in found
 
 
-def test_auto_takes_the_best_that_can_run(monkeypatch):
-    assert choose(CPU, torch.float32, 64).name == "sdpa"
-    installed = {"fa3_fwd_interface"}
+def test_candidates_are_what_can_run(monkeypatch):
+    def names(device, exact=True):
+        return [kernel.name for kernel in candidates(device, exact)]
+
+    assert names(CPU) == ["sdpa"]
+    installed = {"fa3_fwd_interface", "triton"}
     monkeypatch.setattr("diffusers_accel.kernels.attention.record.has_module", lambda name: name in installed)
     # Found but broken: passed over, and named as such.
-    assert choose(HOPPER, torch.bfloat16, 128).name == "sdpa"
+    assert set(names(HOPPER)) == {"sdpa", "cudnn", "flash2"}
     assert "does not load: ModuleNotFoundError" in KERNELS.get("fa3").missing(HOPPER)
     monkeypatch.setattr(AttentionKernel, "_broken", lambda kernel: None)
-    assert choose(HOPPER, torch.bfloat16, 128).name == "fa3"
-    assert choose(HOPPER, torch.float32, 128).name == "sdpa"
-    assert choose(HOPPER, torch.bfloat16, 80).name == "sdpa"
-    assert choose(Device("cuda", "NVIDIA A100", (8, 0)), torch.bfloat16, 128).name == "sdpa"
-    installed.clear()
-    installed.add("flash_attn.cute")
-    assert choose(HOPPER, torch.bfloat16, 80).name == "fa4"
+    assert set(names(HOPPER)) == {"fa3", "sdpa", "cudnn", "flash2"}
+    assert names(HOPPER)[0] == "fa3"  # what runs where nothing can be measured
+    eight_bit = {"fa3-fp8", "sage", "sage-fp8", "qk16pv8"}
+    assert set(names(HOPPER, exact=False)) == {"fa3", "sdpa", "cudnn", "flash2", *eight_bit}
+    # e4m3 units came with sm_89.
+    assert set(names(Device("cuda", "NVIDIA A100", (8, 0)), exact=False)) == {"sdpa", "cudnn", "flash2", "sage"}
 
 
 def test_a_wrong_architecture_is_named():

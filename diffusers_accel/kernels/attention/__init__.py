@@ -1,28 +1,33 @@
-"""Attention kernels: one record each, and the site through which a pipeline calls its kernel.
+"""Attention kernels: one record each, the choice among them, and the site through which a pipeline calls them.
 
-Importing this package registers the records and imports no kernel package.
+Importing this package registers the records and imports no kernel package. Where to look:
+
+- `record.py`: what a kernel is, and `register_attention`. `choice.py`: a fixed kernel, or the fastest by measurement.
+  `site.py`: the custom operator every call goes through.
+- Records: `torch_native.py`, `flash.py`, `others.py` (packages a user may have), `sage.py` (ours).
+- Ours in Triton, imported by loaders only: `recipe.py` (what is rounded, and plain references), `quantize.py`,
+  `low_bit.py`.
 """
 
 from __future__ import annotations
 
-import torch
-
-from ...core.platform import Device
-from . import flash, torch_native  # noqa: F401  (each registers its records)
-from .record import KERNELS, AttentionKernel, register_attention
+from . import flash, others, sage, torch_native  # noqa: F401  (each registers its records)
+from .choice import Choice, Fastest, Fixed, Timings, candidates
+from .recipe import RECIPES
+from .record import KERNELS, AttentionKernel, Call, register_attention
 from .site import SITES, AttentionSite
 
-# Exact kernels to prefer over SDPA, best first; fa3's margin on Hopper is in benchmarks/results/flux.json.
-_PREFERENCE: dict[tuple[int, int] | None, tuple[str, ...]] = {(9, 0): ("fa3", "fa4"), (10, 0): ("fa4",)}
-
-
-def choose(device: Device, dtype: torch.dtype, head_dim: int | None) -> AttentionKernel:
-    """The fastest exact kernel that can run such calls on `device`."""
-    for name in _PREFERENCE.get(device.arch, ()):
-        kernel = KERNELS.get(name)
-        if kernel.missing(device) is None and kernel.refuses(dtype, head_dim) is None:
-            return kernel
-    return KERNELS.get("sdpa")
-
-
-__all__ = ["KERNELS", "SITES", "AttentionKernel", "AttentionSite", "choose", "register_attention"]
+__all__ = [
+    "KERNELS",
+    "RECIPES",
+    "SITES",
+    "AttentionKernel",
+    "AttentionSite",
+    "Call",
+    "Choice",
+    "Fastest",
+    "Fixed",
+    "Timings",
+    "candidates",
+    "register_attention",
+]

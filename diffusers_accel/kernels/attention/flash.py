@@ -1,13 +1,13 @@
 """FlashAttention 3 and 4, from their wheels or a user's own build. Forward only here; neither takes a mask.
 
 FlashAttention 3 (https://arxiv.org/abs/2407.08608) is for Hopper: the `fa3-fwd` wheel, or a user's build of
-`flash_attn_interface`. FlashAttention 4 is CuTe DSL for Hopper and Blackwell: the `flash-attn-4` wheel, called directly
-because torch's own activation of it does not work with the released betas.
+`flash_attn_interface`. It also takes e4m3 operands: `fa3-fp8` rounds Q, K and V with one scale per head after taking
+the keys' mean away (see `recipe.py`), in two fused launches. FlashAttention 4 is CuTe DSL for Hopper and Blackwell: the
+`flash-attn-4` wheel, called directly because torch's own activation of it does not work with the released betas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +16,16 @@ from ...core.platform import has_module
 from .record import KERNELS, AttentionFunction, AttentionKernel
 
 
-def _adapted(flash_attn_func: Callable[..., Any]) -> AttentionFunction:
-    """The packages' common call, in the contract of a record; grouped heads are native to it."""
+def _flash_attention_3() -> Any:
+    if has_module("fa3_fwd_interface"):
+        from fa3_fwd_interface import flash_attn_func
+    else:
+        from flash_attn_interface import flash_attn_func
+    return flash_attn_func
+
+
+def _flash3() -> AttentionFunction:
+    flash_attn_func = _flash_attention_3()
 
     def attention(
         query: torch.Tensor,
@@ -27,41 +35,91 @@ def _adapted(flash_attn_func: Callable[..., Any]) -> AttentionFunction:
         is_causal: bool,
         scale: float | None,
         enable_gqa: bool,
-    ) -> torch.Tensor:
-        out = flash_attn_func(query, key, value, softmax_scale=scale, causal=is_causal)
-        return out[0] if isinstance(out, tuple) else out
+        return_lse: bool = False,
+    ) -> Any:
+        extra = {"return_attn_probs": True} if return_lse else {}
+        return _output(flash_attn_func(query, key, value, softmax_scale=scale, causal=is_causal, **extra), return_lse)
 
     return attention
 
 
-def _flash3() -> AttentionFunction:
-    if has_module("fa3_fwd_interface"):
-        from fa3_fwd_interface import flash_attn_func
-    else:
-        from flash_attn_interface import flash_attn_func
-    return _adapted(flash_attn_func)
+def _flash3_fp8() -> AttentionFunction:
+    from .quantize import quantize_per_head
+
+    flash_attn_func = _flash_attention_3()
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool = False,
+    ) -> Any:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        data = quantize_per_head(query, key, value, scale, shift=return_lse)
+        extra = {"return_attn_probs": True} if return_lse else {}
+        found = flash_attn_func(
+            data.query,
+            data.key,
+            data.value,
+            softmax_scale=scale,
+            causal=is_causal,
+            q_descale=data.query_scale,
+            k_descale=data.key_scale,
+            v_descale=data.value_scale,
+            **extra,
+        )
+        if return_lse:
+            return found[0].to(query.dtype), found[1] + data.shift
+        return _output(found, False).to(query.dtype)
+
+    return attention
 
 
 def _flash4() -> AttentionFunction:
     from flash_attn.cute import flash_attn_func
 
-    return _adapted(flash_attn_func)
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool = False,
+    ) -> Any:
+        extra = {"return_lse": True} if return_lse else {}
+        return _output(flash_attn_func(query, key, value, softmax_scale=scale, causal=is_causal, **extra), return_lse)
+
+    return attention
 
 
+def _output(found: Any, with_lse: bool) -> Any:
+    """The packages return a tensor or a tuple that begins with output and LSE, by version and by what was asked."""
+    if with_lse:
+        return found[0], found[1]
+    return found[0] if isinstance(found, tuple) else found
+
+
+_FA3: dict[str, Any] = {
+    "modules": ("fa3_fwd_interface", "flash_attn_interface"),
+    "install": "pip install 'diffusers-accel[fa3]'",
+    "architectures": ((9, 0),),
+    # The wheel leaves float16 out; a user's build may have it, but that cannot be read without running it.
+    "dtypes": (torch.bfloat16,),
+    "head_dims": (64, 96, 128, 192, 256),
+    "mask": False,
+    "causal_square": True,
+    "lse": True,
+}
+KERNELS.add("fa3", AttentionKernel(name="fa3", load=_flash3, **_FA3))
 KERNELS.add(
-    "fa3",
-    AttentionKernel(
-        name="fa3",
-        load=_flash3,
-        modules=("fa3_fwd_interface", "flash_attn_interface"),
-        install="pip install 'diffusers-accel[fa3]'",
-        architectures=((9, 0),),
-        # The wheel leaves float16 out; a user's build may have it, but that cannot be read without running it.
-        dtypes=(torch.bfloat16,),
-        head_dims=(64, 96, 128, 192, 256),
-        mask=False,
-        causal_square=True,
-    ),
+    "fa3-fp8",
+    AttentionKernel(name="fa3-fp8", load=_flash3_fp8, **{**_FA3, "head_dims": (64, 96, 128), "exact": False}),
 )
 KERNELS.add(
     "fa4",
@@ -75,5 +133,6 @@ KERNELS.add(
         head_dims=tuple(range(8, 257, 8)),
         mask=False,
         causal_square=True,
+        lse=True,
     ),
 )

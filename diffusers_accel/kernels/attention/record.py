@@ -6,6 +6,7 @@ value's head_dim). An LSE, where a kernel has one, is float32 (batch, heads, seq
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,80 @@ import torch
 from ...core.platform import Device, has_module
 from ...core.registry import Registry
 
-AttentionFunction = Callable[..., torch.Tensor]
+# fn(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse=False) -> output, or (output, LSE)
+AttentionFunction = Callable[..., Any]
+
+NO_MASK, KEY_MASK, FULL_MASK = "none", "keys", "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a kernel must know of one attention call to say whether it can take it. `None` is not judged.
+
+    Attributes:
+        dtype: Of query, key and value.
+        head_dim: Of query and key.
+        value_dim: Of the value.
+        device: Type of the device, as in `torch.device.type`.
+        mask: `"none"`, `"keys"` (the same for every query and head: padding) or `"full"`.
+        keys: Length of the key.
+        causal: Whether the diagonal hides later keys; it starts at the top left.
+        square: Whether query and key are equally long.
+        grouped: Whether key and value have fewer heads than the query.
+        lse: Whether the logsumexp is wanted.
+    """
+
+    dtype: torch.dtype | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    device: str | None = None
+    mask: str = NO_MASK
+    keys: int | None = None
+    causal: bool = False
+    square: bool = True
+    grouped: bool = False
+    lse: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+        lse: bool = False,
+    ) -> Call:
+        """The call that these tensors make."""
+        return cls(
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+            value_dim=value.shape[-1],
+            device=query.device.type,
+            mask=mask_kind(attn_mask),
+            keys=key.shape[1],
+            causal=is_causal,
+            square=query.shape[1] == key.shape[1],
+            grouped=query.shape[2] != key.shape[2],
+            lse=lse,
+        )
+
+
+def mask_kind(attn_mask: torch.Tensor | None) -> str:
+    """`"keys"` for a mask that broadcasts over heads and queries, by its shape alone: nothing is read from a device."""
+    if attn_mask is None:
+        return NO_MASK
+    return KEY_MASK if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1 else FULL_MASK
+
+
+def key_bias(attn_mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """A `"keys"` mask, boolean or additive, as what is added to the logits: float32 (batch, key sequence)."""
+    if attn_mask is None:
+        return None
+    rows = attn_mask[:, 0, 0]
+    if rows.dtype == torch.bool:
+        rows = torch.zeros(rows.shape, device=rows.device).masked_fill_(~rows, float("-inf"))
+    return rows.float().expand(batch, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +98,24 @@ class AttentionKernel:
 
     Args:
         name: As a user writes it.
-        load: Imports what is needed and returns `fn(query, key, value, attn_mask, is_causal, scale, enable_gqa)`.
+        load: Imports what is needed and returns
+            `fn(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse=False)`.
         modules: Alternative modules it comes from; any one of them is enough. Empty for torch's own.
         install: How to get them.
         architectures: CUDA compute capabilities it runs on; `None` for any CUDA device; empty for every device.
+        at_least: Lowest CUDA compute capability it runs on.
         dtypes: Input types it takes; empty for all.
         head_dims: Head dimensions it takes; `None` for all.
-        mask: Whether it takes an attention mask.
+        mask: Whether it takes any attention mask.
+        key_mask: Whether it takes a mask that is the same for every query and head (padding).
+        key_multiple: What the number of keys must be a multiple of.
         causal: Whether it takes `is_causal`, whose diagonal starts at the top left, as SDPA's does.
         causal_square: Whether it takes `is_causal` only for equal lengths (elsewhere its diagonal lies otherwise).
         gqa: Whether it takes fewer key and value heads than query heads.
+        lse: Whether it can return the logsumexp.
         exact: Whether it computes in the input's own precision (no quantization).
+        auto: Whether `"auto"` may choose it; a user's own function is used by name only.
+        refusal: Why an installed package cannot be used (a version that is wrong somewhere, say), or `None`.
     """
 
     name: str
@@ -42,26 +123,37 @@ class AttentionKernel:
     modules: tuple[str, ...] = ()
     install: str = ""
     architectures: tuple[tuple[int, int], ...] | None = ()
+    at_least: tuple[int, int] | None = None
     dtypes: tuple[torch.dtype, ...] = ()
     head_dims: tuple[int, ...] | None = None
     mask: bool = True
+    key_mask: bool = False
+    key_multiple: int = 1
     causal: bool = True
     causal_square: bool = False
     gqa: bool = True
+    lse: bool = False
     exact: bool = True
+    auto: bool = True
+    refusal: Callable[[], str | None] = lambda: None
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether it needs a CUDA device."""
+        return self.architectures != () or self.at_least is not None
 
     def missing(self, device: Device) -> str | None:
         """Why the kernel cannot run on `device`, or `None` if it can."""
         if self.modules and not any(has_module(name) for name in self.modules):
             return f"needs the package {' or '.join(self.modules)} ({self.install})."
-        if self.architectures == ():
-            return None
-        if device.type != "cuda":
+        if self.on_cuda and device.type != "cuda":
             return f"needs a CUDA device; this is {device}."
-        if self.architectures is not None and device.arch not in self.architectures:
+        if self.architectures and device.arch not in self.architectures:
             wanted = ", ".join(f"sm_{major}{minor}" for major, minor in self.architectures)
             return f"is built for {wanted}; this is {device}."
-        return self._broken()
+        if self.at_least is not None and device.arch is not None and device.arch < self.at_least:
+            return f"needs sm_{self.at_least[0]}{self.at_least[1]} or later; this is {device}."
+        return self.refusal() or self._broken()
 
     def _broken(self) -> str | None:
         """Why an installed package does not load (built for another CUDA or torch, say), or `None` if it does."""
@@ -73,32 +165,38 @@ class AttentionKernel:
             return f"is installed and does not load: {type(error).__name__}: {error}."
         return None
 
-    def refuses(
-        self,
-        dtype: torch.dtype | None = None,
-        head_dim: int | None = None,
-        device: torch.device | None = None,
-        masked: bool = False,
-        causal: bool = False,
-        grouped: bool = False,
-        square: bool = True,
-    ) -> str | None:
-        """Why the kernel cannot take such a call, or `None` if it can. What is not given is not judged."""
-        if device is not None and self.architectures != () and device.type != "cuda":
-            return f"runs on CUDA, and the call is on {device.type}"
-        if dtype is not None and self.dtypes and dtype not in self.dtypes:
-            return f"takes {', '.join(str(item) for item in self.dtypes)}, not {dtype}"
-        if head_dim is not None and self.head_dims is not None and head_dim not in self.head_dims:
-            return f"takes head_dim {', '.join(map(str, self.head_dims))}, not {head_dim}"
-        if masked and not self.mask:
-            return "takes no attention mask"
-        if causal and not self.causal:
+    def refuses(self, call: Call) -> str | None:
+        """Why the kernel cannot take such a call, or `None` if it can."""
+        if call.device is not None and self.on_cuda and call.device != "cuda":
+            return f"runs on CUDA, and the call is on {call.device}"
+        if call.dtype is not None and self.dtypes and call.dtype not in self.dtypes:
+            return f"takes {', '.join(str(item) for item in self.dtypes)}, not {call.dtype}"
+        if call.head_dim is not None and self.head_dims is not None:
+            if call.head_dim not in self.head_dims:
+                return f"takes head_dim {_ranges(self.head_dims)}, not {call.head_dim}"
+            if call.value_dim is not None and call.value_dim != call.head_dim:
+                return f"takes values of the key's head_dim, not {call.value_dim} beside {call.head_dim}"
+        if call.mask != NO_MASK and not self.mask and not (self.key_mask and call.mask == KEY_MASK):
+            return "takes no attention mask but one over keys alone" if self.key_mask else "takes no attention mask"
+        if call.keys is not None and call.keys % self.key_multiple:
+            return f"is wrong unless the number of keys is a multiple of {self.key_multiple}; these are {call.keys}"
+        if call.causal and not self.causal:
             return "takes no causal mask"
-        if causal and self.causal_square and not square:
+        if call.causal and self.causal_square and not call.square:
             return "takes a causal mask for equal lengths only"
-        if grouped and not self.gqa:
+        if call.grouped and not self.gqa:
             return "takes no grouped key and value heads"
+        if call.lse and not self.lse:
+            return "returns no logsumexp"
         return None
+
+
+def _ranges(dims: tuple[int, ...]) -> str:
+    """Head dimensions for a reader: `16 to 128 in steps of 16`, or the list of a few."""
+    steps = {after - before for before, after in itertools.pairwise(dims)}
+    if len(dims) > 3 and len(steps) == 1:
+        return f"{dims[0]} to {dims[-1]} in steps of {steps.pop()}"
+    return ", ".join(map(str, dims))
 
 
 KERNELS: Registry[AttentionKernel] = Registry("attention kernel")
@@ -129,6 +227,7 @@ def register_attention(name: str, function: Any = None, *, replace: bool = False
             is_causal: bool,
             scale: float | None,
             enable_gqa: bool,
+            return_lse: bool = False,
         ) -> torch.Tensor:
             if enable_gqa:
                 groups = query.shape[2] // key.shape[2]
@@ -143,7 +242,8 @@ def register_attention(name: str, function: Any = None, *, replace: bool = False
                 )
             return out
 
-        KERNELS.add(name, AttentionKernel(name=name, load=lambda: adapted, **properties), replace=replace)
+        record = AttentionKernel(**{"name": name, "load": lambda: adapted, "auto": False, **properties})
+        KERNELS.add(name, record, replace=replace)
         return function
 
     return register if function is None else register(function)

@@ -1,35 +1,37 @@
-"""A site: the place where one pipeline's attention calls enter a kernel, and are counted.
+"""A site: the place where one kind of attention call of one pipeline enters a kernel, and is counted.
 
 All kernels are reached through one custom operator, so that under `torch.compile` a call is an opaque node: no graph
-break, one compiled graph for all blocks, and the Python that counts runs on every call. A call the kernel cannot take
-(a mask, a causal mask, another dtype or head dimension) runs on SDPA; that is counted under SDPA's name and warned of
-once, never silent.
+break, one compiled graph for all blocks, and the Python that chooses and counts runs on every call. That is why the
+kernel may depend on the step, the layer and the shape without a second graph. A call the kernel cannot take (a mask, a
+causal mask, another dtype or head dimension) runs on SDPA; that is counted under SDPA's name and warned of once, never
+silent.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .record import AttentionKernel
-from .torch_native import scaled_dot_product
+from .choice import Choice, shape_class
+from .record import KERNELS, AttentionFunction, AttentionKernel, Call
 
 
 class AttentionSite:
-    """One kernel as one pipeline uses it.
+    """Kernels as one pipeline uses them for one kind of call.
 
     Args:
-        kernel: The record.
+        select: Returns the choice in force for the call that is being made (by step and layer).
         counts: Kernel name -> calls; shared with the pipeline's statistics.
     """
 
-    def __init__(self, kernel: AttentionKernel, counts: Counter[str]):
-        self.kernel, self.counts = kernel, counts
-        self.function = kernel.load()
+    def __init__(self, select: Callable[[], Choice], counts: Counter[str]):
+        self.select, self.counts = select, counts
         self.number = _free_number()
+        self._functions: dict[str, AttentionFunction] = {}
         self._warned: set[str] = set()
 
     def run(
@@ -43,17 +45,28 @@ class AttentionSite:
         enable_gqa: bool,
     ) -> torch.Tensor:
         """Attention on (batch, sequence, heads, head_dim) tensors by the kernel that can take the call."""
-        masked = attn_mask is not None
-        square = query.shape[1] == key.shape[1]
-        reason = self.kernel.refuses(query.dtype, query.shape[-1], query.device, masked, is_causal, enable_gqa, square)
-        if reason is None:
-            self.counts[self.kernel.name] += 1
-            return self.function(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"attention {self.kernel.name!r} {reason}: such calls run on 'sdpa'.", stacklevel=2)
-        self.counts["sdpa"] += 1
-        return scaled_dot_product(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        call = Call.of(query, key, value, attn_mask, is_causal)
+
+        def run(kernel: AttentionKernel) -> torch.Tensor:
+            return self._function(kernel)(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+
+        choice = self.select()
+        kernel = choice.kernels[0]
+        if len(choice.kernels) > 1:
+            kernel = choice.pick(call, run, shape_class(query, key, call))
+        reason = kernel.refuses(call)
+        if reason is not None:
+            if reason not in self._warned:
+                self._warned.add(reason)
+                warnings.warn(f"attention {kernel.name!r} {reason}: such calls run on 'sdpa'.", stacklevel=2)
+            kernel = KERNELS.get("sdpa")
+        self.counts[kernel.name] += 1
+        return run(kernel)
+
+    def _function(self, kernel: AttentionKernel) -> AttentionFunction:
+        if kernel.name not in self._functions:
+            self._functions[kernel.name] = kernel.load()
+        return self._functions[kernel.name]
 
     def __call__(
         self,

@@ -1,0 +1,226 @@
+"""Which kernel computes a call: a fixed one, or the fastest of several by measurement.
+
+The first time a class of shapes is met on a GPU, `Fastest` times every candidate on the very tensors of the call (no
+kernel changes its inputs) and remembers the answer in a small file. A file belongs to one GPU model and one set of
+package versions, so an upgrade measures anew. Lengths are put into classes half an octave wide: the order of the
+kernels does not change faster than that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ...core.platform import Device, versions
+from .record import KERNELS, AttentionKernel, Call
+
+# Exact kernels in the order they are tried where nothing can be measured: while a CUDA graph is being captured.
+_PREFERENCE: dict[tuple[int, int] | None, tuple[str, ...]] = {(9, 0): ("fa3", "fa4"), (10, 0): ("fa4",)}
+# The folder of remembered timings, instead of the user's cache folder.
+CACHE_VARIABLE = "DIFFUSERS_ACCEL_CACHE"
+
+
+class Choice(Protocol):
+    """How the kernel of a call is found."""
+
+    def pick(self, call: Call, run: Callable[[AttentionKernel], Any], shape: str) -> AttentionKernel:
+        """The kernel for a call; `run` computes the call with a kernel, `shape` names its class of shapes."""
+        ...
+
+    @property
+    def kernels(self) -> tuple[AttentionKernel, ...]:
+        """All that may be picked."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One kernel for every call."""
+
+    kernel: AttentionKernel
+
+    def pick(self, call: Call, run: Callable[[AttentionKernel], Any], shape: str) -> AttentionKernel:
+        return self.kernel
+
+    @property
+    def kernels(self) -> tuple[AttentionKernel, ...]:
+        return (self.kernel,)
+
+    def __str__(self) -> str:
+        return self.kernel.name
+
+
+@dataclass
+class Fastest:
+    """The fastest of several kernels, by shape.
+
+    Args:
+        kernels: The candidates; each can run on this machine. The first that takes a call is used where nothing can be
+            measured.
+        timings: What was measured before, and where it is remembered.
+        seen: Shape class -> kernel -> seconds, of what this pipeline met; shared with its statistics.
+    """
+
+    kernels: tuple[AttentionKernel, ...]
+    timings: Timings
+    seen: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def pick(self, call: Call, run: Callable[[AttentionKernel], Any], shape: str) -> AttentionKernel:
+        able = [kernel for kernel in self.kernels if kernel.refuses(call) is None]
+        if len(able) == 1:
+            return able[0]
+        known = self.timings.known(shape)
+        lacking = [kernel for kernel in able if kernel.name not in known]
+        if lacking and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return able[0]
+        if lacking:
+            known = self.timings.measure(shape, able, run)
+        times = {kernel.name: known[kernel.name] for kernel in able}
+        self.seen[shape] = times
+        return min(able, key=lambda kernel: times[kernel.name])
+
+    def __str__(self) -> str:
+        return f"auto ({', '.join(kernel.name for kernel in self.kernels)})" if len(self.kernels) > 1 else "auto"
+
+
+def candidates(device: Device, exact: bool = True) -> tuple[AttentionKernel, ...]:
+    """The kernels that `"auto"` may choose from on a device, the preferred one first; SDPA is always among them."""
+    if device.type != "cuda":
+        return (KERNELS.get("sdpa"),)
+    preferred = _PREFERENCE.get(device.arch, ())
+    names = [*preferred, "sdpa", *(name for name in KERNELS if name not in (*preferred, "sdpa"))]
+    found = (KERNELS.get(name) for name in names)
+    return tuple(
+        kernel for kernel in found if kernel.auto and (kernel.exact or not exact) and kernel.missing(device) is None
+    )
+
+
+def shape_class(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    call: Call,
+) -> str:
+    """E.g. `"bfloat16 24x128 q4608 k4608"`: heads (with batch) and lengths rounded to half octaves."""
+    heads = _half_octave(query.shape[0] * query.shape[2])
+    parts = [
+        str(query.dtype).removeprefix("torch."),
+        f"{heads}x{query.shape[3]}",
+        f"q{_half_octave(query.shape[1])}",
+        f"k{_half_octave(key.shape[1])}",
+    ]
+    if call.mask != "none":
+        parts.append(f"mask-{call.mask}")
+    if call.causal:
+        parts.append("causal")
+    if call.grouped:
+        parts.append(f"groups{query.shape[2] // key.shape[2]}")
+    return " ".join(parts)
+
+
+def _half_octave(number: int) -> int:
+    return round(2 ** (round(2 * math.log2(number)) / 2)) if number else 0
+
+
+class Timings:
+    """Seconds of kernels by shape class, kept in a file for one GPU model and set of versions.
+
+    Args:
+        device: The GPU.
+        folder: Where the file lies; the user's cache folder if not given.
+    """
+
+    def __init__(self, device: Device, folder: Path | None = None):
+        self.facts = {"device": str(device), **versions()}
+        self.facts["cuda"] = str(torch.version.cuda)
+        self.facts["cudnn"] = str(torch.backends.cudnn.version())
+        digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = (folder or cache_folder()) / f"attention-{digest}.json"
+        self._lock = threading.Lock()
+        self._known = self._read()
+
+    def known(self, shape: str) -> dict[str, float]:
+        """Kernel -> seconds for a class of shapes; empty if it was never met."""
+        return self._known.get(shape, {})
+
+    def measure(
+        self, shape: str, kernels: Sequence[AttentionKernel], run: Callable[[AttentionKernel], Any]
+    ) -> dict[str, float]:
+        """Times kernels on a call and remembers it. One that fails is warned of and counts as never fast enough."""
+        with self._lock:
+            found = {}
+            for kernel in kernels:
+                try:
+                    found[kernel.name] = _seconds(partial(run, kernel))
+                except Exception as error:  # whatever a foreign kernel raises on a shape its record allows
+                    reason = f"{type(error).__name__}: {error}"
+                    warnings.warn(f"attention 'auto' leaves out {kernel.name!r} for {shape}: {reason}", stacklevel=2)
+                    found[kernel.name] = math.inf
+            known = {**self._read(), shape: {**self.known(shape), **found}}
+            self._known = known
+            self._write()
+            return known[shape]
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        try:
+            shapes = json.loads(self.path.read_text(encoding="utf-8"))["seconds"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return {
+            shape: {name: float(value) for name, value in times.items()}
+            for shape, times in shapes.items()
+            if isinstance(times, dict)
+        }
+
+    def _write(self) -> None:
+        # A kernel that failed is tried again by the next process: the cause may be gone.
+        kept = {
+            shape: {name: value for name, value in times.items() if math.isfinite(value)}
+            for shape, times in self._known.items()
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+            ) as file:
+                json.dump({"facts": self.facts, "seconds": kept}, file, indent=1)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            warnings.warn(
+                f"attention timings could not be kept in {self.path}: {error}. They are measured again next time; set "
+                f"{CACHE_VARIABLE} to a folder that can be written.",
+                stacklevel=2,
+            )
+
+
+def cache_folder() -> Path:
+    """Where measurements are kept."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers_accel"
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    """Median seconds of a call on the GPU, a first one not counted (it may compile)."""
+    function()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 20 and sum(times) < 0.02):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return sorted(times)[len(times) // 2]

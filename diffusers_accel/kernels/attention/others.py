@@ -1,0 +1,316 @@
+"""Attention kernels of packages a user may have built: SageAttention, xFormers, Transformer Engine, FlashInfer.
+
+None of them is a dependency, and few have wheels; each record is a thin adapter to the package's documented call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...core.platform import version
+from .record import KERNELS, AttentionFunction, AttentionKernel
+from .torch_native import EIGHTS, HALF, repeat_heads
+
+# --- SageAttention ---------------------------------------------------------------------------------------------------
+
+
+def _sage_major() -> int:
+    return int((version("sageattention") or "0").split(".")[0])
+
+
+def _sage(name: str) -> AttentionFunction:
+    """A function of SageAttention 2, which takes our layout as "NHD" and returns the LSE in natural logarithm."""
+    import sageattention
+
+    function = getattr(sageattention, name)
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool = False,
+    ) -> Any:
+        out = function(
+            query, key, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale, return_lse=return_lse
+        )
+        return (out[0], out[1]) if return_lse else out
+
+    return attention
+
+
+def _sage_1() -> AttentionFunction:
+    """SageAttention 1.0.6 behind guards: as it stands it subtracts the mean from the caller's K, and divides by zero
+    in a block of zeros. Lengths it gets wrong are refused by the record."""
+    from sageattention import sageattn
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool = False,
+    ) -> Any:
+        key = key - key.mean(dim=1, keepdim=True)
+        query = query.clone()
+        query[..., 0] += 1e-6
+        key[..., 0] += 1e-6
+        return sageattn(
+            query, key, value.contiguous(), tensor_layout="NHD", is_causal=is_causal, sm_scale=scale, smooth_k=False
+        )
+
+    return attention
+
+
+def _default_sage() -> AttentionFunction:
+    return _sage("sageattn") if _sage_major() >= 2 else _sage_1()
+
+
+def _needs_sage_2() -> str | None:
+    if _sage_major() >= 2:
+        return None
+    return f"needs SageAttention 2, and {version('sageattention')} is installed; build it from its repository."
+
+
+# Its own choice for the GPU at hand, and each variant by name.
+_SAGE_VARIANTS: dict[str, tuple[str, tuple[int, int]]] = {
+    "sageattention-int8-fp16-triton": ("sageattn_qk_int8_pv_fp16_triton", (8, 0)),
+    "sageattention-int8-fp16-cuda": ("sageattn_qk_int8_pv_fp16_cuda", (8, 0)),
+    "sageattention-int8-fp8-cuda": ("sageattn_qk_int8_pv_fp8_cuda", (8, 9)),
+    "sageattention-int8-fp8-cuda-sm90": ("sageattn_qk_int8_pv_fp8_cuda_sm90", (9, 0)),
+}
+_SAGE: dict[str, Any] = {
+    "modules": ("sageattention",),
+    "install": "build SageAttention 2 from its repository",
+    "dtypes": HALF,
+    "mask": False,
+    "causal_square": True,
+    "exact": False,
+}
+
+
+def sageattention_record() -> AttentionKernel:
+    """The record of the installed version: 1.x takes fewer calls than 2.x, and refuses lengths it would get wrong."""
+    old = _sage_major() < 2
+    return AttentionKernel(
+        name="sageattention",
+        load=_default_sage,
+        at_least=(8, 0),
+        head_dims=(64, 96, 128),
+        key_multiple=64 if old else 1,
+        lse=not old,
+        **_SAGE,
+    )
+
+
+KERNELS.add("sageattention", sageattention_record())
+for _name, (_function, _arch) in _SAGE_VARIANTS.items():
+    KERNELS.add(
+        _name,
+        AttentionKernel(
+            name=_name,
+            load=partial(_sage, _function),
+            at_least=_arch,
+            head_dims=(64, 128),
+            lse=True,
+            refusal=_needs_sage_2,
+            **_SAGE,
+        ),
+    )
+
+
+def _sage_3() -> AttentionFunction:
+    """SageAttention 3 (NVFP4), heads first, for Blackwell."""
+    from sageattn3 import sageattn3_blackwell
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool = False,
+    ) -> Any:
+        if scale is not None:  # it scales by head_dim ** -0.5 and takes no other
+            query = query * (scale * query.shape[-1] ** 0.5)
+        key, value = repeat_heads(query, key, value)
+        heads_first = (item.transpose(1, 2).contiguous() for item in (query, key, value))
+        return sageattn3_blackwell(*heads_first, is_causal=is_causal).transpose(1, 2)
+
+    return attention
+
+
+KERNELS.add(
+    "sageattention3",
+    AttentionKernel(
+        name="sageattention3",
+        load=_sage_3,
+        modules=("sageattn3",),
+        install="build sageattention3_blackwell from SageAttention's repository",
+        architectures=((10, 0), (10, 3), (12, 0)),
+        dtypes=HALF,
+        head_dims=(64, 128),
+        mask=False,
+        causal_square=True,
+        exact=False,
+    ),
+)
+
+# --- xFormers --------------------------------------------------------------------------------------------------------
+
+
+def _xformers() -> AttentionFunction:
+    import xformers.ops as ops
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool = False,
+    ) -> Any:
+        key, value = repeat_heads(query, key, value)
+        bias = ops.LowerTriangularMask() if is_causal else None
+        if not return_lse:
+            return ops.memory_efficient_attention(query, key, value, attn_bias=bias, scale=scale)
+        out, lse = ops.fmha.memory_efficient_attention_forward_requires_grad(
+            query, key, value, attn_bias=bias, scale=scale
+        )
+        return out, lse[..., : query.shape[1]]  # some of its kernels pad the rows
+
+    return attention
+
+
+KERNELS.add(
+    "xformers",
+    AttentionKernel(
+        name="xformers",
+        load=_xformers,
+        modules=("xformers",),
+        install="pip install xformers",
+        at_least=(8, 0),
+        dtypes=HALF,
+        head_dims=EIGHTS,
+        mask=False,
+        causal_square=True,
+        lse=True,
+    ),
+)
+
+# --- Transformer Engine ----------------------------------------------------------------------------------------------
+
+
+def _transformer_engine() -> AttentionFunction:
+    from transformer_engine.pytorch import DotProductAttention
+
+    modules: dict[tuple[Any, ...], Callable[..., torch.Tensor]] = {}
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool = False,
+    ) -> Any:
+        heads, dim, groups = query.shape[2], query.shape[3], key.shape[2]
+        known = (heads, dim, groups, is_causal, scale)
+        if known not in modules:
+            modules[known] = DotProductAttention(
+                num_attention_heads=heads,
+                kv_channels=dim,
+                num_gqa_groups=groups,
+                attention_dropout=0.0,
+                qkv_format="bshd",
+                attn_mask_type="causal" if is_causal else "no_mask",
+                softmax_scale=scale,
+            )
+        return modules[known](query, key, value).unflatten(-1, (heads, dim))
+
+    return attention
+
+
+KERNELS.add(
+    "transformer-engine",
+    AttentionKernel(
+        name="transformer-engine",
+        load=_transformer_engine,
+        modules=("transformer_engine.pytorch",),
+        install="pip install 'transformer-engine[pytorch]'",
+        at_least=(8, 0),
+        dtypes=HALF,
+        head_dims=EIGHTS,
+        mask=False,
+        causal_square=True,
+    ),
+)
+
+# --- FlashInfer ------------------------------------------------------------------------------------------------------
+
+_LN2 = 0.6931471805599453
+
+
+def _flashinfer() -> AttentionFunction:
+    """FlashInfer's prefill for one sample at a time; its LSE is in base 2 and (sequence, heads)."""
+    from flashinfer import single_prefill_with_kv_cache
+
+    def attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+        return_lse: bool = False,
+    ) -> Any:
+        found = [
+            single_prefill_with_kv_cache(
+                query[item],
+                key[item],
+                value[item],
+                causal=is_causal,
+                sm_scale=scale,
+                return_lse=return_lse,
+            )
+            for item in range(query.shape[0])
+        ]
+        if not return_lse:
+            return torch.stack(found)
+        return torch.stack([item[0] for item in found]), torch.stack([item[1].t() for item in found]) * _LN2
+
+    return attention
+
+
+KERNELS.add(
+    "flashinfer",
+    AttentionKernel(
+        name="flashinfer",
+        load=_flashinfer,
+        modules=("flashinfer",),
+        install="pip install flashinfer-python",
+        at_least=(8, 0),
+        dtypes=HALF,
+        head_dims=(64, 128, 256),
+        mask=False,
+        causal_square=True,
+        lse=True,
+    ),
+)

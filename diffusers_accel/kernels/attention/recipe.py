@@ -1,0 +1,106 @@
+"""Recipes of 8-bit attention: what is rounded, to which type, and how many tokens share a scale; and plain references.
+
+The idea, from SageAttention (https://arxiv.org/abs/2410.02367, https://arxiv.org/abs/2411.10958): softmax does not
+change when one vector is taken from every key, so the keys' mean, where the outlying channels of a real K live, is
+subtracted before rounding. Q is rounded with one scale per token, into which the softmax scale is folded; K with one
+per block of tokens; V with one per channel. P lies in [0, 1] and is rounded to e4m3 with the constant scale 448.
+
+A recipe is named by its types and block sizes as VisualGen's `quant_attention_config` orders them: type of QK, tokens
+per scale of Q, K and V (0: not rounded; V's 1 is per channel).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+INT8_MAX = 127.0
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one kind of 8-bit attention rounds its operands.
+
+    Attributes:
+        qk: `"int8"` or `"fp8"` (e4m3), or `None` to leave Q and K as they are.
+        k_block: Tokens that share a scale of K.
+        pv: `"fp8"` to round P and V to e4m3, or `None` to leave V as it is and round P to V's type.
+    """
+
+    qk: str | None
+    k_block: int
+    pv: str | None
+
+    @property
+    def name(self) -> str:
+        """E.g. `"int8-1-16-1"`: type of QK, then tokens per scale of Q, K and V."""
+        if self.qk is None:
+            return "bf16-0-0-0"
+        return f"{self.qk}-1-{self.k_block}-{1 if self.pv else 0}"
+
+
+def _named(*recipes: Recipe) -> dict[str, Recipe]:
+    return {recipe.name: recipe for recipe in recipes}
+
+
+# Backend -> its recipes, the default first.
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "sage": _named(*(Recipe(qk="int8", k_block=block, pv=None) for block in (128, 16, 4, 1))),
+    "sage-fp8": _named(
+        *(Recipe(qk="int8", k_block=block, pv="fp8") for block in (128, 16, 4, 1)),
+        *(Recipe(qk="fp8", k_block=block, pv="fp8") for block in (128, 4, 1)),
+    ),
+    "qk16pv8": _named(Recipe(qk=None, k_block=0, pv="fp8")),
+}
+
+
+def _rounded(x: torch.Tensor, kind: str, amax: torch.Tensor) -> torch.Tensor:
+    """`x` rounded to a type with the scale that takes `amax` to the type's largest value, and scaled back."""
+    largest = INT8_MAX if kind == "int8" else E4M3_MAX
+    scale = (amax / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = (x / scale).clamp(-largest, largest)
+    return (scaled.round() if kind == "int8" else scaled.to(torch.float8_e4m3fn).to(x.dtype)) * scale
+
+
+def reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    recipe: Recipe,
+    attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """What a recipe computes, in plain torch and float32: for tests, and to judge a recipe without a GPU.
+
+    Args:
+        query: (batch, sequence, heads, head_dim); key and value alike, with their own sequence and number of heads.
+        recipe: What to round.
+        attn_mask: As SDPA takes it.
+        scale: Of the logits; head_dim ** -0.5 if not given.
+    """
+    groups = query.shape[2] // key.shape[2]
+    q, k, v = (item.float().transpose(1, 2) for item in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if recipe.qk is not None:
+        k = k - k.mean(2, keepdim=True)
+        q = _rounded(q, recipe.qk, q.abs().amax(-1, keepdim=True))
+        length, block = k.shape[2], recipe.k_block
+        padded = torch.nn.functional.pad(k, (0, 0, 0, -length % block)).unflatten(2, (-1, block))
+        k = _rounded(padded, recipe.qk, padded.abs().amax((-1, -2), keepdim=True)).flatten(2, 3)[:, :, :length]
+    if recipe.pv is not None:
+        v = _rounded(v, "fp8", v.abs().amax(2, keepdim=True))
+    k, v = (item.repeat_interleave(groups, dim=1) for item in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    if attn_mask is not None:
+        scores = (
+            scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask.float()
+        )
+    top = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(top == -math.inf, 0.0, top))
+    total = weights.sum(-1, keepdim=True)
+    weights = _rounded(weights, "fp8", torch.ones(())) if recipe.pv is not None else weights.to(value.dtype).float()
+    out = (weights @ v) / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return out.transpose(1, 2).to(query.dtype)

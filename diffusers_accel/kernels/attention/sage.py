@@ -1,0 +1,62 @@
+"""Our own 8-bit attention, a record for each backend and recipe: `"sage"`, `"sage-fp8"`, `"qk16pv8"`.
+
+A backend's name alone stands for its first recipe; any other is written behind a slash: `"sage-fp8/fp8-1-4-1"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .recipe import RECIPES, Recipe
+from .record import KERNELS, AttentionFunction, AttentionKernel, key_bias
+
+
+def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
+    def load() -> AttentionFunction:
+        from .low_bit import attention as low_bit
+
+        def attention(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attn_mask: torch.Tensor | None,
+            is_causal: bool,
+            scale: float | None,
+            enable_gqa: bool,
+            return_lse: bool = False,
+        ) -> Any:
+            bias = key_bias(attn_mask, query.shape[0])
+            return low_bit(query, key, value, recipe, key_bias=bias, scale=scale, return_lse=return_lse)
+
+        return attention
+
+    return load
+
+
+def _record(name: str, recipe: Recipe) -> AttentionKernel:
+    return AttentionKernel(
+        name=name,
+        load=_loader(recipe),
+        modules=("triton",),
+        install="pip install triton",
+        # e4m3 matrix units came with sm_89.
+        at_least=(8, 9) if "fp8" in (recipe.qk, recipe.pv) else (8, 0),
+        dtypes=(torch.bfloat16, torch.float16),
+        head_dims=tuple(range(16, 129, 16)),
+        mask=False,
+        key_mask=True,
+        causal=False,
+        lse=True,
+        exact=False,
+        auto="/" not in name,
+    )
+
+
+for _backend, _recipes in RECIPES.items():
+    for _place, (_name, _recipe) in enumerate(_recipes.items()):
+        KERNELS.add(f"{_backend}/{_name}", _record(f"{_backend}/{_name}", _recipe))
+        if _place == 0:
+            KERNELS.add(_backend, _record(_backend, _recipe))

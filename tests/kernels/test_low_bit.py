@@ -1,0 +1,229 @@
+"""Our 8-bit attention: on the CPU through Triton's interpreter, on a GPU as it is compiled there.
+
+Three references: float64 attention for fidelity, each recipe in plain torch for what is rounded, and hand-made inputs
+where an error would show at once. The interpreter multiplies bf16 as if it were integers, so 16-bit inputs are fp16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import exact
+import pytest
+import torch
+
+from diffusers_accel.kernels.attention import KERNELS, RECIPES
+from diffusers_accel.kernels.attention.recipe import reference
+
+triton = pytest.importorskip("triton")
+
+from diffusers_accel.kernels.attention import low_bit, quantize  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERY = [(backend, name) for backend, recipes in RECIPES.items() for name in recipes]
+DEFAULTS = [(backend, next(iter(recipes))) for backend, recipes in RECIPES.items()]
+
+
+def inputs(batch=1, length=70, keys=200, heads=2, kv_heads=2, dim=64, seed=0, dtype=torch.float16):
+    """Gaussian inputs; K has outlying channels, the same for all tokens, as the K of trained models has."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, length, heads, dim, generator=generator)
+    key = torch.randn(batch, keys, kv_heads, dim, generator=generator)
+    key += 8 * torch.randn(dim, generator=generator) * (torch.rand(dim, generator=generator) < 0.2)
+    value = torch.randn(batch, keys, kv_heads, dim, generator=generator)
+    return [item.to(DEVICE, dtype) for item in (query, key, value)]
+
+
+def check(found, lse, expected, expected_lse, plain, recipe):
+    """Rounding to 8 bits leaves known errors; anything else would be far outside."""
+    assert found.isfinite().all() and lse.isfinite().all()
+    # e4m3 QK puts about 5% of noise on Gaussian inputs, int8 about 1% and e4m3 PV 3.7%.
+    assert exact.cosine(found, expected) > (0.998 if recipe.qk == "fp8" else 0.999)
+    assert (lse.double() - expected_lse).abs().max() < (0.1 if recipe.qk == "fp8" else 0.03)
+    # P is rounded against the running maximum, not the final one; with one tile of keys the two agree.
+    assert exact.relative(found, plain) < (0.03 if recipe.pv else 2e-3)
+
+
+@pytest.mark.parametrize(("backend", "name"), EVERY)
+def test_recipes(backend, name):
+    recipe = RECIPES[backend][name]
+    query, key, value = inputs(batch=2, heads=4, kv_heads=2)
+    found, lse = low_bit.attention(query, key, value, recipe, return_lse=True)
+    check(found, lse, *exact.attention(query, key, value), reference(query, key, value, recipe), recipe)
+
+
+@pytest.mark.parametrize(("backend", "name"), DEFAULTS)
+@pytest.mark.parametrize(
+    ("length", "keys", "dim"),
+    [(1, 1, 64), (63, 64, 96), (64, 63, 128), (65, 257, 128), (257, 65, 64), (5, 129, 16), (130, 2, 80)],
+)
+def test_lengths_and_head_dims(backend, name, length, keys, dim):
+    recipe = RECIPES[backend][name]
+    query, key, value = inputs(length=length, keys=keys, dim=dim, seed=length)
+    found, lse = low_bit.attention(query, key, value, recipe, return_lse=True)
+    check(found, lse, *exact.attention(query, key, value), reference(query, key, value, recipe), recipe)
+
+
+@pytest.mark.parametrize(("backend", "name"), DEFAULTS)
+@pytest.mark.parametrize("queries", [64, 128])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_cut_is_the_same_attention(backend, name, queries, ahead):
+    recipe = RECIPES[backend][name]
+    query, key, value = inputs(length=130, keys=200)
+    for keys in (64, 128):
+        cut = low_bit.Tile(queries, keys, 4, 2, ahead=ahead)
+        found, lse = low_bit.attention(query, key, value, recipe, return_lse=True, cut=cut)
+        check(found, lse, *exact.attention(query, key, value), reference(query, key, value, recipe), recipe)
+
+
+@pytest.mark.parametrize(("backend", "name"), DEFAULTS)
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_masks_over_keys(backend, name, kind):
+    recipe = RECIPES[backend][name]
+    query, key, value = inputs(batch=2, keys=150)
+    mask = torch.ones(2, 1, 1, 150, dtype=torch.bool, device=DEVICE)
+    mask[0, ..., 40:] = False
+    mask[1, ..., ::3] = False
+    if kind == "additive":
+        bias = torch.linspace(-2, 2, 150, device=DEVICE).expand(2, 1, 1, 150)
+        mask = bias.masked_fill(~mask, -math.inf)
+    function = KERNELS.get(backend).load()
+    found, lse = function(query, key, value, mask, False, None, False, return_lse=True)
+    expected, expected_lse = exact.attention(query, key, value, mask)
+    check(found, lse, expected, expected_lse, reference(query, key, value, recipe, mask), recipe)
+
+
+@pytest.mark.parametrize(("backend", "name"), DEFAULTS)
+def test_a_row_without_keys_is_zero(backend, name):
+    query, key, value = inputs(batch=2)
+    bias = torch.zeros(2, 200, device=DEVICE)
+    bias[1] = -math.inf
+    found, lse = low_bit.attention(query, key, value, RECIPES[backend][name], key_bias=bias, return_lse=True)
+    assert found[1].eq(0).all() and lse[1].eq(-math.inf).all()
+    assert found[0].isfinite().all() and lse[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("backend", "name"), DEFAULTS)
+def test_skipped_tiles(backend, name):
+    recipe = RECIPES[backend][name]
+    query, key, value = inputs(length=130, keys=300)
+    cut = low_bit.Tile(64, 64, 4, 2)
+    keep = torch.rand(1, 2, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.6
+    keep[0, 0, 0] = True
+    keep[0, 0, 1] = False  # nothing at all
+    keep[0, 1, :, 4] = True  # the partial tile
+    found, lse = low_bit.attention(query, key, value, recipe, keep=keep.to(DEVICE), return_lse=True, cut=cut)
+    mask = keep.repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :130, :300].to(DEVICE)
+    expected, expected_lse = exact.attention(query, key, value, mask)
+    empty = ~mask.any(-1)
+    assert found.transpose(1, 2)[empty].eq(0).all() and lse[empty].eq(-math.inf).all()
+    expected = expected.transpose(1, 2).masked_fill(empty[..., None], 0).transpose(1, 2)
+    assert exact.cosine(found, expected) > 0.999
+    assert (lse.double() - expected_lse)[~empty].abs().max() < 0.03
+
+
+@pytest.mark.parametrize(("backend", "name"), DEFAULTS)
+def test_hard_inputs(backend, name):
+    """Zero blocks, one constant for all keys, very large and very small values: no NaN, and the right answer."""
+    recipe = RECIPES[backend][name]
+    query, key, value = inputs()
+    zero = [item.clone() for item in (query, key, value)]
+    for item in zero:
+        item[:, :64] = 0
+    constant = [query, torch.ones_like(key), value]
+    large = [query * 10, key * 100, value * 10000]
+    huge = [query * 1000, key * 1000, value * 10000]
+    small = [query * 1e-3, key * 1e-3, value * 1e-3]
+    nothing = [torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)]
+    for case, tensors in {"zero": zero, "constant": constant, "large": large, "small": small}.items():
+        found = low_bit.attention(*tensors, recipe)
+        expected, _ = exact.attention(*tensors)
+        # Logits of 1e6 make a choice of one key; a rounding of 1e-2 may turn a near tie.
+        assert found.isfinite().all() and exact.cosine(found, expected) > (0.95 if case == "large" else 0.999), case
+    found = low_bit.attention(*huge, recipe)
+    assert found.isfinite().all() and found.abs().max() <= 1.1 * huge[2].abs().max()
+    assert low_bit.attention(*nothing, recipe).eq(0).all()
+
+
+@pytest.mark.parametrize(("backend", "name"), DEFAULTS)
+def test_any_strides_and_untouched_inputs(backend, name):
+    """Heads-first tensors and slices of a fused projection are read where they lie; nothing is written to them."""
+    recipe = RECIPES[backend][name]
+    query, key, value = inputs(keys=70)
+    expected = low_bit.attention(query, key, value, recipe)
+    heads_first = [item.transpose(1, 2).contiguous().transpose(1, 2) for item in (query, key, value)]
+    fused = torch.cat([query, key, value], dim=2).chunk(3, dim=2)
+    odd = [torch.nn.functional.pad(item, (1, 2))[..., 1:-2] for item in (query, key, value)]
+    for tensors in (heads_first, fused, odd):
+        before = [item.clone() for item in tensors]
+        assert torch.equal(low_bit.attention(*tensors, recipe), expected)
+        assert all(map(torch.equal, tensors, before))
+
+
+def test_the_scale_is_folded_in():
+    query, key, value = inputs()
+    for backend, name in DEFAULTS:
+        found, lse = low_bit.attention(query, key, value, RECIPES[backend][name], scale=0.31, return_lse=True)
+        expected, expected_lse = exact.attention(query, key, value, scale=0.31)
+        assert exact.cosine(found, expected) > 0.99
+        assert (lse.double() - expected_lse).abs().max() < 0.1
+
+
+def test_rounding_stays_within_half_a_step():
+    query, key, value = inputs(batch=2, heads=4, kv_heads=2, dim=96)
+    data = quantize.quantize(query, key, value, RECIPES["sage-fp8"]["int8-1-16-1"], 1 / quantize.LOG2E, shift=True)
+    q = data.query.float() * data.query_scale[..., None]
+    assert ((q - query.transpose(1, 2).float()).abs() <= 0.501 * data.query_scale[..., None]).all()
+    smooth = key.float() - key.float().mean(1, keepdim=True)
+    scales = data.key_scale.repeat_interleave(16, -1)[..., :200, None]
+    assert ((data.key.float() * scales - smooth.transpose(1, 2)).abs() <= 0.502 * scales).all()
+    # Position 16g + 4a + 2b + c holds key 16g + 8b + 2a + c; what lies behind the last key is zero.
+    order = torch.arange(208).view(13, 2, 4, 2).transpose(1, 2).flatten()
+    v = torch.zeros(2, 2, 96, data.value.shape[-1], device=DEVICE)
+    v[..., :208] = torch.nn.functional.pad(value.permute(0, 2, 3, 1).float(), (0, 8))[..., order]
+    error = (data.value.float() * data.value_scale[..., None] - v).abs()
+    assert (error <= v.abs() / 16 + data.value_scale[..., None] * 2**-9).all()
+    mean = key.float().mean(1).repeat_interleave(2, 1)
+    shift = torch.einsum("bshd,bhd->bhs", query.float(), mean) / quantize.LOG2E
+    torch.testing.assert_close(data.shift, shift, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_scales_per_head(smooth):
+    query, key, value = inputs(batch=2, heads=4, kv_heads=2, dim=96)
+    data = quantize.quantize_per_head(query, key, value, 0.1, smooth=smooth, shift=True)
+    smoothed = key.float() - key.float().mean(1, keepdim=True) if smooth else key.float()
+    grouped = query.float().unflatten(2, (2, 2))
+    largest = {
+        "query": (grouped.abs().amax((1, 3, 4)), data.query_scale),
+        "key": (smoothed.abs().amax((1, 3)), data.key_scale),
+        "value": (value.float().abs().amax((1, 3)), data.value_scale),
+    }
+    for name, (amax, scale) in largest.items():
+        if name == "key" and smooth:  # a bound that needs no second pass
+            mean = key.float().mean(1).abs().amax(-1)
+            assert (scale >= amax / 448.1).all()
+            torch.testing.assert_close((key.float().abs().amax((1, 3)) + mean) / 448, scale, rtol=1e-5, atol=0)
+        else:
+            torch.testing.assert_close(amax / 448, scale, rtol=1e-5, atol=0)
+    for rounded, scale, original in (
+        (data.query, data.query_scale.repeat_interleave(2, 1), query.float()),
+        (data.key, data.key_scale, smoothed),
+        (data.value, data.value_scale, value.float()),
+    ):
+        each = scale[:, None, :, None]
+        assert ((rounded.float() * each - original).abs() <= original.abs() / 15.9 + each * 2**-9).all()
+    if smooth:
+        shift = torch.einsum("bshd,bhd->bhs", query.float(), key.float().mean(1).repeat_interleave(2, 1)) * 0.1
+        torch.testing.assert_close(data.shift, shift, atol=1e-4, rtol=1e-4)
+    else:
+        assert data.shift is None
+
+
+def test_cuts_by_architecture():
+    recipe = RECIPES["sage"]["int8-1-128-0"]
+    # On Hopper, the cut whose last wave is fuller: long sequences fill either, FLUX's fills the smaller one better.
+    assert low_bit.tile(recipe, 128, (9, 0), 132, 32760, 12).queries == 128
+    assert low_bit.tile(recipe, 128, (9, 0), 132, 4608, 24).queries == 64
+    for backend, name in EVERY:
+        assert low_bit.tile(RECIPES[backend][name], 128, (8, 0), 108, 4096, 24).stages == 2
