@@ -175,13 +175,9 @@ class Timings:
     def _read(self) -> dict[str, dict[str, float]]:
         try:
             shapes = json.loads(self.path.read_text(encoding="utf-8"))["seconds"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
-        return {
-            shape: {name: float(value) for name, value in times.items()}
-            for shape, times in shapes.items()
-            if isinstance(times, dict)
-        }
+            return {shape: {name: float(value) for name, value in times.items()} for shape, times in shapes.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # missing, cut short, or another program's: it is written anew
 
     def _write(self) -> None:
         # A kernel that failed is tried again by the next process: the cause may be gone.

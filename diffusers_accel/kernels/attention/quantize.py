@@ -22,9 +22,9 @@ LOG2E = 1.4426950408889634
 # Measured on an H200 (`benchmarks/attention.py --tiles`): partial results per head of the first launch, rows and warps
 # of a program that reduces, and of one that rounds.
 _SPLITS = 16
-_REDUCE_ROWS, _REDUCE_WARPS, _REDUCE_STAGES = 32, 4, 4
+_REDUCE_ROWS, _REDUCE_WARPS, _REDUCE_STAGES = 32, 2, 3
 _ROWS, _ROUND_WARPS = 128, 4
-_HEAD_ROWS, _HEAD_WARPS = 64, 4
+_HEAD_ROWS, _HEAD_WARPS = 128, 4
 # Largest magnitudes are bounded from both sides, so that no product of scales over- or underflows: logits stay finite.
 _TINY = tl.constexpr(1e-14)
 _HUGE = tl.constexpr(1e14)
