@@ -58,7 +58,11 @@ def _flash3_fp8() -> AttentionFunction:
         enable_gqa: bool,
         return_lse: bool = False,
     ) -> Any:
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        dim = query.shape[-1]
+        scale = dim**-0.5 if scale is None else scale
+        if dim not in _FP8_DIMS:  # zeros change neither logits nor the scales
+            wanted = min(size for size in _FP8_DIMS if size > dim)
+            query, key, value = (torch.nn.functional.pad(item, (0, wanted - dim)) for item in (query, key, value))
         data = quantize_per_head(query, key, value, scale, shift=return_lse)
         extra = {"return_attn_probs": True} if return_lse else {}
         found = flash_attn_func(
@@ -73,8 +77,8 @@ def _flash3_fp8() -> AttentionFunction:
             **extra,
         )
         if return_lse:
-            return found[0].to(query.dtype), found[1] + data.shift
-        return _output(found, False).to(query.dtype)
+            return found[0][..., :dim].to(query.dtype), found[1] + data.shift
+        return _output(found, False)[..., :dim].to(query.dtype)
 
     return attention
 
@@ -105,6 +109,8 @@ def _output(found: Any, with_lse: bool) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
+# What FlashAttention 3 takes in e4m3 and we quantize; smaller ones are padded.
+_FP8_DIMS = (64, 96, 128)
 _FA3: dict[str, Any] = {
     "modules": ("fa3_fwd_interface", "flash_attn_interface"),
     "install": "pip install 'diffusers-accel[fa3]'",
@@ -119,7 +125,7 @@ _FA3: dict[str, Any] = {
 KERNELS.add("fa3", AttentionKernel(name="fa3", load=_flash3, **_FA3))
 KERNELS.add(
     "fa3-fp8",
-    AttentionKernel(name="fa3-fp8", load=_flash3_fp8, **{**_FA3, "head_dims": (64, 96, 128), "exact": False}),
+    AttentionKernel(name="fa3-fp8", load=_flash3_fp8, **{**_FA3, "head_dims": tuple(range(8, 129, 8)), "exact": False}),
 )
 KERNELS.add(
     "fa4",

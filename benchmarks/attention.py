@@ -1,0 +1,304 @@
+"""Every attention kernel on the shapes of the models: TFLOP/s, error, and what the adapters add, in one run.
+
+Inputs are Gaussian with outlying channels in K, as trained models have them. Rates are medians of `do_bench`, the
+kernels called in turn over several rounds, so that a drift of the clocks meets all of them alike; quantization is
+included. Errors are against float32 attention on a sample of queries. `raw` calls the library as its documentation
+says, on tensors laid out as it wants them: the adapter's cost is what lies between.
+
+    python benchmarks/attention.py                 # all kernels: benchmarks/results/attention.json
+    python benchmarks/attention.py --tiles         # the cuts of our kernels and of the quantizers
+    python benchmarks/attention.py --docs          # docs/attention.md from the result; needs no GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+
+from diffusers_accel.core.platform import describe
+from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel, Call
+
+# batch, heads, sequence, head_dim
+SHAPES = {
+    "Wan2.1 1.3B, 480p, 81 frames": (1, 12, 32760, 128),
+    "FLUX.1, 1024 px": (1, 24, 4608, 128),
+    "head_dim 64, video": (1, 24, 17550, 64),
+    "Wan2.1 14B, 720p, 81 frames, on 4 GPUs": (1, 10, 75600, 128),
+}
+DOCS = Path(__file__).parents[1] / "docs" / "attention.md"
+
+
+def inputs(batch: int, heads: int, length: int, dim: int, device: str = "cuda") -> tuple[torch.Tensor, ...]:
+    """bf16 query, key and value, (batch, length, heads, dim)."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator, device=device)  # noqa: E731
+    query, value = draw(batch, length, heads, dim), draw(batch, length, heads, dim)
+    outlying = 8 * draw(heads, dim) * (draw(heads, dim) > 1)
+    return tuple(item.bfloat16() for item in (query, draw(batch, length, heads, dim) + outlying, value))
+
+
+def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """float32 attention of some queries, head by head: (batch, rows, heads, dim)."""
+    out = []
+    for head in range(query.shape[2]):
+        q, k, v = (item[:, :, head].float() for item in (query[:, rows], key, value))
+        out.append((q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1) @ v)
+    return torch.stack(out, 2)
+
+
+def rounds(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
+    """Median milliseconds of each, called in turn."""
+    from triton.testing import do_bench
+
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(count):
+        for name, function in functions.items():
+            found[name].append(do_bench(function, warmup=15, rep=60, return_mode="median"))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def raw(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], Any] | None:
+    """The library's own call, prepared outside the timing, for kernels that are another's."""
+    heads_first = [item.transpose(1, 2) for item in (query, key, value)]
+    if name == "fa3":
+        from fa3_fwd_interface import flash_attn_func
+
+        return lambda: flash_attn_func(query, key, value)
+    if name == "fa4":
+        from flash_attn.cute import flash_attn_func as flash_attn_4
+
+        return lambda: flash_attn_4(query, key, value)
+    if name in ("sdpa", "cudnn", "flash2"):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        chosen = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}.get(name)
+
+        def call() -> torch.Tensor:
+            if chosen is None:
+                return torch.nn.functional.scaled_dot_product_attention(*heads_first)
+            with sdpa_kernel(chosen):
+                return torch.nn.functional.scaled_dot_product_attention(*heads_first)
+
+        return call
+    if name == "sageattention":
+        from sageattention import sageattn
+
+        copy = key.clone()  # 1.x writes to it
+        return lambda: sageattn(query, copy, value, tensor_layout="NHD")
+    if name == "xformers":
+        import xformers.ops
+
+        return lambda: xformers.ops.memory_efficient_attention(query, key, value)
+    return None
+
+
+def kernels(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    able: dict[str, AttentionKernel] = {}
+    missing = {}
+    for name in KERNELS:
+        kernel = KERNELS.get(name)
+        if any(name == f"{backend}/{next(iter(recipes))}" for backend, recipes in RECIPES.items()):
+            continue  # the backend's own name
+        reason = kernel.missing(describe(device))
+        if reason is None:
+            able[name] = kernel
+        else:
+            missing[name] = reason
+    for label, (batch, heads, length, dim) in SHAPES.items():
+        if options.shapes and not any(part in label for part in options.shapes):
+            continue
+        query, key, value = inputs(batch, heads, length, dim)
+        rows = torch.randint(length, (256,), device=device, generator=torch.Generator(device).manual_seed(1))
+        expected = reference(query, key, value, rows)
+        work = 4 * batch * heads * length**2 * dim / 1e9
+        functions: dict[str, Callable[[], Any]] = {}
+        figures: dict[str, dict[str, Any]] = {}
+        for name, kernel in able.items():
+            refused = kernel.refuses(Call.of(query, key, value))
+            if refused is not None:
+                figures[name] = {"refused": refused}
+                continue
+            try:
+                function = kernel.load()
+                call = partial(function, query, key, value, None, False, None, False)
+                before = [item.clone() for item in (query, key, value)]
+                out = call()[:, rows].float()
+            except Exception as error:
+                figures[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+                continue
+            assert all(map(torch.equal, before, (query, key, value))), f"{name} changed its inputs"
+            figures[name] = {
+                "relative error": float((out - expected).norm() / expected.norm()),
+                "cosine": float(torch.nn.functional.cosine_similarity(out.flatten(), expected.flatten(), 0)),
+            }
+            functions[name] = call
+            library = raw(name, query, key, value)
+            if library is not None:
+                functions[f"{name}, raw"] = library
+        times = rounds(functions, options.rounds)
+        for name in able:
+            if name not in times:
+                continue
+            figures[name]["ms"] = round(times[name], 4)
+            figures[name]["TFLOP/s"] = round(work / times[name], 1)
+            figures[name]["of cudnn"] = round(times["cudnn"] / times[name], 3)
+            if f"{name}, raw" in times:
+                figures[name]["raw TFLOP/s"] = round(work / times[f"{name}, raw"], 1)
+                figures[name]["adapter adds"] = round(times[name] / times[f"{name}, raw"] - 1, 4)
+        found[label] = {"shape (batch, heads, sequence, head_dim)": (batch, heads, length, dim), "kernels": figures}
+        for name, figure in figures.items():
+            print(f"{label:40} {name:32} {figure}", flush=True)
+    return {"shapes": found, "missing": missing}
+
+
+def tiles(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Rates of our kernels over cuts, and microseconds of the quantizers over their constants."""
+    from triton.testing import do_bench
+
+    from diffusers_accel.kernels.attention import low_bit, quantize
+    from diffusers_accel.kernels.attention.low_bit import Tile
+
+    found: dict[str, Any] = {}
+    cuts = [
+        Tile(queries, keys, warps, stages, ahead)
+        for (queries, warps), keys, stages, ahead in itertools.product(
+            ((64, 4), (128, 8), (128, 4)), (64, 128), (2, 3, 4), (False, True)
+        )
+    ]
+    for label, (batch, heads, length, dim) in SHAPES.items():
+        if options.shapes and not any(part in label for part in options.shapes):
+            continue
+        tensors = inputs(batch, heads, length, dim)
+        work = 4 * batch * heads * length**2 * dim / 1e9
+        rates: dict[str, Any] = {}
+        for backend, recipes in RECIPES.items():
+            recipe = next(iter(recipes.values()))
+            for cut in cuts:
+                try:
+                    call = partial(low_bit.attention, *tensors, recipe, cut=cut)
+                    rate = work / do_bench(call, warmup=15, rep=60, return_mode="median")
+                except Exception as error:  # a cut that does not fit
+                    rate = math.nan
+                    print(label, backend, cut, type(error).__name__, flush=True)
+                rates[f"{backend} {cut.queries}x{cut.keys}, {cut.warps} warps, {cut.stages} stages"
+                      + (", ahead" if cut.ahead else "")] = round(rate, 1)  # fmt: skip
+        times: dict[str, Any] = {}
+        kept = quantize._SPLITS, quantize._REDUCE_ROWS, quantize._REDUCE_WARPS, quantize._REDUCE_STAGES
+        for constants in ((16, 32, 2, 3), (16, 16, 4, 4), (32, 32, 4, 5), (16, 64, 4, 3)):
+            quantize._SPLITS, quantize._REDUCE_ROWS, quantize._REDUCE_WARPS, quantize._REDUCE_STAGES = constants
+            call = partial(quantize.quantize_per_head, *tensors, 1.0)
+            times[f"per head, splits, rows, warps, stages {constants}"] = round(
+                1e3 * do_bench(call, warmup=15, rep=40, return_mode="median"), 1
+            )
+        quantize._SPLITS, quantize._REDUCE_ROWS, quantize._REDUCE_WARPS, quantize._REDUCE_STAGES = kept
+        found[label] = {"TFLOP/s": rates, "quantization, us": times}
+        print(json.dumps(found[label], indent=1), flush=True)
+    return found
+
+
+def docs(path: Path) -> str:
+    """The table of the documentation: what every kernel supports, from its record, and what was measured."""
+    result = json.loads(path.read_text())
+    shapes = result["shapes"]
+    headings = [
+        f"{label} {tuple(shape['shape (batch, heads, sequence, head_dim)'])}" for label, shape in shapes.items()
+    ]
+    lines = [
+        "# Attention kernels",
+        "",
+        "Made by `python benchmarks/attention.py --docs` from the kernels' records and from",
+        f"`benchmarks/results/{path.name}` ({result['device']}, torch {result['versions']['torch']}, CUDA "
+        f"{result['cuda']}, driver {result['driver']}). `diffusers-accel env` prints what can run on your machine.",
+        "",
+        "Rates are TFLOP/s of one call, quantization included, non-causal, bf16 inputs; the error is relative to float32",
+        "attention on Gaussian inputs with outlying channels in K, at the first shape that the kernel takes.",
+        "",
+        "| kernel | GPUs | types | head_dim | mask | causal | LSE | error | "
+        + " | ".join(
+            f"{label} {tuple(shape['shape (batch, heads, sequence, head_dim)'])}" for label, shape in shapes.items()
+        )
+        + " |",
+        "|---" * (8 + len(shapes)) + "|",
+    ]
+    for name in KERNELS:
+        kernel = KERNELS.get(name)
+        figures = [shape["kernels"].get(name, {}) for shape in shapes.values()]
+        errors = [figure["relative error"] for figure in figures if "relative error" in figure]
+        if "/" in name and not errors:
+            continue
+        cells = [
+            f"`{name}`",
+            _gpus(kernel),
+            ", ".join(
+                str(item).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for item in kernel.dtypes
+            )
+            or "any",
+            _dims(kernel),
+            "any" if kernel.mask else "keys" if kernel.key_mask else "no",
+            ("equal lengths" if kernel.causal_square else "yes") if kernel.causal else "no",
+            "yes" if kernel.lse else "no",
+            f"{errors[0]:.2%}" if errors else "",
+            *(str(figure.get("TFLOP/s", "")) for figure in figures),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "A kernel without rates was not installed on the machine that measured. A call that a kernel cannot take (see",
+        "mask and causal) runs on SDPA; that is warned of and counted.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _gpus(kernel: AttentionKernel) -> str:
+    if kernel.architectures:
+        return ", ".join(f"sm_{major}{minor}" for major, minor in kernel.architectures)
+    if kernel.at_least is not None:
+        return f"sm_{kernel.at_least[0]}{kernel.at_least[1]}+"
+    return "any" if kernel.on_cuda else "any, CPU"
+
+
+def _dims(kernel: AttentionKernel) -> str:
+    dims = kernel.head_dims
+    if dims is None:
+        return "any"
+    if len(dims) > 4:
+        return f"{dims[0]} to {dims[-1]} by {dims[1] - dims[0]}"
+    return ", ".join(map(str, dims))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", help="parts of the names of shapes; all if not given")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--docs", action="store_true")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result")
+    options = parser.parse_args()
+    if options.docs:
+        DOCS.write_text(docs((options.out or measure.RESULTS) / "attention.json"))
+        print(DOCS)
+        return
+    device = torch.device("cuda")
+    name, figures = (
+        ("attention-tiles", tiles(options, device)) if options.tiles else ("attention", kernels(options, device))
+    )
+    print(measure.write(name, figures, options.out))
+
+
+if __name__ == "__main__":
+    main()
