@@ -35,6 +35,7 @@ SHAPES = {
     "head_dim 64, video": (1, 24, 17550, 64),
     "Wan2.1 14B, 720p, 81 frames, on 4 GPUs": (1, 10, 75600, 128),
 }
+SIZES = "shape (batch, heads, sequence, head_dim)"
 DOCS = Path(__file__).parents[1] / "docs" / "attention.md"
 
 
@@ -156,7 +157,7 @@ def kernels(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
             if f"{name}, raw" in times:
                 figures[name]["raw TFLOP/s"] = round(work / times[f"{name}, raw"], 1)
                 figures[name]["adapter adds"] = round(times[name] / times[f"{name}, raw"] - 1, 4)
-        found[label] = {"shape (batch, heads, sequence, head_dim)": (batch, heads, length, dim), "kernels": figures}
+        found[label] = {SIZES: (batch, heads, length, dim), "kernels": figures}
         for name, figure in figures.items():
             print(f"{label:40} {name:32} {figure}", flush=True)
     return {"shapes": found, "missing": missing}
@@ -211,9 +212,7 @@ def docs(path: Path) -> str:
     """The table of the documentation: what every kernel supports, from its record, and what was measured."""
     result = json.loads(path.read_text())
     shapes = result["shapes"]
-    headings = [
-        f"{label} {tuple(shape['shape (batch, heads, sequence, head_dim)'])}" for label, shape in shapes.items()
-    ]
+    headings = [f"{label} {tuple(found[SIZES])}" for label, found in shapes.items()]
     lines = [
         "# Attention kernels",
         "",
@@ -221,14 +220,10 @@ def docs(path: Path) -> str:
         f"`benchmarks/results/{path.name}` ({result['device']}, torch {result['versions']['torch']}, CUDA "
         f"{result['cuda']}, driver {result['driver']}). `diffusers-accel env` prints what can run on your machine.",
         "",
-        "Rates are TFLOP/s of one call, quantization included, non-causal, bf16 inputs; the error is relative to float32",
-        "attention on Gaussian inputs with outlying channels in K, at the first shape that the kernel takes.",
+        "Rates are TFLOP/s of one call, quantization included, non-causal, bf16 inputs; the error is relative to",
+        "float32 attention on Gaussian inputs with outlying channels in K, at the first shape that the kernel takes.",
         "",
-        "| kernel | GPUs | types | head_dim | mask | causal | LSE | error | "
-        + " | ".join(
-            f"{label} {tuple(shape['shape (batch, heads, sequence, head_dim)'])}" for label, shape in shapes.items()
-        )
-        + " |",
+        f"| kernel | GPUs | types | head_dim | mask | causal | LSE | error | {' | '.join(headings)} |",
         "|---" * (8 + len(shapes)) + "|",
     ]
     for name in KERNELS:
