@@ -69,10 +69,16 @@ def check_kernels(device: torch.device) -> tuple[dict[str, Any], list[str]]:
             copies = [item.clone() for item in tensors]
             arguments = (*tensors, mask, causal, None, heads != kv_heads)
             expected, expected_lse = exact.attention(*tensors, mask, causal)
-            out = function(*arguments)
+            try:
+                out = function(*arguments)
+                lse_too = function(*arguments, return_lse=True) if kernel.lse else None
+            except Exception as error:
+                calls[label] = f"failed: {type(error).__name__}: {error}"
+                wrong.append(f"{name}, {label}: {calls[label]}")
+                continue
             figures = {"error": exact.relative(out, expected), "cosine": exact.cosine(out, expected)}
-            if kernel.lse:
-                out, lse = function(*arguments, return_lse=True)
+            if lse_too is not None:
+                out, lse = lse_too
                 figures["error with LSE"] = exact.relative(out, expected)
                 figures["LSE off by"] = float((lse.double() - expected_lse).abs().max())
             calls[label] = figures

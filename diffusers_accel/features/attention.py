@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -38,6 +39,7 @@ from ..kernels.attention import (
     Choice,
     Fastest,
     Fixed,
+    Rotated,
     Timings,
     candidates,
 )
@@ -154,11 +156,14 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
             member, registrations = _dispatcher_backend(site)
             if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
                 yield from registrations
+            # Kernels that round query and key rotate them in the same pass; the others leave it to the stock code.
+            fold = all(kernel.rotary for choice in choices.values() for kernel in choice.kernels)
             # One class per stock class, so that all blocks share one compiled graph.
             classes: dict[type, type] = {}
             for layer in role.layers:
                 processor: Any = layer.module.processor
-                if hasattr(processor, "_attention_backend"):
+                rotary = fold and type(processor).__name__ in denoiser.adapter.rotary
+                if hasattr(processor, "_attention_backend") and not rotary:
                     if owners[id(processor)] > 1:
                         processor = copy.copy(processor)
                         yield SetAttr(layer.module, "processor", processor)
@@ -166,7 +171,7 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
                 else:
                     kind = type(processor)
                     if kind not in classes:
-                        classes[kind] = _rebound_class(kind, site)
+                        classes[kind] = _rebound_class(kind, site, rotary)
                     clone: Any = object.__new__(classes[kind])
                     vars(clone).update(vars(processor))
                     yield SetAttr(layer.module, "processor", clone)
@@ -457,9 +462,11 @@ class _Functional:
         return getattr(F, name)
 
 
-def _rebound_class(stock: type, site: AttentionSite) -> type:
-    """A subclass of a stock processor that runs the stock code with its attention function bound to `site`."""
+def _rebound_class(stock: type, site: AttentionSite, rotary: bool = False) -> type:
+    """A subclass of a stock processor that runs the stock code with its attention function bound to `site`; with
+    `rotary`, query and key reach it with their rotation still to be applied."""
     call = stock.__call__  # type: ignore[operator]
+    code = call.__code__
 
     def dispatched(
         query: Any,
@@ -496,8 +503,49 @@ def _rebound_class(stock: type, site: AttentionSite) -> type:
     scope.pop("__name__", None)
     scope["dispatch_attention_fn"] = dispatched
     scope["F"] = _Functional(heads_first)
-    function = types.FunctionType(call.__code__, scope, call.__name__, call.__defaults__, call.__closure__)
+    if rotary:
+        code = _rotation_put_off(code, scope)
+    function = types.FunctionType(code, scope, call.__name__, call.__defaults__, call.__closure__)
     function.__kwdefaults__ = call.__kwdefaults__
     function.__annotations__ = dict(call.__annotations__)
     function.__module__ = stock.__module__
     return type(stock.__name__, (stock,), {"__call__": function, "__module__": stock.__module__})
+
+
+def _rotation_put_off(code: types.CodeType, scope: dict[str, Any]) -> types.CodeType:
+    """A processor's code whose rotation returns `Rotated`, be it a function of its module or one it defines itself."""
+    stock = scope.get("apply_rotary_emb")
+    if "apply_rotary_emb" in code.co_names and callable(stock):
+
+        def put_off(x: Any, freqs_cis: Any, *args: Any, **kwargs: Any) -> Any:
+            def apply(item: Any) -> Any:
+                return stock(item, freqs_cis, *args, **kwargs)
+
+            # The one form that is known to be interleaved pairs over (batch, sequence, heads, head_dim).
+            if torch.compiler.is_compiling() or args or kwargs != {"sequence_dim": 1}:
+                return apply(x)
+            cos, sin = freqs_cis
+            return Rotated.of(x, cos, sin, apply)
+
+        scope["apply_rotary_emb"] = put_off
+        return code
+    constants = list(code.co_consts)
+    own = next((item for item in constants if getattr(item, "co_name", None) == "apply_rotary_emb"), None)
+    if own is None:
+        return code
+    rotation = types.FunctionType(own, scope)
+
+    def put_off_own(x: Any, cos: Any, sin: Any) -> Any:
+        def apply(item: Any) -> Any:
+            return rotation(item, cos, sin)
+
+        # The stock function reads cosines at even channels and sines at odd ones; both hold every value twice.
+        return apply(x) if torch.compiler.is_compiling() else Rotated.of(x, cos, sin, apply)
+
+    scope["_diffusers_accel_put_off"] = put_off_own
+    constants[constants.index(own)] = _own_rotation.__code__
+    return code.replace(co_consts=tuple(constants))
+
+
+def _own_rotation(hidden_states: Any, freqs_cos: Any, freqs_sin: Any) -> Any:
+    return _diffusers_accel_put_off(hidden_states, freqs_cos, freqs_sin)  # type: ignore[name-defined]  # noqa: F821

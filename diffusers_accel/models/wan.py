@@ -69,6 +69,7 @@ ROWS = {
 
 WAN = Adapter(
     classes=("WanTransformer3DModel",),
+    rotary=("WanAttnProcessor",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     timestep_signal=_signal,
@@ -80,6 +81,7 @@ WAN = Adapter(
 # on skipped steps too.
 WAN_VACE = Adapter(
     classes=("WanVACETransformer3DModel",),
+    rotary=("WanAttnProcessor",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     side_stacks=(Stack("vace_blocks", ("control_hidden_states",)),),

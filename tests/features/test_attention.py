@@ -21,7 +21,7 @@ from diffusers_accel import (
     restore,
     stats,
 )
-from diffusers_accel.kernels.attention import KERNELS
+from diffusers_accel.kernels.attention import KERNELS, AttentionKernel
 
 FAMILIES = sorted(name for name in TINY if TINY[name].family != "others")
 
@@ -194,6 +194,70 @@ class TestSteps:
         assert "the first 50% of steps run on sdpa" in str(
             explain(pipe, attention={"backend": "second", "dense_steps": 0.5})
         )
+
+
+class TestRotary:
+    """FLUX, FLUX.2 and Wan rotate right before attention: a kernel that rounds query and key does it in passing."""
+
+    @pytest.fixture
+    def folding(self):
+        """A kernel that rotates by itself, as complex numbers; counts calls by whether it was given a rotation."""
+        before, calls = dict(KERNELS._records), Counter()
+
+        def rotate(x, cos, sin):
+            numbers = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+            turns = torch.complex(cos[:, ::2].double(), sin[:, ::2].double())
+            return torch.view_as_real(numbers * turns[None, :, None]).flatten(-2).to(x.dtype)
+
+        def function(query, key, value, mask, causal, scale, gqa, return_lse=False, rotary=None):
+            calls[rotary is not None] += 1
+            if rotary is not None:
+                query, key = rotate(query, *rotary), rotate(key, *rotary)
+            return plain(query, key, value, mask, causal, scale)
+
+        KERNELS.add("folding", AttentionKernel(name="folding", load=lambda: function, rotary=True))
+        yield calls
+        KERNELS._records.clear()
+        KERNELS._records.update(before)
+
+    @pytest.mark.parametrize("name", ["flux", "flux2", "wan", "wan-i2v", "wan-vace"])
+    def test_it_is_folded(self, name, folding):
+        entry, pipe = TINY[name], build(name)
+        stock = entry.run(pipe, steps=2)
+        accelerate(pipe, attention="folding")
+        assert_close(entry.run(pipe, steps=2), stock)
+        total = stats(pipe).attention_kernels["folding"]
+        assert sum(folding.values()) == total
+        # Everything but Wan's cross-attention, text and image.
+        assert folding[True] == (total if name.startswith("flux") else total - cross_calls(entry, build(name), steps=2))
+        restore(pipe)
+        again = entry.run(pipe, steps=2)
+        assert all(map(torch.equal, tensors(again), tensors(stock)))
+
+    @pytest.mark.parametrize("name", ["flux", "wan"])
+    def test_compiled_code_rotates_itself(self, name, folding):
+        """A compiler fuses the rotation with what stands before it, and there is one graph for all blocks."""
+        entry, pipe = TINY[name], build(name)
+        stock = entry.run(pipe, steps=2)
+        accelerate(pipe, attention="folding", compile=CompileConfig(backend="aot_eager"))
+        assert_close(entry.run(pipe, steps=2), stock)
+        assert folding[True] == 0 and folding[False] > 0
+
+    @pytest.mark.parametrize("name", ["flux", "wan"])
+    def test_dense_steps_see_it_applied(self, name, folding):
+        entry, pipe = TINY[name], build(name)
+        stock = entry.run(pipe)
+        accelerate(pipe, attention={"backend": "folding", "dense_steps": 0.5, "dense_backend": "sdpa"})
+        assert_close(entry.run(pipe), stock)
+        assert folding[True] > 0 and stats(pipe).attention_kernels["sdpa"] > 0
+
+    def test_other_kernels_leave_it_to_the_stock_code(self, second):
+        pipe = build("flux")
+        kinds = [type(module.processor) for module in pipe.transformer.modules() if hasattr(module, "processor")]
+        accelerate(pipe, attention="second")
+        assert kinds == [
+            type(module.processor) for module in pipe.transformer.modules() if hasattr(module, "processor")
+        ]
 
 
 class TestRefusals:

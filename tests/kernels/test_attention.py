@@ -5,6 +5,7 @@ Kernels that need a GPU are run by `benchmarks/check_gpu.py`; here their records
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
@@ -118,6 +119,7 @@ def test_candidates_are_what_can_run(monkeypatch):
     assert names(CPU) == ["sdpa"]
     installed = {"fa3_fwd_interface", "triton"}
     monkeypatch.setattr("diffusers_accel.kernels.attention.record.has_module", lambda name: name in installed)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", None)  # as if its import failed
     # Found but broken: passed over, and named as such.
     assert set(names(HOPPER)) == {"sdpa", "cudnn", "flash2"}
     assert "does not load: ModuleNotFoundError" in KERNELS.get("fa3").missing(HOPPER)

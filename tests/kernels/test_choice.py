@@ -50,7 +50,7 @@ def test_the_fastest_is_taken_and_remembered(clock, tmp_path):
     # Another process finds the answer on disk, with the facts it holds for.
     assert pick(Fastest(kernels, Timings(GPU, tmp_path))) == "b" and timed["b"] == 1
     (file,) = tmp_path.iterdir()
-    assert json.loads(file.read_text())["facts"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(json.loads(file.read_text())["facts"]["torch"])
     # Another shape is timed anew, and another GPU has another file.
     assert pick(fastest, shape="other") == "b" and timed["b"] == 2
     assert pick(Fastest(kernels, Timings(Device("cuda", "NVIDIA A100", (8, 0)), tmp_path))) == "b" and timed["b"] == 3

@@ -88,9 +88,10 @@ def test_flash_attention_3_in_fp8(monkeypatch):
 
     install(monkeypatch, "fa3_fwd_interface", flash_attn_func=flash_attn_func)
     monkeypatch.setattr("diffusers_accel.kernels.attention.flash.has_module", lambda name: True)
-    query, key, value = (item.half() for item in inputs())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query, key, value = (item.to(device, torch.float16) for item in inputs())
     # Outlying channels, as the K of trained models has them: without the mean taken away the error would be far larger.
-    key += 20 * (torch.arange(64) % 16 == 0)
+    key += 20 * (torch.arange(64, device=device) % 16 == 0)
     function = KERNELS.get("fa3-fp8").load()
     found, lse = function(query, key, value, None, False, 0.125, True, return_lse=True)
     expected, expected_lse = exact.attention(query, key, value, None, False, 0.125)

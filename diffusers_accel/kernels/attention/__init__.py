@@ -5,6 +5,7 @@ Importing this package registers the records and imports no kernel package. Wher
 - `record.py`: what a kernel is, and `register_attention`. `choice.py`: a fixed kernel, or the fastest by measurement.
   `site.py`: the custom operator every call goes through.
 - Records: `torch_native.py`, `flash.py`, `others.py` (packages a user may have), `sage.py` (ours).
+- `rotary.py`: query and key on their way to a kernel that applies their rotary embedding itself.
 - Ours in Triton, imported by loaders only: `recipe.py` (what is rounded, and plain references), `quantize.py`,
   `low_bit.py`.
 """
@@ -15,6 +16,7 @@ from . import flash, others, sage, torch_native  # noqa: F401  (each registers i
 from .choice import Choice, Fastest, Fixed, Timings, candidates
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, register_attention
+from .rotary import Rotated
 from .site import SITES, AttentionSite
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Choice",
     "Fastest",
     "Fixed",
+    "Rotated",
     "Timings",
     "candidates",
     "register_attention",

@@ -57,13 +57,15 @@ def _flash3_fp8() -> AttentionFunction:
         scale: float | None,
         enable_gqa: bool,
         return_lse: bool = False,
+        rotary: Any = None,
     ) -> Any:
         dim = query.shape[-1]
         scale = dim**-0.5 if scale is None else scale
         if dim not in _FP8_DIMS:  # zeros change neither logits nor the scales
             wanted = min(size for size in _FP8_DIMS if size > dim)
             query, key, value = (torch.nn.functional.pad(item, (0, wanted - dim)) for item in (query, key, value))
-        data = quantize_per_head(query, key, value, scale, shift=return_lse)
+            rotary = rotary and tuple(torch.nn.functional.pad(item, (0, wanted - dim)) for item in rotary)
+        data = quantize_per_head(query, key, value, scale, shift=return_lse, rotary=rotary)
         extra = {"return_attn_probs": True} if return_lse else {}
         found = flash_attn_func(
             data.query,
@@ -122,11 +124,9 @@ _FA3: dict[str, Any] = {
     "causal_square": True,
     "lse": True,
 }
+_FA3_FP8: dict[str, Any] = {**_FA3, "head_dims": tuple(range(8, 129, 8)), "exact": False, "rotary": True}
 KERNELS.add("fa3", AttentionKernel(name="fa3", load=_flash3, **_FA3))
-KERNELS.add(
-    "fa3-fp8",
-    AttentionKernel(name="fa3-fp8", load=_flash3_fp8, **{**_FA3, "head_dims": tuple(range(8, 129, 8)), "exact": False}),
-)
+KERNELS.add("fa3-fp8", AttentionKernel(name="fa3-fp8", load=_flash3_fp8, **_FA3_FP8))
 KERNELS.add(
     "fa4",
     AttentionKernel(

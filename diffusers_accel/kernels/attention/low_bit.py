@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .quantize import LOG2E, padded_dim, quantize, to_e4m3
+from .quantize import LOG2E, Rotary, padded_dim, quantize, to_e4m3
 from .recipe import Recipe
 
 _MAGIC = tl.constexpr(12582912.0)
@@ -231,6 +231,8 @@ def tile(
         # 99 KiB of shared memory on most of them, and no wgmma.
         return Tile(128, 64, 4 if head_dim <= 64 else 8, 2)
     cuts = _HOPPER[(recipe.qk is not None, recipe.pv is not None, head_dim <= 64)]
+    if recipe.qk is not None and any(recipe.k_block % cut.keys for cut in cuts):
+        cuts = (Tile(64, 128, 4, 2),)  # a scale per column costs registers that larger tiles do not have
 
     def worth(cut: Tile) -> float:
         waves = triton.cdiv(queries, cut.queries) * heads / (2 * processors)  # two programs fit on one
@@ -268,6 +270,7 @@ def attention(
     scale: float | None = None,
     keep: torch.Tensor | None = None,
     return_lse: bool = False,
+    rotary: Rotary | None = None,
     cut: Tile | None = None,
 ) -> Any:
     """Quantizes the operands and computes attention.
@@ -281,6 +284,7 @@ def attention(
         keep: bool (batch, heads, query tiles, key tiles): tiles that are False are skipped. Sizes of a tile: see
             `tile`.
         return_lse: Also return the logsumexp, float32 (batch, heads, sequence), natural logarithm.
+        rotary: A rotary embedding to apply to query and key first; see `quantize`. Only where QK is rounded.
         cut: Instead of the one that `tile` gives.
 
     Returns:
@@ -290,7 +294,7 @@ def attention(
     scale = dim**-0.5 if scale is None else scale
     if cut is None:
         cut = tile(recipe, dim, *_gpu(query.device), q_len, batch * heads)
-    data = quantize(query, key, value, recipe, scale, shift=return_lse)
+    data = quantize(query, key, value, recipe, scale, shift=return_lse, rotary=rotary)
     q, k, v = (_loadable(item) for item in (data.query, data.key, data.value))
     out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device) if return_lse else None

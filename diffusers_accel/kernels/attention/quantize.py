@@ -42,6 +42,16 @@ def to_e4m3(x):
 
 
 @triton.jit
+def _rotated(x, cos_ptr, sin_ptr, rows, inside, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+    """Rows with their rotary embedding applied: neighbouring channels are the two parts of one complex number."""
+    at = rows.to(tl.int64)[:, None] * D + tl.arange(0, DP)[None, :]
+    cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
+    real, imaginary = tl.split(x.reshape(ROWS, DP // 2, 2))
+    return x * cos + tl.join(-imaginary, real).reshape(ROWS, DP) * sin
+
+
+@triton.jit
 def _rows(x_ptr, stride_b, stride_s, stride_h, b, h, rows, inside, D: tl.constexpr, DP: tl.constexpr):
     """Rows of one head as float32, zero outside."""
     at = x_ptr + b.to(tl.int64) * stride_b + h * stride_h + rows.to(tl.int64)[:, None] * stride_s
@@ -50,11 +60,11 @@ def _rows(x_ptr, stride_b, stride_s, stride_h, b, h, rows, inside, D: tl.constex
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _reduce(
-    q_ptr, k_ptr, v_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h,
     q_len, k_len, heads, kv_heads,
-    PER_HEAD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    FIRST: tl.constexpr, STAGES: tl.constexpr,
+    PER_HEAD: tl.constexpr, ROTATE: tl.constexpr, FIRST: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Program (split, batch x head, which): which = 0 is K, 1 is V, 2 is Q."""
     split, index, which = tl.program_id(0), tl.program_id(1), tl.program_id(2) + FIRST
@@ -71,7 +81,8 @@ def _reduce(
             for start in tl.range(first, tl.minimum(first + part, q_len), ROWS, num_stages=STAGES):
                 inside = (start + r < q_len)[:, None] & (d < D)[None, :]
                 high = tl.maximum(high, tl.abs(_rows(q_ptr, sq_b, sq_s, sq_h, b, h, start + r, inside, D, DP)))
-            tl.store(qa_ptr + index * SPLITS + split, tl.max(high))
+            # A rotation lengthens a channel by no more than sqrt(2); see `_round_per_head` on bounds.
+            tl.store(qa_ptr + index * SPLITS + split, tl.max(high) * (1.4142136 if ROTATE else 1.0))
     elif index < tl.num_programs(1) // heads * kv_heads:
         b, h = index // kv_heads, index % kv_heads
         last = tl.minimum(first + part, k_len)
@@ -81,6 +92,8 @@ def _reduce(
             for start in tl.range(first, last, ROWS, num_stages=STAGES):
                 inside = (start + r < k_len)[:, None] & (d < D)[None, :]
                 x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, start + r, inside, D, DP)
+                if ROTATE:
+                    x = _rotated(x, cos_ptr, sin_ptr, start + r, inside, D, DP, ROWS)
                 total += x
                 if PER_HEAD:
                     high = tl.maximum(high, tl.abs(x))
@@ -144,10 +157,11 @@ def _combine(
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "v_len"])
 def _round(
-    q_ptr, k_ptr, v_ptr, mean_ptr, qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, mean_ptr,
+    qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h,
     q_len, k_len, v_len, heads, kv_heads, fold, logit_scale,
-    QK: tl.constexpr, KB: tl.constexpr, SHIFT: tl.constexpr,
+    ROTATE: tl.constexpr, QK: tl.constexpr, KB: tl.constexpr, SHIFT: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, batch x head, which): which = 0 is V, 1 is K, 2 is Q: what the first launch read last comes
@@ -161,6 +175,8 @@ def _round(
             b, h = index // heads, index % heads
             inside = (rows < q_len)[:, None] & (d < D)[None, :]
             x = _rows(q_ptr, sq_b, sq_s, sq_h, b, h, rows, inside, D, DP)
+            if ROTATE:
+                x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
             at = index.to(tl.int64) * q_len + rows
             scale = _scale(tl.max(tl.abs(x), 1), LARGEST)
             _store_rounded(qo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale)[:, None], inside, QK == 0)
@@ -174,6 +190,8 @@ def _round(
             if block * ROWS < k_len:
                 inside = (rows < k_len)[:, None] & (d < D)[None, :]
                 x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, rows, inside, D, DP)
+                if ROTATE:
+                    x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
                 x = tl.where(inside, x - tl.load(mean_ptr + index * DP + d)[None, :], 0.0)
                 scale = _scale(tl.max(tl.max(tl.abs(x), 1).reshape(ROWS // KB, KB), 1), LARGEST)
                 each = tl.broadcast_to((1.0 / scale)[:, None], (ROWS // KB, KB)).reshape(ROWS)
@@ -202,10 +220,10 @@ def _largest(part_ptr, index, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _round_per_head(
-    q_ptr, k_ptr, v_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
     qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, q_len, k_len, heads, kv_heads, logit_scale,
-    SMOOTH: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
+    ROTATE: tl.constexpr, SMOOTH: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """e4m3 with one scale per key head, outputs (batch, sequence, heads, head_dim); which = 0 is Q, 1 V, 2 K."""
@@ -218,6 +236,8 @@ def _round_per_head(
             kv = b * kv_heads + h // G
             inside = (rows < q_len)[:, None] & (d < D)[None, :]
             x = _rows(q_ptr, sq_b, sq_s, sq_h, b, h, rows, inside, D, DP)
+            if ROTATE:
+                x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
             amax = 0.0
             for member in tl.static_range(G):
                 amax = tl.maximum(amax, _largest(qa_ptr, kv * G + member, SPLITS))
@@ -235,6 +255,8 @@ def _round_per_head(
         at = (b.to(tl.int64) * k_len + rows) * kv_heads + h
         if which == 2:
             x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, rows, inside, D, DP)
+            if ROTATE:
+                x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
             amax = _largest(ka_ptr, index, SPLITS)
             if SMOOTH:
                 mean = _mean(ks_ptr, index, k_len, DP, SPLITS)
@@ -251,6 +273,10 @@ def _round_per_head(
             _store_rounded(vo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
             if block == 0:
                 tl.store(vscale_ptr + index, scale)
+
+
+# Cosines and sines.
+Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -297,6 +323,7 @@ def quantize(
     recipe: Recipe,
     scale: float,
     shift: bool = False,
+    rotary: Rotary | None = None,
 ) -> Quantized:
     """Rounds the operands of one attention call by a recipe.
 
@@ -306,6 +333,8 @@ def quantize(
         recipe: What to round.
         scale: Of the logits.
         shift: Whether the logsumexp will be wanted, which needs what K's mean took away.
+        rotary: A rotary embedding to apply to query and key first: cosines and sines, float32 (sequence, head_dim),
+            where channels 2i and 2i + 1 are the parts of one complex number and hold the same values.
     """
     query, key, value = _dense(query), _dense(key), _dense(value)
     (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = query.shape, key.shape
@@ -315,14 +344,15 @@ def quantize(
     kind = torch.int8 if qk == 0 else torch.float8_e4m3fn
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     nothing = new(1)
+    tables = rotary or (nothing, nothing)
     k_sum = new(batch, kv_heads, _SPLITS, padded) if low else nothing
     v_max = new(batch, kv_heads, _SPLITS, padded) if values else nothing
     strides = (*_strides(query), *_strides(key), *_strides(value))
     shape = {"D": dim, "DP": padded}
     _reduce[(_SPLITS, batch * heads, low + values)](
-        query, key, value, nothing, k_sum, nothing, v_max, *strides, q_len, k_len, heads, kv_heads,
-        PER_HEAD=False, ROWS=_REDUCE_ROWS, SPLITS=_SPLITS, FIRST=0 if low else 1, STAGES=_REDUCE_STAGES,
-        num_warps=_REDUCE_WARPS, **shape,
+        query, key, value, *tables, nothing, k_sum, nothing, v_max, *strides, q_len, k_len, heads, kv_heads,
+        PER_HEAD=False, ROTATE=rotary is not None, ROWS=_REDUCE_ROWS, SPLITS=_SPLITS, FIRST=0 if low else 1,
+        STAGES=_REDUCE_STAGES, num_warps=_REDUCE_WARPS, **shape,
     )  # fmt: skip
     mean = new(batch, kv_heads, padded) if low else nothing
     v_scale = new(batch, kv_heads, dim) if values else nothing
@@ -337,9 +367,9 @@ def quantize(
     k_scale = new(batch, kv_heads, triton.cdiv(k_len, recipe.k_block)) if low else nothing
     shifted = new(batch, heads, q_len) if shift and low else None
     _round[(triton.cdiv(max(q_len if low else 0, v_len), _ROWS), batch * heads, 2 * low + values)](
-        query, key, value, mean, q, k, v, q_scale, k_scale, v_scale, nothing if shifted is None else shifted,
+        query, key, value, *tables, mean, q, k, v, q_scale, k_scale, v_scale, nothing if shifted is None else shifted,
         *strides, q_len, k_len, v_len, heads, kv_heads, scale * LOG2E, scale,
-        QK=qk, KB=recipe.k_block or _ROWS, SHIFT=shifted is not None,
+        ROTATE=rotary is not None, QK=qk, KB=recipe.k_block or _ROWS, SHIFT=shifted is not None,
         ROWS=_ROWS, FIRST=0 if values else 1, num_warps=_ROUND_WARPS, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, q_scale, k_scale, v_scale, shifted)
@@ -352,6 +382,7 @@ def quantize_per_head(
     scale: float,
     smooth: bool = True,
     shift: bool = False,
+    rotary: Rotary | None = None,
 ) -> Quantized:
     """Rounds to e4m3 with one scale per key head, as FlashAttention 3 reads it; see `quantize` for the arguments.
 
@@ -364,11 +395,13 @@ def quantize_per_head(
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     q_max, k_max, v_max = new(batch, heads, _SPLITS), new(batch, kv_heads, _SPLITS), new(batch, kv_heads, _SPLITS)
     k_sum = new(batch, kv_heads, _SPLITS, padded)
+    tables = rotary or (k_sum, k_sum)
     strides = (*_strides(query), *_strides(key), *_strides(value))
     shape = {"D": dim, "DP": padded, "SPLITS": _SPLITS}
     _reduce[(_SPLITS, batch * heads, 3)](
-        query, key, value, q_max, k_sum, k_max, v_max, *strides, q_len, k_len, heads, kv_heads,
-        PER_HEAD=True, ROWS=_REDUCE_ROWS, FIRST=0, STAGES=_REDUCE_STAGES, num_warps=_REDUCE_WARPS, **shape,
+        query, key, value, *tables, q_max, k_sum, k_max, v_max, *strides, q_len, k_len, heads, kv_heads,
+        PER_HEAD=True, ROTATE=rotary is not None, ROWS=_REDUCE_ROWS, FIRST=0,
+        STAGES=_REDUCE_STAGES, num_warps=_REDUCE_WARPS, **shape,
     )  # fmt: skip
     kind = torch.float8_e4m3fn
     q = new(batch, q_len, heads, dim, dtype=kind)
@@ -376,8 +409,9 @@ def quantize_per_head(
     scales = new(3, batch, kv_heads)
     shifted = new(batch, heads, q_len) if shift and smooth else None
     _round_per_head[(triton.cdiv(max(q_len, k_len), _HEAD_ROWS), batch * heads, 3)](
-        query, key, value, q_max, k_sum, k_max, v_max, q, k, v, scales[0], scales[1], scales[2],
+        query, key, value, *tables, q_max, k_sum, k_max, v_max, q, k, v, scales[0], scales[1], scales[2],
         scales if shifted is None else shifted, *strides, q_len, k_len, heads, kv_heads, scale,
-        SMOOTH=smooth, SHIFT=shifted is not None, G=heads // kv_heads, ROWS=_HEAD_ROWS, num_warps=_HEAD_WARPS, **shape,
+        ROTATE=rotary is not None, SMOOTH=smooth, SHIFT=shifted is not None, G=heads // kv_heads,
+        ROWS=_HEAD_ROWS, num_warps=_HEAD_WARPS, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, scales[0], scales[1], scales[2], shifted)

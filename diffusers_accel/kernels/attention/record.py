@@ -16,7 +16,8 @@ import torch
 from ...core.platform import Device, has_module
 from ...core.registry import Registry
 
-# fn(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse=False) -> output, or (output, LSE)
+# fn(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse=False) -> output, or (output, LSE); and
+# rotary=(cos, sin) where the record says so.
 AttentionFunction = Callable[..., Any]
 
 NO_MASK, KEY_MASK, FULL_MASK = "none", "keys", "full"
@@ -99,7 +100,8 @@ class AttentionKernel:
     Args:
         name: As a user writes it.
         load: Imports what is needed and returns
-            `fn(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse=False)`.
+            `fn(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse=False)`, with `rotary=None`
+            besides where the record says so.
         modules: Alternative modules it comes from; any one of them is enough. Empty for torch's own.
         install: How to get them.
         architectures: CUDA compute capabilities it runs on; `None` for any CUDA device; empty for every device.
@@ -114,6 +116,7 @@ class AttentionKernel:
         gqa: Whether it takes fewer key and value heads than query heads.
         lse: Whether it can return the logsumexp.
         exact: Whether it computes in the input's own precision (no quantization).
+        rotary: Whether it takes `rotary=(cos, sin)` and applies that rotary embedding to query and key itself.
         auto: Whether `"auto"` may choose it; a user's own function is used by name only.
         refusal: Why an installed package cannot be used (a version that is wrong somewhere, say), or `None`.
     """
@@ -134,6 +137,7 @@ class AttentionKernel:
     gqa: bool = True
     lse: bool = False
     exact: bool = True
+    rotary: bool = False
     auto: bool = True
     refusal: Callable[[], str | None] = lambda: None
 

@@ -27,9 +27,11 @@ def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
             scale: float | None,
             enable_gqa: bool,
             return_lse: bool = False,
+            rotary: Any = None,
         ) -> Any:
             bias = key_bias(attn_mask, query.shape[0])
-            return low_bit(query, key, value, recipe, key_bias=bias, scale=scale, return_lse=return_lse)
+            options = {"key_bias": bias, "scale": scale, "return_lse": return_lse, "rotary": rotary}
+            return low_bit(query, key, value, recipe, **options)
 
         return attention
 
@@ -51,6 +53,7 @@ def _record(name: str, recipe: Recipe) -> AttentionKernel:
         causal=False,
         lse=True,
         exact=False,
+        rotary=recipe.qk is not None,
         auto="/" not in name,
     )
 

@@ -18,6 +18,7 @@ import torch
 
 from .choice import Choice, shape_class
 from .record import KERNELS, AttentionFunction, AttentionKernel, Call
+from .rotary import Rotated, rotated
 
 
 class AttentionSite:
@@ -45,10 +46,22 @@ class AttentionSite:
         enable_gqa: bool,
     ) -> torch.Tensor:
         """Attention on (batch, sequence, heads, head_dim) tensors by the kernel that can take the call."""
+        rotary = None
+        if isinstance(query, Rotated) and isinstance(key, Rotated) and query.tables[0].shape == key.tables[0].shape:
+            rotary, rotations = query.tables, (query.apply, key.apply)
+            query, key = query.plain(), key.plain()
+        else:
+            query, key = rotated(query), rotated(key)
         call = Call.of(query, key, value, attn_mask, is_causal)
 
         def run(kernel: AttentionKernel) -> torch.Tensor:
-            return self._function(kernel)(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            q, k, extra = query, key, {}
+            if rotary is not None:
+                if kernel.rotary:
+                    extra = {"rotary": rotary}
+                else:
+                    q, k = rotations[0](query), rotations[1](key)
+            return self._function(kernel)(q, k, value, attn_mask, is_causal, scale, enable_gqa, **extra)
 
         choice = self.select()
         kernel = choice.kernels[0]

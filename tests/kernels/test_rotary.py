@@ -1,0 +1,148 @@
+"""Rotary embeddings on their way to a kernel: applied in its quantizer, or found applied by whoever looks earlier."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import exact
+import pytest
+import torch
+
+from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel, AttentionSite, Fixed, Rotated
+from diffusers_accel.kernels.attention.torch_native import scaled_dot_product
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tables(length, dim, seed=0):
+    angles = torch.rand(length, dim // 2, generator=torch.Generator().manual_seed(seed)) * 6
+    return (
+        angles.cos().repeat_interleave(2, 1).to(DEVICE),
+        angles.sin().repeat_interleave(2, 1).to(DEVICE),
+    )
+
+
+def rotate(x, cos, sin):
+    """Complex multiplication, written as such: an independent reference of the interleaved form."""
+    numbers = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    turns = torch.complex(cos[:, ::2].double(), sin[:, ::2].double())
+    return torch.view_as_real(numbers * turns[None, :, None]).flatten(-2)
+
+
+def inputs(length=70, dim=64, dtype=torch.float16, kv_heads=2):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, length, 4, dim), (2, length, kv_heads, dim), (2, length, kv_heads, dim)]
+    query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    key += torch.randn(dim, generator=generator)  # turned by another angle at every token: no mean to take away
+    return [item.to(DEVICE, dtype) for item in (query, key, value)]
+
+
+@pytest.mark.parametrize(("backend", "name"), [(b, n) for b, r in RECIPES.items() for n in r if b != "qk16pv8"])
+@pytest.mark.parametrize(("length", "dim"), [(70, 64), (33, 96)])
+def test_a_recipe_rotates_in_passing(backend, name, length, dim):
+    pytest.importorskip("triton")
+    from diffusers_accel.kernels.attention import low_bit
+
+    query, key, value = inputs(length, dim)
+    rotary = tables(length, dim)
+    found, lse = low_bit.attention(query, key, value, RECIPES[backend][name], rotary=rotary, return_lse=True)
+    expected, expected_lse = exact.attention(rotate(query, *rotary), rotate(key, *rotary), value.double())
+    assert exact.cosine(found, expected) > 0.998
+    assert (lse.double() - expected_lse).abs().max() < (0.1 if "fp8-1" in name else 0.03)
+    # Without the rotation the answer would be another one.
+    assert exact.cosine(found, exact.attention(query, key, value)[0]) < 0.9
+
+
+def test_scales_per_head_rotate_in_passing():
+    pytest.importorskip("triton")
+    from diffusers_accel.kernels.attention.quantize import quantize_per_head
+
+    query, key, value = inputs()
+    rotary = tables(70, 64)
+    data = quantize_per_head(query, key, value, 0.125, rotary=rotary, shift=True)
+    turned = rotate(key, *rotary)
+    for found, scale, expected in (
+        (data.query, data.query_scale.repeat_interleave(2, 1), rotate(query, *rotary)),
+        (data.key, data.key_scale, turned - turned.mean(1, keepdim=True)),
+        (data.value, data.value_scale, value.double()),
+    ):
+        each = scale[:, None, :, None].double()
+        assert ((found.double() * each - expected).abs() <= expected.abs() / 15.9 + each * 2**-9).all()
+    shift = torch.einsum("bshd,bhd->bhs", rotate(query, *rotary), turned.mean(1).repeat_interleave(2, 1)) * 0.125
+    torch.testing.assert_close(data.shift.double(), shift, atol=1e-3, rtol=1e-3)
+
+
+class TestRotated:
+    @pytest.fixture
+    def put_off(self):
+        x = torch.randn(1, 5, 2, 8)
+        cos, sin = (item.cpu() for item in tables(5, 8))
+        calls = []
+
+        def apply(item):
+            assert type(item) is torch.Tensor
+            calls.append(1)
+            return rotate(item, cos, sin).to(item.dtype)
+
+        return Rotated.of(x, cos, sin, apply), x, apply, calls
+
+    def test_facts_cost_nothing(self, put_off):
+        found, x, _, calls = put_off
+        assert found.shape == x.shape and found.dtype == x.dtype and found.device == x.device
+        assert found.size(1) == 5 and found.ndim == 4
+        assert torch.ones(3, dtype=torch.float64).type_as(found).dtype == torch.float32
+        assert not calls
+        assert torch.equal(found.plain(), x) and type(found.plain()) is torch.Tensor
+
+    @pytest.mark.parametrize(
+        "operation",
+        [
+            lambda x: x + 1,
+            lambda x: 2 * x,
+            lambda x: x.transpose(1, 2),
+            lambda x: x[:, :2],
+            lambda x: x.clone(),
+            lambda x: torch.cat([x, x], dim=1),
+            lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+            lambda x: x.flatten(2),
+            lambda x: x.double(),
+        ],
+    )
+    def test_whoever_looks_finds_it_rotated(self, put_off, operation):
+        found, x, apply, _ = put_off
+        result = operation(found)
+        assert type(result) is torch.Tensor
+        assert torch.equal(result, operation(apply(x)))
+
+    def test_tables_of_another_kind_are_applied_at_once(self, put_off):
+        _, x, apply, _ = put_off
+        cos, sin = tables(5, 8)
+        for other in ((cos[:, :4], sin[:, :4]), (cos.expand(3, 5, 8), sin.expand(3, 5, 8))):
+            assert type(Rotated.of(x, *other, apply)) is torch.Tensor
+
+    def test_a_site_gives_it_to_kernels_that_rotate(self, put_off):
+        found, x, apply, calls = put_off
+        seen = []
+
+        def folding(query, key, value, mask, causal, scale, gqa, return_lse=False, rotary=None):
+            seen.append(rotary)
+            if rotary is not None:
+                query, key = (rotate(item, *rotary).to(item.dtype) for item in (query, key))
+            return scaled_dot_product(query, key, value)
+
+        expected = scaled_dot_product(apply(x), apply(x), x)
+        calls.clear()
+        kernel = AttentionKernel(name="folding", load=lambda: folding, rotary=True, head_dims=(8,))
+        site = AttentionSite(lambda: Fixed(kernel), Counter())
+        torch.testing.assert_close(site(found, found, x), expected)
+        assert seen[0] is not None and not calls
+        # A kernel that does not rotate, and one that cannot take the call, get it rotated by the stock function.
+        torch.testing.assert_close(
+            AttentionSite(lambda: Fixed(KERNELS.get("sdpa")), Counter())(found, found, x), expected
+        )
+        assert len(calls) == 2
+        narrow = AttentionKernel(name="narrow", load=lambda: folding, rotary=True, head_dims=(64,))
+        with pytest.warns(UserWarning, match="such calls run on 'sdpa'"):
+            torch.testing.assert_close(AttentionSite(lambda: Fixed(narrow), Counter())(found, found, x), expected)
+        # Only one of the two rotated: nothing a kernel could fold.
+        torch.testing.assert_close(site(found, x, x), scaled_dot_product(apply(x), x, x))
