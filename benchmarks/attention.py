@@ -26,7 +26,7 @@ import measure
 import torch
 
 from diffusers_accel.core.platform import describe
-from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel, Call
+from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel, Call, Inputs
 
 # batch, heads, sequence, head_dim
 SHAPES = {
@@ -150,13 +150,13 @@ def kernels(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         functions: dict[str, Callable[[], Any]] = {}
         figures: dict[str, dict[str, Any]] = {}
         for name, kernel in able.items():
-            refused = kernel.refuses(Call.of(query, key, value))
+            refused = kernel.refuses(Call.of(Inputs(query, key, value)))
             if refused is not None:
                 figures[name] = {"refused": refused}
                 continue
             try:
                 function = kernel.load()
-                call = partial(function, query, key, value, None, False, None, False)
+                call = partial(function, Inputs(query, key, value))
                 before = [item.clone() for item in (query, key, value)]
                 out = call()[:, rows].float()
             except Exception as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from diffusers_accel import CompileConfig, accelerate, demo, restore, stats
 from diffusers_accel.core.platform import describe
-from diffusers_accel.kernels.attention import KERNELS, Call
+from diffusers_accel.kernels.attention import KERNELS, Call, Inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import exact
@@ -62,16 +63,16 @@ def check_kernels(device: torch.device) -> tuple[dict[str, Any], list[str]]:
             if masked:
                 mask = torch.ones(batch, 1, 1, keys, dtype=torch.bool, device=device)
                 mask[0, ..., keys // 3 :] = False
-            refused = kernel.refuses(Call.of(*tensors, mask, causal))
+            given = Inputs(*tensors, mask, causal)
+            refused = kernel.refuses(Call.of(given))
             if refused:
                 calls[label] = refused
                 continue
             copies = [item.clone() for item in tensors]
-            arguments = (*tensors, mask, causal, None, heads != kv_heads)
             expected, expected_lse = exact.attention(*tensors, mask, causal)
             try:
-                out = function(*arguments)
-                lse_too = function(*arguments, return_lse=True) if kernel.lse else None
+                out = function(given)
+                lse_too = function(replace(given, return_lse=True)) if kernel.lse else None
             except Exception as error:
                 calls[label] = f"failed: {type(error).__name__}: {error}"
                 wrong.append(f"{name}, {label}: {calls[label]}")

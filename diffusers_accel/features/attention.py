@@ -417,7 +417,7 @@ def _dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:
         _parallel_config: Any = None,
     ) -> Any:
         _refuse_neighbours(_parallel_config)
-        return site(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        return site(query, key, value, attn_mask, is_causal, scale)
 
     registry = _AttentionBackendRegistry
     arguments = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
@@ -483,7 +483,7 @@ def _rebound_class(stock: type, site: AttentionSite, rotary: bool = False) -> ty
         parallel_config: Any = None,
     ) -> Any:
         _refuse_neighbours(parallel_config or attention_kwargs)
-        return site(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        return site(query, key, value, attn_mask, is_causal, scale)
 
     def heads_first(
         query: Any,
@@ -496,7 +496,7 @@ def _rebound_class(stock: type, site: AttentionSite, rotary: bool = False) -> ty
         enable_gqa: bool = False,
     ) -> Any:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return site(query, key, value, attn_mask, is_causal, scale, enable_gqa).transpose(1, 2)
+        return site(query, key, value, attn_mask, is_causal, scale).transpose(1, 2)
 
     scope = dict(call.__globals__)
     # Dynamo looks a function's globals up in the module that `__name__` names; without it, in the dictionary itself.

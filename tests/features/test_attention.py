@@ -209,11 +209,10 @@ class TestRotary:
             turns = torch.complex(cos[:, ::2].double(), sin[:, ::2].double())
             return torch.view_as_real(numbers * turns[None, :, None]).flatten(-2).to(x.dtype)
 
-        def function(query, key, value, mask, causal, scale, gqa, return_lse=False, rotary=None):
-            calls[rotary is not None] += 1
-            if rotary is not None:
-                query, key = rotate(query, *rotary), rotate(key, *rotary)
-            return plain(query, key, value, mask, causal, scale)
+        def function(x):
+            calls[x.rotary is not None] += 1
+            query, key = (rotate(item, *x.rotary) if x.rotary else item for item in (x.query, x.key))
+            return plain(query, key, x.value, x.attn_mask, x.is_causal, x.scale)
 
         KERNELS.add("folding", AttentionKernel(name="folding", load=lambda: function, rotary=True))
         yield calls

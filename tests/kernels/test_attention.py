@@ -8,27 +8,28 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
+import exact
 import pytest
 import torch
 
 from diffusers_accel.core.platform import Device
-from diffusers_accel.kernels.attention import KERNELS, SITES, AttentionKernel, AttentionSite, Call, Fixed, candidates
+from diffusers_accel.kernels.attention import (
+    KERNELS,
+    SITES,
+    AttentionKernel,
+    AttentionSite,
+    Call,
+    Fixed,
+    Inputs,
+    candidates,
+)
 
 HOPPER = Device("cuda", "NVIDIA H200", (9, 0))
 CPU = Device("cpu", "x86_64")
 
 
 def reference(query, key, value, mask=None, causal=False, scale=None):
-    """Softmax attention in float64 on (batch, sequence, heads, head_dim)."""
-    groups = query.shape[2] // key.shape[2]
-    key, value = (item.repeat_interleave(groups, dim=2) for item in (key, value))
-    q, k, v = (item.transpose(1, 2).double() for item in (query, key, value))
-    scores = q @ k.transpose(-1, -2) * (scale if scale is not None else q.shape[-1] ** -0.5)
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.double()
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    return exact.attention(query, key, value, mask, causal, scale)[0]
 
 
 def inputs(batch=2, length=37, kv_length=53, heads=4, kv_heads=4, dim=32, seed=0):
@@ -59,8 +60,6 @@ def test_sdpa_through_a_site(site, case, compiled):
         options["attn_mask"] = torch.randn(2, 1, 1, 53, generator=torch.Generator().manual_seed(1))
     if case == "causal":
         options["is_causal"] = True
-    if case == "grouped":
-        options["enable_gqa"] = True
     call = torch.compile(lambda *args, **kwargs: site(*args, **kwargs), backend="aot_eager", fullgraph=True)
     found = (call if compiled else site)(query, key, value, **options)
     expected = reference(query, key, value, options.get("attn_mask"), case == "causal", options.get("scale"))
@@ -77,7 +76,7 @@ def test_the_operator_is_well_formed(site, value_dim):
 
     query, key, value = inputs()
     value = value[..., :value_dim].contiguous()
-    arguments = (query, key, value, None, False, None, False, site.number)
+    arguments = (query, key, value, None, False, None, site.number)
     assert _attention(*arguments).is_contiguous()
     torch.library.opcheck(_attention, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -156,5 +155,5 @@ def test_flash_packages_are_called_as_they_are_documented(name, module, attribut
     monkeypatch.setattr("diffusers_accel.kernels.attention.flash.has_module", lambda found: found == module)
     function = KERNELS.get(name).load()
     query, key, value = inputs(kv_heads=2, kv_length=37)
-    found = function(query, key, value, None, True, 0.4, True)
+    found = function(Inputs(query, key, value, is_causal=True, scale=0.4))
     torch.testing.assert_close(found.double(), reference(query, key, value, None, True, 0.4), atol=1e-5, rtol=1e-5)

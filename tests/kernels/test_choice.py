@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffusers_accel.core.platform import Device
-from diffusers_accel.kernels.attention import AttentionKernel, AttentionSite, Call, Fastest, Timings, choice
+from diffusers_accel.kernels.attention import AttentionKernel, AttentionSite, Call, Fastest, Inputs, Timings, choice
 from diffusers_accel.kernels.attention.torch_native import scaled_dot_product
 from diffusers_accel.reporting import margin
 
@@ -111,7 +111,8 @@ def test_classes_of_shapes():
     def name(length, keys=None, heads=24, kv_heads=None, **options):
         query = torch.empty(1, length, heads, 128, dtype=torch.bfloat16, device="meta")
         key = torch.empty(1, keys or length, kv_heads or heads, 128, dtype=torch.bfloat16, device="meta")
-        return choice.shape_class(query, key, Call.of(query, key, key, **options))
+        given = Inputs(query, key, key, **options)
+        return choice.shape_class(given, Call.of(given))
 
     assert name(4608) == name(4300) != name(5600)
     assert name(4608) != name(4608, keys=512)
@@ -124,7 +125,7 @@ def test_a_site_asks_and_counts(clock, tmp_path):
     fastest = Fastest((kernel("a"), kernel("b")), Timings(GPU, tmp_path))
     site = AttentionSite(lambda: fastest, Counter())
     query = torch.randn(1, 8, 2, 16)
-    torch.testing.assert_close(site(query, query, query), scaled_dot_product(query, query, query))
+    torch.testing.assert_close(site(query, query, query), scaled_dot_product(Inputs(query, query, query)))
     assert site.counts == {"b": 1}
 
 

@@ -12,7 +12,7 @@ import exact
 import pytest
 import torch
 
-from diffusers_accel.kernels.attention import KERNELS, RECIPES
+from diffusers_accel.kernels.attention import KERNELS, RECIPES, Inputs
 from diffusers_accel.kernels.attention.recipe import reference
 
 triton = pytest.importorskip("triton")
@@ -88,7 +88,7 @@ def test_masks_over_keys(backend, name, kind):
         bias = torch.linspace(-2, 2, 150, device=DEVICE).expand(2, 1, 1, 150)
         mask = bias.masked_fill(~mask, -math.inf)
     function = KERNELS.get(backend).load()
-    found, lse = function(query, key, value, mask, False, None, False, return_lse=True)
+    found, lse = function(Inputs(query, key, value, mask, return_lse=True))
     expected, expected_lse = exact.attention(query, key, value, mask)
     check(found, lse, expected, expected_lse, reference(query, key, value, recipe, mask), recipe)
 

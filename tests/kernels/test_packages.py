@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import sys
 import types
+from dataclasses import replace
 
 import exact
 import pytest
 import torch
 
-from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, Call, others
+from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, Call, Inputs, others
 
 
 def inputs(dim=64, kv_heads=2, keys=53):
@@ -40,10 +41,10 @@ def check(name, scale=0.4, kv_heads=2, keys=53, lse=True, causal=False, dim=64):
     before = [item.clone() for item in (query, key, value)]
     function = KERNELS.get(name).load()
     expected, expected_lse = exact.attention(query, key, value, None, causal, scale)
-    arguments = (query, key, value, None, causal, scale, kv_heads != 4)
-    torch.testing.assert_close(function(*arguments).double(), expected, atol=1e-4, rtol=1e-4)
+    given = Inputs(query, key, value, is_causal=causal, scale=scale)
+    torch.testing.assert_close(function(given).double(), expected, atol=1e-4, rtol=1e-4)
     if lse:
-        found, found_lse = function(*arguments, return_lse=True)
+        found, found_lse = function(replace(given, return_lse=True))
         torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found_lse.double(), expected_lse, atol=1e-4, rtol=1e-4)
     assert all(map(torch.equal, (query, key, value), before))
@@ -93,11 +94,12 @@ def test_flash_attention_3_in_fp8(monkeypatch):
     # Outlying channels, as the K of trained models has them: without the mean taken away the error would be far larger.
     key += 20 * (torch.arange(64, device=device) % 16 == 0)
     function = KERNELS.get("fa3-fp8").load()
-    found, lse = function(query, key, value, None, False, 0.125, True, return_lse=True)
+    given = Inputs(query, key, value, scale=0.125)
+    found, lse = function(replace(given, return_lse=True))
     expected, expected_lse = exact.attention(query, key, value, None, False, 0.125)
     assert found.dtype == query.dtype and exact.cosine(found, expected) > 0.998
     assert (lse.double() - expected_lse).abs().max() < 0.2
-    assert torch.equal(function(query, key, value, None, False, 0.125, True), found)
+    assert torch.equal(function(given), found)
 
 
 def test_flash_attention_4(monkeypatch):
@@ -145,7 +147,7 @@ def test_sageattention_1_behind_guards(monkeypatch):
     assert record.refuses(Call(lse=True)) == "returns no logsumexp"
     assert "needs SageAttention 2, and 1.0.6 is installed" in KERNELS.get("sageattention-int8-fp8-cuda").refusal()
     zeros = [torch.zeros(1, 128, 2, 64) for _ in range(3)]
-    assert KERNELS.get("sageattention").load()(*zeros, None, False, None, False).eq(0).all()
+    assert KERNELS.get("sageattention").load()(Inputs(*zeros)).eq(0).all()
 
 
 def test_sageattention_3(monkeypatch):
@@ -198,7 +200,7 @@ def test_transformer_engine(monkeypatch):
     made.clear()
     query, key, value = inputs()
     for _ in range(3):
-        function(query, key, value, None, False, 0.4, True)
+        function(Inputs(query, key, value, scale=0.4))
     assert len(made) == 1  # a module per kind of call, not per call
 
 
@@ -226,7 +228,7 @@ def test_flex(mask, causal):
         given[..., 0] = True
     elif mask == "additive":
         given = torch.randn(2, 1, 1, 37, generator=torch.Generator().manual_seed(1))
-    found, lse = _flex(compiled=False)(query, key, value, given, causal, 0.3, True, return_lse=True)
+    found, lse = _flex(compiled=False)(Inputs(query, key, value, given, causal, 0.3, return_lse=True))
     expected, expected_lse = exact.attention(query, key, value, given, causal, 0.3)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)

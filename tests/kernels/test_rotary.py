@@ -8,7 +8,7 @@ import exact
 import pytest
 import torch
 
-from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel, AttentionSite, Fixed, Rotated
+from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel, AttentionSite, Fixed, Inputs, Rotated
 from diffusers_accel.kernels.attention.torch_native import scaled_dot_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,13 +124,14 @@ class TestRotated:
         found, x, apply, calls = put_off
         seen = []
 
-        def folding(query, key, value, mask, causal, scale, gqa, return_lse=False, rotary=None):
-            seen.append(rotary)
-            if rotary is not None:
-                query, key = (rotate(item, *rotary).to(item.dtype) for item in (query, key))
-            return scaled_dot_product(query, key, value)
+        def folding(inputs):
+            seen.append(inputs.rotary)
+            query, key = inputs.query, inputs.key
+            if inputs.rotary is not None:
+                query, key = (rotate(item, *inputs.rotary).to(item.dtype) for item in (query, key))
+            return scaled_dot_product(Inputs(query, key, inputs.value))
 
-        expected = scaled_dot_product(apply(x), apply(x), x)
+        expected = scaled_dot_product(Inputs(apply(x), apply(x), x))
         calls.clear()
         kernel = AttentionKernel(name="folding", load=lambda: folding, rotary=True, head_dims=(8,))
         site = AttentionSite(lambda: Fixed(kernel), Counter())
@@ -145,4 +146,4 @@ class TestRotated:
         with pytest.warns(UserWarning, match="such calls run on 'sdpa'"):
             torch.testing.assert_close(AttentionSite(lambda: Fixed(narrow), Counter())(found, found, x), expected)
         # Only one of the two rotated: nothing a kernel could fold.
-        torch.testing.assert_close(site(found, x, x), scaled_dot_product(apply(x), x, x))
+        torch.testing.assert_close(site(found, x, x), scaled_dot_product(Inputs(apply(x), x, x)))

@@ -104,9 +104,7 @@ def test_a_padding_mask_arrives(compiled):
 
     site = list(SITES.values())[-1]
     run = site.run
-    site.run = lambda query, key, value, mask, *rest: (
-        masked.append(mask is not None) or run(query, key, value, mask, *rest)
-    )
+    site.run = lambda inputs: masked.append(inputs.attn_mask is not None) or run(inputs)
     entry.run(pipe, steps=2, **prompts)
     assert any(masked), "the prompts were meant to need a mask"
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from . import flash, others, sage, torch_native  # noqa: F401  (each registers its records)
 from .choice import Choice, Fastest, Fixed, Timings, candidates
 from .recipe import RECIPES
-from .record import KERNELS, AttentionKernel, Call, register_attention
+from .record import KERNELS, AttentionKernel, Call, Inputs, register_attention
 from .rotary import Rotated
 from .site import SITES, AttentionSite
 
@@ -29,6 +29,7 @@ __all__ = [
     "Choice",
     "Fastest",
     "Fixed",
+    "Inputs",
     "Rotated",
     "Timings",
     "candidates",

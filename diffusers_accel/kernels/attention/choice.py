@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from ...core.platform import Device, versions
-from .record import KERNELS, AttentionKernel, Call
+from .record import KERNELS, AttentionKernel, Call, Inputs
 
 # Exact kernels in the order they are tried where nothing can be measured: while a CUDA graph is being captured.
 _PREFERENCE: dict[tuple[int, int] | None, tuple[str, ...]] = {(9, 0): ("fa3", "fa4"), (10, 0): ("fa4",)}
@@ -107,12 +107,9 @@ def candidates(device: Device, exact: bool = True) -> tuple[AttentionKernel, ...
     )
 
 
-def shape_class(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    call: Call,
-) -> str:
+def shape_class(inputs: Inputs, call: Call) -> str:
     """E.g. `"bfloat16 24x128 q4608 k4608"`: heads (with batch) and lengths rounded to half octaves."""
+    query, key = inputs.query, inputs.key
     heads = _half_octave(query.shape[0] * query.shape[2])
     parts = [
         str(query.dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...core.platform import has_module
-from .record import KERNELS, AttentionFunction, AttentionKernel
+from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs
 
 
 def _flash_attention_3() -> Any:
@@ -27,18 +27,10 @@ def _flash_attention_3() -> Any:
 def _flash3() -> AttentionFunction:
     flash_attn_func = _flash_attention_3()
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        extra = {"return_attn_probs": True} if return_lse else {}
-        return _output(flash_attn_func(query, key, value, softmax_scale=scale, causal=is_causal, **extra), return_lse)
+    def attention(x: Inputs) -> Any:
+        extra = {"return_attn_probs": True} if x.return_lse else {}
+        out = flash_attn_func(x.query, x.key, x.value, softmax_scale=x.scale, causal=x.is_causal, **extra)
+        return _output(out, x.return_lse)
 
     return attention
 
@@ -48,39 +40,30 @@ def _flash3_fp8() -> AttentionFunction:
 
     flash_attn_func = _flash_attention_3()
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-        rotary: Any = None,
-    ) -> Any:
-        dim = query.shape[-1]
-        scale = dim**-0.5 if scale is None else scale
+    def attention(x: Inputs) -> Any:
+        dim, rotary = x.query.shape[-1], x.rotary
+        scale = dim**-0.5 if x.scale is None else x.scale
+        tensors = x.query, x.key, x.value
         if dim not in _FP8_DIMS:  # zeros change neither logits nor the scales
-            wanted = min(size for size in _FP8_DIMS if size > dim)
-            query, key, value = (torch.nn.functional.pad(item, (0, wanted - dim)) for item in (query, key, value))
-            rotary = rotary and tuple(torch.nn.functional.pad(item, (0, wanted - dim)) for item in rotary)
-        data = quantize_per_head(query, key, value, scale, shift=return_lse, rotary=rotary)
-        extra = {"return_attn_probs": True} if return_lse else {}
+            missing = min(size for size in _FP8_DIMS if size > dim) - dim
+            tensors = tuple(torch.nn.functional.pad(item, (0, missing)) for item in tensors)  # type: ignore[assignment]
+            rotary = rotary and tuple(torch.nn.functional.pad(item, (0, missing)) for item in rotary)  # type: ignore
+        data = quantize_per_head(*tensors, scale, shift=x.return_lse, rotary=rotary)
+        extra = {"return_attn_probs": True} if x.return_lse else {}
         found = flash_attn_func(
             data.query,
             data.key,
             data.value,
             softmax_scale=scale,
-            causal=is_causal,
+            causal=x.is_causal,
             q_descale=data.query_scale,
             k_descale=data.key_scale,
             v_descale=data.value_scale,
             **extra,
         )
-        if return_lse:
-            return found[0][..., :dim].to(query.dtype), found[1] + data.shift
-        return _output(found, False)[..., :dim].to(query.dtype)
+        if x.return_lse:
+            return found[0][..., :dim].to(x.query.dtype), found[1] + data.shift
+        return _output(found, False)[..., :dim].to(x.query.dtype)
 
     return attention
 
@@ -88,18 +71,10 @@ def _flash3_fp8() -> AttentionFunction:
 def _flash4() -> AttentionFunction:
     from flash_attn.cute import flash_attn_func
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        extra = {"return_lse": True} if return_lse else {}
-        return _output(flash_attn_func(query, key, value, softmax_scale=scale, causal=is_causal, **extra), return_lse)
+    def attention(x: Inputs) -> Any:
+        extra = {"return_lse": True} if x.return_lse else {}
+        out = flash_attn_func(x.query, x.key, x.value, softmax_scale=x.scale, causal=x.is_causal, **extra)
+        return _output(out, x.return_lse)
 
     return attention
 

@@ -6,14 +6,15 @@ None of them is a dependency, and few have wheels; each record is a thin adapter
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from ...core.platform import version
-from .record import KERNELS, AttentionFunction, AttentionKernel
-from .torch_native import EIGHTS, HALF, repeat_heads
+from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs
+from .torch_native import EIGHTS, HALF
 
 # --- SageAttention ---------------------------------------------------------------------------------------------------
 
@@ -28,20 +29,10 @@ def _sage(name: str) -> AttentionFunction:
 
     function = getattr(sageattention, name)
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        out = function(
-            query, key, value, tensor_layout="NHD", is_causal=is_causal, sm_scale=scale, return_lse=return_lse
-        )
-        return (out[0], out[1]) if return_lse else out
+    def attention(x: Inputs) -> Any:
+        options = {"tensor_layout": "NHD", "is_causal": x.is_causal, "sm_scale": x.scale, "return_lse": x.return_lse}
+        out = function(x.query, x.key, x.value, **options)
+        return (out[0], out[1]) if x.return_lse else out
 
     return attention
 
@@ -51,23 +42,12 @@ def _sage_1() -> AttentionFunction:
     in a block of zeros. Lengths it gets wrong are refused by the record."""
     from sageattention import sageattn
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        key = key - key.mean(dim=1, keepdim=True)
-        query = query.clone()
+    def attention(x: Inputs) -> Any:
+        query, key = x.query.clone(), x.key - x.key.mean(dim=1, keepdim=True)
         query[..., 0] += 1e-6
         key[..., 0] += 1e-6
-        return sageattn(
-            query, key, value.contiguous(), tensor_layout="NHD", is_causal=is_causal, sm_scale=scale, smooth_k=False
-        )
+        options = {"tensor_layout": "NHD", "is_causal": x.is_causal, "sm_scale": x.scale, "smooth_k": False}
+        return sageattn(query, key, x.value.contiguous(), **options)
 
     return attention
 
@@ -133,21 +113,11 @@ def _sage_3() -> AttentionFunction:
     """SageAttention 3 (NVFP4), heads first, for Blackwell."""
     from sageattn3 import sageattn3_blackwell
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        if scale is not None:  # it scales by head_dim ** -0.5 and takes no other
-            query = query * (scale * query.shape[-1] ** 0.5)
-        key, value = repeat_heads(query, key, value)
-        heads_first = (item.transpose(1, 2).contiguous() for item in (query, key, value))
-        return sageattn3_blackwell(*heads_first, is_causal=is_causal).transpose(1, 2)
+    def attention(x: Inputs) -> Any:
+        if x.scale is not None:  # it scales by head_dim ** -0.5 and takes no other
+            x = replace(x, query=x.query * (x.scale * x.query.shape[-1] ** 0.5))
+        tensors = (item.contiguous() for item in x.ungrouped().heads_first)
+        return sageattn3_blackwell(*tensors, is_causal=x.is_causal).transpose(1, 2)
 
     return attention
 
@@ -174,24 +144,14 @@ KERNELS.add(
 def _xformers() -> AttentionFunction:
     import xformers.ops as ops
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        key, value = repeat_heads(query, key, value)
-        bias = ops.LowerTriangularMask() if is_causal else None
-        if not return_lse:
-            return ops.memory_efficient_attention(query, key, value, attn_bias=bias, scale=scale)
-        out, lse = ops.fmha.memory_efficient_attention_forward_requires_grad(
-            query, key, value, attn_bias=bias, scale=scale
-        )
-        return out, lse[..., : query.shape[1]]  # some of its kernels pad the rows
+    def attention(x: Inputs) -> Any:
+        x = x.ungrouped()
+        options = {"attn_bias": ops.LowerTriangularMask() if x.is_causal else None, "scale": x.scale}
+        if not x.return_lse:
+            return ops.memory_efficient_attention(x.query, x.key, x.value, **options)
+        forward = ops.fmha.memory_efficient_attention_forward_requires_grad
+        out, lse = forward(x.query, x.key, x.value, **options)
+        return out, lse[..., : x.query.shape[1]]  # some of its kernels pad the rows
 
     return attention
 
@@ -220,18 +180,9 @@ def _transformer_engine() -> AttentionFunction:
 
     modules: dict[tuple[Any, ...], Callable[..., torch.Tensor]] = {}
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        heads, dim, groups = query.shape[2], query.shape[3], key.shape[2]
-        known = (heads, dim, groups, is_causal, scale)
+    def attention(x: Inputs) -> Any:
+        heads, dim, groups = x.query.shape[2], x.query.shape[3], x.key.shape[2]
+        known = (heads, dim, groups, x.is_causal, x.scale)
         if known not in modules:
             modules[known] = DotProductAttention(
                 num_attention_heads=heads,
@@ -239,10 +190,10 @@ def _transformer_engine() -> AttentionFunction:
                 num_gqa_groups=groups,
                 attention_dropout=0.0,
                 qkv_format="bshd",
-                attn_mask_type="causal" if is_causal else "no_mask",
-                softmax_scale=scale,
+                attn_mask_type="causal" if x.is_causal else "no_mask",
+                softmax_scale=x.scale,
             )
-        return modules[known](query, key, value).unflatten(-1, (heads, dim))
+        return modules[known](x.query, x.key, x.value).unflatten(-1, (heads, dim))
 
     return attention
 
@@ -271,28 +222,11 @@ def _flashinfer() -> AttentionFunction:
     """FlashInfer's prefill for one sample at a time; its LSE is in base 2 and (sequence, heads)."""
     from flashinfer import single_prefill_with_kv_cache
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        found = [
-            single_prefill_with_kv_cache(
-                query[item],
-                key[item],
-                value[item],
-                causal=is_causal,
-                sm_scale=scale,
-                return_lse=return_lse,
-            )
-            for item in range(query.shape[0])
-        ]
-        if not return_lse:
+    def attention(x: Inputs) -> Any:
+        options = {"causal": x.is_causal, "sm_scale": x.scale, "return_lse": x.return_lse}
+        samples = zip(x.query, x.key, x.value, strict=True)
+        found = [single_prefill_with_kv_cache(*sample, **options) for sample in samples]
+        if not x.return_lse:
             return torch.stack(found)
         return torch.stack([item[0] for item in found]), torch.stack([item[1].t() for item in found]) * _LN2
 

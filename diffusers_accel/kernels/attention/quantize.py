@@ -1,9 +1,9 @@
 """Fused quantization of Q, K and V in Triton: each element read at most twice, inputs left untouched.
 
 The first launch reduces over the sequence what must be known beforehand: per channel the sum of K (for its mean) and
-the largest |V|; for per-head scales also the range of Q and K. Each program writes a partial result, so nothing is
-added in an order that changes from run to run. The last launch rounds, and writes the
-layout the attention kernel reads: Q and K as (batch, heads, sequence, head_dim), V transposed.
+the largest |V|, or the largest values of all three for scales per head. Each program writes a partial result, so
+nothing is added in an order that changes from run to run. The last launch rounds, and writes the layout the attention
+kernel reads: Q and K as (batch, heads, sequence, head_dim), V transposed. A rotary embedding is applied in passing.
 
 Imported only by the loaders of kernel records: it needs triton.
 """

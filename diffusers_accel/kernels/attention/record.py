@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,55 @@ import torch
 from ...core.platform import Device, has_module
 from ...core.registry import Registry
 
-# fn(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse=False) -> output, or (output, LSE); and
-# rotary=(cos, sin) where the record says so.
-AttentionFunction = Callable[..., Any]
-
 NO_MASK, KEY_MASK, FULL_MASK = "none", "keys", "full"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one attention call is given.
+
+    Attributes:
+        query: (batch, sequence, heads, head_dim).
+        key: (batch, key sequence, kv_heads, head_dim); `kv_heads` divides the query's heads.
+        value: (batch, key sequence, kv_heads, value_dim).
+        attn_mask: Boolean (True takes part) or additive, broadcast to (batch, heads, sequence, key sequence).
+        is_causal: Hide later keys; the diagonal starts at the top left.
+        scale: Of the logits; head_dim ** -0.5 if `None`.
+        return_lse: Also return the logsumexp.
+        rotary: Cosines and sines, float32 (sequence, head_dim), of a rotary embedding that query and key still lack;
+            given only to kernels whose record says that they apply it.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    return_lse: bool = False
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether key and value have fewer heads than the query."""
+        return self.query.shape[2] != self.key.shape[2]
+
+    @property
+    def heads_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value as (batch, heads, sequence, head_dim)."""
+        return self.query.transpose(1, 2), self.key.transpose(1, 2), self.value.transpose(1, 2)
+
+    def ungrouped(self) -> Inputs:
+        """The same with as many key and value heads as query heads, for kernels that want them so."""
+        if not self.grouped:
+            return self
+        groups = self.query.shape[2] // self.key.shape[2]
+        key, value = (item.repeat_interleave(groups, dim=2) for item in (self.key, self.value))
+        return replace(self, key=key, value=value)
+
+
+# Returns the output, or (output, LSE) if `return_lse`.
+AttentionFunction = Callable[[Inputs], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +96,19 @@ class Call:
     lse: bool = False
 
     @classmethod
-    def of(
-        cls,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-        lse: bool = False,
-    ) -> Call:
+    def of(cls, inputs: Inputs) -> Call:
         """The call that these tensors make."""
         return cls(
-            dtype=query.dtype,
-            head_dim=query.shape[-1],
-            value_dim=value.shape[-1],
-            device=query.device.type,
-            mask=mask_kind(attn_mask),
-            keys=key.shape[1],
-            causal=is_causal,
-            square=query.shape[1] == key.shape[1],
-            grouped=query.shape[2] != key.shape[2],
-            lse=lse,
+            dtype=inputs.query.dtype,
+            head_dim=inputs.query.shape[-1],
+            value_dim=inputs.value.shape[-1],
+            device=inputs.query.device.type,
+            mask=mask_kind(inputs.attn_mask),
+            keys=inputs.key.shape[1],
+            causal=inputs.is_causal,
+            square=inputs.query.shape[1] == inputs.key.shape[1],
+            grouped=inputs.grouped,
+            lse=inputs.return_lse,
         )
 
 
@@ -83,14 +119,14 @@ def mask_kind(attn_mask: torch.Tensor | None) -> str:
     return KEY_MASK if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1 else FULL_MASK
 
 
-def key_bias(attn_mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+def key_bias(inputs: Inputs) -> torch.Tensor | None:
     """A `"keys"` mask, boolean or additive, as what is added to the logits: float32 (batch, key sequence)."""
-    if attn_mask is None:
+    if inputs.attn_mask is None:
         return None
-    rows = attn_mask[:, 0, 0]
+    rows = inputs.attn_mask[:, 0, 0]
     if rows.dtype == torch.bool:
         rows = torch.zeros(rows.shape, device=rows.device).masked_fill_(~rows, float("-inf"))
-    return rows.float().expand(batch, -1)
+    return rows.float().expand(inputs.query.shape[0], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +135,7 @@ class AttentionKernel:
 
     Args:
         name: As a user writes it.
-        load: Imports what is needed and returns
-            `fn(query, key, value, attn_mask, is_causal, scale, enable_gqa, return_lse=False)`, with `rotary=None`
-            besides where the record says so.
+        load: Imports what is needed and returns a function of `Inputs`.
         modules: Alternative modules it comes from; any one of them is enough. Empty for torch's own.
         install: How to get them.
         architectures: CUDA compute capabilities it runs on; `None` for any CUDA device; empty for every device.
@@ -116,7 +150,7 @@ class AttentionKernel:
         gqa: Whether it takes fewer key and value heads than query heads.
         lse: Whether it can return the logsumexp.
         exact: Whether it computes in the input's own precision (no quantization).
-        rotary: Whether it takes `rotary=(cos, sin)` and applies that rotary embedding to query and key itself.
+        rotary: Whether it applies a rotary embedding that it is given.
         auto: Whether `"auto"` may choose it; a user's own function is used by name only.
         refusal: Why an installed package cannot be used (a version that is wrong somewhere, say), or `None`.
     """
@@ -222,21 +256,11 @@ def register_attention(name: str, function: Any = None, *, replace: bool = False
         ValueError: The name is taken.
     """
 
-    def register(function: AttentionFunction) -> AttentionFunction:
-        def adapted(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attn_mask: torch.Tensor | None,
-            is_causal: bool,
-            scale: float | None,
-            enable_gqa: bool,
-            return_lse: bool = False,
-        ) -> torch.Tensor:
-            if enable_gqa:
-                groups = query.shape[2] // key.shape[2]
-                key, value = (item.repeat_interleave(groups, dim=2) for item in (key, value))
-            out = function(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def adapted(inputs: Inputs) -> torch.Tensor:
+            x = inputs.ungrouped()
+            query, value = x.query, x.value
+            out = function(query, x.key, value, attn_mask=x.attn_mask, is_causal=x.is_causal, scale=x.scale)
             expected = (*query.shape[:3], value.shape[3])
             if not isinstance(out, torch.Tensor) or tuple(out.shape) != expected or out.dtype != query.dtype:
                 got = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__

@@ -11,27 +11,24 @@ from typing import Any
 import torch
 
 from .recipe import RECIPES, Recipe
-from .record import KERNELS, AttentionFunction, AttentionKernel, key_bias
+from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, key_bias
 
 
 def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
     def load() -> AttentionFunction:
         from .low_bit import attention as low_bit
 
-        def attention(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attn_mask: torch.Tensor | None,
-            is_causal: bool,
-            scale: float | None,
-            enable_gqa: bool,
-            return_lse: bool = False,
-            rotary: Any = None,
-        ) -> Any:
-            bias = key_bias(attn_mask, query.shape[0])
-            options = {"key_bias": bias, "scale": scale, "return_lse": return_lse, "rotary": rotary}
-            return low_bit(query, key, value, recipe, **options)
+        def attention(x: Inputs) -> Any:
+            return low_bit(
+                x.query,
+                x.key,
+                x.value,
+                recipe,
+                key_bias=key_bias(x),
+                scale=x.scale,
+                return_lse=x.return_lse,
+                rotary=x.rotary,
+            )
 
         return attention
 

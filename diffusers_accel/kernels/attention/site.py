@@ -12,12 +12,13 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .choice import Choice, shape_class
-from .record import KERNELS, AttentionFunction, AttentionKernel, Call
+from .record import KERNELS, AttentionFunction, AttentionKernel, Call, Inputs
 from .rotary import Rotated, rotated
 
 
@@ -35,38 +36,24 @@ class AttentionSite:
         self._functions: dict[str, AttentionFunction] = {}
         self._warned: set[str] = set()
 
-    def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-    ) -> torch.Tensor:
-        """Attention on (batch, sequence, heads, head_dim) tensors by the kernel that can take the call."""
-        rotary = None
+    def run(self, inputs: Inputs) -> torch.Tensor:
+        """Attention by the kernel that is chosen and can take the call; query and key may be `Rotated`."""
+        plain, rotary = inputs, None
+        query, key = inputs.query, inputs.key
         if isinstance(query, Rotated) and isinstance(key, Rotated) and query.tables[0].shape == key.tables[0].shape:
-            rotary, rotations = query.tables, (query.apply, key.apply)
-            query, key = query.plain(), key.plain()
-        else:
-            query, key = rotated(query), rotated(key)
-        call = Call.of(query, key, value, attn_mask, is_causal)
+            rotary = query.tables
+            plain = replace(inputs, query=query.plain(), key=key.plain())
 
         def run(kernel: AttentionKernel) -> torch.Tensor:
-            q, k, extra = query, key, {}
-            if rotary is not None:
-                if kernel.rotary:
-                    extra = {"rotary": rotary}
-                else:
-                    q, k = rotations[0](query), rotations[1](key)
-            return self._function(kernel)(q, k, value, attn_mask, is_causal, scale, enable_gqa, **extra)
+            if rotary is not None and kernel.rotary:
+                return self._function(kernel)(replace(plain, rotary=rotary))
+            return self._function(kernel)(replace(inputs, query=rotated(query), key=rotated(key)))
 
+        call = Call.of(plain)
         choice = self.select()
         kernel = choice.kernels[0]
         if len(choice.kernels) > 1:
-            kernel = choice.pick(call, run, shape_class(query, key, call))
+            kernel = choice.pick(call, run, shape_class(plain, call))
         reason = kernel.refuses(call)
         if reason is not None:
             if reason not in self._warned:
@@ -89,12 +76,11 @@ class AttentionSite:
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
         scale: float | None = None,
-        enable_gqa: bool = False,
     ) -> torch.Tensor:
-        enable_gqa = enable_gqa and query.shape[2] != key.shape[2]
+        """Attention on (batch, sequence, heads, head_dim) tensors, compiled or not."""
         if torch.compiler.is_compiling():
-            return _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa, self.number)
-        return self.run(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            return _attention(query, key, value, attn_mask, is_causal, scale, self.number)
+        return self.run(Inputs(query, key, value, attn_mask, is_causal, scale))
 
 
 # Sites in use, by number. The number is a constant in compiled graphs: freed numbers are used again, so that a restored
@@ -114,10 +100,9 @@ def _attention(
     attn_mask: torch.Tensor | None,
     is_causal: bool,
     scale: float | None,
-    enable_gqa: bool,
     site: int,
 ) -> torch.Tensor:
-    out = SITES[site].run(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    out = SITES[site].run(Inputs(query, key, value, attn_mask, is_causal, scale))
     return out.contiguous()
 
 

@@ -9,76 +9,46 @@ import torch
 import torch.nn.functional as F
 
 from ...core.platform import has_module
-from .record import KERNELS, AttentionFunction, AttentionKernel, key_bias
+from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, key_bias
 
 HALF = (torch.bfloat16, torch.float16)
 EIGHTS = tuple(range(8, 257, 8))
 
 
-def scaled_dot_product(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    return_lse: bool = False,
-) -> torch.Tensor:
+def scaled_dot_product(x: Inputs) -> torch.Tensor:
     """`F.scaled_dot_product_attention` in our layout: (batch, sequence, heads, head_dim) in and out."""
     out = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
+        *x.heads_first, attn_mask=x.attn_mask, is_causal=x.is_causal, scale=x.scale, enable_gqa=x.grouped
     )
     return out.transpose(1, 2)
 
 
-def repeat_heads(query: torch.Tensor, *grouped: torch.Tensor) -> list[torch.Tensor]:
-    """Key and value with as many heads as the query, for kernels that want them so."""
-    groups = query.shape[2] // grouped[0].shape[2]
-    return [item.repeat_interleave(groups, dim=2) if groups > 1 else item for item in grouped]
-
-
-def _forced(backend: str, with_lse: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> AttentionFunction:
+def _forced(backend: str, with_lse: Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]) -> AttentionFunction:
     """SDPA with one backend; the LSE, which the public function does not give, by the operator behind it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     chosen = getattr(SDPBackend, backend)
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        if not return_lse:
+    def attention(x: Inputs) -> Any:
+        if not x.return_lse:
             with sdpa_kernel(chosen):
-                return scaled_dot_product(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-        key, value = repeat_heads(query, key, value)
-        heads_first = (item.transpose(1, 2) for item in (query, key, value))
-        out, lse = with_lse(*heads_first, attn_mask, is_causal, scale)
+                return scaled_dot_product(x)
+        out, lse = with_lse(x.ungrouped())
         return out.transpose(1, 2), lse
 
     return attention
 
 
 def _cudnn() -> AttentionFunction:
-    def with_lse(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None) -> Any:
+    def with_lse(x: Inputs) -> Any:
         operator = torch.ops.aten._scaled_dot_product_cudnn_attention
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-            attn_mask = attn_mask.to(query.dtype).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        out, lse, *_ = operator(query, key, value, attn_mask, True, 0.0, is_causal, False, scale=scale)
+        mask = x.attn_mask
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=x.query.dtype).masked_fill_(~mask, float("-inf"))
+            batch, length, heads, _ = x.query.shape
+            mask = mask.to(x.query.dtype).expand(batch, heads, length, x.key.shape[1])
+        out, lse, *_ = operator(*x.heads_first, mask, True, 0.0, x.is_causal, False, scale=x.scale)
         return out, lse.reshape(out.shape[:3])
 
     return _forced("CUDNN_ATTENTION", with_lse)
@@ -90,26 +60,16 @@ def _flash2() -> AttentionFunction:
     if has_module("flash_attn.flash_attn_interface"):
         from flash_attn.flash_attn_interface import flash_attn_func
 
-        def attention(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attn_mask: torch.Tensor | None,
-            is_causal: bool,
-            scale: float | None,
-            enable_gqa: bool,
-            return_lse: bool = False,
-        ) -> Any:
-            out = flash_attn_func(
-                query, key, value, softmax_scale=scale, causal=is_causal, return_attn_probs=return_lse
-            )
-            return (out[0], out[1]) if return_lse else out
+        def attention(x: Inputs) -> Any:
+            options = {"softmax_scale": x.scale, "causal": x.is_causal, "return_attn_probs": x.return_lse}
+            out = flash_attn_func(x.query, x.key, x.value, **options)
+            return (out[0], out[1]) if x.return_lse else out
 
         return attention
 
-    def with_lse(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: float | None) -> Any:
+    def with_lse(x: Inputs) -> Any:
         operator = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse, *_ = operator(query, key, value, 0.0, is_causal, False, scale=scale)
+        out, lse, *_ = operator(*x.heads_first, 0.0, x.is_causal, False, scale=x.scale)
         return out, lse
 
     return _forced("FLASH_ATTENTION", with_lse)
@@ -120,35 +80,25 @@ def _flex(compiled: bool = True) -> AttentionFunction:
 
     call: Any = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-        return_lse: bool = False,
-    ) -> Any:
-        bias = key_bias(attn_mask, query.shape[0])
+    def attention(x: Inputs) -> Any:
+        bias = key_bias(x)
 
         def score(score: Any, batch: Any, head: Any, row: Any, column: Any) -> Any:
             if bias is not None:
                 score = score + bias[batch, column]
-            if is_causal:
+            if x.is_causal:
                 score = torch.where(row >= column, score, -float("inf"))
             return score
 
+        changed = bias is not None or x.is_causal
         out = call(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            score_mod=score if bias is not None or is_causal else None,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            return_lse=return_lse,
+            *x.heads_first,
+            score_mod=score if changed else None,
+            scale=x.scale,
+            enable_gqa=x.grouped,
+            return_lse=x.return_lse,
         )
-        return (out[0].transpose(1, 2), out[1]) if return_lse else out.transpose(1, 2)
+        return (out[0].transpose(1, 2), out[1]) if x.return_lse else out.transpose(1, 2)
 
     return attention
 
