@@ -258,7 +258,7 @@ def docs(path: Path) -> str:
             continue
         cells = [
             f"`{name}`",
-            _gpus(kernel),
+            kernel.gpus,
             ", ".join(
                 str(item).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for item in kernel.dtypes
             )
@@ -281,14 +281,6 @@ def docs(path: Path) -> str:
 
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def _gpus(kernel: AttentionKernel) -> str:
-    if kernel.architectures:
-        return ", ".join(f"sm_{major}{minor}" for major, minor in kernel.architectures)
-    if kernel.at_least is not None:
-        return f"sm_{kernel.at_least[0]}{kernel.at_least[1]}+"
-    return "any" if kernel.on_cuda else "any, CPU"
 
 
 def _dims(kernel: AttentionKernel) -> str:

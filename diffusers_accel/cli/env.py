@@ -13,9 +13,14 @@ from ..core import platform
 from ..kernels.attention import KERNELS, RECIPES, AttentionKernel
 
 
+_WIDTH = 118
+
+
 def env() -> None:
     """Show devices, versions, and for every attention kernel whether it can run here, or why not."""
     console = Console()
+    if console.width < _WIDTH:  # the table folded into less is unreadable; a terminal wraps long lines better
+        console = Console(width=_WIDTH)
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
 
     facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -27,7 +32,7 @@ def env() -> None:
 
     best = platform.best()
     table = Table(title=f"Attention kernels on {best}", title_justify="left")
-    for column in ("kernel", "runs here", "GPUs", "types", "head_dim", "mask", "LSE", "exact"):
+    for column in ("kernel", "here", "GPUs", "types", "head_dim", "mask", "LSE", "exact"):
         table.add_column(column, overflow="fold", no_wrap=column == "kernel")
     # A recipe's record differs from its backend's in what is rounded only.
     missing = {name: KERNELS.get(name).missing(best) for name in KERNELS if "/" not in name}
@@ -45,18 +50,10 @@ def env() -> None:
 def _abilities(kernel: AttentionKernel) -> tuple[str, ...]:
     types = ", ".join(_SHORT.get(dtype, str(dtype)) for dtype in kernel.dtypes) or "any"
     mask = "any" if kernel.mask else "keys" if kernel.key_mask else "no"
-    return _gpus(kernel), types, _ranges(kernel.head_dims), mask, _yes(kernel.lse), _yes(kernel.exact)
+    return kernel.gpus, types, _ranges(kernel.head_dims), mask, _yes(kernel.lse), _yes(kernel.exact)
 
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def _gpus(kernel: AttentionKernel) -> str:
-    if kernel.architectures:
-        return ", ".join(f"sm_{major}{minor}" for major, minor in kernel.architectures)
-    if kernel.at_least is not None:
-        return f"sm_{kernel.at_least[0]}{kernel.at_least[1]} and later"
-    return "any" if kernel.on_cuda else "any, and CPUs"
 
 
 def _ranges(numbers: tuple[int, ...] | None) -> str:

@@ -244,5 +244,5 @@ def test_a_record_says_what_it_lacks():
     assert "values of the key's head_dim" in record.refuses(Call(head_dim=64, value_dim=32))
     from diffusers_accel.core.platform import Device
 
-    assert "needs sm_89 or later" in record.missing(Device("cuda", "NVIDIA A100", (8, 0)))
+    assert "needs sm_89 and later" in record.missing(Device("cuda", "NVIDIA A100", (8, 0)))
     assert record.missing(Device("cuda", "NVIDIA L40", (8, 9))) is None

@@ -180,6 +180,15 @@ class AttentionKernel:
         """Whether it needs a CUDA device."""
         return self.architectures != () or self.at_least is not None
 
+    @property
+    def gpus(self) -> str:
+        """What it runs on, for a reader: `"sm_90, sm_100"`, `"sm_80 and later"`, `"any, and CPUs"`."""
+        if self.architectures:
+            return ", ".join(f"sm_{major}{minor}" for major, minor in self.architectures)
+        if self.at_least is not None:
+            return f"sm_{self.at_least[0]}{self.at_least[1]} and later"
+        return "any" if self.on_cuda else "any, and CPUs"
+
     def missing(self, device: Device) -> str | None:
         """Why the kernel cannot run on `device`, or `None` if it can."""
         if self.modules and not any(has_module(name) for name in self.modules):
@@ -187,10 +196,9 @@ class AttentionKernel:
         if self.on_cuda and device.type != "cuda":
             return f"needs a CUDA device; this is {device}."
         if self.architectures and device.arch not in self.architectures:
-            wanted = ", ".join(f"sm_{major}{minor}" for major, minor in self.architectures)
-            return f"is built for {wanted}; this is {device}."
+            return f"is built for {self.gpus}; this is {device}."
         if self.at_least is not None and device.arch is not None and device.arch < self.at_least:
-            return f"needs sm_{self.at_least[0]}{self.at_least[1]} or later; this is {device}."
+            return f"needs {self.gpus}; this is {device}."
         return self.refusal() or self._broken()
 
     def _broken(self) -> str | None:

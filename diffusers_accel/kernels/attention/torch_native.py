@@ -109,7 +109,7 @@ KERNELS.add(
     AttentionKernel(
         name="cudnn",
         load=_cudnn,
-        architectures=((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)),
+        at_least=(8, 0),
         dtypes=HALF,
         head_dims=EIGHTS,
         causal_square=True,
