@@ -220,7 +220,7 @@ def tiles(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                       + (", ahead" if cut.ahead else "")] = round(rate, 1)  # fmt: skip
         times: dict[str, Any] = {}
         kept = quantize._SPLITS, quantize._REDUCE_ROWS, quantize._REDUCE_WARPS, quantize._REDUCE_STAGES
-        for constants in ((16, 32, 2, 3), (16, 16, 4, 4), (32, 32, 4, 5), (16, 64, 4, 3)):
+        for constants in ((32, 32, 2, 3), (16, 32, 2, 3), (32, 16, 4, 4), (32, 64, 4, 3), (64, 32, 4, 3)):
             quantize._SPLITS, quantize._REDUCE_ROWS, quantize._REDUCE_WARPS, quantize._REDUCE_STAGES = constants
             call = partial(quantize.quantize_per_head, *tensors, 1.0)
             times[f"per head, splits, rows, warps, stages {constants}"] = round(

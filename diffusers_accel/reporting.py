@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-import math
 from dataclasses import dataclass, field
+
+from .kernels.attention import margin
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,6 @@ class Stats:
 
     def _repr_html_(self) -> str:
         return html_table("", *self._table())
-
-
-def margin(times: dict[str, float]) -> str:
-    """E.g. `"fa3 0.31 ms, 6% before fa4, 9% before cudnn"`: the fastest kernel, and how much longer others take."""
-    ordered = sorted((seconds, name) for name, seconds in times.items() if math.isfinite(seconds))
-    best, winner = ordered[0]
-    others = [f"{seconds / best - 1:.0%} before {name}" for seconds, name in ordered[1:4]]
-    return ", ".join([f"{winner} {best * 1e3:.3g} ms", *others])
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -12,7 +12,6 @@ from rich.table import Table
 from ..core import platform
 from ..kernels.attention import KERNELS, RECIPES, AttentionKernel
 
-
 _WIDTH = 118
 
 

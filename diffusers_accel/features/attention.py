@@ -42,6 +42,7 @@ from ..kernels.attention import (
     Rotated,
     Timings,
     candidates,
+    margin,
 )
 from .feature import Denoiser, Plan, Target
 
@@ -126,17 +127,26 @@ def check(target: Target, config: AttentionConfig) -> Plan:
         dense = _dense(denoiser, config)
         if dense is not None:
             notes.append(f"{denoiser.name}: {_share(config)} run on {_label(dense)}.")
+        dims = {role.head_dim for role in roles} or {None}
         for choice in used.values():
-            if isinstance(choice, Fastest) and len(choice.kernels) > 1:
-                notes.append(
-                    f"{denoiser.name}: each new shape is timed once on {', '.join(k.name for k in choice.kernels)}; "
-                    f"the answers are kept in {choice.timings.path}."
-                )
-            elif not choice.kernels[0].mask:
-                kernel = choice.kernels[0]
-                kind = "a mask that is not over keys alone" if kernel.key_mask else "a mask"
-                notes.append(f"{denoiser.name}: calls with {kind} run on sdpa, since {kernel.name} takes none.")
+            notes += _notes(denoiser, choice, dims)
     return Plan("; ".join(actions), modules, tuple(dict.fromkeys(notes)), tuple(left))
+
+
+def _notes(denoiser: Denoiser, choice: Choice, head_dims: set[int | None]) -> list[str]:
+    """What a user should know of a choice: how it is made and what is known already, or where a kernel stops."""
+    if isinstance(choice, Fastest) and len(choice.kernels) > 1:
+        names = ", ".join(kernel.name for kernel in choice.kernels)
+        known = {shape: times for dim in head_dims for shape, times in choice.remembered(dim).items()}
+        return [
+            f"{denoiser.name}: each new shape is timed once on {names}; answers are kept in {choice.timings.path}.",
+            *(f"{denoiser.name}: {shape}: {margin(times)}." for shape, times in sorted(known.items())),
+        ]
+    kernel = choice.kernels[0]
+    if kernel.mask:
+        return []
+    kind = "a mask that is not over keys alone" if kernel.key_mask else "a mask"
+    return [f"{denoiser.name}: calls with {kind} run on sdpa, since {kernel.name} takes none."]
 
 
 def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
@@ -156,8 +166,8 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
             member, registrations = _dispatcher_backend(site)
             if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
                 yield from registrations
-            # Kernels that round query and key rotate them in the same pass; the others leave it to the stock code.
-            fold = all(kernel.rotary for choice in choices.values() for kernel in choice.kernels)
+            # Kernels that round query and key rotate them in the same pass; for others the stock function does it then.
+            fold = any(kernel.rotary for choice in choices.values() for kernel in choice.kernels)
             # One class per stock class, so that all blocks share one compiled graph.
             classes: dict[type, type] = {}
             for layer in role.layers:

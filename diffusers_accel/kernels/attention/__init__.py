@@ -13,7 +13,7 @@ Importing this package registers the records and imports no kernel package. Wher
 from __future__ import annotations
 
 from . import flash, others, sage, torch_native  # noqa: F401  (each registers its records)
-from .choice import Choice, Fastest, Fixed, Timings, candidates
+from .choice import Choice, Fastest, Fixed, Timings, candidates, margin
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, register_attention
 from .rotary import Rotated
@@ -33,5 +33,6 @@ __all__ = [
     "Rotated",
     "Timings",
     "candidates",
+    "margin",
     "register_attention",
 ]

@@ -21,7 +21,7 @@ from .recipe import Recipe
 LOG2E = 1.4426950408889634
 # Measured on an H200 (`benchmarks/attention.py --tiles`): partial results per head of the first launch, rows and warps
 # of a program that reduces, and of one that rounds.
-_SPLITS = 16
+_SPLITS = 32
 _REDUCE_ROWS, _REDUCE_WARPS, _REDUCE_STAGES = 32, 2, 3
 _ROWS, _ROUND_WARPS = 128, 4
 _HEAD_ROWS, _HEAD_WARPS = 128, 4
@@ -52,10 +52,13 @@ def _rotated(x, cos_ptr, sin_ptr, rows, inside, D: tl.constexpr, DP: tl.constexp
 
 
 @triton.jit
-def _rows(x_ptr, stride_b, stride_s, stride_h, b, h, rows, inside, D: tl.constexpr, DP: tl.constexpr):
-    """Rows of one head as float32, zero outside."""
+def _rows(
+    x_ptr, stride_b, stride_s, stride_h, b, h, rows, inside, D: tl.constexpr, DP: tl.constexpr, KEEP: tl.constexpr
+):  # fmt: skip
+    """Rows of one head as float32, zero outside. KEEP: whether they will be read again, and should stay in L2."""
+    POLICY: tl.constexpr = "evict_last" if KEEP else "evict_first"
     at = x_ptr + b.to(tl.int64) * stride_b + h * stride_h + rows.to(tl.int64)[:, None] * stride_s
-    return tl.load(at + tl.arange(0, DP)[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.load(at + tl.arange(0, DP)[None, :], mask=inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
@@ -80,7 +83,7 @@ def _reduce(
             high = tl.zeros([ROWS, DP], tl.float32)
             for start in tl.range(first, tl.minimum(first + part, q_len), ROWS, num_stages=STAGES):
                 inside = (start + r < q_len)[:, None] & (d < D)[None, :]
-                high = tl.maximum(high, tl.abs(_rows(q_ptr, sq_b, sq_s, sq_h, b, h, start + r, inside, D, DP)))
+                high = tl.maximum(high, tl.abs(_rows(q_ptr, sq_b, sq_s, sq_h, b, h, start + r, inside, D, DP, True)))
             # A rotation lengthens a channel by no more than sqrt(2); see `_round_per_head` on bounds.
             tl.store(qa_ptr + index * SPLITS + split, tl.max(high) * (1.4142136 if ROTATE else 1.0))
     elif index < tl.num_programs(1) // heads * kv_heads:
@@ -91,7 +94,7 @@ def _reduce(
             high = tl.zeros([ROWS, DP], tl.float32)
             for start in tl.range(first, last, ROWS, num_stages=STAGES):
                 inside = (start + r < k_len)[:, None] & (d < D)[None, :]
-                x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, start + r, inside, D, DP)
+                x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, start + r, inside, D, DP, True)
                 if ROTATE:
                     x = _rotated(x, cos_ptr, sin_ptr, start + r, inside, D, DP, ROWS)
                 total += x
@@ -104,7 +107,7 @@ def _reduce(
             high = tl.zeros([ROWS, DP], tl.float32)
             for start in tl.range(first, last, ROWS, num_stages=STAGES):
                 inside = (start + r < k_len)[:, None] & (d < D)[None, :]
-                high = tl.maximum(high, tl.abs(_rows(v_ptr, sv_b, sv_s, sv_h, b, h, start + r, inside, D, DP)))
+                high = tl.maximum(high, tl.abs(_rows(v_ptr, sv_b, sv_s, sv_h, b, h, start + r, inside, D, DP, True)))
             if PER_HEAD:
                 tl.store(va_ptr + index * SPLITS + split, tl.max(high))
             else:
@@ -174,7 +177,7 @@ def _round(
         if block * ROWS < q_len:
             b, h = index // heads, index % heads
             inside = (rows < q_len)[:, None] & (d < D)[None, :]
-            x = _rows(q_ptr, sq_b, sq_s, sq_h, b, h, rows, inside, D, DP)
+            x = _rows(q_ptr, sq_b, sq_s, sq_h, b, h, rows, inside, D, DP, False)
             if ROTATE:
                 x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
             at = index.to(tl.int64) * q_len + rows
@@ -189,7 +192,7 @@ def _round(
         if which == 1:
             if block * ROWS < k_len:
                 inside = (rows < k_len)[:, None] & (d < D)[None, :]
-                x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, rows, inside, D, DP)
+                x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, rows, inside, D, DP, False)
                 if ROTATE:
                     x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
                 x = tl.where(inside, x - tl.load(mean_ptr + index * DP + d)[None, :], 0.0)
@@ -206,7 +209,7 @@ def _round(
                 r = rows % 16
                 keys = rows - r + 8 * ((r // 2) % 2) + 2 * (r // 4) + r % 2
                 inside = (keys < k_len)[:, None] & (d < D)[None, :]
-                x = _rows(v_ptr, sv_b, sv_s, sv_h, b, h, keys, inside, D, DP)
+                x = _rows(v_ptr, sv_b, sv_s, sv_h, b, h, keys, inside, D, DP, False)
                 scale = tl.load(vscale_ptr + index * D + d, mask=d < D, other=1.0)
                 x = tl.trans(x * (1.0 / scale)[None, :])
                 to = vo_ptr + index.to(tl.int64) * D * v_len + d.to(tl.int64)[:, None] * v_len + rows[None, :]
@@ -235,7 +238,7 @@ def _round_per_head(
             b, h = index // heads, index % heads
             kv = b * kv_heads + h // G
             inside = (rows < q_len)[:, None] & (d < D)[None, :]
-            x = _rows(q_ptr, sq_b, sq_s, sq_h, b, h, rows, inside, D, DP)
+            x = _rows(q_ptr, sq_b, sq_s, sq_h, b, h, rows, inside, D, DP, False)
             if ROTATE:
                 x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
             amax = 0.0
@@ -254,7 +257,7 @@ def _round_per_head(
         inside = (rows < k_len)[:, None] & (d < D)[None, :]
         at = (b.to(tl.int64) * k_len + rows) * kv_heads + h
         if which == 2:
-            x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, rows, inside, D, DP)
+            x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, rows, inside, D, DP, False)
             if ROTATE:
                 x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
             amax = _largest(ka_ptr, index, SPLITS)
@@ -268,7 +271,7 @@ def _round_per_head(
             if block == 0:
                 tl.store(kscale_ptr + index, scale)
         else:
-            x = _rows(v_ptr, sv_b, sv_s, sv_h, b, h, rows, inside, D, DP)
+            x = _rows(v_ptr, sv_b, sv_s, sv_h, b, h, rows, inside, D, DP, False)
             scale = _scale(_largest(va_ptr, index, SPLITS), 448.0)
             _store_rounded(vo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
             if block == 0:

@@ -53,7 +53,7 @@ class AttentionSite:
         choice = self.select()
         kernel = choice.kernels[0]
         if len(choice.kernels) > 1:
-            kernel = choice.pick(call, run, shape_class(plain, call))
+            kernel = choice.pick(call, run, shape_class(replace(plain, rotary=rotary), call))
         reason = kernel.refuses(call)
         if reason is not None:
             if reason not in self._warned:
