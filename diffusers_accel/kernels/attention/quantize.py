@@ -24,7 +24,7 @@ LOG2E = 1.4426950408889634
 _SPLITS = 32
 _REDUCE_ROWS, _REDUCE_WARPS, _REDUCE_STAGES = 32, 2, 3
 _ROWS, _ROUND_WARPS = 128, 4
-_HEAD_ROWS, _HEAD_WARPS = 128, 4
+_HEAD_ROWS, _HEAD_WARPS = 64, 4
 # Largest magnitudes are bounded from both sides, so that no product of scales over- or underflows: logits stay finite.
 _TINY = tl.constexpr(1e-14)
 _HUGE = tl.constexpr(1e14)
@@ -49,6 +49,21 @@ def _rotated(x, cos_ptr, sin_ptr, rows, inside, D: tl.constexpr, DP: tl.constexp
     sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
     real, imaginary = tl.split(x.reshape(ROWS, DP // 2, 2))
     return x * cos + tl.join(-imaginary, real).reshape(ROWS, DP) * sin
+
+
+@triton.jit
+def _spread(x, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows times an orthogonal Hadamard matrix, in blocks of channels: it leaves every QK as it is, and spreads what a
+    few channels hold over all of them, so that their rounding does not decide the error alone."""
+    i, j = tl.arange(0, DP)[:, None], tl.arange(0, DP)[None, :]
+    parity = i & j & (BLOCK - 1)
+    parity ^= parity >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    sign = tl.where((i // BLOCK == j // BLOCK) & (i < D), 1 - 2 * (parity & 1), 0).to(tl.float16)
+    # Rows are brought to [-1, 1], where fp16 is finer than what they are rounded to.
+    length = tl.maximum(tl.max(tl.abs(x), 1), _TINY)
+    return tl.dot((x * (1.0 / length)[:, None]).to(tl.float16), sign) * (length * (1.0 / BLOCK) ** 0.5)[:, None]
 
 
 @triton.jit
@@ -164,7 +179,7 @@ def _round(
     qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h,
     q_len, k_len, v_len, heads, kv_heads, fold, logit_scale,
-    ROTATE: tl.constexpr, QK: tl.constexpr, KB: tl.constexpr, SHIFT: tl.constexpr,
+    ROTATE: tl.constexpr, BLOCK: tl.constexpr, QK: tl.constexpr, KB: tl.constexpr, SHIFT: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, batch x head, which): which = 0 is V, 1 is K, 2 is Q: what the first launch read last comes
@@ -181,12 +196,14 @@ def _round(
             if ROTATE:
                 x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
             at = index.to(tl.int64) * q_len + rows
-            scale = _scale(tl.max(tl.abs(x), 1), LARGEST)
-            _store_rounded(qo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale)[:, None], inside, QK == 0)
-            tl.store(qscale_ptr + at, scale * fold, mask=rows < q_len)
             if SHIFT:
                 mean = tl.load(mean_ptr + (b * kv_heads + h // (heads // kv_heads)) * DP + d)
                 tl.store(shift_ptr + at, tl.sum(x * mean[None, :], 1) * logit_scale, mask=rows < q_len)
+            if QK == 1:
+                x = _spread(x, D, DP, BLOCK)
+            scale = _scale(tl.max(tl.abs(x), 1), LARGEST)
+            _store_rounded(qo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale)[:, None], inside, QK == 0)
+            tl.store(qscale_ptr + at, scale * fold, mask=rows < q_len)
     elif index < tl.num_programs(1) // heads * kv_heads:
         b, h = index // kv_heads, index % kv_heads
         if which == 1:
@@ -196,6 +213,8 @@ def _round(
                 if ROTATE:
                     x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
                 x = tl.where(inside, x - tl.load(mean_ptr + index * DP + d)[None, :], 0.0)
+                if QK == 1:
+                    x = _spread(x, D, DP, BLOCK)
                 scale = _scale(tl.max(tl.max(tl.abs(x), 1).reshape(ROWS // KB, KB), 1), LARGEST)
                 each = tl.broadcast_to((1.0 / scale)[:, None], (ROWS // KB, KB)).reshape(ROWS)
                 at = index.to(tl.int64) * k_len + rows
@@ -226,7 +245,7 @@ def _round_per_head(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
     qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, q_len, k_len, heads, kv_heads, logit_scale,
-    ROTATE: tl.constexpr, SMOOTH: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
+    ROTATE: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """e4m3 with one scale per key head, outputs (batch, sequence, heads, head_dim); which = 0 is Q, 1 V, 2 K."""
@@ -241,17 +260,18 @@ def _round_per_head(
             x = _rows(q_ptr, sq_b, sq_s, sq_h, b, h, rows, inside, D, DP, False)
             if ROTATE:
                 x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
+            if SHIFT:
+                shift = tl.sum(x * _mean(ks_ptr, kv, k_len, DP, SPLITS)[None, :], 1) * logit_scale
+                tl.store(shift_ptr + index.to(tl.int64) * q_len + rows, shift, mask=rows < q_len)
             amax = 0.0
             for member in tl.static_range(G):
                 amax = tl.maximum(amax, _largest(qa_ptr, kv * G + member, SPLITS))
-            scale = _scale(amax, 448.0)
+            scale = _scale(amax * BLOCK**0.5, 448.0)
+            x = _spread(x, D, DP, BLOCK)
             at = (b.to(tl.int64) * q_len + rows) * heads + h
             _store_rounded(qo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
             if block == 0:
                 tl.store(qscale_ptr + kv, scale)
-            if SHIFT:
-                shift = tl.sum(x * _mean(ks_ptr, kv, k_len, DP, SPLITS)[None, :], 1) * logit_scale
-                tl.store(shift_ptr + index.to(tl.int64) * q_len + rows, shift, mask=rows < q_len)
     elif index < tl.num_programs(1) // heads * kv_heads and block * ROWS < k_len:
         b, h = index // kv_heads, index % kv_heads
         inside = (rows < k_len)[:, None] & (d < D)[None, :]
@@ -264,9 +284,12 @@ def _round_per_head(
             if SMOOTH:
                 mean = _mean(ks_ptr, index, k_len, DP, SPLITS)
                 x = x - mean[None, :]
-                # No more than this can remain; e4m3 has exponents to spare, so a bound serves as well as the maximum.
                 amax += tl.max(tl.abs(mean))
-            scale = _scale(amax, 448.0)
+                x = tl.where(inside, x, 0.0)
+            # Bounds of what subtraction and spreading can make of the largest value: e4m3 has exponents to spare, so a
+            # bound serves as well as the maximum, and costs no pass.
+            scale = _scale(amax * BLOCK**0.5, 448.0)
+            x = _spread(x, D, DP, BLOCK)
             _store_rounded(ko_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
             if block == 0:
                 tl.store(kscale_ptr + index, scale)
@@ -313,6 +336,11 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _block(head_dim: int) -> int:
+    """Channels that a Hadamard matrix spreads over: the largest power of two that divides the head dimension."""
+    return head_dim & -head_dim
 
 
 def padded_dim(head_dim: int) -> int:
@@ -372,8 +400,8 @@ def quantize(
     _round[(triton.cdiv(max(q_len if low else 0, v_len), _ROWS), batch * heads, 2 * low + values)](
         query, key, value, *tables, mean, q, k, v, q_scale, k_scale, v_scale, nothing if shifted is None else shifted,
         *strides, q_len, k_len, v_len, heads, kv_heads, scale * LOG2E, scale,
-        ROTATE=rotary is not None, QK=qk, KB=recipe.k_block or _ROWS, SHIFT=shifted is not None,
-        ROWS=_ROWS, FIRST=0 if values else 1, num_warps=_ROUND_WARPS, **shape,
+        ROTATE=rotary is not None, BLOCK=_block(dim), QK=qk, KB=recipe.k_block or _ROWS, SHIFT=shifted is not None,
+        ROWS=_ROWS, FIRST=0 if values else 1, num_warps=2 * _ROUND_WARPS if qk == 1 else _ROUND_WARPS, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, q_scale, k_scale, v_scale, shifted)
 
@@ -414,7 +442,7 @@ def quantize_per_head(
     _round_per_head[(triton.cdiv(max(q_len, k_len), _HEAD_ROWS), batch * heads, 3)](
         query, key, value, *tables, q_max, k_sum, k_max, v_max, q, k, v, scales[0], scales[1], scales[2],
         scales if shifted is None else shifted, *strides, q_len, k_len, heads, kv_heads, scale,
-        ROTATE=rotary is not None, SMOOTH=smooth, SHIFT=shifted is not None, G=heads // kv_heads,
+        ROTATE=rotary is not None, BLOCK=_block(dim), SMOOTH=smooth, SHIFT=shifted is not None, G=heads // kv_heads,
         ROWS=_HEAD_ROWS, num_warps=_HEAD_WARPS, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, scales[0], scales[1], scales[2], shifted)

