@@ -26,7 +26,7 @@ import measure
 import torch
 
 from diffusers_accel.core.platform import describe
-from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel, Call, Inputs
+from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel, Call, Inputs, recipes
 
 # batch, heads, sequence, head_dim
 SHAPES = {
@@ -133,8 +133,9 @@ def kernels(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     missing = {}
     for name in KERNELS:
         kernel = KERNELS.get(name)
-        if any(name == f"{backend}/{next(iter(recipes))}" for backend, recipes in RECIPES.items()):
-            continue  # the backend's own name
+        backend, _, recipe = name.partition("/")
+        if recipe and recipe == recipes(backend)[0]:
+            continue  # the backend's own
         reason = kernel.missing(describe(device))
         if reason is None:
             able[name] = kernel
@@ -207,8 +208,8 @@ def tiles(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         tensors = inputs(batch, heads, length, dim)
         work = 4 * batch * heads * length**2 * dim / 1e9
         rates: dict[str, Any] = {}
-        for backend, recipes in RECIPES.items():
-            recipe = next(iter(recipes.values()))
+        for backend, known in RECIPES.items():
+            recipe = next(iter(known.values()))
             for cut in cuts:
                 try:
                     call = partial(low_bit.attention, *tensors, recipe, cut=cut)

@@ -22,7 +22,7 @@ import torch
 from fidelity import captions
 
 from diffusers_accel import Unsupported, accelerate, demo, register_attention, restore, stats
-from diffusers_accel.kernels.attention import KERNELS, RECIPES
+from diffusers_accel.kernels.attention import KERNELS, RECIPES, recipes
 from diffusers_accel.kernels.attention.recipe import reference
 
 BOUND = 38.0
@@ -90,17 +90,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu":
         backends = []
-        for recipes in RECIPES.values():
-            for recipe in recipes.values():
+        for known in RECIPES.values():
+            for recipe in known.values():
                 plain = f"reference {recipe.name}"
                 register_attention(plain, partial(_plain, recipe), causal=False, exact=False)
                 backends.append(plain)
     else:
-        defaults = {f"{backend}/{next(iter(recipes))}" for backend, recipes in RECIPES.items()}
+        # Every 8-bit kernel that is not another's, defaults by the backend's name alone.
+        quantized = [name for name in KERNELS if recipes(name.partition("/")[0])]
         backends = [
             "sdpa",
-            "fa3-fp8",
-            *(name for name in KERNELS if name.split("/")[0] in RECIPES and name not in defaults),
+            *(name for name in quantized if name.partition("/")[2] != recipes(name.partition("/")[0])[0]),
         ]
     names = [options.only] if options.only else sorted(demo.CHECKPOINTS)
     found = {name: evaluate(name, options.count, options.device, backends) for name in names}

@@ -27,8 +27,8 @@ class AttentionConfig:
 
     Args:
         backend: The kernel for all layers that nothing below says otherwise of.
-        recipe: What a quantized backend of ours rounds, e.g. `"int8-1-16-1"`: type of QK, then tokens per scale of Q,
-            K and V. `None` takes the backend's first.
+        recipe: What a quantized backend rounds, and how. Ours are named by the type of QK and the tokens per scale of
+            Q, K and V, e.g. `"int8-1-16-1"`. `None` takes the backend's first.
         fidelity: What `"auto"` may choose: `"exact"` kernels only, or `"8bit"` ones too.
         dense_steps: Share of the first steps that are computed by `dense_backend`, between 0 and 1.
         dense_layers: Share of the first blocks that are computed by `dense_backend`, between 0 and 1.

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..core import platform
-from ..kernels.attention import KERNELS, RECIPES, AttentionKernel
+from ..kernels.attention import KERNELS, AttentionKernel, recipes
 
 _WIDTH = 118
 
@@ -39,8 +39,10 @@ def env() -> None:
         here = "[green]yes[/green]" if reason is None else "[yellow]no[/yellow]"
         table.add_row(name, here, *_abilities(KERNELS.get(name)))
     console.print(table)
-    for backend, recipes in RECIPES.items():
-        console.print(f"[bold]{backend}[/bold] recipes: {', '.join(recipes)}", soft_wrap=True, highlight=False)
+    for backend in missing:
+        if recipes(backend):
+            names = ", ".join(recipes(backend))
+            console.print(f"[bold]{backend}[/bold] recipes: {names}", soft_wrap=True, highlight=False)
     for name, reason in missing.items():  # sentences get lines of their own: a column would be too narrow for them
         if reason is not None:
             console.print(f"[bold]{name}[/bold] {escape(reason)}", soft_wrap=True, highlight=False)

@@ -32,7 +32,6 @@ from ..core.edits import AddLayer, Edit, SetAttr, SetItem
 from ..errors import Unsupported, nearest
 from ..kernels.attention import (
     KERNELS,
-    RECIPES,
     SITES,
     AttentionSite,
     Call,
@@ -43,6 +42,7 @@ from ..kernels.attention import (
     Timings,
     candidates,
     margin,
+    recipes,
 )
 from .feature import Denoiser, Plan, Target
 
@@ -248,18 +248,19 @@ def _named(config: AttentionConfig) -> str:
     """The kernel that `backend` and `recipe` name together."""
     if config.recipe is None:
         return config.backend
-    recipes = RECIPES.get(config.backend)
-    if recipes is None:
+    known = recipes(config.backend)
+    if not known:
+        having = dict.fromkeys(name.partition("/")[0] for name in KERNELS if "/" in name)
         raise Unsupported(
             f"attention.recipe={config.recipe!r}",
-            f"{config.backend!r} has no recipes; {', '.join(map(repr, RECIPES))} have.",
+            f"{config.backend!r} has no recipes; {', '.join(map(repr, having))} have.",
             "recipe=None.",
         )
-    if config.recipe not in recipes:
+    if config.recipe not in known:
         raise Unsupported(
             f"attention.recipe={config.recipe!r}",
-            f"{config.backend!r} has no such recipe, but {', '.join(map(repr, recipes))}.",
-            nearest(config.recipe, recipes),
+            f"{config.backend!r} has no such recipe, but {', '.join(map(repr, known))}.",
+            nearest(config.recipe, known),
         )
     return f"{config.backend}/{config.recipe}"
 

@@ -264,7 +264,9 @@ class TestRefusals:
         pipe = build("flux")
         with pytest.raises(Unsupported, match=r"no such recipe, but 'int8-1-128-1', 'int8-1-16-1'"):
             accelerate(pipe, attention={"backend": "sage-fp8", "recipe": "int8-1-8-1"})
-        with pytest.raises(Unsupported, match="'fa3' has no recipes"):
+        with pytest.raises(Unsupported, match="'fa3-fp8' has no such recipe, but 'hadamard', 'plain'"):
+            accelerate(pipe, attention={"backend": "fa3-fp8", "recipe": "int8-1-16-1"})
+        with pytest.raises(Unsupported, match="'fa3' has no recipes; 'fa3-fp8', 'sage', 'sage-fp8', 'qk16pv8' have"):
             accelerate(pipe, attention={"backend": "fa3", "recipe": "int8-1-16-1"})
         with pytest.raises(Unsupported, match="needs a CUDA device"):
             accelerate(pipe, attention={"backend": "sage-fp8", "recipe": "int8-1-16-1"})

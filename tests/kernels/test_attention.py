@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import exact
 import pytest
@@ -109,6 +110,16 @@ def test_gpu_kernels_say_why_they_cannot_run_here(name):
 def test_a_record_judges_a_call(call, reason):
     found = KERNELS.get("fa3").refuses(Call(**call))
     assert found is None if reason is None else reason in found
+
+
+def test_short_sequences_are_refused_where_they_fail():
+    one = torch.empty(1, 1, 2, 64, dtype=torch.bfloat16, device="meta")
+    two = torch.empty(1, 2, 2, 64, dtype=torch.bfloat16, device="meta")
+    cudnn = KERNELS.get("cudnn")
+    assert "takes 2 queries and keys or more, not 1" in cudnn.refuses(
+        replace(Call.of(Inputs(two, one, one)), device=None)
+    )
+    assert cudnn.refuses(replace(Call.of(Inputs(two, two, two)), device=None)) is None
 
 
 def test_candidates_are_what_can_run(monkeypatch):

@@ -189,7 +189,7 @@ def test_rounding_stays_within_half_a_step():
 
 
 @pytest.mark.parametrize("smooth", [True, False])
-@pytest.mark.parametrize(("dim", "block"), [(64, 64), (96, 32), (128, 128)])
+@pytest.mark.parametrize(("dim", "block"), [(64, 64), (96, 32), (128, 32), (80, 16)])
 def test_scales_per_head(smooth, dim, block):
     """What came in, spread by the Hadamard matrix, within e4m3's half step."""
     query, key, value = inputs(batch=2, heads=4, kv_heads=2, dim=dim)
@@ -221,6 +221,40 @@ def test_scales_per_head(smooth, dim, block):
         torch.testing.assert_close(data.shift, shift, atol=1e-3, rtol=1e-3)
     else:
         assert data.shift is None
+
+
+def test_scales_per_head_without_spreading():
+    query, key, value = inputs(batch=2, heads=4, kv_heads=2, dim=96)
+    data = quantize.quantize_per_head(query, key, value, 0.1, spread=False)
+    smoothed = key.float() - key.float().mean(1, keepdim=True)
+    for rounded, scale, original in (
+        (data.query, data.query_scale.repeat_interleave(2, 1), query.float()),
+        (data.key, data.key_scale, smoothed),
+    ):
+        each = scale[:, None, :, None]
+        assert ((rounded.float() * each - original).abs() <= original.abs() / 15.9 + each * 2**-9).all()
+
+
+def test_spreading_helps_where_few_channels_carry_the_logits():
+    """What the Hadamard matrix is for: K and Q with two strong channels that vary from token to token."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 200, 2, 64, generator=generator) for _ in range(3))
+    query[..., :2] *= 6
+    key[..., :2] *= 6
+    expected, _ = exact.attention(query, key, value)
+    recipe = RECIPES["sage-fp8"]["fp8-1-128-1"]
+    tensors = [item.to(DEVICE, torch.float16) for item in (query, key, value)]
+    found = low_bit.attention(*tensors, recipe).cpu()
+    matrix = torch.eye(64)
+    error = exact.relative(found, expected)
+    assert error < 0.15 and exact.relative(reference(*tensors, recipe).cpu(), expected) < 0.15
+    import diffusers_accel.kernels.attention.recipe as module
+
+    original, module.hadamard = module.hadamard, lambda dim: matrix
+    try:
+        assert exact.relative(reference(*tensors, recipe).cpu(), expected) > 1.2 * error
+    finally:
+        module.hadamard = original
 
 
 def test_cuts_by_architecture():

@@ -15,7 +15,7 @@ from __future__ import annotations
 from . import flash, others, sage, torch_native  # noqa: F401  (each registers its records)
 from .choice import Choice, Fastest, Fixed, Timings, candidates, margin
 from .recipe import RECIPES
-from .record import KERNELS, AttentionKernel, Call, Inputs, register_attention
+from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
 from .rotary import Rotated
 from .site import SITES, AttentionSite
 
@@ -34,5 +34,6 @@ __all__ = [
     "Timings",
     "candidates",
     "margin",
+    "recipes",
     "register_attention",
 ]

@@ -16,15 +16,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .recipe import Recipe
+from .recipe import Recipe, hadamard_block
 
 LOG2E = 1.4426950408889634
 # Measured on an H200 (`benchmarks/attention.py --tiles`): partial results per head of the first launch, rows and warps
-# of a program that reduces, and of one that rounds.
+# of a program that reduces, and rows, tiles and warps of one that rounds.
 _SPLITS = 32
 _REDUCE_ROWS, _REDUCE_WARPS, _REDUCE_STAGES = 32, 2, 3
 _ROWS, _ROUND_WARPS = 128, 4
-_HEAD_ROWS, _HEAD_WARPS = 64, 4
+_HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 4, 4
 # Largest magnitudes are bounded from both sides, so that no product of scales over- or underflows: logits stay finite.
 _TINY = tl.constexpr(1e-14)
 _HUGE = tl.constexpr(1e14)
@@ -52,18 +52,23 @@ def _rotated(x, cos_ptr, sin_ptr, rows, inside, D: tl.constexpr, DP: tl.constexp
 
 
 @triton.jit
-def _spread(x, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows times an orthogonal Hadamard matrix, in blocks of channels: it leaves every QK as it is, and spreads what a
-    few channels hold over all of them, so that their rounding does not decide the error alone."""
-    i, j = tl.arange(0, DP)[:, None], tl.arange(0, DP)[None, :]
-    parity = i & j & (BLOCK - 1)
+def _hadamard(BLOCK: tl.constexpr):
+    """The signs of a Hadamard matrix: (BLOCK, BLOCK)."""
+    parity = tl.arange(0, BLOCK)[:, None] & tl.arange(0, BLOCK)[None, :]
     parity ^= parity >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
-    sign = tl.where((i // BLOCK == j // BLOCK) & (i < D), 1 - 2 * (parity & 1), 0).to(tl.float16)
+    return (1 - 2 * (parity & 1)).to(tl.float16)
+
+
+@triton.jit
+def _spread(x, signs, ROWS: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows times the orthogonal Hadamard matrix, block by block of channels: it leaves every QK as it is, and spreads
+    what a few channels hold over the block, so that their rounding does not decide the error alone."""
     # Rows are brought to [-1, 1], where fp16 is finer than what they are rounded to.
     length = tl.maximum(tl.max(tl.abs(x), 1), _TINY)
-    return tl.dot((x * (1.0 / length)[:, None]).to(tl.float16), sign) * (length * (1.0 / BLOCK) ** 0.5)[:, None]
+    x = (x * (1.0 / length)[:, None]).to(tl.float16).reshape(ROWS * DP // BLOCK, BLOCK)
+    return tl.dot(x, signs).reshape(ROWS, DP) * (length * (1.0 / BLOCK) ** 0.5)[:, None]
 
 
 @triton.jit
@@ -200,7 +205,7 @@ def _round(
                 mean = tl.load(mean_ptr + (b * kv_heads + h // (heads // kv_heads)) * DP + d)
                 tl.store(shift_ptr + at, tl.sum(x * mean[None, :], 1) * logit_scale, mask=rows < q_len)
             if QK == 1:
-                x = _spread(x, D, DP, BLOCK)
+                x = _spread(x, _hadamard(BLOCK), ROWS, DP, BLOCK)
             scale = _scale(tl.max(tl.abs(x), 1), LARGEST)
             _store_rounded(qo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale)[:, None], inside, QK == 0)
             tl.store(qscale_ptr + at, scale * fold, mask=rows < q_len)
@@ -214,7 +219,7 @@ def _round(
                     x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
                 x = tl.where(inside, x - tl.load(mean_ptr + index * DP + d)[None, :], 0.0)
                 if QK == 1:
-                    x = _spread(x, D, DP, BLOCK)
+                    x = _spread(x, _hadamard(BLOCK), ROWS, DP, BLOCK)
                 scale = _scale(tl.max(tl.max(tl.abs(x), 1).reshape(ROWS // KB, KB), 1), LARGEST)
                 each = tl.broadcast_to((1.0 / scale)[:, None], (ROWS // KB, KB)).reshape(ROWS)
                 at = index.to(tl.int64) * k_len + rows
@@ -246,57 +251,74 @@ def _round_per_head(
     qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, q_len, k_len, heads, kv_heads, logit_scale,
     ROTATE: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """e4m3 with one scale per key head, outputs (batch, sequence, heads, head_dim); which = 0 is Q, 1 V, 2 K."""
+    """e4m3 with one scale per key head, outputs (batch, sequence, heads, head_dim); which = 0 is Q, 1 V, 2 K. A program
+    takes several tiles of rows: means, scales and the Hadamard matrix are found once for all of them."""
     block, index, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, DP)
-    rows = block * ROWS + tl.arange(0, ROWS)
+    first = block * ROWS * TILES
     if which == 0:
-        if block * ROWS < q_len:
+        if first < q_len:
             b, h = index // heads, index % heads
             kv = b * kv_heads + h // G
-            inside = (rows < q_len)[:, None] & (d < D)[None, :]
-            x = _rows(q_ptr, sq_b, sq_s, sq_h, b, h, rows, inside, D, DP, False)
-            if ROTATE:
-                x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
-            if SHIFT:
-                shift = tl.sum(x * _mean(ks_ptr, kv, k_len, DP, SPLITS)[None, :], 1) * logit_scale
-                tl.store(shift_ptr + index.to(tl.int64) * q_len + rows, shift, mask=rows < q_len)
             amax = 0.0
             for member in tl.static_range(G):
                 amax = tl.maximum(amax, _largest(qa_ptr, kv * G + member, SPLITS))
             scale = _scale(amax * BLOCK**0.5, 448.0)
-            x = _spread(x, D, DP, BLOCK)
-            at = (b.to(tl.int64) * q_len + rows) * heads + h
-            _store_rounded(qo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
+            if BLOCK > 1:
+                signs = _hadamard(BLOCK)
+            if SHIFT:
+                mean = _mean(ks_ptr, kv, k_len, DP, SPLITS)
+            for tile in range(TILES):
+                rows = first + tile * ROWS + tl.arange(0, ROWS)
+                inside = (rows < q_len)[:, None] & (d < D)[None, :]
+                x = _rows(q_ptr, sq_b, sq_s, sq_h, b, h, rows, inside, D, DP, False)
+                if ROTATE:
+                    x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
+                if SHIFT:
+                    shift = tl.sum(x * mean[None, :], 1) * logit_scale
+                    tl.store(shift_ptr + index.to(tl.int64) * q_len + rows, shift, mask=rows < q_len)
+                at = (b.to(tl.int64) * q_len + rows) * heads + h
+                if BLOCK > 1:
+                    x = _spread(x, signs, ROWS, DP, BLOCK)
+                _store_rounded(qo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
             if block == 0:
                 tl.store(qscale_ptr + kv, scale)
-    elif index < tl.num_programs(1) // heads * kv_heads and block * ROWS < k_len:
+    elif index < tl.num_programs(1) // heads * kv_heads and first < k_len:
         b, h = index // kv_heads, index % kv_heads
-        inside = (rows < k_len)[:, None] & (d < D)[None, :]
-        at = (b.to(tl.int64) * k_len + rows) * kv_heads + h
         if which == 2:
-            x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, rows, inside, D, DP, False)
-            if ROTATE:
-                x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
             amax = _largest(ka_ptr, index, SPLITS)
             if SMOOTH:
                 mean = _mean(ks_ptr, index, k_len, DP, SPLITS)
-                x = x - mean[None, :]
                 amax += tl.max(tl.abs(mean))
-                x = tl.where(inside, x, 0.0)
             # Bounds of what subtraction and spreading can make of the largest value: e4m3 has exponents to spare, so a
             # bound serves as well as the maximum, and costs no pass.
             scale = _scale(amax * BLOCK**0.5, 448.0)
-            x = _spread(x, D, DP, BLOCK)
-            _store_rounded(ko_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
+            if BLOCK > 1:
+                signs = _hadamard(BLOCK)
+            for tile in range(TILES):
+                rows = first + tile * ROWS + tl.arange(0, ROWS)
+                inside = (rows < k_len)[:, None] & (d < D)[None, :]
+                x = _rows(k_ptr, sk_b, sk_s, sk_h, b, h, rows, inside, D, DP, False)
+                if ROTATE:
+                    x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP, ROWS)
+                if SMOOTH:
+                    x = tl.where(inside, x - mean[None, :], 0.0)
+                at = (b.to(tl.int64) * k_len + rows) * kv_heads + h
+                if BLOCK > 1:
+                    x = _spread(x, signs, ROWS, DP, BLOCK)
+                _store_rounded(ko_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
             if block == 0:
                 tl.store(kscale_ptr + index, scale)
         else:
-            x = _rows(v_ptr, sv_b, sv_s, sv_h, b, h, rows, inside, D, DP, False)
             scale = _scale(_largest(va_ptr, index, SPLITS), 448.0)
-            _store_rounded(vo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
+            for tile in range(TILES):
+                rows = first + tile * ROWS + tl.arange(0, ROWS)
+                inside = (rows < k_len)[:, None] & (d < D)[None, :]
+                x = _rows(v_ptr, sv_b, sv_s, sv_h, b, h, rows, inside, D, DP, False)
+                at = (b.to(tl.int64) * k_len + rows) * kv_heads + h
+                _store_rounded(vo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
             if block == 0:
                 tl.store(vscale_ptr + index, scale)
 
@@ -336,11 +358,6 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _block(head_dim: int) -> int:
-    """Channels that a Hadamard matrix spreads over: the largest power of two that divides the head dimension."""
-    return head_dim & -head_dim
 
 
 def padded_dim(head_dim: int) -> int:
@@ -400,7 +417,8 @@ def quantize(
     _round[(triton.cdiv(max(q_len if low else 0, v_len), _ROWS), batch * heads, 2 * low + values)](
         query, key, value, *tables, mean, q, k, v, q_scale, k_scale, v_scale, nothing if shifted is None else shifted,
         *strides, q_len, k_len, v_len, heads, kv_heads, scale * LOG2E, scale,
-        ROTATE=rotary is not None, BLOCK=_block(dim), QK=qk, KB=recipe.k_block or _ROWS, SHIFT=shifted is not None,
+        ROTATE=rotary is not None, BLOCK=hadamard_block(dim), QK=qk, KB=recipe.k_block or _ROWS,
+        SHIFT=shifted is not None,
         ROWS=_ROWS, FIRST=0 if values else 1, num_warps=2 * _ROUND_WARPS if qk == 1 else _ROUND_WARPS, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, q_scale, k_scale, v_scale, shifted)
@@ -412,6 +430,7 @@ def quantize_per_head(
     value: torch.Tensor,
     scale: float,
     smooth: bool = True,
+    spread: bool = True,
     shift: bool = False,
     rotary: Rotary | None = None,
 ) -> Quantized:
@@ -419,6 +438,7 @@ def quantize_per_head(
 
     Args:
         smooth: Subtract the keys' mean first.
+        spread: Multiply query and key by a Hadamard matrix; see `recipe.py`.
     """
     query, key, value = _dense(query), _dense(key), _dense(value)
     (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = query.shape, key.shape
@@ -439,10 +459,12 @@ def quantize_per_head(
     k, v = new(batch, k_len, kv_heads, dim, dtype=kind), new(batch, k_len, kv_heads, dim, dtype=kind)
     scales = new(3, batch, kv_heads)
     shifted = new(batch, heads, q_len) if shift and smooth else None
-    _round_per_head[(triton.cdiv(max(q_len, k_len), _HEAD_ROWS), batch * heads, 3)](
+    rows, tiles = (_HEAD_ROWS, _HEAD_TILES) if spread else (_ROWS, 1)
+    _round_per_head[(triton.cdiv(max(q_len, k_len), rows * tiles), batch * heads, 3)](
         query, key, value, *tables, q_max, k_sum, k_max, v_max, q, k, v, scales[0], scales[1], scales[2],
         scales if shifted is None else shifted, *strides, q_len, k_len, heads, kv_heads, scale,
-        ROTATE=rotary is not None, BLOCK=_block(dim), SMOOTH=smooth, SHIFT=shifted is not None, G=heads // kv_heads,
-        ROWS=_HEAD_ROWS, num_warps=_HEAD_WARPS, **shape,
+        ROTATE=rotary is not None, BLOCK=hadamard_block(dim) if spread else 1, SMOOTH=smooth,
+        SHIFT=shifted is not None, G=heads // kv_heads,
+        ROWS=rows, TILES=tiles, num_warps=_HEAD_WARPS, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, scales[0], scales[1], scales[2], shifted)

@@ -77,6 +77,7 @@ class Call:
         value_dim: Of the value.
         device: Type of the device, as in `torch.device.type`.
         mask: `"none"`, `"keys"` (the same for every query and head: padding) or `"full"`.
+        queries: Length of the query.
         keys: Length of the key.
         causal: Whether the diagonal hides later keys; it starts at the top left.
         square: Whether query and key are equally long.
@@ -89,6 +90,7 @@ class Call:
     value_dim: int | None = None
     device: str | None = None
     mask: str = NO_MASK
+    queries: int | None = None
     keys: int | None = None
     causal: bool = False
     square: bool = True
@@ -104,6 +106,7 @@ class Call:
             value_dim=inputs.value.shape[-1],
             device=inputs.query.device.type,
             mask=mask_kind(inputs.attn_mask),
+            queries=inputs.query.shape[1],
             keys=inputs.key.shape[1],
             causal=inputs.is_causal,
             square=inputs.query.shape[1] == inputs.key.shape[1],
@@ -144,6 +147,7 @@ class AttentionKernel:
         head_dims: Head dimensions it takes; `None` for all.
         mask: Whether it takes any attention mask.
         key_mask: Whether it takes a mask that is the same for every query and head (padding).
+        shortest: Fewest queries, and fewest keys, that it takes.
         key_multiple: What the number of keys must be a multiple of.
         causal: Whether it takes `is_causal`, whose diagonal starts at the top left, as SDPA's does.
         causal_square: Whether it takes `is_causal` only for equal lengths (elsewhere its diagonal lies otherwise).
@@ -165,6 +169,7 @@ class AttentionKernel:
     head_dims: tuple[int, ...] | None = None
     mask: bool = True
     key_mask: bool = False
+    shortest: int = 1
     key_multiple: int = 1
     causal: bool = True
     causal_square: bool = False
@@ -224,6 +229,9 @@ class AttentionKernel:
                 return f"takes values of the key's head_dim, not {call.value_dim} beside {call.head_dim}"
         if call.mask != NO_MASK and not self.mask and not (self.key_mask and call.mask == KEY_MASK):
             return "takes no attention mask but one over keys alone" if self.key_mask else "takes no attention mask"
+        lengths = [length for length in (call.queries, call.keys) if length is not None]
+        if lengths and min(lengths) < self.shortest:
+            return f"takes {self.shortest} queries and keys or more, not {min(lengths)}"
         if call.keys is not None and call.keys % self.key_multiple:
             return f"is wrong unless the number of keys is a multiple of {self.key_multiple}; these are {call.keys}"
         if call.causal and not self.causal:
@@ -246,6 +254,11 @@ def _ranges(dims: tuple[int, ...]) -> str:
 
 
 KERNELS: Registry[AttentionKernel] = Registry("attention kernel")
+
+
+def recipes(backend: str) -> tuple[str, ...]:
+    """The recipes of a quantized backend, which its records name behind a slash, the default first."""
+    return tuple(name.partition("/")[2] for name in KERNELS if name.startswith(f"{backend}/"))
 
 
 def register_attention(name: str, function: Any = None, *, replace: bool = False, **properties: Any) -> Any:
