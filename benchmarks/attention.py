@@ -264,7 +264,7 @@ def docs(path: Path) -> str:
                 str(item).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for item in kernel.dtypes
             )
             or "any",
-            _dims(kernel),
+            kernel.dims,
             "any" if kernel.mask else "keys" if kernel.key_mask else "no",
             ("equal lengths" if kernel.causal_square else "yes") if kernel.causal else "no",
             "yes" if kernel.lse else "no",
@@ -282,15 +282,6 @@ def docs(path: Path) -> str:
 
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def _dims(kernel: AttentionKernel) -> str:
-    dims = kernel.head_dims
-    if dims is None:
-        return "any"
-    if len(dims) > 4:
-        return f"{dims[0]} to {dims[-1]} by {dims[1] - dims[0]}"
-    return ", ".join(map(str, dims))
 
 
 def main() -> None:

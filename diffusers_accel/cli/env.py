@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -51,20 +49,10 @@ def env() -> None:
 def _abilities(kernel: AttentionKernel) -> tuple[str, ...]:
     types = ", ".join(_SHORT.get(dtype, str(dtype)) for dtype in kernel.dtypes) or "any"
     mask = "any" if kernel.mask else "keys" if kernel.key_mask else "no"
-    return kernel.gpus, types, _ranges(kernel.head_dims), mask, _yes(kernel.lse), _yes(kernel.exact)
+    return kernel.gpus, types, kernel.dims, mask, _yes(kernel.lse), _yes(kernel.exact)
 
 
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def _ranges(numbers: tuple[int, ...] | None) -> str:
-    """8, 16, ..., 256 for an even spacing; all numbers otherwise."""
-    if numbers is None:
-        return "any"
-    steps = {second - first for first, second in itertools.pairwise(numbers)}
-    if len(numbers) > 4 and len(steps) == 1:
-        return f"{numbers[0]}, {numbers[1]}, ..., {numbers[-1]}"
-    return ", ".join(map(str, numbers))
 
 
 def _yes(value: bool) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 import torch
 
 import diffusers_accel
@@ -27,14 +26,6 @@ def test_env_names_every_kernel_and_why_it_cannot_run(cli, monkeypatch):
         assert (" yes " if reason is None else " no ") in row.split("│")[2]
         assert reason is None or f"{name} {reason}" in lines
     assert "sage-fp8 recipes: int8-1-128-1, int8-1-16-1" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"),
-    [(None, "any"), ((64, 96, 128), "64, 96, 128"), (tuple(range(8, 257, 8)), "8, 16, ..., 256"), ((), "")],
-)
-def test_ranges(numbers, text):
-    assert env_module._ranges(numbers) == text
 
 
 def test_as_a_module():

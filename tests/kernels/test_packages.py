@@ -234,13 +234,26 @@ def test_flex(mask, causal):
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dims", "text"),
+    [
+        (None, "any"),
+        ((64, 96, 128), "64, 96, 128"),
+        (tuple(range(8, 257, 8)), "8 to 256 by 8"),
+        ((16, 32, 64, 128, 256), "16, 32, 64, 128, 256"),
+    ],
+)
+def test_head_dimensions_read_well(dims, text):
+    assert AttentionKernel(name="x", load=lambda: None, head_dims=dims).dims == text
+
+
 def test_a_record_says_what_it_lacks():
     record = AttentionKernel(
         name="x", load=lambda: None, at_least=(8, 9), head_dims=(16, 32, 48, 64), key_mask=True, mask=False
     )
     assert record.refuses(Call(mask="keys")) is None
     assert record.refuses(Call(mask="full")) == "takes no attention mask but one over keys alone"
-    assert record.refuses(Call(head_dim=128)) == "takes head_dim 16 to 64 in steps of 16, not 128"
+    assert record.refuses(Call(head_dim=128)) == "takes head_dim 16, 32, 48, 64, not 128"
     assert "values of the key's head_dim" in record.refuses(Call(head_dim=64, value_dim=32))
     from diffusers_accel.core.platform import Device
 

@@ -194,6 +194,16 @@ class AttentionKernel:
             return f"sm_{self.at_least[0]}{self.at_least[1]} and later"
         return "any" if self.on_cuda else "any, and CPUs"
 
+    @property
+    def dims(self) -> str:
+        """Its head dimensions, for a reader: `"8 to 256 by 8"`, `"64, 96, 128, 192, 256"`, `"any"`."""
+        if self.head_dims is None:
+            return "any"
+        steps = {after - before for before, after in itertools.pairwise(self.head_dims)}
+        if len(self.head_dims) > 4 and len(steps) == 1:
+            return f"{self.head_dims[0]} to {self.head_dims[-1]} by {steps.pop()}"
+        return ", ".join(map(str, self.head_dims))
+
     def missing(self, device: Device) -> str | None:
         """Why the kernel cannot run on `device`, or `None` if it can."""
         if self.modules and not any(has_module(name) for name in self.modules):
@@ -224,7 +234,7 @@ class AttentionKernel:
             return f"takes {', '.join(str(item) for item in self.dtypes)}, not {call.dtype}"
         if call.head_dim is not None and self.head_dims is not None:
             if call.head_dim not in self.head_dims:
-                return f"takes head_dim {_ranges(self.head_dims)}, not {call.head_dim}"
+                return f"takes head_dim {self.dims}, not {call.head_dim}"
             if call.value_dim is not None and call.value_dim != call.head_dim:
                 return f"takes values of the key's head_dim, not {call.value_dim} beside {call.head_dim}"
         if call.mask != NO_MASK and not self.mask and not (self.key_mask and call.mask == KEY_MASK):
@@ -243,14 +253,6 @@ class AttentionKernel:
         if call.lse and not self.lse:
             return "returns no logsumexp"
         return None
-
-
-def _ranges(dims: tuple[int, ...]) -> str:
-    """Head dimensions for a reader: `16 to 128 in steps of 16`, or the list of a few."""
-    steps = {after - before for before, after in itertools.pairwise(dims)}
-    if len(dims) > 3 and len(steps) == 1:
-        return f"{dims[0]} to {dims[-1]} in steps of {steps.pop()}"
-    return ", ".join(map(str, dims))
 
 
 KERNELS: Registry[AttentionKernel] = Registry("attention kernel")
