@@ -214,7 +214,7 @@ class TestRotary:
             query, key = (rotate(item, *x.rotary) if x.rotary else item for item in (x.query, x.key))
             return plain(query, key, x.value, x.attn_mask, x.is_causal, x.scale)
 
-        KERNELS.add("folding", AttentionKernel(name="folding", load=lambda: function, rotary=True))
+        KERNELS.add("folding", AttentionKernel(name="folding", load=lambda: function, rotary=True, shortest=0))
         yield calls
         KERNELS._records.clear()
         KERNELS._records.update(before)

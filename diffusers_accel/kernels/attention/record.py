@@ -293,7 +293,7 @@ def register_attention(name: str, function: Any = None, *, replace: bool = False
                 )
             return out
 
-        record = AttentionKernel(**{"name": name, "load": lambda: adapted, "auto": False, **properties})
+        record = AttentionKernel(**{"name": name, "load": lambda: adapted, "auto": False, "shortest": 0, **properties})
         KERNELS.add(name, record, replace=replace)
         return function
 

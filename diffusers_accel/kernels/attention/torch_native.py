@@ -103,7 +103,7 @@ def _flex(compiled: bool = True) -> AttentionFunction:
     return attention
 
 
-KERNELS.add("sdpa", AttentionKernel(name="sdpa", load=lambda: scaled_dot_product))
+KERNELS.add("sdpa", AttentionKernel(name="sdpa", load=lambda: scaled_dot_product, shortest=0))
 KERNELS.add(
     "cudnn",
     AttentionKernel(
