@@ -21,7 +21,7 @@ from .recipe import Recipe, hadamard_block
 LOG2E = 1.4426950408889634
 # Measured on an H200 (`benchmarks/attention.py --tiles`): partial results per head of the first launch, rows and warps
 # of a program that reduces, and rows, tiles and warps of one that rounds.
-_SPLITS = 32
+_SPLITS = 16
 _REDUCE_ROWS, _REDUCE_WARPS, _REDUCE_STAGES = 32, 2, 3
 _ROWS, _ROUND_WARPS = 128, 4
 _HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 4, 4
