@@ -148,5 +148,10 @@ class TestRotated:
         narrow = AttentionKernel(name="narrow", load=lambda: folding, rotary=True, head_dims=(64,))
         with pytest.warns(UserWarning, match="such calls run on 'sdpa'"):
             torch.testing.assert_close(AttentionSite(lambda: Fixed(narrow), Counter())(found, found, x), expected)
+        # Two tables of one shape are not one table.
+        cos, sin = (item.cpu() for item in tables(5, 8, seed=3))
+        other = Rotated.of(x, cos, sin, lambda item: rotate(item, cos, sin).to(item.dtype))
+        expected = scaled_dot_product(Inputs(apply(x), rotate(x, cos, sin).to(x.dtype), x))
+        torch.testing.assert_close(site(found, other, x), expected)
         # Only one of the two rotated: nothing a kernel could fold.
         torch.testing.assert_close(site(found, x, x), scaled_dot_product(Inputs(apply(x), x, x)))

@@ -42,12 +42,18 @@ class Rotated(torch.Tensor):
         """`x` with its rotation put off, or rotated at once if the tables are not of the kind kernels take."""
         wanted = (x.shape[1], x.shape[3])
         size = wanted[0] * wanted[1]
-        if x.ndim != 4 or cos.numel() != size or sin.numel() != size or cos.shape[-1] != x.shape[3]:
+        fits = x.ndim == 4 and cos.numel() == sin.numel() == size and cos.shape[-1] == x.shape[3]
+        if not fits or not cos.device == sin.device == x.device:
             return apply(x)
         found = x.as_subclass(cls)
         found.tables = (cos.float().reshape(wanted).contiguous(), sin.float().reshape(wanted).contiguous())
         found.apply = apply
         return found
+
+    def turns_with(self, other: Rotated) -> bool:
+        """Whether both are turned by the very same tables; told by where they lie, nothing is read."""
+        pairs = zip(self.tables, other.tables, strict=True)
+        return all(one.data_ptr() == two.data_ptr() and one.shape == two.shape for one, two in pairs)
 
     def plain(self) -> torch.Tensor:
         """The tensor without its rotation."""

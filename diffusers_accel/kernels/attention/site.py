@@ -40,7 +40,7 @@ class AttentionSite:
         """Attention by the kernel that is chosen and can take the call; query and key may be `Rotated`."""
         plain, rotary = inputs, None
         query, key = inputs.query, inputs.key
-        if isinstance(query, Rotated) and isinstance(key, Rotated) and query.tables[0].shape == key.tables[0].shape:
+        if isinstance(query, Rotated) and isinstance(key, Rotated) and query.turns_with(key):
             rotary = query.tables
             plain = replace(inputs, query=query.plain(), key=key.plain())
 
