@@ -1,6 +1,6 @@
 """Attention on rounded operands, in Triton: INT8 or e4m3 QK with 16-bit or e4m3 PV, and 16-bit QK with e4m3 PV.
 
-What makes it fast on Hopper, each worth 4 to 8% (`benchmarks/attention.py`):
+What makes it fast on Hopper:
 
 - Integer logits start from an accumulator preset to the bits of 1.5 * 2^23 as a float, so that the integer sum *is* a
   float32 and nothing is converted; the offset leaves in the fused multiply-add that the softmax does anyway. |QK| is at
@@ -15,7 +15,6 @@ Imported only by the loaders of kernel records: it needs triton.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -92,15 +91,12 @@ def _softmax(
 @triton.jit
 def _add_values(
     p, acc, factor, v_desc, b, h, tile,
-    PV: tl.constexpr, SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr,
+    PV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     if PV == 1:
         v = v_desc.load([b, h, 0, tile * N]).reshape(DP, N)
         p = to_e4m3(p.reshape(M, N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, N))
-        if SPLIT:
-            return acc * factor[:, None] + tl.dot(p, v.T)
-        else:
-            return tl.dot(p, v.T, acc * factor[:, None])
+        return acc * factor[:, None] + tl.dot(p, v.T)
     else:
         v = v_desc.load([b, h, tile * N, 0]).reshape(N, DP)
         return tl.dot(p.to(v_desc.dtype), v, acc * factor[:, None])
@@ -111,7 +107,7 @@ def _attention(
     q_desc, k_desc, v_desc, o_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, shift_ptr, lse_ptr,
     list_ptr, count_ptr, logit_scale, q_len, k_len, heads, groups,
     QK: tl.constexpr, PV: tl.constexpr, KB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, SPLIT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
     TAIL: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr, LSE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of M queries, batch x head). QK: 0 int8, 1 e4m3, 2 as it is; PV: 0 as it is, 1 e4m3."""
@@ -142,7 +138,7 @@ def _attention(
             p, top, total, factor = _softmax(
                 s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, TAIL, BIAS
             )
-            acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, SPLIT, M, N, DP)
+            acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
     else:
         if AHEAD:
             # The next tile's logits are under way while this one's softmax runs.
@@ -155,12 +151,12 @@ def _attention(
                     p, top, total, factor = _softmax(
                         s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
                     )
-                    acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, SPLIT, M, N, DP)
+                    acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
                     s = following
                 p, top, total, factor = _softmax(
                     s, top, total, row_scale, scales, bias, full - 1, k_len, QK, PV, KB, N, False, BIAS
                 )
-                acc = _add_values(p, acc, factor, v_desc, b, hk, full - 1, PV, SPLIT, M, N, DP)
+                acc = _add_values(p, acc, factor, v_desc, b, hk, full - 1, PV, M, N, DP)
         else:
             for tile in tl.range(0, full, num_stages=STAGES):
                 k = k_desc.load([b, hk, tile * N, 0]).reshape(N, DP)
@@ -168,14 +164,14 @@ def _attention(
                 p, top, total, factor = _softmax(
                     s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
                 )
-                acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, SPLIT, M, N, DP)
+                acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
         if TAIL:
             k = k_desc.load([b, hk, full * N, 0]).reshape(N, DP)
             s = _logits(q, k, QK, M, N)
             p, top, total, factor = _softmax(
                 s, top, total, row_scale, scales, bias, full, k_len, QK, PV, KB, N, True, BIAS
             )
-            acc = _add_values(p, acc, factor, v_desc, b, hk, full, PV, SPLIT, M, N, DP)
+            acc = _add_values(p, acc, factor, v_desc, b, hk, full, PV, M, N, DP)
     total = tl.sum(total, 1)
     if LSE:
         LIFT: tl.constexpr = _P_SCALE if PV == 1 else 0.0
@@ -241,7 +237,6 @@ def tile(
     return max(cuts, key=worth)
 
 
-@functools.cache
 def _gpu(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     if device.type != "cuda":
         return None, 132
@@ -316,7 +311,7 @@ def attention(
         unused if lse is None else lse,
         lists, counts, scale * LOG2E, q_len, k_len, heads, heads // kv_heads,
         QK={"int8": 0, "fp8": 1, None: 2}[recipe.qk], PV=int(bool(recipe.pv)), KB=recipe.k_block or n,
-        D=dim, DP=padded, M=m, N=n, STAGES=cut.stages, AHEAD=cut.ahead, SPLIT=True,
+        D=dim, DP=padded, M=m, N=n, STAGES=cut.stages, AHEAD=cut.ahead,
         TAIL=k_len % n != 0, BIAS=key_bias is not None, LISTED=keep is not None,
         LSE=lse is not None, SHIFT=data.shift is not None,
         num_warps=cut.warps, num_stages=cut.stages,
