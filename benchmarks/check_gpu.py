@@ -5,7 +5,8 @@
 - The shipped checkpoints and small stock pipelines on the device: lossless settings against stock, and restored.
 
 Relative error is ||found - reference|| / ||reference||: 4e-3 for exact kernels in bf16. An 8-bit kernel must keep a
-cosine of 0.998. The result is written like a benchmark's, and the exit status is 1 if a check fails.
+cosine of 0.999; 0.998 where Q and K are e4m3, whose three bits of mantissa put 2.6% of noise on each of Q, K, P and V,
+which on Gaussian inputs makes 0.9987. The result is written like a benchmark's, and the exit status is 1 if a check fails.
 
     python benchmarks/check_gpu.py
 """
@@ -23,7 +24,7 @@ import torch
 
 from diffusers_accel import CompileConfig, accelerate, demo, restore, stats
 from diffusers_accel.core.platform import describe
-from diffusers_accel.kernels.attention import KERNELS, Call, Inputs
+from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, Call, Inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import exact
@@ -40,7 +41,16 @@ CALLS = {
     "padded, grouped": ((2, 300, 700, 8, 2, 128), False, True),
     "cosmos3 causal, grouped": ((1, 300, 300, 32, 8, 128), True, False),
 }
-ERROR, COSINE, LSE = 4e-3, 0.998, 0.2
+ERROR = 4e-3
+# Kind of kernel -> least cosine, largest error of the LSE.
+BOUNDS = {"exact": (0.9999, 5e-3), "8-bit": (0.999, 0.03), "e4m3 QK": (0.998, 0.2)}
+
+
+def kind(kernel: AttentionKernel) -> str:
+    """Which bounds a kernel must keep; what it rounds is in its name."""
+    if kernel.exact:
+        return "exact"
+    return "e4m3 QK" if kernel.name.startswith("fa3-fp8") or "/fp8" in kernel.name else "8-bit"
 
 
 def check_kernels(device: torch.device) -> tuple[dict[str, Any], list[str]]:
@@ -83,9 +93,9 @@ def check_kernels(device: torch.device) -> tuple[dict[str, Any], list[str]]:
                 figures["error with LSE"] = exact.relative(out, expected)
                 figures["LSE off by"] = float((lse.double() - expected_lse).abs().max())
             calls[label] = figures
-            good = figures["error"] < ERROR if kernel.exact else figures["cosine"] > COSINE
-            good &= kernel.exact is False or figures.get("error with LSE", 0) < ERROR
-            good &= figures.get("LSE off by", 0) < (5e-3 if kernel.exact else LSE)
+            cosine, lse_bound = BOUNDS[kind(kernel)]
+            good = figures["cosine"] > cosine and figures.get("LSE off by", 0) < lse_bound
+            good &= not kernel.exact or max(figures["error"], figures.get("error with LSE", 0)) < ERROR
             if not good or not all(map(torch.equal, tensors, copies)):
                 wrong.append(f"{name}, {label}: {figures}")
         found[name] = calls
