@@ -191,7 +191,7 @@ def tiles(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Rates of our kernels over cuts, and microseconds of the quantizers over their constants."""
     from triton.testing import do_bench
 
-    from diffusers_accel.kernels.attention import low_bit, quantize
+    from diffusers_accel.kernels.attention import low_bit
     from diffusers_accel.kernels.attention.low_bit import Tile
 
     found: dict[str, Any] = {}
@@ -225,18 +225,42 @@ def tiles(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                     print(label, backend, cut, type(error).__name__, flush=True)
                 rates[f"{backend} {cut.queries}x{cut.keys}, {cut.warps} warps, {cut.stages} stages"
                       + (", ahead" if cut.ahead else "")] = round(rate, 1)  # fmt: skip
-        times: dict[str, Any] = {}
-        kept = quantize._SPLITS, quantize._REDUCE_ROWS, quantize._REDUCE_WARPS, quantize._REDUCE_STAGES
-        for constants in ((32, 32, 2, 3), (16, 32, 2, 3), (32, 16, 4, 4), (32, 64, 4, 3), (64, 32, 4, 3)):
-            quantize._SPLITS, quantize._REDUCE_ROWS, quantize._REDUCE_WARPS, quantize._REDUCE_STAGES = constants
-            call = partial(quantize.quantize_per_head, *tensors, 1.0)
-            times[f"per head, splits, rows, warps, stages {constants}"] = round(
-                1e3 * do_bench(call, warmup=15, rep=40, return_mode="median"), 1
-            )
-        quantize._SPLITS, quantize._REDUCE_ROWS, quantize._REDUCE_WARPS, quantize._REDUCE_STAGES = kept
-        found[label] = {"TFLOP/s": rates, "quantization, us": times}
+        found[label] = {"TFLOP/s": rates, "quantization, us": _quantizers(tensors)}
         print(json.dumps(found[label], indent=1), flush=True)
     return found
+
+
+def _quantizers(tensors: tuple[torch.Tensor, ...]) -> dict[str, float]:
+    """Microseconds of the quantizers over their constants."""
+    from triton.testing import do_bench
+
+    from diffusers_accel.kernels.attention import quantize
+
+    times: dict[str, float] = {}
+    recipe = RECIPES["sage-fp8"]["int8-1-128-1"]
+    for call, names, several in (
+        (
+            partial(quantize.quantize_per_head, *tensors, 1.0),
+            ("_SPLITS", "_REDUCE_ROWS", "_REDUCE_WARPS", "_REDUCE_STAGES"),
+            ((16, 32, 2, 3), (8, 32, 2, 3), (32, 32, 2, 3), (16, 16, 2, 4), (16, 64, 4, 3), (16, 32, 4, 3)),
+        ),
+        (
+            partial(quantize.quantize_per_head, *tensors, 1.0),
+            ("_HEAD_ROWS", "_HEAD_TILES", "_HEAD_WARPS"),
+            ((32, 4, 4), (16, 8, 2), (64, 2, 8), (64, 4, 8), (32, 16, 4)),
+        ),
+        (partial(quantize.quantize, *tensors, recipe, 1.0), ("_ROUND_WARPS",), ((4,), (8,), (16,))),
+    ):
+        kept = {name: getattr(quantize, name) for name in names}
+        for constants in several:
+            for name, constant in zip(names, constants, strict=True):
+                setattr(quantize, name, constant)
+            what = recipe.name if "_ROUND_WARPS" in names else "per head"
+            label = ", ".join([what, *(f"{name[1:]} {value}" for name, value in zip(names, constants, strict=True))])
+            times[label] = round(1e3 * do_bench(call, warmup=15, rep=40, return_mode="median"), 1)
+        for name, constant in kept.items():
+            setattr(quantize, name, constant)
+    return times
 
 
 def docs(path: Path) -> str:

@@ -22,7 +22,7 @@ FLOORS = [
 FREE = {"config", "errors"}
 NEVER = {"core": {"diffusers"}, "kernels": {"diffusers"}, "policies": {"diffusers", "torch"}}
 # Modules of Triton kernels: they may import triton, and are themselves imported by loaders only.
-TRITON = {"kernels/attention/quantize.py", "kernels/attention/low_bit.py"}
+TRITON = {f"kernels/attention/{name}.py" for name in ("rows", "quantize", "low_bit")}
 OPTIONAL = {"triton", "flash_attn", "fa3_fwd_interface", "flash_attn_interface", "sageattention", "modelopt", "torchao"}
 
 
@@ -75,9 +75,10 @@ def test_features_do_not_import_each_other():
     wrong = [
         f"{path.name} imports {dotted}"
         for name, path in source_files()
-        if name == "features" and path.stem not in ("feature", "__init__")
+        if name == "features" and path.relative_to(ROOT).parts[1:] not in (("feature.py",), ("__init__.py",))
         for dotted, _ in imports(path)
-        if dotted.startswith("diffusers_accel.features.") and dotted.split(".")[2] != "feature"
+        if dotted.startswith("diffusers_accel.features.")
+        and dotted.split(".")[2] not in ("feature", path.relative_to(ROOT).parts[1].removesuffix(".py"))
     ]
     assert not wrong, wrong
 
@@ -116,10 +117,10 @@ def test_triton_modules_are_imported_in_loaders_only():
 
 
 def test_private_names_of_diffusers_are_in_one_file():
-    """The dispatcher's private names appear in features/attention.py only, the models' in models/adapter.py."""
+    """The dispatcher's private names appear in features/attention/seam.py only, the models' in models/adapter.py."""
     allowed = {
-        "_AttentionBackendRegistry": {"features/attention.py"},
-        "AttentionBackendName": {"features/attention.py"},
+        "_AttentionBackendRegistry": {"features/attention/seam.py"},
+        "AttentionBackendName": {"features/attention/seam.py"},
         "_repeated_blocks": {"models/adapter.py"},
         "_no_split_modules": {"models/adapter.py"},
         "_cp_plan": {"models/adapter.py"},

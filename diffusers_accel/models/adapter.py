@@ -101,8 +101,8 @@ class Adapter:
         static_arguments: Keyword arguments of a block that the stock code branches on in Python although they may be
             one-element tensors: they are read before a compiled block, which cannot.
         cross_attention: Names of a block's attention modules whose keys are not its own stream's.
-        rotary: Names of attention processors that rotate query and key as interleaved pairs right before attention, by
-            a function `apply_rotary_emb`, global or their own.
+        folding: Names of attention processors whose QK-norm and rotation a kernel may do: they rotate interleaved
+            pairs right before attention, by a function `apply_rotary_emb`, global or their own.
         default: Whether this is a default adapter, for a class nobody described.
     """
 
@@ -118,7 +118,7 @@ class Adapter:
     side_stacks: tuple[Stack, ...] = ()
     static_arguments: tuple[str, ...] = ()
     cross_attention: tuple[str, ...] = ()
-    rotary: tuple[str, ...] = ()
+    folding: tuple[str, ...] = ()
     default: bool = False
 
     def __post_init__(self) -> None:

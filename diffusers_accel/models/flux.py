@@ -26,7 +26,7 @@ def _row(checkpoint: Checkpoint) -> str | None:
 
 FLUX = Adapter(
     classes=("FluxTransformer2DModel",),
-    rotary=("FluxAttnProcessor",),
+    folding=("FluxAttnProcessor",),
     stacks=(
         Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
         Stack("single_transformer_blocks", ("encoder_hidden_states", "hidden_states")),

@@ -25,7 +25,7 @@ def _row(checkpoint: Checkpoint) -> str | None:
 
 FLUX2 = Adapter(
     classes=("Flux2Transformer2DModel",),
-    rotary=("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
+    folding=("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
     stacks=(
         Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
         Stack("single_transformer_blocks", ("hidden_states",)),

@@ -69,7 +69,7 @@ ROWS = {
 
 WAN = Adapter(
     classes=("WanTransformer3DModel",),
-    rotary=("WanAttnProcessor",),
+    folding=("WanAttnProcessor",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     timestep_signal=_signal,
@@ -81,7 +81,7 @@ WAN = Adapter(
 # on skipped steps too.
 WAN_VACE = Adapter(
     classes=("WanVACETransformer3DModel",),
-    rotary=("WanAttnProcessor",),
+    folding=("WanAttnProcessor",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     side_stacks=(Stack("vace_blocks", ("control_hidden_states",)),),

@@ -156,7 +156,8 @@ def test_any_strides_and_untouched_inputs(backend, name):
     odd = [torch.nn.functional.pad(item, (1, 2))[..., 1:-2] for item in (query, key, value)]
     for tensors in (heads_first, fused, odd):
         before = [item.clone() for item in tensors]
-        assert torch.equal(low_bit.attention(*tensors, recipe), expected)
+        # Another layout of a program's threads adds up K's mean in another order, and few values round otherwise.
+        assert exact.relative(low_bit.attention(*tensors, recipe), expected) < 2e-3
         assert all(map(torch.equal, tensors, before))
 
 
@@ -173,8 +174,10 @@ def test_rounding_stays_within_half_a_step():
     query, key, value = inputs(batch=2, heads=4, kv_heads=2, dim=96)
     data = quantize.quantize(query, key, value, RECIPES["sage-fp8"]["int8-1-16-1"], 1 / quantize.LOG2E, shift=True)
     q = data.query.float() * data.query_scale[..., None]
-    assert ((q - query.transpose(1, 2).float()).abs() <= 0.501 * data.query_scale[..., None]).all()
-    smooth = key.float() - key.float().mean(1, keepdim=True)
+    matrix = hadamard(96).to(DEVICE)
+    mixed = query.transpose(1, 2).float() @ matrix
+    assert ((q - mixed).abs() <= 0.501 * data.query_scale[..., None]).all()
+    smooth = (key.float() - key.float().mean(1, keepdim=True)) @ matrix
     scales = data.key_scale.repeat_interleave(16, -1)[..., :200, None]
     assert ((data.key.float() * scales - smooth.transpose(1, 2)).abs() <= 0.502 * scales).all()
     # Position 16g + 4a + 2b + c holds key 16g + 8b + 2a + c; what lies behind the last key is zero.
@@ -188,19 +191,18 @@ def test_rounding_stays_within_half_a_step():
     torch.testing.assert_close(data.shift, shift, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("smooth", [True, False])
-@pytest.mark.parametrize(("dim", "block"), [(64, 64), (96, 32), (128, 32), (80, 16)])
-def test_scales_per_head(smooth, dim, block):
+@pytest.mark.parametrize(("dim", "block"), [(64, 32), (96, 32), (128, 32), (80, 16)])
+def test_scales_per_head(dim, block):
     """What came in, spread by the Hadamard matrix, within e4m3's half step."""
     query, key, value = inputs(batch=2, heads=4, kv_heads=2, dim=dim)
-    data = quantize.quantize_per_head(query, key, value, 0.1, smooth=smooth, shift=True)
+    data = quantize.quantize_per_head(query, key, value, 0.1, shift=True)
     mean = key.float().mean(1, keepdim=True)
-    smoothed = key.float() - mean if smooth else key.float()
+    smoothed = key.float() - mean
     matrix = hadamard(dim).to(DEVICE)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim, device=DEVICE))
     assert (matrix != 0).sum(0).eq(block).all()
     grouped = query.float().unflatten(2, (2, 2)).abs().amax((1, 3, 4))
-    bound = key.float().abs().amax((1, 3)) + (mean.abs().amax((1, 3)) if smooth else 0)
+    bound = key.float().abs().amax((1, 3)) + mean.abs().amax((1, 3))
     for largest, scale in (
         (grouped * block**0.5, data.query_scale),
         (bound * block**0.5, data.key_scale),
@@ -213,36 +215,20 @@ def test_scales_per_head(smooth, dim, block):
         (data.value, data.value_scale, value.float()),
     ):
         each = scale[:, None, :, None]
-        # e4m3's half step, and fp16's before it.
-        rest = original.abs() / 15.9 + each * 2**-9 + original.abs().amax(-1, keepdim=True) * 2**-9
-        assert ((rounded.float() * each - original).abs() <= rest).all()
-    if smooth:
-        shift = torch.einsum("bshd,bhd->bhs", query.float(), mean[:, 0].repeat_interleave(2, 1)) * 0.1
-        torch.testing.assert_close(data.shift, shift, atol=1e-3, rtol=1e-3)
-    else:
-        assert data.shift is None
-
-
-def test_scales_per_head_without_spreading():
-    query, key, value = inputs(batch=2, heads=4, kv_heads=2, dim=96)
-    data = quantize.quantize_per_head(query, key, value, 0.1, spread=False)
-    smoothed = key.float() - key.float().mean(1, keepdim=True)
-    for rounded, scale, original in (
-        (data.query, data.query_scale.repeat_interleave(2, 1), query.float()),
-        (data.key, data.key_scale, smoothed),
-    ):
-        each = scale[:, None, :, None]
         assert ((rounded.float() * each - original).abs() <= original.abs() / 15.9 + each * 2**-9).all()
+    shift = torch.einsum("bshd,bhd->bhs", query.float(), mean[:, 0].repeat_interleave(2, 1)) * 0.1
+    torch.testing.assert_close(data.shift, shift, atol=1e-3, rtol=1e-3)
 
 
-def test_spreading_helps_where_few_channels_carry_the_logits():
+@pytest.mark.parametrize("name", ["fp8-1-128-1", "int8-1-128-1"])
+def test_spreading_helps_where_few_channels_carry_the_logits(name):
     """What the Hadamard matrix is for: K and Q with two strong channels that vary from token to token."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 200, 2, 64, generator=generator) for _ in range(3))
     query[..., :2] *= 6
     key[..., :2] *= 6
     expected, _ = exact.attention(query, key, value)
-    recipe = RECIPES["sage-fp8"]["fp8-1-128-1"]
+    recipe = RECIPES["sage-fp8"][name]
     tensors = [item.to(DEVICE, torch.float16) for item in (query, key, value)]
     found = low_bit.attention(*tensors, recipe).cpu()
     matrix = torch.eye(64)

@@ -5,18 +5,18 @@ Importing this package registers the records and imports no kernel package. Wher
 - `record.py`: what a kernel is, and `register_attention`. `choice.py`: a fixed kernel, or the fastest by measurement.
   `site.py`: the custom operator every call goes through.
 - Records: `torch_native.py`, `flash.py`, `others.py` (packages a user may have), `sage.py` (ours).
-- `rotary.py`: query and key on their way to a kernel that applies their rotary embedding itself.
-- Ours in Triton, imported by loaders only: `recipe.py` (what is rounded, and plain references), `quantize.py`,
-  `low_bit.py`.
+- `pending.py`: query and key on their way to a kernel that does their QK-norm and rotary embedding itself.
+- Ours: `recipe.py` (what is rounded, and plain references); in Triton, imported by loaders only, `rows.py`,
+  `quantize.py`, `low_bit.py`.
 """
 
 from __future__ import annotations
 
 from . import flash, others, sage, torch_native  # noqa: F401  (each registers its records)
 from .choice import Choice, Fastest, Fixed, Timings, candidates, margin
+from .pending import Pending
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
-from .rotary import Rotated
 from .site import SITES, AttentionSite
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
     "Fastest",
     "Fixed",
     "Inputs",
-    "Rotated",
+    "Pending",
     "Timings",
     "candidates",
     "margin",

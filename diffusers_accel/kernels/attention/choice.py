@@ -122,6 +122,8 @@ def shape_class(inputs: Inputs, call: Call) -> str:
     ]
     if inputs.rotary is not None:
         parts.append("rotary")
+    if inputs.norm is not None:
+        parts.append("norm")
     if call.mask != "none":
         parts.append(f"mask-{call.mask}")
     if call.causal:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...core.platform import has_module
-from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs
+from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, QKNorm
 
 
 def _flash_attention_3() -> Any:
@@ -38,20 +38,21 @@ def _flash3() -> AttentionFunction:
     return attention
 
 
-def _flash3_fp8(spread: bool) -> AttentionFunction:
+def _flash3_fp8() -> AttentionFunction:
     from .quantize import quantize_per_head
 
     flash_attn_func = _flash_attention_3()
 
     def attention(x: Inputs) -> Any:
-        dim, rotary = x.query.shape[-1], x.rotary
+        dim, rotary, norm = x.query.shape[-1], x.rotary, x.norm
         scale = dim**-0.5 if x.scale is None else x.scale
         tensors = x.query, x.key, x.value
         if dim not in _FP8_DIMS:  # zeros change neither logits nor the scales
             missing = min(size for size in _FP8_DIMS if size > dim) - dim
             tensors = tuple(torch.nn.functional.pad(item, (0, missing)) for item in tensors)  # type: ignore[assignment]
             rotary = rotary and tuple(torch.nn.functional.pad(item, (0, missing)) for item in rotary)  # type: ignore
-        data = quantize_per_head(*tensors, scale, spread=spread, shift=x.return_lse, rotary=rotary)
+            norm = norm and widened(norm, dim + missing)
+        data = quantize_per_head(*tensors, scale, shift=x.return_lse, rotary=rotary, norm=norm)
         extra = {"return_attn_probs": True} if x.return_lse else {}
         found = flash_attn_func(
             data.query,
@@ -69,6 +70,13 @@ def _flash3_fp8(spread: bool) -> AttentionFunction:
         return _output(found, False)[..., :dim].to(x.query.dtype)
 
     return attention
+
+
+def widened(norm: QKNorm, dim: int) -> QKNorm:
+    """The same norm for heads padded with zeros, over which a mean square is smaller."""
+    share = len(norm.query) / dim
+    pad = partial(torch.nn.functional.pad, pad=(0, dim - len(norm.query)))
+    return QKNorm(pad(norm.query.float() * share**0.5), pad(norm.key.float() * share**0.5), norm.eps * share)
 
 
 def _flash4() -> AttentionFunction:
@@ -102,13 +110,15 @@ _FA3: dict[str, Any] = {
     "causal_square": True,
     "lse": True,
 }
-_FA3_FP8: dict[str, Any] = {**_FA3, "head_dims": tuple(range(8, 129, 8)), "exact": False, "rotary": True}
 KERNELS.add("fa3", AttentionKernel(name="fa3", load=_flash3, **_FA3))
-# The first recipe is the backend's own; "plain" is a few percent faster, and its error larger where a few channels of Q
-# and K carry the logits.
-for _name, _spread in {"fa3-fp8": True, "fa3-fp8/hadamard": True, "fa3-fp8/plain": False}.items():
-    _properties = {**_FA3_FP8, "auto": "/" not in _name}
-    KERNELS.add(_name, AttentionKernel(name=_name, load=partial(_flash3_fp8, _spread), **_properties))
+KERNELS.add(
+    "fa3-fp8",
+    AttentionKernel(
+        name="fa3-fp8",
+        load=_flash3_fp8,
+        **{**_FA3, "head_dims": tuple(range(8, 129, 8)), "exact": False, "folds": True},
+    ),
+)
 KERNELS.add(
     "fa4",
     AttentionKernel(

@@ -24,8 +24,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .quantize import LOG2E, Rotary, padded_dim, quantize, to_e4m3
+from .quantize import LOG2E, padded_dim, quantize
 from .recipe import Recipe
+from .record import QKNorm, Rotary
+from .rows import to_e4m3
 
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -266,6 +268,7 @@ def attention(
     keep: torch.Tensor | None = None,
     return_lse: bool = False,
     rotary: Rotary | None = None,
+    norm: QKNorm | None = None,
     cut: Tile | None = None,
 ) -> Any:
     """Quantizes the operands and computes attention.
@@ -280,6 +283,7 @@ def attention(
             `tile`.
         return_lse: Also return the logsumexp, float32 (batch, heads, sequence), natural logarithm.
         rotary: A rotary embedding to apply to query and key first; see `quantize`. Only where QK is rounded.
+        norm: An RMS norm to apply to query and key before that; likewise.
         cut: Instead of the one that `tile` gives.
 
     Returns:
@@ -289,7 +293,7 @@ def attention(
     scale = dim**-0.5 if scale is None else scale
     if cut is None:
         cut = tile(recipe, dim, *_gpu(query.device), q_len, batch * heads)
-    data = quantize(query, key, value, recipe, scale, shift=return_lse, rotary=rotary)
+    data = quantize(query, key, value, recipe, scale, shift=return_lse, rotary=rotary, norm=norm)
     q, k, v = (_loadable(item) for item in (data.query, data.key, data.value))
     out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device) if return_lse else None

@@ -5,10 +5,10 @@ change when one vector is taken from every key, so the keys' mean, where the out
 subtracted before rounding. Q is rounded with one scale per token, into which the softmax scale is folded; K with one
 per block of tokens; V with one per channel. P lies in [0, 1] and is rounded to e4m3 with the constant scale 448.
 
-e4m3 errs in proportion to each value, so where a few channels carry a logit their errors decide it. Q and K that are
-rounded to e4m3 are first multiplied by one orthogonal Hadamard matrix (FlashAttention 3's incoherent processing,
-https://arxiv.org/abs/2407.08608), which leaves QK as it is and spreads those channels over all. INT8 has one error for
-all channels and needs it less.
+Where a few channels carry a logit, their errors decide it, and in INT8 they decide the step for all others too. So Q
+and K are first multiplied by one orthogonal Hadamard matrix (FlashAttention 3's incoherent processing,
+https://arxiv.org/abs/2407.08608), which leaves QK as it is and spreads those channels over their group. Any matrix
+built from +1 and -1 does; this one mixes what a GPU thread holds anyway, so it costs no exchange between threads.
 """
 
 from __future__ import annotations
@@ -67,19 +67,25 @@ def _rounded(x: torch.Tensor, kind: str, amax: torch.Tensor) -> torch.Tensor:
     return (scaled.round() if kind == "int8" else scaled.to(torch.float8_e4m3fn).to(x.dtype)) * scale
 
 
-def hadamard_block(head_dim: int) -> int:
-    """Channels that a Hadamard matrix spreads over: the largest power of two that divides the head dimension, and for
-    more than 64 channels 32 at most, whose product costs less."""
-    block = head_dim & -head_dim
-    return block if head_dim <= 64 else min(block, 32)
+def hadamard_levels(head_dim: int) -> int:
+    """log2 of the neighbouring channels, up to eight, of each quarter of a head that the Hadamard matrix mixes."""
+    quarter = head_dim // 4
+    return min(quarter & -quarter, 8).bit_length() - 1
 
 
 def hadamard(head_dim: int) -> torch.Tensor:
-    """The orthogonal matrix that spreads channels, in blocks: float32 (head_dim, head_dim)."""
-    block, matrix = hadamard_block(head_dim), torch.ones(1, 1)
-    while len(matrix) < block:
+    """The orthogonal matrix that spreads channels: float32 (head_dim, head_dim). It mixes 16 or 32 of them: as many
+    neighbours as `hadamard_levels` says, from each of a head's four quarters."""
+    within = 2 ** hadamard_levels(head_dim)
+    groups = torch.eye(head_dim // 4 // within)
+    return torch.kron(_sylvester(4), torch.kron(groups, _sylvester(within)))
+
+
+def _sylvester(order: int) -> torch.Tensor:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return torch.block_diag(*[matrix / math.sqrt(block)] * (head_dim // block))
+    return matrix / math.sqrt(order)
 
 
 def reference(
@@ -103,9 +109,8 @@ def reference(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if recipe.qk is not None:
         k = k - k.mean(2, keepdim=True)
-        if recipe.qk == "fp8":
-            matrix = hadamard(q.shape[-1]).to(q.device)
-            q, k = q @ matrix, k @ matrix
+        matrix = hadamard(q.shape[-1]).to(q.device)
+        q, k = q @ matrix, k @ matrix
         q = _rounded(q, recipe.qk, q.abs().amax(-1, keepdim=True))
         length, block = k.shape[2], recipe.k_block
         padded = torch.nn.functional.pad(k, (0, 0, 0, -length % block)).unflatten(2, (-1, block))

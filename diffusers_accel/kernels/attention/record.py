@@ -19,6 +19,19 @@ from ...core.registry import Registry
 NO_MASK, KEY_MASK, FULL_MASK = "none", "keys", "full"
 
 
+# Cosines and sines of a rotary embedding.
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """An RMS norm over each head's channels: weights of query and key, (head_dim,), and epsilon."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What one attention call is given.
@@ -31,8 +44,8 @@ class Inputs:
         is_causal: Hide later keys; the diagonal starts at the top left.
         scale: Of the logits; head_dim ** -0.5 if `None`.
         return_lse: Also return the logsumexp.
-        rotary: Cosines and sines, float32 (sequence, head_dim), of a rotary embedding that query and key still lack;
-            given only to kernels whose record says that they apply it.
+        rotary: Cosines and sines, float32 (sequence, head_dim), of a rotary embedding that query and key still lack.
+        norm: A norm that they still lack before it. Both are given only to kernels whose record says that they fold.
     """
 
     query: torch.Tensor
@@ -42,7 +55,8 @@ class Inputs:
     is_causal: bool = False
     scale: float | None = None
     return_lse: bool = False
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotary: Rotary | None = None
+    norm: QKNorm | None = None
 
     @property
     def grouped(self) -> bool:
@@ -154,7 +168,7 @@ class AttentionKernel:
         gqa: Whether it takes fewer key and value heads than query heads.
         lse: Whether it can return the logsumexp.
         exact: Whether it computes in the input's own precision (no quantization).
-        rotary: Whether it applies a rotary embedding that it is given.
+        folds: Whether it applies a QK-norm and a rotary embedding that it is given.
         auto: Whether `"auto"` may choose it; a user's own function is used by name only.
         refusal: Why an installed package cannot be used (a version that is wrong somewhere, say), or `None`.
     """
@@ -176,7 +190,7 @@ class AttentionKernel:
     gqa: bool = True
     lse: bool = False
     exact: bool = True
-    rotary: bool = False
+    folds: bool = False
     auto: bool = True
     refusal: Callable[[], str | None] = lambda: None
 

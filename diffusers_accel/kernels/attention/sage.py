@@ -28,6 +28,7 @@ def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
                 scale=x.scale,
                 return_lse=x.return_lse,
                 rotary=x.rotary,
+                norm=x.norm,
             )
 
         return attention
@@ -50,7 +51,7 @@ def _record(name: str, recipe: Recipe) -> AttentionKernel:
         causal=False,
         lse=True,
         exact=False,
-        rotary=recipe.qk is not None,
+        folds=recipe.qk is not None,
         auto="/" not in name,
     )
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from .choice import Choice, shape_class
+from .pending import pending, settled
 from .record import KERNELS, AttentionFunction, AttentionKernel, Call, Inputs
-from .rotary import Rotated, rotated
 
 
 class AttentionSite:
@@ -37,23 +37,24 @@ class AttentionSite:
         self._warned: set[str] = set()
 
     def run(self, inputs: Inputs) -> torch.Tensor:
-        """Attention by the kernel that is chosen and can take the call; query and key may be `Rotated`."""
-        plain, rotary = inputs, None
+        """Attention by the kernel that is chosen and can take the call; query and key may be `Pending`."""
+        folded = inputs
         query, key = inputs.query, inputs.key
-        if isinstance(query, Rotated) and isinstance(key, Rotated) and query.turns_with(key):
-            rotary = query.tables
-            plain = replace(inputs, query=query.plain(), key=key.plain())
+        to_do = pending(query, key)
+        if to_do is not None:
+            rotary, norm = to_do
+            folded = replace(inputs, query=query.plain(), key=key.plain(), rotary=rotary, norm=norm)  # type: ignore
 
         def run(kernel: AttentionKernel) -> torch.Tensor:
-            if rotary is not None and kernel.rotary:
-                return self._function(kernel)(replace(plain, rotary=rotary))
-            return self._function(kernel)(replace(inputs, query=rotated(query), key=rotated(key)))
+            if to_do is not None and kernel.folds:
+                return self._function(kernel)(folded)
+            return self._function(kernel)(replace(inputs, query=settled(query), key=settled(key)))
 
-        call = Call.of(plain)
+        call = Call.of(folded)
         choice = self.select()
         kernel = choice.kernels[0]
         if len(choice.kernels) > 1:
-            kernel = choice.pick(call, run, shape_class(replace(plain, rotary=rotary), call))
+            kernel = choice.pick(call, run, shape_class(folded, call))
         reason = kernel.refuses(call)
         if reason is not None:
             if reason not in self._warned:

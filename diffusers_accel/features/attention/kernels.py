@@ -1,0 +1,81 @@
+"""What a name stands for on a denoiser: a fixed kernel, the fastest by measurement, the kernel of dense steps; in words
+too."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ...config import AttentionConfig
+from ...errors import Unsupported
+from ...kernels.attention import KERNELS, Call, Choice, Fastest, Fixed, Timings, candidates
+from ..feature import Denoiser, Target
+from .layers import Role
+
+
+def choice(
+    denoiser: Denoiser, role: Role | None, backend: str, config: AttentionConfig, target: Target | None = None
+) -> Choice:
+    """What a name stands for on this denoiser; raises `Unsupported` if it cannot be."""
+    if backend == "auto":
+        return _fastest(denoiser, config.fidelity == "exact", target)
+    kernel = KERNELS.get(backend)
+    feature = f"attention={backend!r}"
+    instead = "attention='auto' or 'sdpa'."
+    missing = kernel.missing(denoiser.device)
+    if missing is not None:
+        raise Unsupported(feature, f"{kernel.name} {missing}", instead, str(denoiser))
+    head_dim = role.head_dim if role is not None else None
+    refused = kernel.refuses(Call(dtype=denoiser.dtype, head_dim=head_dim))
+    if refused is not None:
+        where = f" in {role.layers[0].path}" if role is not None else ""
+        raise Unsupported(feature, f"{kernel.name} {refused}{where}.", instead, str(denoiser))
+    return Fixed(kernel)
+
+
+def _fastest(denoiser: Denoiser, exact: bool, target: Target | None = None) -> Fastest:
+    kernels = candidates(denoiser.device, exact)
+    seen = target.attention_timings if target is not None else {}
+    return Fastest(kernels, Timings(denoiser.device), seen)
+
+
+def dense(denoiser: Denoiser, config: AttentionConfig) -> Choice | None:
+    """The choice for dense steps and layers, or `None` if there are none."""
+    if not config.dense_steps and not config.dense_layers:
+        return None
+    if config.dense_backend == "auto":
+        return _fastest(denoiser, True)
+    return choice(denoiser, None, config.dense_backend, config)
+
+
+def share(config: AttentionConfig) -> str:
+    parts = []
+    if config.dense_steps:
+        parts.append(f"the first {config.dense_steps:.0%} of steps")
+    if config.dense_layers:
+        parts.append(f"the first {config.dense_layers:.0%} of blocks")
+    return " and ".join(parts)
+
+
+def label(choice: Choice) -> str:
+    return choice.kernels[0].name if len(choice.kernels) == 1 else "the fastest exact kernel"
+
+
+def described(roles: list[Role], used: dict[str, Choice]) -> str:
+    """E.g. `"sage-fp8"`, or `"attn1 sage-fp8, attn2 sdpa"` if the roles differ."""
+
+    def one(backend: str) -> str:
+        kernels = used[backend].kernels
+        if backend != "auto":
+            return backend
+        return f"{kernels[0].name} (chosen)" if len(kernels) == 1 else "the fastest, measured"
+
+    if len(used) == 1:
+        return one(next(iter(used)))
+    parts: dict[str, str] = {}
+    for role in roles:
+        counts = Counter(role.backends)
+        several = len(counts) > 1
+        parts[role.name] = " + ".join(
+            f"{one(name)} x {count}" if several else one(name) for name, count in counts.items()
+        )
+    return ", ".join(f"{name} {kernels}" for name, kernels in parts.items())

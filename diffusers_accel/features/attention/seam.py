@@ -1,0 +1,216 @@
+"""The seam between stock attention processors and a site of ours. Names private to diffusers' dispatcher appear here
+only.
+
+Two ways in. A stock processor that carries `_attention_backend` hands it to diffusers' dispatcher, so it is given a
+backend of ours on the instance: the process-wide setting, which diffusers' own setter changes for every pipeline, is
+left alone. A processor without it (SD3, Cosmos 1 and 2, and most classes outside the table) is replaced by one that
+runs the *stock code* with a single global name bound to our kernel: no source is copied, and the stock processor
+comes back with `restore`.
+
+Where a kernel folds QK-norm and rotation, the stock code also finds functions that put them off (`Pending`).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...core.edits import Edit, SetItem
+from ...errors import Unsupported
+from ...kernels.attention import AttentionSite, Pending
+
+
+def dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:
+    """A backend name of ours, and the edits that enter it in the dispatcher's tables.
+
+    The name is an instance of the dispatcher's enumeration that is not one of its members: the class stays as it is.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    value = f"diffusers_accel_{site.number}"
+    member = str.__new__(AttentionBackendName, value)
+    member._name_, member._value_ = value, value
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> Any:
+        _refuse_neighbours(_parallel_config)
+        return site(query, key, value, attn_mask, is_causal, scale)
+
+    registry = _AttentionBackendRegistry
+    arguments = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
+    return member, [
+        SetItem(registry._backends, member, attention),
+        SetItem(registry._constraints, member, []),
+        SetItem(registry._supported_arg_names, member, arguments | {"_parallel_config"}),
+    ]
+
+
+def _refuse_neighbours(given: Any) -> None:
+    """Refuses context parallelism switched on after us, or one backend's arguments: ignored, they would do harm."""
+    if given:
+        raise Unsupported(
+            "attention",
+            "diffusers' context parallelism or backend arguments reached an accelerated attention layer.",
+            "restore(pipe) before using them.",
+        )
+
+
+# --- processors that call attention themselves ----------------------------------------------------------------------
+
+
+def calls_by_name(processor: Any) -> bool:
+    """Whether the processor's code reaches attention through a global name that can be bound anew."""
+    call = vars(type(processor)).get("__call__")
+    if not isinstance(call, types.FunctionType):
+        return False
+    call = inspect.unwrap(call)
+    names, scope = call.__code__.co_names, call.__globals__
+    # A processor of ours is judged as the stock one it runs, so that a second `accelerate` is checked like the first.
+    functional = scope.get("F") is F or isinstance(scope.get("F"), _Functional)
+    return "dispatch_attention_fn" in names or ("scaled_dot_product_attention" in names and functional)
+
+
+class _Functional:
+    """`torch.nn.functional` with one function of ours."""
+
+    def __init__(self, attention: Callable[..., Any]):
+        self.scaled_dot_product_attention = attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+
+def rebound_class(stock: type, site: AttentionSite, fold: bool = False) -> type:
+    """A subclass of a stock processor that runs the stock code with its attention function bound to `site`; with
+    `fold`, query and key reach it with their norm and rotation still to be done."""
+    call = inspect.unwrap(stock.__call__)  # type: ignore[operator]
+    code = call.__code__
+
+    def dispatched(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        attention_kwargs: Any = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
+    ) -> Any:
+        _refuse_neighbours(parallel_config or attention_kwargs)
+        return site(query, key, value, attn_mask, is_causal, scale)
+
+    def heads_first(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return site(query, key, value, attn_mask, is_causal, scale).transpose(1, 2)
+
+    scope = dict(call.__globals__)
+    # Dynamo looks a function's globals up in the module that `__name__` names; without it, in the dictionary itself.
+    scope.pop("__name__", None)
+    scope["dispatch_attention_fn"] = dispatched
+    scope["F"] = _Functional(heads_first)
+    if fold:
+        code = _rotation_put_off(code, scope)
+    function = types.FunctionType(code, scope, call.__name__, call.__defaults__, call.__closure__)
+    function.__kwdefaults__ = call.__kwdefaults__
+    function.__annotations__ = dict(call.__annotations__)
+    function.__module__ = stock.__module__
+    whole: Callable[..., Any] = _norms_put_off(function) if fold else function
+    return type(stock.__name__, (stock,), {"__call__": whole, "__module__": stock.__module__})
+
+
+class _NormsPutOff:
+    """An attention module whose QK-norms return `Pending`; everything else is the module's own."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        # A norm that someone hooked or replaced is called as it is.
+        if name not in ("norm_q", "norm_k") or type(found) is not nn.RMSNorm or _touched(found):
+            return found
+        return lambda x: Pending.normed(x, found.weight, found.eps, found)
+
+
+def _touched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _norms_put_off(function: types.FunctionType) -> Callable[..., Any]:
+    """A processor's call whose QK-norms are put off, unless it joins two streams between norm and attention."""
+
+    @functools.wraps(function)
+    def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and getattr(attn, "added_kv_proj_dim", None) is None:
+            attn = _NormsPutOff(attn)
+        return function(self, attn, *args, **kwargs)
+
+    return call
+
+
+def _rotation_put_off(code: types.CodeType, scope: dict[str, Any]) -> types.CodeType:
+    """A processor's code whose rotation returns `Pending`, be it a function of its module or one it defines itself."""
+    stock = scope.get("apply_rotary_emb")
+    if "apply_rotary_emb" in code.co_names and callable(stock):
+
+        def put_off(x: Any, freqs_cis: Any, *args: Any, **kwargs: Any) -> Any:
+            def apply(item: Any) -> Any:
+                return stock(item, freqs_cis, *args, **kwargs)
+
+            # The one form that is known to be interleaved pairs over (batch, sequence, heads, head_dim).
+            if torch.compiler.is_compiling() or args or kwargs != {"sequence_dim": 1}:
+                return apply(x)
+            cos, sin = freqs_cis
+            return Pending.rotated(x, cos, sin, apply)
+
+        scope["apply_rotary_emb"] = put_off
+        return code
+    constants = list(code.co_consts)
+    own = next((item for item in constants if getattr(item, "co_name", None) == "apply_rotary_emb"), None)
+    if own is None:
+        return code
+    rotation = types.FunctionType(own, scope)
+
+    def put_off_own(x: Any, cos: Any, sin: Any) -> Any:
+        def apply(item: Any) -> Any:
+            return rotation(item, cos, sin)
+
+        # The stock function reads cosines at even channels and sines at odd ones; both hold every value twice.
+        return apply(x) if torch.compiler.is_compiling() else Pending.rotated(x, cos, sin, apply)
+
+    scope["_diffusers_accel_put_off"] = put_off_own
+    constants[constants.index(own)] = _own_rotation.__code__
+    return code.replace(co_consts=tuple(constants))
+
+
+def _own_rotation(hidden_states: Any, freqs_cos: Any, freqs_sin: Any) -> Any:
+    return _diffusers_accel_put_off(hidden_states, freqs_cos, freqs_sin)  # type: ignore[name-defined]  # noqa: F821
