@@ -22,7 +22,11 @@ FLOORS = [
 FREE = {"config", "errors"}
 NEVER = {"core": {"diffusers"}, "kernels": {"diffusers"}, "policies": {"diffusers", "torch"}}
 # Modules of Triton kernels: they may import triton, and are themselves imported by loaders only.
-TRITON = {f"kernels/attention/{name}.py" for name in ("rows", "quantize", "low_bit")}
+TRITON = {
+    "kernels/rounding.py",
+    *(f"kernels/attention/{name}.py" for name in ("rows", "quantize", "low_bit")),
+    *(f"kernels/linear/{name}.py" for name in ("activations", "products")),
+}
 OPTIONAL = {"triton", "flash_attn", "fa3_fwd_interface", "flash_attn_interface", "sageattention", "modelopt", "torchao"}
 
 

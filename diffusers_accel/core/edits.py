@@ -7,13 +7,16 @@ an undo of its own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from .chain import Chain, Layer
+from .platform import moved
 
 
 class Edit(Protocol):
@@ -86,7 +89,47 @@ class SwapModule:
         self.parent._modules[self.name] = self.module
 
     def undo(self) -> None:
+        current = self.parent._modules[self.name]
+        if current is not self.module and current is not None:
+            # Someone (a LoRA loader, say) has put a wrapper around it since: it stays, around the old module.
+            for owner in current.modules():
+                for name, child in owner._modules.items():
+                    if child is self.module:
+                        owner._modules[name] = self._old
+                        return
         self.parent._modules[self.name] = self._old
+
+
+@dataclass(eq=False)
+class ParkWeight:
+    """Puts the weight of a module that is no longer used aside: to the host's memory, or away for good.
+
+    Args:
+        module: The module, with a parameter `weight`.
+        successor: What stands in its place: tells where the weight belongs when it comes back.
+        keep: Whether to keep it. If not, `undo` finds what the successor holds, and `lasting` says so.
+    """
+
+    module: nn.Module
+    successor: nn.Module
+    keep: bool
+
+    @property
+    def lasting(self) -> str | None:
+        return None if self.keep else "the original weights were dropped (keep_original='drop')"
+
+    def apply(self) -> None:
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        weight.data = moved(weight.data, torch.device("cpu")) if self.keep else weight.data.new_empty(0)
+
+    def undo(self) -> None:
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        if self.keep:
+            there = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
+            weight.data = moved(weight.data, there.device)
+        else:
+            with torch.no_grad():
+                weight.data = self.successor.weight + 0  # type: ignore
 
 
 @dataclass(eq=False)
@@ -124,6 +167,12 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._applied)
+
+    @property
+    def lasting(self) -> list[str]:
+        """Why some of the edits cannot be undone."""
+        reasons = (getattr(edit, "lasting", None) for edit in self._applied)
+        return list(dict.fromkeys(reason for reason in reasons if reason))
 
     def apply(self, edits: Iterable[Edit]) -> None:
         """Applies each edit as it is yielded. On any error, Ctrl-C included, everything in the journal is undone."""

@@ -6,7 +6,7 @@ keeps at module level.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from ..errors import Unsupported, nearest
@@ -24,15 +24,23 @@ class Registry(Generic[Record]):
     def __init__(self, kind: str):
         self.kind = kind
         self._records: dict[str, Record] = {}
+        self._families: dict[str, Callable[[str], Record]] = {}
 
     def add(self, name: str, record: Record, replace: bool = False) -> None:
         if name in self._records and not replace:
             raise ValueError(f"There is a {self.kind} named {name!r} already. Give another name, or replace=True.")
         self._records[name] = record
 
+    def add_family(self, prefix: str, make: Callable[[str], Record]) -> None:
+        """Names that begin with `prefix` have records made for them when they are asked for; none is listed."""
+        self._families[prefix] = make
+
     def get(self, name: str) -> Record:
         """The record of that name; `Unsupported` with the nearest known name if there is none."""
         if name not in self._records:
+            for prefix, make in self._families.items():
+                if name.startswith(prefix):
+                    return make(name)
             raise Unsupported(repr(name), f"There is no {self.kind} of that name.", nearest(name, self._records))
         return self._records[name]
 

@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..rounding import to_e4m3
 from .quantize import LOG2E, padded_dim, quantize
 from .recipe import Recipe
 from .record import QKNorm, Rotary
-from .rows import to_e4m3
 
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)

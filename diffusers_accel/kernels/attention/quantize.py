@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..rounding import store_rounded
 from .recipe import Recipe, hadamard_levels
 from .record import QKNorm, Rotary
 from .rows import (
@@ -30,7 +31,6 @@ from .rows import (
     spread,
     spread_factor,
     store_heads,
-    store_rounded,
     times,
     without,
 )
@@ -41,7 +41,7 @@ LOG2E = 1.4426950408889634
 _SPLITS = 16
 _REDUCE_ROWS, _REDUCE_WARPS, _REDUCE_STAGES = 32, 2, 3
 _ROWS, _ROUND_WARPS = 128, 4
-_HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 4, 4
+_HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 16, 4
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])

@@ -12,22 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..rounding import store_rounded
+
 # Bounds of largest magnitudes from below and of scales from above: no product of scales under- or overflows, and logits
 # stay finite.
 _TINY = tl.constexpr(1e-14)
 _HUGE = tl.constexpr(1e12)
-# Triton's interpreter truncates where a GPU rounds to the nearest.
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-
-@triton.jit
-def to_e4m3(x):
-    """Rounded to the nearest e4m3; what is larger than 448 becomes 448."""
-    if _INTERPRETED:
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-        split = x * 1048577.0  # 2^20 + 1: what is left of a float32 are the four significant bits of e4m3
-        x = split - (split - x)
-    return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -185,17 +175,6 @@ def scale_of(amax, LARGEST: tl.constexpr):
 def bounded(scale):
     """A scale to be stored: no product of two overflows."""
     return tl.minimum(scale, _HUGE)
-
-
-@triton.jit
-def store_rounded(pointer, x, inside, INT8: tl.constexpr):
-    """Rounds to the nearest, ties to even, and stores; `x` is scaled already."""
-    if INT8:
-        # Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the sum.
-        x += 12582912.0
-        tl.store(pointer, (x.to(tl.int32, bitcast=True) & 0xFF).to(tl.int8), mask=inside)
-    else:
-        tl.store(pointer, to_e4m3(x), mask=inside)
 
 
 @triton.jit

@@ -1,0 +1,116 @@
+"""Activations rounded in one pass, in Triton: a row is read once, its largest value found in registers, and stored.
+
+The formats are those of `formats.py`; a quotient is a product with the reciprocal here, so a value that lies at a
+midpoint may round to its other neighbour. Imported only by the loaders of linear records: it needs triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..rounding import store_rounded
+from .formats import BLOCK
+
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@triton.jit
+def _scale(amax, LARGEST: tl.constexpr):
+    scale = amax / LARGEST
+    return tl.where(scale < _TINY, 1.0, scale)
+
+
+@triton.jit
+def _rows(x_ptr, out_ptr, scale_ptr, stride, columns, INT8: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (row)."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, WIDTH)
+    inside = k < columns
+    x = tl.load(x_ptr + row * stride + k, mask=inside, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.abs(x)), 127.0 if INT8 else 448.0)
+    store_rounded(out_ptr + row * columns + k, x * (1.0 / scale), inside, INT8)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit(do_not_specialize=["rows", "padded"])
+def _groups(x_ptr, out_ptr, scale_ptr, stride, rows, columns, padded, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (rows, group of columns). Rows beyond the last are zeros."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = (r < rows)[:, None] & (k < columns)[None, :]
+    x = tl.load(x_ptr + r.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.abs(x), 1), 448.0)
+    inside = (r < padded)[:, None] & (k < columns)[None, :]
+    store_rounded(out_ptr + r.to(tl.int64)[:, None] * columns + k[None, :], x * (1.0 / scale)[:, None], inside, False)
+    tl.store(scale_ptr + tl.program_id(1) * padded + r, scale, mask=r < padded)
+
+
+@triton.jit
+def _amax(x_ptr, part_ptr, stride, columns, WIDTH: tl.constexpr):
+    """Program (row): its largest magnitude."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, WIDTH)
+    x = tl.load(x_ptr + row * stride + k, mask=k < columns, other=0.0).to(tl.float32)
+    tl.store(part_ptr + row, tl.max(tl.abs(x)))
+
+
+@triton.jit
+def _tensor(x_ptr, out_ptr, scale_ptr, stride, columns, WIDTH: tl.constexpr):
+    """Program (row): rounded with the scale given."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, WIDTH)
+    inside = k < columns
+    x = tl.load(x_ptr + row * stride + k, mask=inside, other=0.0).to(tl.float32)
+    store_rounded(out_ptr + row * columns + k, x * (1.0 / tl.load(scale_ptr)), inside, False)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 8192 else 8
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `formats.quantize_rows`, of bf16, fp16 or float32 with any stride between rows."""
+    x = _dense(x)
+    rows, columns = x.shape
+    values = torch.empty((rows, columns), dtype=dtype, device=x.device)
+    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    width = triton.next_power_of_2(columns)
+    _rows[(rows,)](
+        x, values, scale, x.stride(0), columns, INT8=dtype == torch.int8, WIDTH=width, num_warps=_warps(width)
+    )
+    return values, scale
+
+
+def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `formats.quantize_groups`, as the matrix units' library reads them: rows of zeros make their number a multiple
+    of 4, and the scales lie column by column."""
+    x = _dense(x)
+    rows, columns = x.shape
+    groups, padded = triton.cdiv(columns, BLOCK), triton.cdiv(rows, 4) * 4
+    values = torch.empty((padded, columns), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((groups, padded), dtype=torch.float32, device=x.device)
+    _groups[(triton.cdiv(rows, 32), groups)](
+        x, values, scale, x.stride(0), rows, columns, padded, ROWS=32, WIDTH=BLOCK, num_warps=4
+    )
+    return values, scale.t()
+
+
+def quantize_tensor(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `formats.quantize_tensor`; with the `scale` given, float32 (1,), in a single pass."""
+    x = _dense(x)
+    rows, columns = x.shape
+    width = triton.next_power_of_2(columns)
+    if scale is None:
+        parts = torch.empty(rows, dtype=torch.float32, device=x.device)
+        _amax[(rows,)](x, parts, x.stride(0), columns, WIDTH=width, num_warps=_warps(width))
+        scale = parts.amax().div_(448.0).reshape(1)
+        scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
+    _tensor[(rows,)](x, values, scale, x.stride(0), columns, WIDTH=width, num_warps=_warps(width))
+    return values, scale

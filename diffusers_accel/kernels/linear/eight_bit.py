@@ -1,0 +1,218 @@
+"""The 8-bit layers: e4m3 with scales per row, per tensor or per block, and INT8 with scales per row.
+
+Activations are rounded as they come, row by row (`activations.py` in eager; under a compiler the same arithmetic in
+torch, which it fuses with what stands before). e4m3 products are torch's own (`F.scaled_mm`), INT8's is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import formats
+from .module import QuantizedLinear
+from .record import LINEARS, LinearKernel
+
+
+def _scaled_mm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    form: str,
+) -> torch.Tensor:
+    """e4m3 (rows, depth) times e4m3 (columns, depth) transposed: bf16."""
+    kinds = F.ScalingType
+    x_kind, weight_kind = {
+        "rows": (kinds.RowWise, kinds.RowWise),
+        "tensor": (kinds.TensorWise, kinds.TensorWise),
+        "groups": (kinds.BlockWise1x128, kinds.BlockWise128x128),
+    }[form]
+    return F.scaled_mm(
+        x, weight.t(), x_scale, x_kind, weight_scale.t() if form != "tensor" else weight_scale, weight_kind,
+        bias=bias, output_dtype=torch.bfloat16, use_fast_accum=form != "groups",
+    )  # fmt: skip
+
+
+# torch's function cannot be traced by its own compiler yet: under one, it is an opaque operator.
+_scaled_mm_traced = torch.library.custom_op("diffusers_accel::scaled_mm", _scaled_mm, mutates_args=())
+
+
+@_scaled_mm_traced.register_fake
+def _(x: torch.Tensor, x_scale: Any, weight: torch.Tensor, weight_scale: Any, bias: Any, form: str) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+
+
+class _EightBit(QuantizedLinear):
+    form: str
+
+    def dense(self) -> torch.Tensor:
+        return formats.dequantize(self.weight_data, self.weight_scale)
+
+    def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Activations as the format stores them, in plain torch."""
+        return formats.quantize_rows(x)
+
+    def fused(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in one Triton kernel."""
+        from . import activations
+
+        return activations.quantize_rows(x)
+
+    def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of (..., in_features). A compiler finds out by itself that several layers round one tensor."""
+        if torch.compiler.is_compiling():
+            return self.rounded(x.reshape(-1, self.in_features))
+        return self.rounded_once.of(x, self.form, lambda item: self.fused(item.reshape(-1, self.in_features)))
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        data, scale = self.activations(x)
+        # bf16 is what torch's product writes with scales per row; a bias of another type is added outside.
+        bias = self.bias if self.bias is not None and self.bias.dtype == x.dtype == torch.bfloat16 else None
+        multiply = _scaled_mm_traced if torch.compiler.is_compiling() else _scaled_mm
+        out = multiply(data, scale, self.weight_data, self.weight_scale, bias, self.form).to(x.dtype)
+        return out if self.bias is None or bias is not None else out + self.bias.to(x.dtype)
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(formats.dequantize(*self.rounded(x)), self.dense(), bias).to(x.dtype)
+
+
+class Fp8Linear(_EightBit):
+    """e4m3, one scale per output feature and one per token."""
+
+    kind = "fp8"
+    form = "rows"
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        data, scale = formats.in_slices(formats.quantize_rows, weight)
+        return {"weight_data": data, "weight_scale": scale}
+
+
+class Fp8TensorLinear(_EightBit):
+    """e4m3, one scale for the weight and one for all activations: found at every call, or fixed by calibration."""
+
+    kind = "fp8-tensor"
+    input_scale: torch.Tensor | None = None
+
+    form = "tensor"
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = formats.tensor_scale(weight)
+        data, *_ = formats.in_slices(lambda part: (formats.to_e4m3(part.float() / scale),), weight)
+        return {"weight_data": data, "weight_scale": scale}
+
+    def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.input_scale is not None:
+            return formats.to_e4m3(x.float() / self.input_scale), self.input_scale
+        return formats.quantize_tensor(x)
+
+    def fused(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from . import activations
+
+        return activations.quantize_tensor(x, self.input_scale)
+
+    def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.input_scale is None or torch.compiler.is_compiling():
+            return super().activations(x)
+        # Layers may have scales of their own: nothing is shared.
+        return self.fused(x.reshape(-1, self.in_features))
+
+
+class Fp8BlockLinear(_EightBit):
+    """e4m3, one scale per 128 x 128 weights and per 128 activations of a token."""
+
+    kind = "fp8-block"
+    form = "groups"
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        data, scale = formats.in_slices(formats.quantize_blocks, weight)
+        # Scales are read four at a time along the input features.
+        return {"weight_data": data, "weight_scale": F.pad(scale, (0, -scale.shape[1] % 4))}
+
+    def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return formats.quantize_groups(x)
+
+    def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.compiler.is_compiling():
+            return super().activations(x)
+        # As the matrix units' library reads them: a multiple of four rows, scales column by column.
+        rows = x.reshape(-1, self.in_features)
+        data, scale = formats.quantize_groups(F.pad(rows, (0, 0, 0, -rows.shape[0] % 4)))
+        return data, scale.t().contiguous().t()
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return super().product(x)[: x.numel() // self.in_features]
+
+    def fused(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from . import activations
+
+        return activations.quantize_groups(x)
+
+
+class Int8Linear(_EightBit):
+    """INT8, one scale per output feature and one per token."""
+
+    kind = "int8"
+    form = "int8 rows"
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        data, scale = formats.in_slices(lambda part: formats.quantize_rows(part, torch.int8), weight)
+        return {"weight_data": data, "weight_scale": scale}
+
+    def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return formats.quantize_rows(x, torch.int8)
+
+    def fused(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from . import activations
+
+        return activations.quantize_rows(x, torch.int8)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        data, scale = self.activations(x)
+        return _int8_product(data, scale, self.weight_data, self.weight_scale, self.bias, x.dtype)
+
+
+@torch.library.custom_op("diffusers_accel::int8_product", mutates_args=(), device_types="cuda")
+def _int8_product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    from .products import int8_product
+
+    return int8_product(x, x_scale, weight, weight_scale, bias, dtype)
+
+
+@_int8_product.register_fake
+def _(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: Any, bias: Any, dtype: Any) -> Any:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+def _record(module: type[QuantizedLinear], multiple: int, at_least: tuple[int, int]) -> None:
+    LINEARS.add(
+        module.kind,
+        LinearKernel(
+            name=module.kind,
+            load=lambda: module,
+            modules=("triton",),
+            install="pip install triton",
+            at_least=at_least,
+            in_multiple=multiple,
+            out_multiple=multiple,
+            bits=8.0,
+        ),
+    )
+
+
+# Matrix units for e4m3 came with sm_89; torch's product with blocks of scales is for Hopper on.
+_record(Fp8Linear, 16, (8, 9))
+_record(Fp8TensorLinear, 16, (8, 9))
+_record(Fp8BlockLinear, 128, (9, 0))
+_record(Int8Linear, 16, (8, 0))

@@ -1,0 +1,126 @@
+"""The 4-bit layers: NVFP4 weights, and SVDQuant's, where a low-rank branch at 16 bits carries what 4 bits hold worst.
+
+The weight alone is 4-bit here; activations stay as they are. Before the product the weight is widened into a scratch
+tensor by one fused kernel, which costs a few percent of a product of thousands of rows: the gain is memory, not time.
+
+SVDQuant (https://arxiv.org/abs/2411.05007): weight = left @ right + residual, the residual in NVFP4. The branch is
+fitted again to what rounding left over, a few times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...core.platform import Device
+from . import formats
+from .module import QuantizedLinear
+from .record import LINEARS, LinearKernel
+
+RANK = 32
+_ROUNDS = 3
+
+
+@torch.library.custom_op("diffusers_accel::widen_nvfp4", mutates_args=(), device_types="cuda")
+def _widen(
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    dtype: torch.dtype,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+) -> torch.Tensor:
+    from .products import widen_nvfp4
+
+    return widen_nvfp4(packed, block_scale, global_scale, dtype, left, right)
+
+
+@_widen.register_fake
+def _(packed: torch.Tensor, block_scale: Any, global_scale: Any, dtype: torch.dtype, left: Any, right: Any) -> Any:
+    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype)
+
+
+def _nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scale = formats.tensor_scale(x, formats.E2M1_MAX * formats.E4M3_MAX)
+    packed, block_scale = formats.in_slices(lambda part: formats.quantize_nvfp4(part, scale)[:2], x, 2**22)
+    return packed, block_scale, scale
+
+
+class Nvfp4Linear(QuantizedLinear):
+    """NVFP4 weights, 16-bit activations."""
+
+    kind = "nvfp4 (weight only)"
+    weight_scale_2: torch.Tensor
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        packed, block_scale, global_scale = _nvfp4(weight)
+        return {"weight_data": packed, "weight_scale": block_scale, "weight_scale_2": global_scale}
+
+    def dense(self) -> torch.Tensor:
+        return formats.dequantize_nvfp4(self.weight_data, self.weight_scale, self.weight_scale_2)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        weight = _widen(self.weight_data, self.weight_scale, self.weight_scale_2, x.dtype, None, None)
+        return F.linear(x.reshape(-1, self.in_features), weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.dense().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class SvdNvfp4Linear(Nvfp4Linear):
+    """NVFP4 weights beside a low-rank branch at 16 bits."""
+
+    kind = "svdq-nvfp4 (weight only)"
+    svdquant_lora_a: torch.Tensor
+    svdquant_lora_b: torch.Tensor
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        wide = weight.float()
+        stored = left = right = None
+        rest = wide
+        for _ in range(_ROUNDS):
+            # What the branch carried last is where the next search starts.
+            factors = formats.low_rank(rest, RANK, *((3, None) if right is None else (1, right)))
+            left, right = (item.to(weight.dtype) for item in factors)
+            stored = _nvfp4(wide - left.float() @ right.float())
+            rest = wide - formats.dequantize_nvfp4(*stored)
+        assert stored is not None and left is not None and right is not None
+        packed, block_scale, global_scale = stored
+        return {
+            "weight_data": packed,
+            "weight_scale": block_scale,
+            "weight_scale_2": global_scale,
+            "svdquant_lora_b": left.contiguous(),
+            "svdquant_lora_a": right.contiguous(),
+        }
+
+    def dense(self) -> torch.Tensor:
+        return super().dense() + self.svdquant_lora_b.float() @ self.svdquant_lora_a.float()
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = (item.to(x.dtype) for item in (self.svdquant_lora_b, self.svdquant_lora_a))
+        weight = _widen(self.weight_data, self.weight_scale, self.weight_scale_2, x.dtype, left, right)
+        return F.linear(x.reshape(-1, self.in_features), weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+def _note(device: Device) -> str | None:
+    return "weights alone are 4-bit and are widened for each product: less memory, no more speed."
+
+
+for _name, _module, _bits in (("nvfp4", Nvfp4Linear, 4.5), ("svdq-nvfp4", SvdNvfp4Linear, 4.6)):
+    LINEARS.add(
+        _name,
+        LinearKernel(
+            name=_name,
+            load=lambda module=_module: module,  # type: ignore[misc]
+            modules=("triton",),
+            install="pip install triton",
+            at_least=(8, 0),
+            in_multiple=16,
+            out_multiple=16,
+            bits=_bits,
+            note=_note,
+        ),
+    )

@@ -1,0 +1,167 @@
+"""Products on low-bit operands, in Triton, where torch has none: INT8 with its scales applied on the way out, and NVFP4
+weights widened to 16 bits.
+
+Imported only by the loaders of linear records: it needs triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .formats import GROUP
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _int8(
+    x_desc, w_desc, out_desc, x_scale_ptr, w_scale_ptr, bias_ptr, rows, columns, depth,
+    BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (tile): tiles run down a band of BAND rows of tiles before the next column, so that both operands are
+    found in the L2 cache."""
+    tile = tl.program_id(0)
+    down, across = tl.cdiv(rows, M), tl.cdiv(columns, N)
+    band = tile // (BAND * across)
+    height = tl.minimum(down - band * BAND, BAND)
+    i = band * BAND + (tile % (BAND * across)) % height
+    j = (tile % (BAND * across)) // height
+    acc = tl.zeros([M, N], tl.int32)
+    for start in tl.range(0, depth, K, num_stages=STAGES):
+        x = x_desc.load([i * M, start])
+        w = w_desc.load([j * N, start])
+        acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
+    r, c = i * M + tl.arange(0, M), j * N + tl.arange(0, N)
+    x_scale = tl.load(x_scale_ptr + r, mask=r < rows, other=0.0)
+    w_scale = tl.load(w_scale_ptr + c, mask=c < columns, other=0.0)
+    out = acc.to(tl.float32) * x_scale[:, None] * w_scale[None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + c, mask=c < columns, other=0.0).to(tl.float32)[None, :]
+    out_desc.store([i * M, j * N], out.to(out_desc.dtype))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the INT8 product is cut: rows, columns, depth of a tile; warps, pipeline depth, rows of tiles in a band."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    band: int = 8
+
+
+# `benchmarks/linear.py --tiles`: two programs of the first fit on a multiprocessor, so that one multiplies while the
+# other writes. The second is for less shared memory than Hopper's.
+_HOPPER = Tile(128, 128, 128, 4, 3, band=4)
+_SMALL = Tile(128, 128, 64, 8, 3)
+
+
+def _descriptor(x: torch.Tensor, block: list[int]) -> Any:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def int8_product(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    cut: Tile | None = None,
+) -> torch.Tensor:
+    """(x * x_scale) @ (weight * weight_scale)^T + bias, summed in int32 and scaled in float32.
+
+    Args:
+        x: int8 (rows, depth); its scale float32 (rows, 1).
+        weight: int8 (columns, depth); its scale float32 (columns, 1). Columns and depth are multiples of 16.
+        bias: (columns,), or `None`.
+        dtype: Of the result, (rows, columns).
+    """
+    rows, depth = x.shape
+    columns = weight.shape[0]
+    out = torch.empty((rows, columns), dtype=dtype, device=x.device)
+    if cut is None:
+        cut = _HOPPER if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) else _SMALL
+    _int8[(triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns),)](
+        _descriptor(x, [cut.rows, cut.depth]),
+        _descriptor(weight, [cut.columns, cut.depth]),
+        _descriptor(out, [cut.rows, cut.columns]),
+        x_scale, weight_scale, weight_scale if bias is None else bias, rows, columns, depth,
+        BIAS=bias is not None, M=cut.rows, N=cut.columns, K=cut.depth, BAND=cut.band, STAGES=cut.stages,
+        num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _widen(
+    packed_ptr, scale_ptr, global_ptr, left_ptr, right_ptr, out_ptr, rows, columns,
+    RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Program (rows, columns)."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * WIDTH
+    pair = first // 2 + tl.arange(0, WIDTH // 2)
+    inside = (r < rows)[:, None] & (pair < columns // 2)[None, :]
+    packed = tl.load(packed_ptr + r.to(tl.int64)[:, None] * (columns // 2) + pair[None, :], mask=inside, other=0)
+    codes = tl.join(packed & 15, packed >> 4).reshape(ROWS, WIDTH).to(tl.int32)
+    # Two bits of exponent and one of mantissa become a float32's; zero and one half are what is left.
+    magnitude = codes & 7
+    bits = ((magnitude >> 1) + 126 << 23) | ((magnitude & 1) << 22)
+    value = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, bits.to(tl.float32, bitcast=True))
+    value = tl.where(codes >= 8, -value, value)
+    group = first // 16 + tl.arange(0, WIDTH // 16)
+    inside = (r < rows)[:, None] & (group < columns // 16)[None, :]
+    scale = tl.load(scale_ptr + r.to(tl.int64)[:, None] * (columns // 16) + group[None, :], mask=inside, other=0.0)
+    scale = scale.to(tl.float32) * tl.load(global_ptr)
+    value = (value.reshape(ROWS, WIDTH // 16, 16) * scale[:, :, None]).reshape(ROWS, WIDTH)
+    c = first + tl.arange(0, WIDTH)
+    if RANK > 0:
+        d = tl.arange(0, R)
+        left = tl.load(
+            left_ptr + r[:, None] * RANK + d[None, :], mask=(r < rows)[:, None] & (d < RANK)[None, :], other=0.0
+        )
+        right = tl.load(
+            right_ptr + d.to(tl.int64)[:, None] * columns + c[None, :],
+            mask=(d < RANK)[:, None] & (c < columns)[None, :],
+            other=0.0,
+        )
+        value += tl.dot(left, right)
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    at = out_ptr + r.to(tl.int64)[:, None] * columns + c[None, :]
+    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def widen_nvfp4(
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    global_scale: torch.Tensor,
+    dtype: torch.dtype,
+    left: torch.Tensor | None = None,
+    right: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`formats.dequantize_nvfp4`, plus the product of a low-rank branch, rounded once to `dtype`: (rows, columns).
+
+    Args:
+        packed: uint8 (rows, columns / 2); block scales e4m3 (rows, columns / 16); global scale float32 (1,).
+        left: (rows, rank), of `dtype`; right: (rank, columns).
+    """
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
+    rank = 0 if left is None else left.shape[1]
+    nothing = global_scale
+    height, width = (32, 128)
+    _widen[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
+        packed, block_scale, global_scale, nothing if left is None else left, nothing if right is None else right, out,
+        rows, columns, RANK=rank, R=max(16, triton.next_power_of_2(rank)), ROWS=height, WIDTH=width, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+assert GROUP == 16  # `_widen` counts on it

@@ -1,0 +1,253 @@
+"""Quantized linear layers as modules: what they store and compute, and that they still are `nn.Linear` to others."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_accel.kernels.linear import LINEARS, formats
+from diffusers_accel.kernels.linear.module import WeightView
+
+NAMES = ["fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "svdq-nvfp4"]
+# Relative error of y on Gaussian inputs: both operands rounded for 8 bits, the weight alone for 4.
+ERRORS = {"fp8": 0.045, "fp8-tensor": 0.045, "fp8-block": 0.045, "int8": 0.012, "nvfp4": 0.12, "svdq-nvfp4": 0.11}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def linear(bias=True, dtype=torch.float32, inside=256, outside=384):
+    torch.manual_seed(0)
+    return nn.Linear(inside, outside, bias=bias).to(DEVICE, dtype).requires_grad_(False)
+
+
+def quantized(name, stock):
+    return LINEARS.get(name).load()(stock)
+
+
+def relative(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 256), (2, 7, 256), (300, 256), (0, 256)])
+def test_it_multiplies(name, dtype, shape):
+    stock = linear(dtype=dtype)
+    layer = quantized(name, stock)
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    out = layer(x)
+    assert out.shape == (*shape[:-1], 384) and out.dtype == dtype
+    if x.numel():
+        assert relative(out, x.double() @ stock.weight.double().T + stock.bias.double()) < ERRORS[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_stores_is_low_bit(name):
+    stock = linear(bias=False)
+    layer = quantized(name, stock)
+    expected = torch.uint8 if "nvfp4" in name else torch.int8 if name == "int8" else torch.float8_e4m3fn
+    assert layer.weight_data.dtype == expected
+    size = 384 * 256
+    share = {"nvfp4": 4.5 / 8, "svdq-nvfp4": 4.5 / 8 + 32 * 4 * (384 + 256) / size}.get(name, 1)
+    assert layer.stored_bytes <= share * size + 4 * 384 + 8
+    assert not list(layer.parameters())
+    assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (256, 384)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dense_is_what_is_stored(name):
+    """The product is that of the numbers stored: activations exact in the format leave no other error."""
+    stock = linear(bias=False)
+    layer = quantized(name, stock)
+    x = torch.zeros(4, 256, device=DEVICE)
+    x[0, 3], x[1, 77], x[2, 255] = 1.0, -2.0, 4.0
+    expected = x.double() @ layer.dense().double().T
+    assert relative(layer(x), expected) < (1e-6 if DEVICE == "cpu" else 5e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestNeighbours:
+    def test_a_change_of_type_leaves_the_stored_form(self, name):
+        layer = quantized(name, linear())
+        before = {key: item.clone() for key, item in layer.named_buffers()}
+        layer.to(torch.bfloat16)
+        assert layer.bias.dtype == torch.bfloat16 and layer.weight.dtype == torch.bfloat16
+        for key, item in layer.named_buffers():
+            assert item.dtype == before[key].dtype and torch.equal(item.float(), before[key].float())
+        assert layer.half()(torch.randn(3, 256, device=DEVICE).half()).dtype == torch.float16
+
+    def test_to_meta_and_back_keeps_types(self, name):
+        layer = quantized(name, linear())
+        types = {key: item.dtype for key, item in layer.named_buffers()}
+        layer.to("meta")
+        assert all(item.is_meta for item in layer.buffers()) and layer.weight.device.type == "meta"
+        layer.to_empty(device=DEVICE)
+        assert {key: item.dtype for key, item in layer.named_buffers()} == types
+
+    def test_the_weight_can_be_read(self, name):
+        stock = linear()
+        layer = quantized(name, stock)
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor) and weight.shape == stock.weight.shape
+        assert weight.dtype == stock.weight.dtype and weight.device == stock.weight.device
+        assert torch.equal(weight + 0, layer.dense())
+        assert torch.equal(torch.cat([weight, weight])[384:], layer.dense())
+        assert torch.equal(weight.T @ weight, layer.dense().T @ layer.dense())
+
+    def test_the_weight_can_be_written(self, name):
+        """As PEFT merges a LoRA: in place, through `.data`, and by assignment."""
+        stock = linear()
+        delta = torch.randn(384, 256, device=DEVICE) * 0.1
+        error = 2 * ERRORS[name]
+        for write in ("add", "data", "assign"):
+            layer = quantized(name, stock)
+            if write == "add":
+                layer.weight.data += delta
+            elif write == "data":
+                layer.weight.data = stock.weight.data + delta
+            else:
+                layer.weight = nn.Parameter(stock.weight + delta)
+            assert relative(layer.weight + 0, stock.weight + delta) < error, write
+            assert "weight" not in layer._parameters
+        with pytest.raises(ValueError, match=r"shape \(384, 256\), not \(3, 3\)"):
+            layer.weight = torch.zeros(3, 3)
+
+    def test_with_the_stock_layer_kept_it_is_what_others_see(self, name):
+        stock = linear()
+        original = stock.weight.clone()
+        layer = quantized(name, stock)
+        layer.keep(stock)
+        assert torch.equal(layer.weight + 0, original)
+        assert torch.equal(layer.state_dict()["weight"], original)
+        layer.weight.data += 1
+        assert torch.equal(stock.weight, original + 1)
+        assert relative(layer.dense(), original + 1) < ERRORS[name]
+
+    def test_state_dict_is_the_stock_layers(self, name):
+        stock = linear(dtype=torch.bfloat16)
+        layer = quantized(name, stock)
+        state = layer.state_dict()
+        assert set(state) == {"weight", "bias"} and state["weight"].dtype == torch.bfloat16
+        fresh = nn.Linear(256, 384, dtype=torch.bfloat16)
+        fresh.load_state_dict({key: item.cpu() for key, item in state.items()})
+        assert torch.equal(fresh.weight.to(DEVICE), layer.dense().bfloat16())
+        other = linear(dtype=torch.bfloat16)
+        other.weight += 1
+        layer.load_state_dict(other.state_dict())
+        assert relative(layer.dense(), other.weight) < ERRORS[name]
+        with pytest.raises(RuntimeError, match="Missing key"):
+            layer.load_state_dict({"bias": other.bias})
+
+    def test_copies_and_repr(self, name):
+        layer = quantized(name, linear())
+        twin = copy.deepcopy(layer)
+        x = torch.randn(3, 256, device=DEVICE)
+        assert torch.equal(twin(x), layer(x))
+        assert layer.kind in repr(layer) and "WeightView" in repr(layer.weight)
+        assert isinstance(layer.weight, WeightView)
+
+    def test_one_graph(self, name):
+        layers = nn.ModuleList([quantized(name, linear()) for _ in range(3)])
+        graphs = []
+
+        def count(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        run = torch.compile(lambda layer, x: layer(x), backend=count, fullgraph=True)
+        x = torch.randn(5, 256, device=DEVICE)
+        for layer in layers:
+            torch.testing.assert_close(run(layer, x), layer(x), rtol=2e-2, atol=2e-2)
+        assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_awkward_weights(name):
+    """Rows of zeros, subnormal and large values: nothing becomes NaN, and zeros stay zeros."""
+    stock = linear()
+    stock.weight[0] = 0
+    stock.weight[1] *= 1e-38
+    stock.weight[2] *= 1e4
+    layer = quantized(name, stock)
+    out = layer(torch.randn(4, 256, device=DEVICE))
+    assert out.isfinite().all()
+    if "svdq" not in name:
+        torch.testing.assert_close(out[:, 0], stock.bias[0].expand(4), rtol=1e-2, atol=1e-4)
+    assert layer(torch.zeros(2, 256, device=DEVICE)).isfinite().all()
+
+
+def test_static_scales_are_used():
+    layer = quantized("fp8-tensor", linear())
+    layer.input_scale = torch.tensor([0.01], device=DEVICE)
+    x = torch.randn(64, 256, device=DEVICE)
+    rounded = formats.dequantize(formats.to_e4m3(x / 0.01), layer.input_scale)
+    torch.testing.assert_close(layer(x), rounded @ layer.dense().T + layer.bias, rtol=2e-2, atol=2e-2)
+    assert relative(layer(x), x @ layer.dense().T + layer.bias) < 0.045
+
+
+def test_shapes_that_are_refused():
+    for name, inside, outside, reason in (
+        ("fp8", 24, 32, "24 input features are no multiple of 16"),
+        ("fp8-block", 256, 192, "192 output features are no multiple of 128"),
+        ("nvfp4", 40, 32, "no multiple of 16"),
+    ):
+        assert reason in LINEARS.get(name).refuses(nn.Linear(inside, outside))
+    layer = nn.Linear(32, 32)
+    layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+    assert "float8_e4m3fn" in LINEARS.get("fp8").refuses(layer)
+
+
+class TestRoundedOnce:
+    """Layers that read one tensor round it once, and never take an old rounding for a new one."""
+
+    def counted(self):
+        from diffusers_accel.kernels.linear.module import RoundedOnce
+
+        calls = []
+
+        def make(x):
+            calls.append(x.clone())
+            return x * 2
+
+        return RoundedOnce(), calls, make
+
+    def test_the_same_tensor_is_rounded_once(self):
+        shared, calls, make = self.counted()
+        x = torch.ones(3)
+        first = shared.of(x, "rows", make)
+        assert shared.of(x, "rows", make) is first and len(calls) == 1
+        assert shared.of(x, "groups", make) is not first and len(calls) == 2
+
+    def test_a_change_in_place_is_seen(self):
+        shared, _, make = self.counted()
+        x = torch.ones(4)
+        shared.of(x, "rows", make)
+        x[:2].add_(1)  # through a view
+        assert torch.equal(shared.of(x, "rows", make), torch.tensor([4.0, 4.0, 2.0, 2.0]))
+
+    def test_another_tensor_at_the_same_place_is_seen(self):
+        shared, calls, make = self.counted()
+        base = torch.zeros(8)
+        for value in range(5):
+            x = base[:4]  # a new tensor over old memory
+            base.fill_(value)
+            assert torch.equal(shared.of(x, "rows", make), torch.full((4,), 2.0 * value))
+            del x
+        assert len(calls) == 5
+
+    def test_nothing_outlives_the_tensor(self):
+        shared, _, make = self.counted()
+        x = torch.ones(3)
+        shared.of(x, "rows", make)
+        del x
+        assert shared._entry is None
+
+    def test_inference_tensors_do_not_count_changes(self):
+        shared, calls, make = self.counted()
+        with torch.inference_mode():
+            x = torch.ones(3)
+            shared.of(x, "rows", make)
+            x.add_(1)
+            assert torch.equal(shared.of(x, "rows", make), torch.full((3,), 4.0)) and len(calls) == 2

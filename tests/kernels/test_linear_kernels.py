@@ -1,0 +1,95 @@
+"""The Triton kernels of linear layers against the formats' definitions: interpreted on the CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusers_accel.kernels.linear import formats
+
+pytest.importorskip("triton")
+
+from diffusers_accel.kernels.linear import activations, products
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def rows_of(count, columns, dtype=torch.float16, seed=0):
+    x = torch.randn(count, columns, generator=torch.Generator().manual_seed(seed))
+    x[:, 1] *= 50
+    x[0] = 0
+    return x.to(DEVICE, dtype)
+
+
+def same_but_for_midpoints(found, scale, expected, expected_scale):
+    """Equal scales; values equal, or neighbours where the quotient lay at a midpoint."""
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    wrong = found.float() != expected.float()
+    assert wrong.float().mean() < 2e-3
+    assert ((found.float() - expected.float()).abs() <= (expected.float().abs() / 8).clamp_min(1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("count", "columns"), [(1, 16), (37, 160), (5, 3072), (3, 129)])
+def test_rows(count, columns, dtype):
+    x = rows_of(count, columns, dtype)
+    for kind in (torch.float8_e4m3fn, torch.int8):
+        found, scale = activations.quantize_rows(x, kind)
+        same_but_for_midpoints(found, scale, *formats.quantize_rows(x, kind))
+    wide = torch.nn.functional.pad(x, (0, 7))[:, :columns]  # rows that do not lie next to each other
+    again, _ = activations.quantize_rows(wide)
+    assert torch.equal(again.float(), activations.quantize_rows(x)[0].float())
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 128), (37, 256), (33, 160)])
+def test_groups(count, columns):
+    x = rows_of(count, columns)
+    x[count // 2, :128] = 0
+    found, scale = activations.quantize_groups(x)
+    assert found.shape[0] == scale.shape[0] == -(-count // 4) * 4 and scale.t().is_contiguous()
+    assert found[count:].float().eq(0).all() and scale[count:].eq(1).all()
+    same_but_for_midpoints(found[:count], scale[:count], *formats.quantize_groups(x))
+
+
+def test_tensor():
+    x = rows_of(37, 160)
+    same_but_for_midpoints(*activations.quantize_tensor(x), *formats.quantize_tensor(x))
+    given = torch.tensor([0.5], device=DEVICE)
+    found, scale = activations.quantize_tensor(x, given)
+    assert scale is given
+    assert torch.equal(found.float(), formats.to_e4m3(x.float() / 0.5).float())
+    assert activations.quantize_tensor(torch.zeros(4, 16, device=DEVICE))[1].item() == 1
+
+
+@pytest.mark.parametrize(("count", "columns", "depth"), [(1, 48, 64), (130, 304, 208), (37, 16, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_product(count, columns, depth, bias):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-127, 128, (count, depth), generator=generator, dtype=torch.int8).to(DEVICE)
+    weight = torch.randint(-127, 128, (columns, depth), generator=generator, dtype=torch.int8).to(DEVICE)
+    x_scale, weight_scale = torch.rand(count, 1).to(DEVICE), torch.rand(columns, 1).to(DEVICE)
+    offset = torch.randn(columns).to(DEVICE, torch.float16) if bias else None
+    expected = (x.double() @ weight.double().T) * x_scale.double() * weight_scale.double().T
+    if bias:
+        expected += offset.double()
+    for cut in (None, products.Tile(64, 64, 64, 4, 2, band=2)):
+        found = products.int8_product(x, x_scale, weight, weight_scale, offset, torch.float32, cut)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-2)
+    half = products.int8_product(x, x_scale / 1e4, weight, weight_scale, None, torch.float16)
+    assert half.dtype == torch.float16 and half.isfinite().all()
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 16), (33, 160), (64, 256)])
+@pytest.mark.parametrize("rank", [0, 5, 32])
+def test_widening(count, columns, rank):
+    x = torch.randn(count, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    stored = formats.quantize_nvfp4(x)
+    expected = formats.dequantize_nvfp4(*stored)
+    found = products.widen_nvfp4(*stored, torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(products.widen_nvfp4(*stored, torch.float16), expected.half())
+    if rank:
+        left, right = torch.randn(count, rank).to(DEVICE), torch.randn(rank, columns).to(DEVICE)
+        found = products.widen_nvfp4(*stored, torch.float16, left.half(), right.half())
+        exact = expected.double() + left.half().double() @ right.half().double()
+        torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=2e-2)
