@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import accelerate, explain, restore, stats, warmup
-    from .config import AccelConfig, AttentionConfig, CompileConfig, TeaCacheConfig, VAEConfig
+    from .config import AccelConfig, AttentionConfig, CompileConfig, LinearConfig, TeaCacheConfig, VAEConfig
     from .errors import AccelError, ConfigError, NotAccelerated, Unsupported
     from .kernels.attention import register_attention
+    from .kernels.linear import register_linear
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("accelerate", "explain", "restore", "stats", "warmup"),
-    "config": ("AccelConfig", "AttentionConfig", "CompileConfig", "TeaCacheConfig", "VAEConfig"),
+    "config": ("AccelConfig", "AttentionConfig", "CompileConfig", "LinearConfig", "TeaCacheConfig", "VAEConfig"),
     "errors": ("AccelError", "ConfigError", "NotAccelerated", "Unsupported"),
     "kernels.attention": ("register_attention",),
+    "kernels.linear": ("register_linear",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -33,6 +35,7 @@ __all__ = [
     "AttentionConfig",
     "CompileConfig",
     "ConfigError",
+    "LinearConfig",
     "NotAccelerated",
     "TeaCacheConfig",
     "Unsupported",
@@ -40,6 +43,7 @@ __all__ = [
     "accelerate",
     "explain",
     "register_attention",
+    "register_linear",
     "restore",
     "stats",
     "warmup",

@@ -25,8 +25,9 @@ from .core.edits import Journal
 from .core.platform import describe
 from .core.step import Mode, StepClock
 from .errors import ConfigError, NotAccelerated, Unsupported
-from .features import attention, cache, compile, request, vae
+from .features import attention, cache, compile, linear, request, vae
 from .features.feature import Denoiser, Feature, Plan, Target
+from .kernels.linear import kind_of
 from .models import adapter_for
 from .reporting import Explanation, Row, Stats
 
@@ -35,6 +36,7 @@ Pipe = TypeVar("Pipe")
 # The features, in the order their edits are applied, each under the name of its section in AccelConfig. "request" has
 # no section: it is always on.
 FEATURES: dict[str, ModuleType] = {
+    "linear": linear,
     "attention": attention,
     "compile": compile,
     "cache": cache,
@@ -100,8 +102,11 @@ def restore(pipe: Pipe) -> Pipe:
 
     Raises:
         NotAccelerated: It was never accelerated, or is restored already.
+        Unsupported: The stock weights are gone, as the configuration asked; nothing was changed.
     """
     session = _session(pipe, "restore")
+    for reason in session.journal.lasting:
+        raise Unsupported("restore", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
     session.journal.undo()
     del vars(pipe)[_SESSION]
     return pipe
@@ -150,7 +155,7 @@ def stats(pipe: Any) -> Stats:
             steps.setdefault(step, set()).add(mode)
     skipped = sum(modes == {Mode.SKIP} for modes in steps.values())
     linears = Counter(
-        type(module).__name__
+        kind_of(module)
         for denoiser in session.target.denoisers
         for module in denoiser.module.modules()
         if isinstance(module, nn.Linear)

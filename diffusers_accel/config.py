@@ -67,6 +67,48 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """How linear layers store and multiply their weights.
+
+    Formats: `"fp8"` (e4m3, a scale per row and per token), `"fp8-tensor"`, `"fp8-block"` (128 x 128), `"int8"` (a scale
+    per row and per token), `"nvfp4"` and `"svdq-nvfp4"` (4-bit weights), or a name given to `register_linear`.
+
+    Args:
+        algo: The format of every layer that nothing below says otherwise of; `None` for those that `plan` names only.
+        ignore: Globs of layers that stay as they are, besides those that each model keeps by default.
+        plan: Globs of layers -> formats, or `"none"`; the first that matches wins over everything else.
+        smallest: Layers with no more input or output features than this stay as they are; `None` takes the model's own
+            bound (0 for those with a list of their own, 512 for others).
+        targets: Names of the pipeline's models whose layers are meant, e.g. `("transformer", "text_encoder_2")`; `None`
+            for the denoisers.
+        keep_original: `"cpu"` keeps the stock weights in the host's memory, so that `restore` is bit-exact; `"drop"`
+            frees them, and `restore` refuses.
+
+    Raises:
+        ConfigError: `keep_original` is neither of the two, or nothing is named at all.
+    """
+
+    algo: str | None = None
+    ignore: tuple[str, ...] | None = None
+    plan: dict[str, str] | None = None
+    smallest: int | None = None
+    targets: tuple[str, ...] | None = None
+    keep_original: str = "cpu"
+
+    _shorthand: typing.ClassVar[str] = "algo"
+
+    def validate(self) -> None:
+        """Checks what types alone do not say."""
+        if self.keep_original not in ("cpu", "drop"):
+            raise ConfigError(f"linear.keep_original: 'cpu' or 'drop', got {self.keep_original!r}.")
+        if self.algo is None and not self.plan:
+            raise ConfigError("linear: name a format, linear.algo='fp8' say, or formats by layer in linear.plan.")
+        for glob, algo in (self.plan or {}).items():
+            if not isinstance(glob, str) or not isinstance(algo, str):
+                raise ConfigError(f"linear.plan: globs to names of formats, got {glob!r}: {algo!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     """Regional compilation of the denoiser's repeated blocks with `torch.compile`.
 
@@ -136,6 +178,7 @@ class AccelConfig:
         ConfigError: A value has the wrong type, or a section has an unknown key.
     """
 
+    linear: LinearConfig | None = field(default=None, metadata={"section": LinearConfig})
     attention: AttentionConfig | None = field(default=None, metadata={"section": AttentionConfig})
     compile: CompileConfig | None = field(default=None, metadata={"section": CompileConfig})
     cache: TeaCacheConfig | None = field(default=None, metadata={"section": CACHE_CONFIGS})
@@ -253,7 +296,10 @@ def _checked(section: str, holder: Any, item: dataclasses.Field) -> Any:
     for kind in typing.get_args(annotation) if _is_union(annotation) else (annotation,):
         origin = typing.get_origin(kind) or kind
         if origin is tuple and isinstance(value, (list, tuple)):
-            if all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in value):
+            if typing.get_args(kind)[0] is str:
+                if all(isinstance(item, str) for item in value):
+                    return tuple(value)
+            elif all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in value):
                 return tuple(float(number) for number in value)
         elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)

@@ -1,4 +1,4 @@
-"""`diffusers-accel env`: what this machine has, and which attention kernels can run on it, or why not."""
+"""`diffusers-accel env`: what this machine has, and which kernels can run on it, or why not."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from rich.table import Table
 
 from ..core import platform
 from ..kernels.attention import KERNELS, AttentionKernel, recipes
+from ..kernels.linear import LINEARS
 
 _WIDTH = 118
 
 
 def env() -> None:
-    """Show devices, versions, and for every attention kernel whether it can run here, or why not."""
+    """Show devices, versions, and for every kernel whether it can run here, or why not."""
     console = Console()
     if console.width < _WIDTH:  # the table folded into less is unreadable; a terminal wraps long lines better
         console = Console(width=_WIDTH)
@@ -44,6 +45,19 @@ def env() -> None:
     for name, reason in missing.items():  # sentences get lines of their own: a column would be too narrow for them
         if reason is not None:
             console.print(f"[bold]{name}[/bold] {escape(reason)}", soft_wrap=True, highlight=False)
+
+    formats = Table(title=f"Formats of linear layers on {best}", title_justify="left")
+    for column in ("format", "here", "features", "bits of a weight", "why not"):
+        formats.add_column(column, overflow="fold", no_wrap=column == "format")
+    for name in LINEARS:
+        linear = LINEARS.get(name)
+        reason = linear.missing(best)
+        here = "no" if reason is not None else "yes" if best.type == "cuda" else "reference"
+        color = {"yes": "green", "no": "yellow"}.get(here, "cyan")
+        multiple = f"multiples of {linear.in_multiple}" if linear.in_multiple > 1 else "any"
+        bits = "" if linear.bits is None else f"{linear.bits:g}"
+        formats.add_row(name, f"[{color}]{here}[/{color}]", multiple, bits, escape(reason or ""))
+    console.print(formats)
 
 
 def _abilities(kernel: AttentionKernel) -> tuple[str, ...]:

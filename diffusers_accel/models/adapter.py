@@ -103,6 +103,9 @@ class Adapter:
         cross_attention: Names of a block's attention modules whose keys are not its own stream's.
         folding: Names of attention processors whose QK-norm and rotation a kernel may do: they rotate interleaved
             pairs right before attention, by a function `apply_rotary_emb`, global or their own.
+        wide_ends: Numbers of first and of last blocks whose linear layers stay wide when the rest is quantized. What
+            lies outside the blocks always does: NVIDIA ModelOpt's lists, which were found by measurement, agree on it.
+        smallest_linear: Linear layers with no more input or output features than this stay wide.
         default: Whether this is a default adapter, for a class nobody described.
     """
 
@@ -119,6 +122,8 @@ class Adapter:
     static_arguments: tuple[str, ...] = ()
     cross_attention: tuple[str, ...] = ()
     folding: tuple[str, ...] = ()
+    wide_ends: tuple[int, int] = (0, 0)
+    smallest_linear: int = 512
     default: bool = False
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ def _row(checkpoint: Checkpoint) -> str | None:
 
 FLUX = Adapter(
     classes=("FluxTransformer2DModel",),
+    smallest_linear=0,
     folding=("FluxAttnProcessor",),
     stacks=(
         Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),

@@ -25,6 +25,7 @@ def _row(checkpoint: Checkpoint) -> str | None:
 
 FLUX2 = Adapter(
     classes=("Flux2Transformer2DModel",),
+    smallest_linear=0,
     folding=("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
     stacks=(
         Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),

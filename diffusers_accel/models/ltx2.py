@@ -22,6 +22,8 @@ def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
 
 LTX2 = Adapter(
     classes=("LTX2VideoTransformer3DModel",),
+    smallest_linear=0,
+    wide_ends=(3, 3),
     cross_attention=("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
     stacks=(Stack("transformer_blocks", ("hidden_states", "audio_hidden_states")),),
     guidance="batched",

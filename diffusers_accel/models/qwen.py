@@ -22,6 +22,8 @@ def _row(checkpoint: Checkpoint) -> str | None:
 
 QWEN = Adapter(
     classes=("QwenImageTransformer2DModel",),
+    smallest_linear=0,
+    wide_ends=(2, 2),
     stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     block_signal=_signal,
     rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},

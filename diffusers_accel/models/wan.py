@@ -69,6 +69,8 @@ ROWS = {
 
 WAN = Adapter(
     classes=("WanTransformer3DModel",),
+    smallest_linear=0,
+    wide_ends=(3, 3),
     folding=("WanAttnProcessor",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
@@ -81,6 +83,8 @@ WAN = Adapter(
 # on skipped steps too.
 WAN_VACE = Adapter(
     classes=("WanVACETransformer3DModel",),
+    smallest_linear=0,
+    wide_ends=(3, 3),
     folding=("WanAttnProcessor",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),

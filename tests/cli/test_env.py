@@ -11,6 +11,7 @@ import diffusers_accel
 from diffusers_accel.cli import env as env_module
 from diffusers_accel.core.platform import Device
 from diffusers_accel.kernels.attention import KERNELS
+from diffusers_accel.kernels.linear import LINEARS
 
 
 def test_env_names_every_kernel_and_why_it_cannot_run(cli, monkeypatch):
@@ -26,6 +27,21 @@ def test_env_names_every_kernel_and_why_it_cannot_run(cli, monkeypatch):
         assert (" yes " if reason is None else " no ") in row.split("│")[2]
         assert reason is None or f"{name} {reason}" in lines
     assert "sage-fp8 recipes: int8-1-128-1, int8-1-16-1" in result.stdout
+
+
+def test_env_names_every_format_and_why_it_cannot_run(cli, monkeypatch):
+    for device, expected in (
+        (
+            Device("cuda", "NVIDIA A100", (8, 0)),
+            {"fp8": " no ", "fp8-block": " no ", "int8": " yes ", "nvfp4": " yes "},
+        ),
+        (Device("cpu", "x86_64", None), dict.fromkeys(LINEARS, " reference ")),
+    ):
+        monkeypatch.setattr(env_module.platform, "best", lambda device=device: device)
+        lines = cli("env").stdout.splitlines()
+        for name, here in expected.items():
+            row = next(line for line in lines if line.startswith(f"│ {name} "))
+            assert here in row.split("│")[2], row
 
 
 def test_as_a_module():

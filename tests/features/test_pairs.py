@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from tiny import TINY, build
 
-from diffusers_accel import CompileConfig, TeaCacheConfig, accelerate, restore, stats
+from diffusers_accel import CompileConfig, TeaCacheConfig, accelerate, register_linear, restore, stats
 from diffusers_accel.api import FEATURES
+from diffusers_accel.kernels.linear import LINEARS
 
 # A lossless setting of each feature. A feature without one here fails `test_every_feature_has_a_setting`.
 SETTINGS = {
+    "linear": {"algo": "copied", "smallest": 0},
     "attention": "sdpa",
     "compile": CompileConfig(backend="eager"),
     "cache": TeaCacheConfig(threshold=0.0, coefficients=(1.0, 0.0)),
@@ -26,8 +29,16 @@ def test_every_feature_has_a_setting():
     assert set(SETTINGS) == set(FEATURES) - {"request"}
 
 
+@pytest.fixture
+def copied():
+    """A format that loses nothing."""
+    register_linear("copied", copy.deepcopy)
+    yield
+    LINEARS._records.pop("copied")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pairs(name):
+def test_pairs(name, copied):
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=2)
     expected = stock if isinstance(stock, tuple) else (stock,)

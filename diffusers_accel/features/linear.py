@@ -1,0 +1,299 @@
+"""Linear layers: stores their weights in low-bit formats and multiplies them so, one layer at a time.
+
+A layer is quantized where its weight lies (on the GPU if there is one) and takes the stock layer's place before the
+next one is touched, so that nothing more than one layer is held twice. The stock weights go to the host's memory, from
+where `restore` brings them back bit for bit, or are dropped.
+
+What stays wide: what the adapter lists for its model, what the user lists, and what the format cannot take.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import LinearConfig
+from ..core.edits import Edit, ParkWeight, SwapModule
+from ..errors import Unsupported
+from ..kernels.linear import LINEARS, LinearKernel, QuantizedLinear, RoundedOnce
+from ..models.adapter import default_adapter
+from .feature import Denoiser, Plan, Target
+
+WIDE = "none"
+# Where a foreign module remembers the stock layer it stands for; in a tuple, so that it is no child of it.
+_STOCK = "_diffusers_accel_stock"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One linear layer: its path, as stock code has it, its parent, its name there, and the format it gets."""
+
+    path: str
+    parent: nn.Module
+    name: str
+    module: nn.Linear
+    kernel: LinearKernel
+
+
+@dataclass
+class _Layers:
+    """What becomes of a denoiser's linear layers.
+
+    Attributes:
+        quantized: Those that are quantized.
+        wide: Paths of those that the lists keep wide.
+        refused: Path -> why the format named for it cannot take it.
+    """
+
+    quantized: list[_Layer]
+    wide: list[str]
+    refused: dict[str, str]
+
+
+def check(target: Target, config: LinearConfig) -> Plan:
+    """What would be quantized, how, and what would not.
+
+    Raises:
+        Unsupported: A format is unknown or cannot run here, a glob matches nothing, the layers are quantized already or
+            their weights are not there, or nothing is left to quantize.
+    """
+    denoisers = _targets(target, config)
+    kernels = {name: _kernel(name, denoiser) for denoiser in denoisers for name in _named(config)}
+    _refuse_unmatched(denoisers, config)
+    actions, notes, left, modules = [], [], [], 0
+    for denoiser in denoisers:
+        _refuse_offloaded(denoiser)
+        found = _layers(denoiser, config, kernels)
+        if not found.quantized:
+            example = next(iter(found.refused.items()), None)
+            raise Unsupported(
+                f"linear={config.algo!r}",
+                "no linear layer is left to quantize: "
+                + (f"{example[0]}: {example[1]}." if example else f"{len(found.wide)} are kept wide."),
+                "another format, or linear.plan={'*': ...} to name layers that are kept wide by default.",
+                str(denoiser),
+            )
+        modules += len(found.quantized)
+        counts = Counter(layer.kernel.name for layer in found.quantized)
+        actions.append(f"{denoiser.name}: {', '.join(f'{name} x {count}' for name, count in counts.items())}")
+        before, after = _bytes(found.quantized)
+        notes.append(f"{denoiser.name}: their weights take {after / 2**20:.1f} MiB instead of {before / 2**20:.1f}.")
+        if found.wide:
+            notes.append(f"{denoiser.name}: {len(found.wide)} layers stay wide: {_shortened(found.wide)}.")
+        for reason in dict.fromkeys(found.refused.values()):
+            paths = [path for path, why in found.refused.items() if why == reason]
+            left.append(f"{denoiser.name}: {len(paths)} layers stay as they are ({reason}): {_shortened(paths)}.")
+        for name in counts:
+            note = kernels[name].note(denoiser.device)
+            if note is not None:
+                notes.append(f"{denoiser.name}: {name}: {note}")
+    if config.keep_original == "drop":
+        notes.append("The original weights are dropped: restore cannot bring them back.")
+    return Plan("; ".join(actions), modules, tuple(dict.fromkeys(notes)), tuple(left))
+
+
+def edits(target: Target, config: LinearConfig) -> Iterator[Edit]:
+    """One swap per layer, and its stock weight put aside, before the next layer is touched."""
+    for denoiser in _targets(target, config):
+        kernels = {name: _kernel(name, denoiser) for name in _named(config)}
+        rounded_once = RoundedOnce()
+        for layer in _layers(denoiser, config, kernels).quantized:
+            made = _made(layer)
+            keep = config.keep_original == "cpu"
+            if isinstance(made, QuantizedLinear):
+                made.rounded_once = rounded_once
+                if keep:
+                    made.keep(layer.module)
+            elif keep:
+                vars(made)[_STOCK] = (layer.module,)
+            yield SwapModule(layer.parent, layer.name, made)
+            yield ParkWeight(layer.module, made, keep)
+
+
+def _made(layer: _Layer) -> nn.Module:
+    """The quantized layer, on the stock one's device; a weight on the host is quantized on the GPU if there is one."""
+    replace, weight = layer.kernel.load(), layer.module.weight
+    if weight.device.type != "cpu" or not torch.cuda.is_available():
+        return replace(layer.module)
+    kept = weight.data
+    weight.data = kept.cuda()
+    try:
+        return replace(layer.module).to(kept.device)
+    finally:
+        weight.data = kept
+
+
+# --- which layers ----------------------------------------------------------------------------------------------------
+
+
+def _targets(target: Target, config: LinearConfig) -> tuple[Denoiser, ...]:
+    """The denoisers, or the components that the configuration names; a text encoder is described by its own class."""
+    if config.targets is None:
+        return target.denoisers
+    known = {denoiser.name: denoiser for denoiser in target.denoisers}
+    found = []
+    for name in config.targets:
+        module = target.pipe.components.get(name)
+        if not isinstance(module, nn.Module):
+            modules = [key for key, item in target.pipe.components.items() if isinstance(item, nn.Module)]
+            raise Unsupported(
+                f"linear.targets: {name!r}",
+                f"the pipeline has no such model{' loaded' if name in target.pipe.components else ''}.",
+                f"of {', '.join(modules)}.",
+            )
+        device = target.denoisers[0].device
+        found.append(known.get(name) or Denoiser(name, module, default_adapter(module), device))
+    return tuple(found)
+
+
+def _named(config: LinearConfig) -> list[str]:
+    """Every format the configuration names."""
+    names = [config.algo, *(config.plan or {}).values()]
+    return [name for name in dict.fromkeys(names) if name is not None and name != WIDE]
+
+
+def _kernel(name: str, denoiser: Denoiser) -> LinearKernel:
+    kernel = LINEARS.get(name)
+    missing = kernel.missing(denoiser.device)
+    if missing is not None:
+        usable = [repr(other) for other in LINEARS if LINEARS.get(other).missing(denoiser.device) is None]
+        raise Unsupported(f"linear={name!r}", f"{name} {missing}", f"one of {', '.join(usable)}.", str(denoiser))
+    return kernel
+
+
+def _linears(denoiser: Denoiser) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+    """(path, parent, name, layer) of a denoiser's linear layers; of a LoRA layer, what lies beneath it."""
+    for parent_path, parent in denoiser.module.named_modules():
+        wrapped = isinstance(getattr(parent, "base_layer", None), nn.Module)
+        for name, module in parent.named_children():
+            (module,) = vars(module).get(_STOCK, (module,))
+            if not isinstance(module, nn.Linear) or (wrapped and name != "base_layer"):
+                continue
+            if ".lora_" in f".{parent_path}.":
+                continue
+            path = parent_path if wrapped else f"{parent_path}.{name}" if parent_path else name
+            yield path, parent, name, module
+
+
+def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearKernel]) -> _Layers:
+    found = _Layers([], [], {})
+    adapter = denoiser.adapter
+    inside, ends = _blocks(denoiser)
+    for path, parent, name, module in _linears(denoiser):
+        module = _stock(denoiser, path, module)
+        algo = next((algo for glob, algo in (config.plan or {}).items() if _matches(denoiser, path, glob)), None)
+        if algo is None:
+            smallest = adapter.smallest_linear if config.smallest is None else config.smallest
+            wide = (
+                not path.startswith(inside)
+                or path.startswith(ends)
+                or any(_matches(denoiser, path, glob) for glob in config.ignore or ())
+                or min(module.in_features, module.out_features) <= smallest
+            )
+            algo = None if wide else config.algo
+        if algo is None or algo == WIDE:
+            found.wide.append(path)
+            continue
+        refused = _refusal(module) or kernels[algo].refuses(module)
+        if refused is not None:
+            found.refused[path] = refused
+        else:
+            found.quantized.append(_Layer(path, parent, name, module, kernels[algo]))
+    return found
+
+
+def _blocks(denoiser: Denoiser) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Beginnings of paths: of all blocks; and of the first and last ones that the adapter keeps wide, if they are not
+    most of the model."""
+    adapter = denoiser.adapter
+    blocks = {id(block) for block in adapter.blocks(denoiser.module)}
+    main = {id(block) for stack in adapter.stacks for block in stack.blocks(denoiser.module)}
+    paths = [
+        (f"{path}.", id(module) in main) for path, module in denoiser.module.named_modules() if id(module) in blocks
+    ]
+    stacked = [path for path, in_stack in paths if in_stack]
+    first, last = adapter.wide_ends
+    if len(stacked) < 2 * (first + last):
+        first = last = 0
+    ends = (*stacked[:first], *stacked[len(stacked) - last :])
+    return tuple(path for path, _ in paths), ends
+
+
+def _stock(denoiser: Denoiser, path: str, module: nn.Linear) -> nn.Linear:
+    """The stock layer behind one that an earlier `accelerate` quantized."""
+    if not isinstance(module, QuantizedLinear):
+        return module
+    if module.stock is None:
+        raise Unsupported(
+            "linear",
+            f"{path} is quantized already ({module.kind}), and its original weight is gone.",
+            "leave linear=None, or load the pipeline again.",
+            str(denoiser),
+        )
+    return module.stock
+
+
+def _refusal(module: nn.Linear) -> str | None:
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}"
+    if type(module.weight) not in (nn.Parameter, torch.Tensor) or type(module.weight.data) is not torch.Tensor:
+        return f"its weight is a {type(module.weight.data).__name__}"
+    if module.weight.is_meta:
+        return "its weight is not loaded (meta device)"
+    return None
+
+
+def _matches(denoiser: Denoiser, path: str, glob: str) -> bool:
+    return fnmatchcase(path, glob) or fnmatchcase(f"{denoiser.name}.{path}", glob)
+
+
+def _refuse_unmatched(denoisers: tuple[Denoiser, ...], config: LinearConfig) -> None:
+    paths = [(denoiser, path) for denoiser in denoisers for path, *_ in _linears(denoiser)]
+    for option, globs in (("ignore", config.ignore or ()), ("plan", tuple(config.plan or ()))):
+        for glob in globs:
+            if not any(_matches(denoiser, path, glob) for denoiser, path in paths):
+                raise Unsupported(
+                    f"linear.{option}: {glob!r}",
+                    "it matches no linear layer.",
+                    f"a glob over names like {paths[0][1]!r}; nn.Module.named_modules lists them.",
+                )
+
+
+def _refuse_offloaded(denoiser: Denoiser) -> None:
+    """Group and sequential offloading hold on to the weights they know: they must come later."""
+    for _, module in denoiser.module.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hooks: Any = getattr(registry, "hooks", {})
+        if any("group_offload" in name for name in hooks) or any(
+            item.is_meta for item in module.parameters(recurse=False)
+        ):
+            raise Unsupported(
+                "linear",
+                "its weights are offloaded, and the hooks that move them know the stock weights only.",
+                "accelerate first, then enable offloading.",
+                str(denoiser),
+            )
+
+
+def _bytes(layers: list[_Layer]) -> tuple[int, int]:
+    """Bytes of the layers' weights before, and after as far as it is known."""
+    before = sum(layer.module.weight.numel() * layer.module.weight.element_size() for layer in layers)
+    after = sum(
+        layer.module.weight.numel() * (layer.kernel.bits or 8 * layer.module.weight.element_size()) / 8
+        for layer in layers
+    )
+    return before, int(after)
+
+
+def _shortened(paths: list[str], most: int = 6) -> str:
+    """Paths for a reader, alike ones of different blocks joined."""
+    joined = list(
+        dict.fromkeys(".".join("*" if part.isdigit() else part for part in path.split(".")) for path in paths)
+    )
+    return ", ".join(joined[:most]) + (f" and {len(joined) - most} more" if len(joined) > most else "")
