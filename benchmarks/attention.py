@@ -56,17 +56,6 @@ def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows:
     return torch.stack(out, 2)
 
 
-def rounds(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, float]:
-    """Median milliseconds of each, called in turn."""
-    from triton.testing import do_bench
-
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(count):
-        for name, function in functions.items():
-            found[name].append(do_bench(function, warmup=15, rep=60, return_mode="median"))
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
 def added(adapter: Callable[[], Any], library: Callable[[], Any], pairs: int = 60) -> float:
     """Share by which one call through the adapter takes longer than the library's own: the median over pairs of calls
     right after each other, in either order, so that heat and clocks meet both alike."""
@@ -172,7 +161,7 @@ def kernels(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
             if library is not None:
                 functions[f"{name}, raw"] = library
                 figures[name]["adapter adds"] = round(added(call, library), 4)
-        times = rounds(functions, options.rounds)
+        times = measure.rounds(functions, options.rounds)
         for name in able:
             if name not in times:
                 continue

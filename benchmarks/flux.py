@@ -8,6 +8,8 @@ encoders stay out; VAE decoding is included. Variants:
 - `diffusers compile`: `transformer.compile_repeated_blocks(fullgraph=True)`.
 - `lossless`: `accelerate(pipe, "lossless")`.
 - `lossless, sdpa`: the same with `attention="sdpa"`, to tell the kernel's part from the rest.
+- With `--linear` instead: `fp8` and `int8`, in eager and compiled, beside torchao's row-wise fp8 with the same
+  attention and the same regional compilation.
 
     python benchmarks/flux.py                      # on a CUDA device
     python benchmarks/flux.py --tiny --device cpu  # a dry run of the script
@@ -82,12 +84,72 @@ def build(device: str, dtype: torch.dtype, tiny: bool) -> FluxPipeline:
     return pipe
 
 
+def linear(pipe: FluxPipeline, note: Any, timed_first: Any, generate: Any, repeats: int) -> None:
+    """Low-bit linear layers, ours and torchao's; torchao's come last, for it leaves no way back."""
+    cuda = pipe.transformer.device.type == "cuda"
+    attention = "fa3" if cuda else "sdpa"
+    for name, sections in {
+        "bf16": {},
+        "fp8": {"linear": "fp8"},
+        "int8": {"linear": "int8"},
+        "fp8, fa3-fp8": {"linear": "fp8", "attention": "fa3-fp8" if cuda else "sdpa"},
+        "bf16, compiled": {"compile": True},
+        "fp8, compiled": {"linear": "fp8", "compile": True},
+        "int8, compiled": {"linear": "int8", "compile": True},
+    }.items():
+        accelerate(pipe, **{"attention": attention, **sections})
+        timed_first(name)
+        note(name, measure.seconds(generate, repeats, warm=0))
+        restore(pipe)
+        torch.compiler.reset()
+    if not cuda:
+        return
+    try:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    except ImportError:
+        print("torchao is not installed", flush=True)
+        return
+    # What an expert writes by hand today, on the layers inside the blocks, as ours.
+    quantize_(
+        pipe.transformer,
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "blocks" in path,
+    )
+    for name, sections in {"torchao": {}, "torchao, compiled": {"compile": True}}.items():
+        accelerate(pipe, attention=attention, **sections)
+        timed_first(name)
+        note(name, measure.seconds(generate, repeats, warm=0))
+        restore(pipe)
+
+
+def write(
+    options: argparse.Namespace, size: int, steps: int, dtype: torch.dtype, figures: Any, cold: Any, differences: Any,
+    kernels: Any,
+) -> None:  # fmt: skip
+    """The result file, and the same on the screen."""
+    result = {
+        "work": f"FLUX.1-dev shape, {size}x{size}, {steps} steps, batch 1, {dtype}, VAE decode included",
+        "variants": {name: measure.summary(times) for name, times in figures.items()},
+        "first call, compilation included, seconds": cold,
+        "psnr against stock, dB": differences,
+        "attention kernels of one request": kernels,
+    }
+    stock = result["variants"]["stock"]["seconds"]
+    result["speed-up over stock"] = {
+        name: round(stock / figure["seconds"], 3) for name, figure in result["variants"].items()
+    }
+    name = ("flux-linear" if options.linear else "flux") + ("-dry-run" if options.tiny else "")
+    path = measure.write(name, result, options.out)
+    print(path.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--linear", action="store_true", help="low-bit linear layers, beside torchao's")
     parser.add_argument("--tiny", action="store_true", help="a small model: a dry run of the script")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; benchmarks/results if not given")
     options = parser.parse_args()
@@ -140,6 +202,11 @@ def main() -> None:
         error = (found - reference).pow(2).mean()
         differences[name] = round(float(-10 * error.log10()), 2)
 
+    if options.linear:
+        linear(pipe, note, timed_first, generate, options.repeats)
+        write(options, size, steps, dtype, figures, cold, differences, kernels)
+        return
+
     # Two passes over the compiled variants, so that none is always first on a cool card.
     for _ in range(2):
         accelerate(pipe, "lossless", compile=True)
@@ -158,19 +225,7 @@ def main() -> None:
         for block in blocks:
             block._compiled_call_impl = None
 
-    result = {
-        "work": f"FLUX.1-dev shape, {size}x{size}, {steps} steps, batch 1, {dtype}, VAE decode included",
-        "variants": {name: measure.summary(times) for name, times in figures.items()},
-        "first call, compilation included, seconds": cold,
-        "psnr against stock, dB": differences,
-        "attention kernels of one request": kernels,
-    }
-    stock = result["variants"]["stock"]["seconds"]
-    result["speed-up over stock"] = {
-        name: round(stock / figure["seconds"], 3) for name, figure in result["variants"].items()
-    }
-    path = measure.write("flux-dry-run" if options.tiny else "flux", result, options.out)
-    print(path.read_text())
+    write(options, size, steps, dtype, figures, cold, differences, kernels)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,17 @@ def alternate(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str,
     return found
 
 
+def rounds(functions: dict[str, Callable[[], Any]], count: int, warmup: int = 15, rep: int = 60) -> dict[str, float]:
+    """Median milliseconds of each on the GPU alone, called in turn, its cache emptied before every call."""
+    from triton.testing import do_bench
+
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(count):
+        for name, function in functions.items():
+            found[name].append(do_bench(function, warmup=warmup, rep=rep, return_mode="median"))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
 def summary(times: list[float]) -> dict[str, Any]:
     return {
         "seconds": round(statistics.median(times), 4),
