@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import accelerate, explain, restore, stats, warmup
+    from .checkpoints.loading import from_pretrained
+    from .checkpoints.modelopt import CheckpointError
+    from .checkpoints.saving import save_quantized
     from .config import AccelConfig, AttentionConfig, CompileConfig, LinearConfig, TeaCacheConfig, VAEConfig
     from .errors import AccelError, ConfigError, NotAccelerated, Unsupported
     from .kernels.attention import register_attention
@@ -23,6 +26,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "api": ("accelerate", "explain", "restore", "stats", "warmup"),
     "config": ("AccelConfig", "AttentionConfig", "CompileConfig", "LinearConfig", "TeaCacheConfig", "VAEConfig"),
+    "checkpoints.loading": ("from_pretrained",),
+    "checkpoints.modelopt": ("CheckpointError",),
+    "checkpoints.saving": ("save_quantized",),
     "errors": ("AccelError", "ConfigError", "NotAccelerated", "Unsupported"),
     "kernels.attention": ("register_attention",),
     "kernels.linear": ("register_linear",),
@@ -33,6 +39,7 @@ __all__ = [
     "AccelConfig",
     "AccelError",
     "AttentionConfig",
+    "CheckpointError",
     "CompileConfig",
     "ConfigError",
     "LinearConfig",
@@ -42,9 +49,11 @@ __all__ = [
     "VAEConfig",
     "accelerate",
     "explain",
+    "from_pretrained",
     "register_attention",
     "register_linear",
     "restore",
+    "save_quantized",
     "stats",
     "warmup",
 ]

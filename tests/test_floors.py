@@ -12,7 +12,7 @@ ROOT = Path(diffusers_accel.__file__).parent
 FLOORS = [
     {"core"},
     {"kernels", "models", "policies"},
-    {"features"},
+    {"checkpoints", "features"},
     {"reporting", "presets"},
     {"api"},
     {"demo"},

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from . import formats
 from .module import QuantizedLinear
@@ -96,9 +97,13 @@ class Fp8TensorLinear(_EightBit):
     """e4m3, one scale for the weight and one for all activations: found at every call, or fixed by calibration."""
 
     kind = "fp8-tensor"
-    input_scale: torch.Tensor | None = None
+    input_scale: torch.Tensor | None
 
     form = "tensor"
+
+    def _begin(self, linear: nn.Linear) -> None:
+        super()._begin(linear)
+        self.register_buffer("input_scale", None, persistent=False)
 
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         scale = formats.tensor_scale(weight)

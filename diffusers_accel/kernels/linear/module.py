@@ -9,7 +9,7 @@ written to it (a LoRA being merged, say) is rounded into the stored form.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -64,7 +64,25 @@ class QuantizedLinear(nn.Linear):
     weight_scale: torch.Tensor
     bias: nn.Parameter | None  # type: ignore[assignment]
 
+    # Multiplies the input, feature by feature, where a checkpoint has smoothed its activations.
+    pre_quant_scale: torch.Tensor | None
+
     def __init__(self, linear: nn.Linear):
+        self._begin(linear)
+        with torch.no_grad():
+            for name, tensor in self.encode(linear.weight.detach()).items():
+                self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def holding(cls, linear: nn.Linear, tensors: Mapping[str, torch.Tensor]) -> QuantizedLinear:
+        """A layer for the place of a stock one whose weight is not loaded, with the stored form given."""
+        layer = cls.__new__(cls)
+        layer._begin(linear)
+        for name, tensor in tensors.items():
+            layer.register_buffer(name, tensor, persistent=False)
+        return layer
+
+    def _begin(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", linear.bias)
@@ -73,9 +91,7 @@ class QuantizedLinear(nn.Linear):
         # Kept apart from the children: its weight is not this model's any more.
         self._stock: tuple[nn.Linear, ...] = ()
         self.rounded_once = RoundedOnce()
-        with torch.no_grad():
-            for name, tensor in self.encode(linear.weight.detach()).items():
-                self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("pre_quant_scale", None, persistent=False)
 
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stored form of a weight, (out_features, in_features): names and tensors."""
@@ -97,6 +113,8 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() == 0:
             return x.new_empty((*x.shape[:-1], self.out_features))
+        if self.pre_quant_scale is not None:
+            x = x * self.pre_quant_scale.to(x.dtype)
         out = self.product(x) if x.is_cuda else self.reference(x.reshape(-1, self.in_features))
         return out.view(*x.shape[:-1], self.out_features)
 
@@ -138,7 +156,8 @@ class QuantizedLinear(nn.Linear):
         """The weight in its stock dtype: the stock layer's own where it is kept, what is stored otherwise."""
         if self._stock:
             return self._stock[0].weight.detach().to(self.device, self.weight_dtype)
-        return self.dense().to(self.weight_dtype)
+        dense = self.dense()
+        return (dense if self.pre_quant_scale is None else dense * self.pre_quant_scale).to(self.weight_dtype)
 
     @torch.no_grad()
     def store(self, value: torch.Tensor) -> None:
@@ -155,6 +174,7 @@ class QuantizedLinear(nn.Linear):
         if self._stock:
             kept = self._stock[0].weight
             kept.copy_(value.to(kept.device, kept.dtype))
+        self.pre_quant_scale = None
         for name, tensor in self.encode(value.to(self.device, self.weight_dtype)).items():
             setattr(self, name, tensor)
 

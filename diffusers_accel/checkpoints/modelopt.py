@@ -1,0 +1,173 @@
+"""NVIDIA ModelOpt's layout of quantized weights: what a file says of each layer, and the layers made from it.
+
+A transformer's folder is a stock one, but for two things: `config.json` holds a `quantization_config` with
+`"quant_method": "modelopt"`, and a quantized layer's tensors are its low-bit `weight` beside scales:
+
+| algorithm | weight | weight_scale | weight_scale_2 | more |
+|---|---|---|---|---|
+| FP8 | e4m3 | one | | input_scale, if activations have a fixed one |
+| FP8_BLOCK_SCALES (fp8_pb_wo, fp8_pb_real) | e4m3 | one per 128 x 128; also named weight_scale_inv | | |
+| NVFP4 | uint8, two values to a byte | e4m3, one per 16 features | one | input_scale, pre_quant_scale |
+| NVFP4_SVD | the same | the same | one | svdquant_lora_a, svdquant_lora_b |
+| MIXED_PRECISION | by layer: `quantized_layers` | | | |
+
+What a layer is, is told by its own tensors; what the configuration says must agree. Everything is judged before a model
+is built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import AccelError
+
+# ModelOpt's names of algorithms -> the family of layers.
+_FAMILIES = {
+    "FP8": "fp8",
+    "FP8_BLOCK_SCALES": "fp8-block",
+    "FP8_PB_WO": "fp8-block",
+    "FP8_PB_REAL": "fp8-block",
+    "NVFP4": "nvfp4",
+    "NVFP4_AWQ": "nvfp4",
+    "NVFP4_SVD": "svdq-nvfp4",
+    "W4A16_NVFP4": "nvfp4",
+}
+_PARTS = (
+    "weight", "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "pre_quant_scale",
+    "svdquant_lora_a", "svdquant_lora_b",
+)  # fmt: skip
+
+
+class CheckpointError(AccelError, ValueError):
+    """A quantized checkpoint that cannot be read: what it says and what it holds do not agree."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a checkpoint says of its quantization.
+
+    Attributes:
+        family: Of every layer that nothing else is said of; `None` for MIXED_PRECISION.
+        layers: Layer -> family, where it is said by layer.
+        ignore: Globs of layers that are not quantized.
+        dynamic: Whether activations are scaled as they come.
+        raw: As it stands in the file.
+    """
+
+    family: str | None
+    layers: Mapping[str, str]
+    ignore: tuple[str, ...]
+    dynamic: bool
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], source: str) -> Quantization:
+        """From a `quantization_config`.
+
+        Raises:
+            CheckpointError: It is another method's, or names an algorithm that is not known here.
+        """
+        method = values.get("quant_method", "modelopt")
+        if method != "modelopt":
+            raise CheckpointError(f"{source}: quantized by {method!r}; only ModelOpt's checkpoints can be read here.")
+        algo = str(values.get("quant_algo") or "").upper()
+        if algo == "MIXED_PRECISION":
+            layers = {
+                name: _family(str(layer.get("quant_algo", "")), f"{source}, {name}")
+                for name, layer in (values.get("quantized_layers") or {}).items()
+            }
+            family = None
+        else:
+            layers, family = {}, _family(algo, source)
+        groups = values.get("config_groups")
+        if groups:
+            flags = [bool((group.get("input_activations") or {}).get("dynamic", False)) for group in groups.values()]
+            dynamic = all(flags)
+        else:
+            dynamic = bool(values.get("dynamic", True))
+        return cls(family, layers, tuple(values.get("ignore") or ()), dynamic, dict(values))
+
+
+def _family(algo: str, source: str) -> str:
+    if algo.upper() not in _FAMILIES:
+        raise CheckpointError(
+            f"{source}: the algorithm {algo!r} is not known here. Known: {', '.join(_FAMILIES)}, MIXED_PRECISION."
+        )
+    return _FAMILIES[algo.upper()]
+
+
+def read_quantization(folder: Path) -> Quantization | None:
+    """What a model's folder says of its quantization, or `None` if it says nothing."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{str(folder)!r} holds no config.json: it is no model's folder.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{str(file)!r} is not JSON: {error}.") from error
+    values = config.get("quantization_config")
+    return None if not values else Quantization.read(values, str(file))
+
+
+def split(
+    tensors: Mapping[str, torch.Tensor], quantization: Quantization
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The quantized layers' tensors by layer, and all others by name.
+
+    Raises:
+        CheckpointError: A layer lacks a scale or has one of another shape, or a scale is not a positive number.
+    """
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if part == "weight" and tensor.dtype in (torch.float8_e4m3fn, torch.uint8):
+            layers[layer] = {}
+    rest: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if layer in layers and part in _PARTS:
+            layers[layer]["weight_scale" if part == "weight_scale_inv" else part] = tensor
+        else:
+            rest[name] = tensor
+    for name in layers:
+        if any(fnmatchcase(name, glob) for glob in quantization.ignore):
+            raise CheckpointError(f"{name}: the configuration ignores it, and its weight is quantized.")
+    return {name: _checked(name, parts, quantization) for name, parts in layers.items()}, rest
+
+
+def _checked(name: str, parts: dict[str, torch.Tensor], quantization: Quantization) -> dict[str, torch.Tensor]:
+    weight, scale = parts["weight"], parts.get("weight_scale")
+    packed = weight.dtype == torch.uint8
+    if weight.ndim != 2:
+        raise CheckpointError(f"{name}.weight: two dimensions, not {tuple(weight.shape)}.")
+    said = quantization.layers.get(name, quantization.family)
+    if said is not None and packed != ("nvfp4" in said):
+        raise CheckpointError(f"{name}: the configuration says {said}, and the weight is {weight.dtype}.")
+    if scale is None:
+        raise CheckpointError(f"{name}: its weight is quantized, and there is no weight_scale.")
+    rows, columns = weight.shape[0], weight.shape[1] * (2 if packed else 1)
+    if scale.ndim == 4:  # block scales with dimensions of one in between
+        scale = parts["weight_scale"] = scale.squeeze(3).squeeze(1)
+    blocks = (-(-rows // 128), -(-columns // 128))
+    expected = [(rows, columns // 16)] if packed else [(), (1,), blocks]
+    if tuple(scale.shape) not in expected:
+        wanted = " or ".join(map(str, expected))
+        raise CheckpointError(f"{name}.weight_scale: shape {wanted}, not {tuple(scale.shape)}.")
+    if packed and "weight_scale_2" not in parts:
+        raise CheckpointError(f"{name}: NVFP4, and there is no weight_scale_2.")
+    for part in ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"):
+        if part in parts and not (parts[part].float().isfinite() & (parts[part].float() >= 0)).all():
+            raise CheckpointError(f"{name}.{part}: a scale that is negative or not a number.")
+    low_rank = [parts[part] for part in ("svdquant_lora_b", "svdquant_lora_a") if part in parts]
+    if low_rank and (
+        len(low_rank) != 2 or low_rank[0].shape != (rows, low_rank[1].shape[0]) or low_rank[1].shape[1] != columns
+    ):
+        raise CheckpointError(f"{name}: its low-rank branch is not (out, rank) and (rank, in).")
+    return parts
