@@ -126,7 +126,10 @@ class ParkWeight:
         weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
         if self.keep:
             there = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
-            weight.data = moved(weight.data, there.device)
+            # A cast of the model since passes the module by; its successor has seen it.
+            seen = getattr(self.successor, "weight", weight)
+            dtype = seen.dtype if isinstance(seen, torch.Tensor) and seen.is_floating_point() else weight.dtype
+            weight.data = moved(weight.data, there.device).to(dtype)
         else:
             with torch.no_grad():
                 weight.data = self.successor.weight + 0  # type: ignore

@@ -185,6 +185,7 @@ def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearK
     found = _Layers([], [], {})
     adapter = denoiser.adapter
     inside, ends = _blocks(denoiser)
+    uses = Counter(id(item) for _, item in denoiser.module.named_parameters(remove_duplicate=False))
     for path, parent, name, module in _linears(denoiser):
         module = _stock(denoiser, path, module)
         algo = next((algo for glob, algo in (config.plan or {}).items() if _matches(denoiser, path, glob)), None)
@@ -200,7 +201,8 @@ def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearK
         if algo is None or algo == WIDE:
             found.wide.append(path)
             continue
-        refused = _refusal(module) or kernels[algo].refuses(module)
+        shared = "its weight is shared with another layer" if uses[id(module.weight)] > 1 else None
+        refused = shared or _refusal(module) or kernels[algo].refuses(module)
         if refused is not None:
             found.refused[path] = refused
         else:

@@ -143,6 +143,15 @@ class TestWhatStaysWide:
             accelerate(pipe, linear="fp8")
 
 
+def test_shared_weights_stay():
+    pipe = build("flux")
+    first, second = (block.attn.to_q for block in pipe.transformer.transformer_blocks[:2])
+    second.weight = first.weight
+    with pytest.warns(UserWarning, match="2 layers stay as they are .its weight is shared with another layer."):
+        accelerate(pipe, linear="fp8")
+    assert type(first) is type(second) is nn.Linear
+
+
 class TestTorchao:
     def test_its_layers(self):
         pytest.importorskip("torchao")
@@ -316,7 +325,11 @@ class TestNeighbours:
         layer = pipe.transformer.transformer_blocks[0].attn.to_q
         assert layer.weight_data.dtype == torch.float8_e4m3fn and layer.weight_scale.dtype == torch.float32
         assert layer.weight.dtype == torch.bfloat16
-        assert tensors(TINY["flux"].run(pipe, steps=2))[0].isfinite().all()
+        found = tensors(TINY["flux"].run(pipe, steps=2))
+        restore(pipe)
+        stock = build("flux").to(torch.bfloat16)
+        assert all(map(torch.equal, pipe.transformer.state_dict().values(), stock.transformer.state_dict().values()))
+        assert difference(found, tensors(TINY["flux"].run(stock, steps=2))) < 0.05
 
     @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
     def test_group_offloading_enabled_afterwards(self, kind):
