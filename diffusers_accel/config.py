@@ -66,12 +66,22 @@ class AttentionConfig:
                 raise ConfigError(f"attention.layers: globs to names of kernels, got {glob!r}: {backend!r}.")
 
 
+# ModelOpt's names of algorithms, for layers whose activations are scaled as they come.
+_MODELOPT = {
+    "FP8": "fp8-tensor",
+    "FP8_BLOCK_SCALES": "fp8-block",
+    "NVFP4": "nvfp4",
+    "NVFP4_SVD": "svdq-nvfp4",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig:
     """How linear layers store and multiply their weights.
 
     Formats: `"fp8"` (e4m3, a scale per row and per token), `"fp8-tensor"`, `"fp8-block"` (128 x 128), `"int8"` (a scale
-    per row and per token), `"nvfp4"` and `"svdq-nvfp4"` (4-bit weights), or a name given to `register_linear`.
+    per row and per token), `"nvfp4"` and `"svdq-nvfp4"` (4-bit weights), `"torchao:<config>"`, or a name given to
+    `register_linear`. A ModelOpt `quantization_config` is understood too: `{"quant_algo": "FP8", "ignore": [...]}`.
 
     Args:
         algo: The format of every layer that nothing below says otherwise of; `None` for those that `plan` names only.
@@ -96,6 +106,32 @@ class LinearConfig:
     keep_original: str = "cpu"
 
     _shorthand: typing.ClassVar[str] = "algo"
+
+    @classmethod
+    def _translated(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A ModelOpt `quantization_config` as fields of this class; any other mapping as it is."""
+        if "quant_algo" not in values:
+            return values
+        unknown = set(values) - {"quant_algo", "quant_method", "ignore", "dynamic", "quantized_layers", "producer"}
+        if unknown:
+            raise ConfigError(
+                f"linear: {sorted(unknown)} of a quantization_config cannot be applied to a loaded model."
+            )
+        if not values.get("dynamic", True):
+            raise ConfigError("linear: a loaded model has no input scales; dynamic=True, or from_pretrained.")
+
+        def algo(name: Any) -> str:
+            if name not in _MODELOPT:
+                raise ConfigError(f"linear.quant_algo: {name!r} is not known. {nearest(str(name), _MODELOPT)}")
+            return _MODELOPT[name]
+
+        mixed = values["quant_algo"] == "MIXED_PRECISION"
+        layers = values.get("quantized_layers") or {}
+        return {
+            "algo": None if mixed else algo(values["quant_algo"]),
+            "ignore": tuple(values.get("ignore") or ()) or None,
+            "plan": {name: algo(layer.get("quant_algo")) for name, layer in layers.items()} or None,
+        }
 
     def validate(self) -> None:
         """Checks what types alone do not say."""
@@ -271,6 +307,7 @@ def _section(entry: dataclasses.Field[Any], value: Any) -> Any:
             return _section(entry, _build(entry.name, choices[kind], values))
     else:
         if isinstance(value, Mapping):
+            value = section._translated(value) if hasattr(section, "_translated") else value
             return _section(entry, _build(entry.name, section, value))
         shorthand = section._shorthand
         if shorthand is not None and value is True:

@@ -389,6 +389,23 @@ class TestRefusals:
             AccelConfig(linear={})
         with pytest.raises(ConfigError, match=r"linear.ignore: expected"):
             AccelConfig(linear={"algo": "fp8", "ignore": [1]})
+        for values, expected in (
+            (
+                {"quant_algo": "NVFP4", "dynamic": True, "ignore": ["proj_out*"]},
+                {"algo": "nvfp4", "ignore": ("proj_out*",)},
+            ),
+            (
+                {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"blocks.0.*": {"quant_algo": "FP8"}}},
+                {"plan": {"blocks.0.*": "fp8-tensor"}},
+            ),
+        ):
+            assert AccelConfig(linear=values).linear == LinearConfig(**expected)
+        with pytest.raises(ConfigError, match=r"'FP9' is not known. Did you mean 'FP8'"):
+            AccelConfig(linear={"quant_algo": "FP9"})
+        with pytest.raises(ConfigError, match="a loaded model has no input scales"):
+            AccelConfig(linear={"quant_algo": "FP8", "dynamic": False})
+        with pytest.raises(ConfigError, match=r"\['config_groups'\] of a quantization_config"):
+            AccelConfig(linear={"quant_algo": "FP8", "config_groups": {}})
         config = AccelConfig(linear=LinearConfig(algo="fp8", ignore=["*.to_q"], plan={"proj_out": "none"}))
         config.to_yaml(tmp_path / "accel.yaml")
         assert AccelConfig.from_yaml(tmp_path / "accel.yaml") == config
