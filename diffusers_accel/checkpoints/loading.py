@@ -1,5 +1,5 @@
 """Pipelines from quantized checkpoints: the stock class, with its denoiser built on the meta device and filled layer by
-layer, so that no more memory is taken than the quantized model has.
+layer, so that its stock weights are never held.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.linear import QuantizedLinear
+from ..kernels.linear import QuantizedLinear, RoundedOnce
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
 from ..kernels.linear.four_bit import Nvfp4Linear, SvdNvfp4Linear
 from .modelopt import CheckpointError, Quantization, read_quantization, split
@@ -78,14 +78,22 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     modules = dict(model.named_modules())
     _refuse_unknown(modules, layers, rest)
     wide = getattr(kind, "_keep_in_fp32_modules", None) or ()
+    rounded_once = RoundedOnce()
     for name, parts in layers.items():
         linear = modules[name]
         linear.weight.data = linear.weight.data.to(dtype)
         parent, _, child = name.rpartition(".")
-        modules[parent]._modules[child] = _layer(linear, name, parts, quantization)  # type: ignore[index]
+        layer = _layer(linear, name, parts, quantization)
+        layer.rounded_once = rounded_once
+        modules[parent]._modules[child] = layer
     for name, tensor in rest.items():
         holder, _, attribute = name.rpartition(".")
         owner = model.get_submodule(holder)
+        expected = owner._parameters.get(attribute, owner._buffers.get(attribute))
+        if expected is not None and tensor.shape != expected.shape:
+            raise CheckpointError(f"{name}: shape {tuple(tensor.shape)}; the model wants {tuple(expected.shape)}.")
+        if attribute in owner._parameters and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2):
+            raise CheckpointError(f"{name}: {tensor.dtype} is none of the types of ModelOpt's layout.")
         keep = any(part in name.split(".") for part in wide)
         value = tensor.to(dtype) if tensor.is_floating_point() and not keep else tensor
         if attribute in owner._parameters:
@@ -93,6 +101,9 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         else:
             owner._buffers[attribute] = value
     left = [name for name, item in model.named_parameters() if item.is_meta]
+    for path, module in model.named_modules():
+        lasting = set(module._buffers) - module._non_persistent_buffers_set
+        left += [name for name in (f"{path}.{key}".lstrip(".") for key in lasting) if name not in rest]
     if left:
         raise CheckpointError(f"{str(folder)!r}: {len(left)} tensors are missing, {left[0]} among them.")
     return model.eval()
