@@ -1,4 +1,4 @@
 """Quantized checkpoints: reading them into stock pipelines, and writing them.
 
-`modelopt.py`: NVIDIA ModelOpt's layout. `loading.py`: stock pipelines from it. `saving.py`: it from quantized pipelines.
+`modelopt.py`: NVIDIA ModelOpt's layout. `loading.py`: pipelines from it. `saving.py`: it from quantized pipelines.
 """
