@@ -111,6 +111,11 @@ class TestNeighbours:
                 layer.weight = nn.Parameter(stock.weight + delta)
             assert relative(layer.weight + 0, stock.weight + delta) < error, write
             assert "weight" not in layer._parameters
+        layer = quantized(name, stock)
+        layer.weight[:] = stock.weight + delta
+        assert relative(layer.weight + 0, stock.weight + delta) < error
+        with pytest.raises(TypeError, match="cannot be an `out=`"):
+            torch.add(delta, delta, out=layer.weight)
         with pytest.raises(ValueError, match=r"shape \(384, 256\), not \(3, 3\)"):
             layer.weight = torch.zeros(3, 3)
 

@@ -141,10 +141,6 @@ class QuantizedLinear(nn.Linear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         return WeightView(self)
 
-    @weight.setter
-    def weight(self, value: torch.Tensor) -> None:
-        self.store(value)
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":  # a Parameter too: nn.Module would register it beside the stored form
             self.store(value)
@@ -258,6 +254,8 @@ class WeightView(torch.Tensor):
         if func == _DATA.__set__:
             view.layer.store(args[1])
             return None
+        if isinstance(kwargs.get("out"), WeightView):
+            raise TypeError("The weight of a quantized layer cannot be an `out=`: assign the result to it.")
         name = getattr(func, "__name__", "")
         if (isinstance(view, WeightView) and name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
             numbers = view.layer.numbers().clone()
@@ -271,7 +269,7 @@ class WeightView(torch.Tensor):
         return func(*(_plain(item) for item in args), **{key: _plain(item) for key, item in (kwargs or {}).items()})
 
 
-_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv")}
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")} | {"__setitem__"}
 
 
 def _plain(x: Any) -> Any:
