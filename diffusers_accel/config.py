@@ -112,7 +112,9 @@ class LinearConfig:
         """A ModelOpt `quantization_config` as fields of this class; any other mapping as it is."""
         if "quant_algo" not in values:
             return values
-        unknown = set(values) - {"quant_algo", "quant_method", "ignore", "dynamic", "quantized_layers", "producer"}
+        ours = {name: values[name] for name in ("smallest", "targets", "keep_original") if name in values}
+        known = {"quant_algo", "quant_method", "ignore", "dynamic", "quantized_layers", "producer"}
+        unknown = set(values) - known - set(ours)
         if unknown:
             raise ConfigError(
                 f"linear: {sorted(unknown)} of a quantization_config cannot be applied to a loaded model."
@@ -131,6 +133,7 @@ class LinearConfig:
             "algo": None if mixed else algo(values["quant_algo"]),
             "ignore": tuple(values.get("ignore") or ()) or None,
             "plan": {name: algo(layer.get("quant_algo")) for name, layer in layers.items()} or None,
+            **ours,
         }
 
     def validate(self) -> None:

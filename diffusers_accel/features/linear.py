@@ -263,7 +263,7 @@ def _refuse_unmatched(denoisers: tuple[Denoiser, ...], config: LinearConfig) -> 
                 raise Unsupported(
                     f"linear.{option}: {glob!r}",
                     "it matches no linear layer.",
-                    f"a glob over names like {paths[0][1]!r}; nn.Module.named_modules lists them.",
+                    f"a glob over names like {paths[0][1] if paths else 'none'!r}; nn.Module.named_modules lists them.",
                 )
 
 

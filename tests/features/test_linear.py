@@ -395,6 +395,10 @@ class TestRefusals:
                 {"algo": "nvfp4", "ignore": ("proj_out*",)},
             ),
             (
+                {"quant_algo": "FP8", "keep_original": "drop"},
+                {"algo": "fp8-tensor", "keep_original": "drop"},
+            ),
+            (
                 {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"blocks.0.*": {"quant_algo": "FP8"}}},
                 {"plan": {"blocks.0.*": "fp8-tensor"}},
             ),

@@ -7,8 +7,8 @@ per block of tokens; V with one per channel. P lies in [0, 1] and is rounded to 
 
 Where a few channels carry a logit, their errors decide it, and in INT8 they decide the step for all others too. So Q
 and K are first multiplied by one orthogonal Hadamard matrix (FlashAttention 3's incoherent processing,
-https://arxiv.org/abs/2407.08608), which leaves QK as it is and spreads those channels over their group. Any matrix
-built from +1 and -1 does; this one mixes what a GPU thread holds anyway, so it costs no exchange between threads.
+https://arxiv.org/abs/2407.08608), which leaves QK as it is and spreads those channels over their group. Any Hadamard
+matrix does; this one mixes what a GPU thread holds anyway, so it costs no exchange between threads.
 """
 
 from __future__ import annotations

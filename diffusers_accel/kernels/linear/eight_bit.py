@@ -200,7 +200,12 @@ def _(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
-def _record(module: type[QuantizedLinear], multiple: int, at_least: tuple[int, int]) -> None:
+def _record(
+    module: type[QuantizedLinear],
+    multiple: int,
+    at_least: tuple[int, int] | None = None,
+    architectures: tuple[tuple[int, int], ...] = (),
+) -> None:
     LINEARS.add(
         module.kind,
         LinearKernel(
@@ -209,6 +214,7 @@ def _record(module: type[QuantizedLinear], multiple: int, at_least: tuple[int, i
             modules=("triton",),
             install="pip install triton",
             at_least=at_least,
+            architectures=architectures,
             in_multiple=multiple,
             out_multiple=multiple,
             bits=8.0,
@@ -216,8 +222,8 @@ def _record(module: type[QuantizedLinear], multiple: int, at_least: tuple[int, i
     )
 
 
-# Matrix units for e4m3 came with sm_89; torch's product with blocks of scales is for Hopper on.
+# Matrix units for e4m3 came with sm_89; torch's product with blocks of scales is for Hopper alone.
 _record(Fp8Linear, 16, (8, 9))
 _record(Fp8TensorLinear, 16, (8, 9))
-_record(Fp8BlockLinear, 128, (9, 0))
+_record(Fp8BlockLinear, 128, architectures=((9, 0),))
 _record(Int8Linear, 16, (8, 0))

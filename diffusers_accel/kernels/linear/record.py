@@ -26,6 +26,7 @@ class LinearKernel:
         install: How to get them.
         everywhere: Whether a plain reference runs where there is no CUDA device, whatever is installed.
         at_least: Lowest CUDA compute capability it multiplies on; `None` for any.
+        architectures: The CUDA compute capabilities it multiplies on, where only some will do; empty otherwise.
         in_multiple: What the number of input features must be a multiple of.
         out_multiple: The same for output features.
         bits: Of a stored weight, scales included, to tell a user what it will take; `None` if it is not known.
@@ -38,6 +39,7 @@ class LinearKernel:
     install: str = ""
     everywhere: bool = True
     at_least: tuple[int, int] | None = None
+    architectures: tuple[tuple[int, int], ...] = ()
     in_multiple: int = 1
     out_multiple: int = 1
     bits: float | None = None
@@ -51,6 +53,9 @@ class LinearKernel:
             return f"needs the package {' or '.join(self.modules)} ({self.install})."
         if self.at_least is not None and device.arch is not None and device.arch < self.at_least:
             return f"needs sm_{self.at_least[0]}{self.at_least[1]} or later; this is {device}."
+        if self.architectures and device.arch not in self.architectures:
+            names = ", ".join(f"sm_{major}{minor}" for major, minor in self.architectures)
+            return f"multiplies on {names}; this is {device}."
         return None
 
     def refuses(self, linear: nn.Linear) -> str | None:
