@@ -112,6 +112,14 @@ def edits(target: Target, config: LinearConfig) -> Iterator[Edit]:
                     made.keep(layer.module)
             elif keep:
                 vars(made)[_STOCK] = (layer.module,)
+            elif getattr(getattr(made, "weight", None), "shape", None) != layer.module.weight.shape:
+                # Should a later layer fail, the stock weight would be found nowhere.
+                raise Unsupported(
+                    "linear.keep_original='drop'",
+                    f"the layer that {layer.kernel.name!r} makes of {layer.path} has no weight of the stock shape.",
+                    "keep_original='cpu'.",
+                    str(denoiser),
+                )
             yield SwapModule(layer.parent, layer.name, made)
             yield ParkWeight(layer.module, made, keep)
 

@@ -446,6 +446,10 @@ class TestUsersOwn:
         assert all(map(torch.equal, tensors(entry.run(pipe, steps=2)), stock))
         with pytest.raises(ValueError, match="already"):
             register_linear("doubled", doubled)
+        # What is dropped must be found again should a later layer fail.
+        with pytest.raises(Unsupported, match=r"makes of .* has no weight of the stock shape"):
+            accelerate(pipe, linear={"algo": "doubled", "keep_original": "drop"})
+        assert all(map(torch.equal, tensors(entry.run(pipe, steps=2)), stock))
 
     def test_what_is_no_module_is_refused(self):
         register_linear("wrong", lambda linear: linear.weight)

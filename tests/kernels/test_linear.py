@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffusers_accel.core.platform import Device
 from diffusers_accel.kernels.linear import LINEARS, formats
 from diffusers_accel.kernels.linear.module import WeightView
 
@@ -190,6 +191,19 @@ def test_static_scales_are_used():
     rounded = formats.dequantize(formats.to_e4m3(x / 0.01), layer.input_scale)
     torch.testing.assert_close(layer(x), rounded @ layer.dense().T + layer.bias, rtol=2e-2, atol=2e-2)
     assert relative(layer(x), x @ layer.dense().T + layer.bias) < 0.045
+
+
+def test_where_a_format_can_multiply():
+    ampere, ada, hopper, blackwell = (Device("cuda", "GPU", arch) for arch in ((8, 0), (8, 9), (9, 0), (10, 0)))
+    for name, able in {
+        "fp8": (ada, hopper, blackwell),
+        "fp8-block": (hopper,),  # torch's product with blocks of scales
+        "int8": (ampere, ada, hopper, blackwell),
+        "nvfp4": (ampere, ada, hopper, blackwell),
+    }.items():
+        for device in (ampere, ada, hopper, blackwell):
+            assert (LINEARS.get(name).missing(device) is None) == (device in able), (name, device)
+    assert "multiplies on sm_90; this is GPU" in LINEARS.get("fp8-block").missing(blackwell)
 
 
 def test_shapes_that_are_refused():
