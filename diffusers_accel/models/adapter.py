@@ -101,8 +101,8 @@ class Adapter:
         static_arguments: Keyword arguments of a block that the stock code branches on in Python although they may be
             one-element tensors: they are read before a compiled block, which cannot.
         cross_attention: Names of a block's attention modules whose keys are not its own stream's.
-        folding: Names of attention processors whose QK-norm and rotation a kernel may do: they rotate interleaved
-            pairs right before attention, by a function `apply_rotary_emb`, global or their own.
+        folding: Names of attention processors whose QK-norm and rotation a kernel may do: they rotate right before
+            attention, in a form of those that `features/attention/seam.py` knows.
         wide_ends: Numbers of first and of last blocks whose linear layers stay wide when the rest is quantized. What
             lies outside the blocks always does: NVIDIA ModelOpt's lists, which were found by measurement, agree on it.
         smallest_linear: Linear layers with no more input or output features than this stay wide.

@@ -24,6 +24,7 @@ def _row(checkpoint: Checkpoint) -> str | None:
 
 COSMOS = Adapter(
     classes=("CosmosTransformer3DModel",),
+    folding=("CosmosAttnProcessor2_0", "CosmosAttnProcessor2_5"),
     cross_attention=("attn2",),
     stacks=(Stack("transformer_blocks", ("hidden_states",)),),
     block_signal=_signal,

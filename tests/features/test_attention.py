@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 
@@ -197,18 +198,19 @@ class TestSteps:
 
 
 class TestFolding:
-    """FLUX, FLUX.2 and Wan rotate right before attention, single-stream blocks norm right before that: a kernel that
-    rounds query and key does it in passing."""
+    """FLUX, FLUX.2, Wan, Cosmos and LTX-2 rotate right before attention; FLUX's single-stream blocks and Cosmos norm
+    right before that: a kernel that rounds query and key does it in passing."""
 
     @pytest.fixture
     def folding(self):
         """A kernel that norms and rotates by itself, in float64; counts calls by whether it was given either."""
         before, calls = dict(KERNELS._records), Counter()
 
-        def rotate(x, cos, sin):
-            numbers = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
-            turns = torch.complex(cos[:, ::2].double(), sin[:, ::2].double())
-            return torch.view_as_real(numbers * turns[None, :, None]).flatten(-2).to(x.dtype)
+        def rotate(x, cos, sin, halves):
+            real, imaginary = x.double().unflatten(-1, (2, -1) if halves else (-1, 2)).unbind(-2 if halves else -1)
+            turns = torch.complex(cos.double(), sin.double())
+            numbers = torch.complex(real, imaginary) * (turns if halves else turns[..., ::2])
+            return torch.stack([numbers.real, numbers.imag], -2 if halves else -1).flatten(-2).to(x.dtype)
 
         def norm(x, weight, eps):
             x = x.double()
@@ -220,7 +222,11 @@ class TestFolding:
             query, key = x.query, x.key
             if x.norm is not None:
                 query, key = norm(query, x.norm.query, x.norm.eps), norm(key, x.norm.key, x.norm.eps)
-            query, key = (rotate(item, *x.rotary) if x.rotary else item for item in (query, key))
+            if x.rotary is not None:
+                query, key = (
+                    rotate(query, *x.rotary.query, x.rotary.halves),
+                    rotate(key, *x.rotary.key, x.rotary.halves),
+                )
             return plain(query, key, x.value, x.attn_mask, x.is_causal, x.scale)
 
         KERNELS.add("folding", AttentionKernel(name="folding", load=lambda: function, folds=True, shortest=0))
@@ -228,18 +234,56 @@ class TestFolding:
         KERNELS._records.clear()
         KERNELS._records.update(before)
 
-    @pytest.mark.parametrize("name", ["flux", "flux2", "wan", "wan-i2v", "wan-vace"])
-    def test_it_is_folded(self, name, folding):
+    NAMES = ("flux", "flux2", "wan", "wan-i2v", "wan-vace", "cosmos", "cosmos-predict25-v2w", "ltx2", "ltx23-stg")
+
+    @pytest.fixture
+    def turned(self, monkeypatch):
+        """Counts what LTX-2's own functions turn in a denoiser; its connectors have them too."""
+        from diffusers.models.transformers import transformer_ltx2
+
+        counts: Counter[bool] = Counter()
+
+        def counted(original, *args):
+            counts[inside[-1]] += 1
+            return original(*args)
+
+        inside = [False]
+        forward = transformer_ltx2.LTX2VideoTransformer3DModel.forward
+
+        def entered(*args, **kwargs):
+            inside.append(True)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        monkeypatch.setattr(transformer_ltx2.LTX2VideoTransformer3DModel, "forward", entered)
+        for name in ("apply_interleaved_rotary_emb", "apply_split_rotary_emb"):
+            monkeypatch.setattr(transformer_ltx2, name, functools.partial(counted, getattr(transformer_ltx2, name)))
+        return counts
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_it_is_folded(self, name, folding, turned):
         entry, pipe = TINY[name], build(name)
-        stock = entry.run(pipe, steps=2)
+        if name == "ltx2":  # the other form, which no other tiny pipeline has
+            model = pipe.transformer
+            pipe.transformer = type(model).from_config({**model.config, "rope_type": "interleaved"}).eval()
+            pipe.transformer.load_state_dict(model.state_dict())
+        stock, in_stock = entry.run(pipe, steps=2), turned[True]
         accelerate(pipe, attention="folding")
         assert_close(entry.run(pipe, steps=2), stock)
         total = stats(pipe).attention_kernels["folding"]
         assert folding[True] + folding[False] == total
-        singles = len(pipe.transformer.single_transformer_blocks) * 2 if name.startswith("flux") else 0
-        assert folding["norm"] == singles
-        # Everything but Wan's cross-attention, text and image.
-        assert folding[True] == (total if name.startswith("flux") else total - cross_calls(entry, build(name), steps=2))
+        normed = rotated = total
+        if entry.family in ("wan", "cosmos"):
+            rotated -= cross_calls(entry, build(name), steps=2)  # text and image
+        if entry.family == "flux" or entry.family == "flux2":
+            normed = len(pipe.transformer.single_transformer_blocks) * 2  # the others join two streams after the norm
+        elif entry.family in ("wan", "ltx2"):
+            normed = 0  # over all heads at once
+        if entry.family == "ltx2":
+            rotated = in_stock // 2  # all but attention to text; perturbed blocks are left out
+        assert folding["norm"] == normed and folding[True] == rotated
         restore(pipe)
         again = entry.run(pipe, steps=2)
         assert all(map(torch.equal, tensors(again), tensors(stock)))

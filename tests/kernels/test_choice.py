@@ -20,6 +20,7 @@ from diffusers_accel.kernels.attention import (
     choice,
     margin,
 )
+from diffusers_accel.kernels.attention.record import Rotary
 from diffusers_accel.kernels.attention.torch_native import scaled_dot_product
 
 GPU = Device("cuda", "NVIDIA H200", (9, 0))
@@ -141,7 +142,8 @@ def test_classes_of_shapes():
     assert name(4608) == name(4300) != name(5600)
     assert name(4608) != name(4608, keys=512)
     assert name(4608) != name(4608, kv_heads=8) != name(4608, is_causal=True)
-    assert name(300, rotary=(torch.ones(300, 128), torch.ones(300, 128))) == name(300) + " rotary"
+    table = torch.ones(1, 300, 1, 128)
+    assert name(300, rotary=Rotary((table, table), (table, table))) == name(300) + " rotary"
     assert name(300, attn_mask=torch.ones(1, 1, 1, 300)).endswith("mask-keys")
     assert name(300, attn_mask=torch.ones(1, 1, 300, 300)).endswith("mask-full")
 

@@ -9,25 +9,41 @@ import pytest
 import torch
 
 from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel, AttentionSite, Fixed, Inputs, Pending
-from diffusers_accel.kernels.attention.record import QKNorm
+from diffusers_accel.kernels.attention.record import QKNorm, Rotary
 from diffusers_accel.kernels.attention.torch_native import scaled_dot_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def tables(length, dim, seed=0):
-    angles = torch.rand(length, dim // 2, generator=torch.Generator().manual_seed(seed)) * 6
-    return (
-        angles.cos().repeat_interleave(2, 1).to(DEVICE),
-        angles.sin().repeat_interleave(2, 1).to(DEVICE),
-    )
+def tables(length, dim, seed=0, heads=1, batch=1, halves=False):
+    angles = torch.rand(batch, length, heads, dim // 2, generator=torch.Generator().manual_seed(seed)) * 6
+    angles = angles if halves else angles.repeat_interleave(2, -1)
+    return angles.cos().to(DEVICE), angles.sin().to(DEVICE)
 
 
-def rotate(x, cos, sin):
-    """Complex multiplication, written as such: an independent reference of the interleaved form."""
-    numbers = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
-    turns = torch.complex(cos[:, ::2].double(), sin[:, ::2].double())
-    return torch.view_as_real(numbers * turns[None, :, None]).flatten(-2)
+def rotate(x, cos, sin, halves=False):
+    """Complex multiplication, written as such: an independent reference of both forms."""
+    parts = x.double().unflatten(-1, (2, -1) if halves else (-1, 2)).movedim(-2 if halves else -1, 0)
+    turns = torch.complex(cos.double(), sin.double())
+    numbers = torch.complex(parts[0], parts[1]) * (turns if halves else turns[..., ::2])
+    return torch.stack([numbers.real, numbers.imag], -2 if halves else -1).flatten(-2)
+
+
+# The forms stock models use: FLUX and Wan, Cosmos, LTX-2 in both of its (a table per batch entry and head).
+FORMS = {
+    "neighbours": {},
+    "halves": {"halves": True},
+    "neighbours per head": {"heads": 4, "batch": 2},
+    "halves per head": {"heads": 4, "batch": 2, "halves": True},
+}
+
+
+def rotary_of(form, length, dim):
+    """A rotation of some form, another one for the key, and both as functions of a tensor."""
+    given = FORMS[form]
+    halves = given.get("halves", False)
+    one, two = tables(length, dim, **given), tables(length, dim, seed=1, **given)
+    return Rotary(one, two, halves), lambda x: rotate(x, *one, halves), lambda x: rotate(x, *two, halves)
 
 
 def inputs(length=70, dim=64, dtype=torch.float16, kv_heads=2):
@@ -39,15 +55,15 @@ def inputs(length=70, dim=64, dtype=torch.float16, kv_heads=2):
 
 
 @pytest.mark.parametrize(("backend", "name"), [(b, n) for b, r in RECIPES.items() for n in r if b != "qk16pv8"])
-@pytest.mark.parametrize(("length", "dim"), [(70, 64), (33, 96)])
-def test_a_recipe_rotates_in_passing(backend, name, length, dim):
+@pytest.mark.parametrize(("length", "dim", "form"), [(70, 64, "neighbours"), (33, 96, "halves per head")])
+def test_a_recipe_rotates_in_passing(backend, name, length, dim, form):
     pytest.importorskip("triton")
     from diffusers_accel.kernels.attention import low_bit
 
-    query, key, value = inputs(length, dim)
-    rotary = tables(length, dim)
+    query, key, value = inputs(length, dim, kv_heads=4)
+    rotary, turn_query, turn_key = rotary_of(form, length, dim)
     found, lse = low_bit.attention(query, key, value, RECIPES[backend][name], rotary=rotary, return_lse=True)
-    expected, expected_lse = exact.attention(rotate(query, *rotary), rotate(key, *rotary), value.double())
+    expected, expected_lse = exact.attention(turn_query(query), turn_key(key), value.double())
     assert exact.cosine(found, expected) > 0.998
     assert (lse.double() - expected_lse).abs().max() < (0.1 if "fp8-1" in name else 0.03)
     # Without the rotation the answer would be another one.
@@ -69,62 +85,78 @@ def normed(x, weight, eps):
 
 
 @pytest.mark.parametrize("backend", ["sage", "sage-fp8", "sage-fp8/fp8-1-128-1"])
-@pytest.mark.parametrize(("length", "dim"), [(70, 64), (33, 96), (5, 80)])
-@pytest.mark.parametrize("turned", [True, False])
-def test_a_recipe_norms_in_passing(backend, length, dim, turned):
+@pytest.mark.parametrize(
+    ("length", "dim", "form"),
+    [
+        (70, 64, None),
+        (33, 96, "neighbours"),
+        (5, 80, "halves"),
+        (33, 64, "neighbours per head"),
+        (5, 96, "halves per head"),
+    ],
+)
+def test_a_recipe_norms_in_passing(backend, length, dim, form):
     pytest.importorskip("triton")
-    query, key, value = inputs(length, dim)
-    norm, rotary = norms(dim), tables(length, dim) if turned else None
+    query, key, value = inputs(length, dim, kv_heads=4 if "per head" in str(form) else 2)
+    norm = norms(dim)
+    rotary, turn_query, turn_key = rotary_of(form, length, dim) if form else (None, None, None)
     found = KERNELS.get(backend).load()(Inputs(10 * query, key / 10, value, rotary=rotary, norm=norm))
     query, key = normed(10 * query, norm.query, norm.eps), normed(key / 10, norm.key, norm.eps)
     if rotary is not None:
-        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        query, key = turn_query(query), turn_key(key)
     assert exact.cosine(found, exact.attention(query, key, value.double())[0]) > 0.998
 
 
-@pytest.mark.parametrize(("dim", "padded"), [(64, 64), (96, 96), (80, 96)])
-def test_scales_per_head_norm_and_rotate_in_passing(dim, padded):
+def close_to_e4m3(found, scale, expected):
+    """Whether values are what e4m3 makes of others by a scale: half a unit in the last place, or of the smallest."""
+    each = scale[:, None, :, None].double()
+    return ((found.double() * each - expected).abs() <= expected.abs() / 15.9 + each * 2**-9).all()
+
+
+@pytest.mark.parametrize(
+    ("dim", "wide", "form"),
+    [(64, 64, "halves per head"), (96, 96, "halves"), (80, 96, "neighbours"), (80, 96, "halves")],
+)
+def test_scales_per_head_norm_and_rotate_in_passing(dim, wide, form):
     pytest.importorskip("triton")
-    from diffusers_accel.kernels.attention.flash import widened
+    from diffusers_accel.kernels.attention.flash import padded
     from diffusers_accel.kernels.attention.quantize import quantize_per_head
     from diffusers_accel.kernels.attention.recipe import hadamard
 
-    query, key, value = inputs(dim=dim)
-    norm, rotary = norms(dim), tables(70, dim)
-    wide = [torch.nn.functional.pad(item, (0, padded - dim)) for item in (query, key, value, *rotary)]
-    given = widened(norm, padded) if padded > dim else norm
-    data = quantize_per_head(*wide[:3], 0.125, rotary=tuple(wide[3:]), norm=given)
-    query, key = rotate(normed(query, norm.query, norm.eps), *rotary), rotate(normed(key, norm.key, norm.eps), *rotary)
-    matrix = hadamard(padded).to(DEVICE).double()
+    query, key, value = inputs(dim=dim, kv_heads=4)
+    norm = norms(dim)
+    rotary, turn_query, turn_key = rotary_of(form, 70, dim)
+    given = padded(Inputs(query, key, value, rotary=rotary, norm=norm), wide)
+    data = quantize_per_head(given.query, given.key, given.value, 0.125, rotary=given.rotary, norm=given.norm)
+    query = turn_query(normed(query, norm.query, norm.eps))
+    key = turn_key(normed(key, norm.key, norm.eps))
     for found, scale, expected in (
-        (data.query, data.query_scale.repeat_interleave(2, 1), query),
+        (data.query, data.query_scale, query),
         (data.key, data.key_scale, key - key.mean(1, keepdim=True)),
     ):
-        each = scale[:, None, :, None].double()
-        expected = torch.nn.functional.pad(expected, (0, padded - dim)) @ matrix
-        rest = expected.abs() / 15.9 + each * 2**-9
-        assert ((found.double() * each - expected).abs() <= rest).all()
+        parts = (2, -1) if rotary.halves else (1, -1)
+        expected = torch.nn.functional.pad(expected.unflatten(-1, parts), (0, (wide - dim) // parts[0])).flatten(-2)
+        assert close_to_e4m3(found, scale, expected @ hadamard(wide).to(DEVICE).double())
         assert found.float().abs().max() < 448  # nothing ran into the end of e4m3: the bound holds
 
 
-def test_scales_per_head_rotate_in_passing():
+@pytest.mark.parametrize("form", FORMS)
+def test_scales_per_head_rotate_in_passing(form):
     pytest.importorskip("triton")
     from diffusers_accel.kernels.attention.quantize import quantize_per_head
     from diffusers_accel.kernels.attention.recipe import hadamard
 
-    query, key, value = inputs()
-    rotary = tables(70, 64)
+    per_head = "per head" in form
+    query, key, value = inputs(kv_heads=4 if per_head else 2)
+    rotary, turn_query, turn_key = rotary_of(form, 70, 64)
     data = quantize_per_head(query, key, value, 0.125, rotary=rotary, shift=True)
-    turned = rotate(key, *rotary)
+    query, key = turn_query(query), turn_key(key)
     matrix = hadamard(64).to(DEVICE).double()
-    for found, scale, expected in (
-        (data.query, data.query_scale.repeat_interleave(2, 1), rotate(query, *rotary) @ matrix),
-        (data.key, data.key_scale, (turned - turned.mean(1, keepdim=True)) @ matrix),
-        (data.value, data.value_scale, value.double()),
-    ):
-        each = scale[:, None, :, None].double()
-        assert ((found.double() * each - expected).abs() <= expected.abs() / 15.9 + each * 2**-9).all()
-    shift = torch.einsum("bshd,bhd->bhs", rotate(query, *rotary), turned.mean(1).repeat_interleave(2, 1)) * 0.125
+    groups = 1 if per_head else 2
+    assert close_to_e4m3(data.query, data.query_scale.repeat_interleave(groups, 1), query @ matrix)
+    assert close_to_e4m3(data.key, data.key_scale, (key - key.mean(1, keepdim=True)) @ matrix)
+    assert close_to_e4m3(data.value, data.value_scale, value.double())
+    shift = torch.einsum("bshd,bhd->bhs", query, key.mean(1).repeat_interleave(groups, 1)) * 0.125
     torch.testing.assert_close(data.shift.double(), shift, atol=1e-3, rtol=1e-3)
 
 
@@ -155,7 +187,10 @@ class TestPending:
         [
             lambda x: x + 1,
             lambda x: 2 * x,
-            lambda x: x.transpose(1, 2),
+            lambda x: x.transpose(1, 3),
+            lambda x: x.transpose(1, 2) + 1,
+            lambda x: x.repeat_interleave(2, dim=3),
+            lambda x: x.repeat_interleave(1),
             lambda x: x[:, :2],
             lambda x: x.clone(),
             lambda x: torch.cat([x, x], dim=1),
@@ -173,8 +208,11 @@ class TestPending:
     def test_tables_of_another_kind_are_applied_at_once(self, put_off):
         _, x, apply, _ = put_off
         cos, sin = tables(5, 8)
-        for other in ((cos[:, :4], sin[:, :4]), (cos.expand(3, 5, 8), sin.expand(3, 5, 8))):
+        for other in ((cos[..., :4], sin[..., :4]), (cos.expand(3, 5, 1, 8), sin.expand(3, 5, 1, 8)), (cos[0], sin[0])):
             assert type(Pending.rotated(x, *other, apply)) is torch.Tensor
+        assert type(Pending.rotated(x, cos, sin, apply, halves=True)) is torch.Tensor
+        twice = Pending.rotated(Pending.rotated(x, cos, sin, apply), cos, sin, apply)
+        assert type(twice) is torch.Tensor and torch.equal(twice, apply(apply(x)))
 
     def test_a_site_gives_it_to_kernels_that_rotate(self, put_off):
         found, x, apply, calls = put_off
@@ -184,7 +222,8 @@ class TestPending:
             seen.append(inputs.rotary)
             query, key = inputs.query, inputs.key
             if inputs.rotary is not None:
-                query, key = (rotate(item, *inputs.rotary).to(item.dtype) for item in (query, key))
+                query = rotate(query, *inputs.rotary.query).to(query.dtype)
+                key = rotate(key, *inputs.rotary.key).to(key.dtype)
             return scaled_dot_product(Inputs(query, key, inputs.value))
 
         expected = scaled_dot_product(Inputs(apply(x), apply(x), x))
@@ -201,11 +240,12 @@ class TestPending:
         narrow = AttentionKernel(name="narrow", load=lambda: folding, folds=True, head_dims=(64,))
         with pytest.warns(UserWarning, match="such calls run on 'sdpa'"):
             torch.testing.assert_close(AttentionSite(lambda: Fixed(narrow), Counter())(found, found, x), expected)
-        # Two tables of one shape are not one table.
+        # Query and key have tables of their own.
         cos, sin = (item.cpu() for item in tables(5, 8, seed=3))
         other = Pending.rotated(x, cos, sin, lambda item: rotate(item, cos, sin).to(item.dtype))
         expected = scaled_dot_product(Inputs(apply(x), rotate(x, cos, sin).to(x.dtype), x))
         torch.testing.assert_close(site(found, other, x), expected)
+        assert seen[-1] is not None
         # Only one of the two rotated: nothing a kernel could fold.
         torch.testing.assert_close(site(found, x, x), scaled_dot_product(Inputs(apply(x), x, x)))
 
@@ -250,3 +290,30 @@ class TestPending:
         assert type(Pending.normed(flat, whole.weight, whole.eps, whole)) is not Pending
         assert type(Pending.normed(x, None, 1e-5, torch.abs)) is torch.Tensor
         assert type(Pending.normed(x, torch.ones(8), None, torch.abs)) is torch.Tensor
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("layout", ["heads first", "heads in the channels"])
+    def test_heads_move_to_where_attention_wants_them(self, form, layout):
+        given = {**FORMS[form], "heads": 2} if layout != "heads first" else FORMS[form]
+        halves = given.get("halves", False)
+        x = torch.randn(2, 5, given.get("heads", 2), 8)
+        cos, sin = (item.cpu() for item in tables(5, 8, **given))
+        expected = rotate(x, cos, sin, halves).to(x.dtype)
+        if layout == "heads first":
+
+            def apply(item):
+                return rotate(item, cos.transpose(1, 2), sin.transpose(1, 2), halves).to(item.dtype)
+
+            first = Pending.rotated(x.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2), apply, halves)
+            found = first.repeat_interleave(1, dim=3).transpose(1, 2)
+        else:
+
+            def apply(item):
+                return rotate(item.unflatten(2, (2, -1)), cos, sin, halves).to(item.dtype).flatten(2)
+
+            first = Pending.rotated(x.flatten(2), cos.flatten(2), sin.flatten(2), apply, halves, heads=2)
+            found = first.unflatten(2, (2, -1))
+            assert type(first.unflatten(2, (4, -1))) is torch.Tensor  # not the heads of its tables
+        assert type(found) is Pending and torch.equal(found.plain(), x)
+        assert torch.equal(rotate(found.plain(), *found.tables, found.halves).to(x.dtype), expected)
+        assert torch.equal(found + 0, expected)

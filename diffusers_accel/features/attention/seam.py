@@ -12,6 +12,7 @@ Where a kernel folds QK-norm and rotation, the stock code also finds functions t
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import types
@@ -155,14 +156,18 @@ class _NormsPutOff:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
-        # A norm that someone hooked or replaced is called as it is.
-        if name not in ("norm_q", "norm_k") or type(found) is not nn.RMSNorm or _touched(found):
+        if name not in ("norm_q", "norm_k") or not _is_rms_norm(found):
             return found
         return lambda x: Pending.normed(x, found.weight, found.eps, found)
 
 
-def _touched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def _is_rms_norm(module: Any) -> bool:
+    """Whether it is a stock RMS norm that nobody hooked or replaced: such a one is called as it is."""
+    from diffusers.models.normalization import RMSNorm
+
+    if type(module) not in (nn.RMSNorm, RMSNorm) or getattr(module, "bias", None) is not None:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _norms_put_off(function: types.FunctionType) -> Callable[..., Any]:
@@ -177,40 +182,94 @@ def _norms_put_off(function: types.FunctionType) -> Callable[..., Any]:
     return call
 
 
+# What a stock rotation's arguments after the tensor say: cosines and sines for `Pending.rotated`, whether parts are
+# halves, and in how many heads the channels will be split. `None` for a form that kernels do not know.
+_Known = tuple[torch.Tensor, torch.Tensor, bool, int]
+_Form = Callable[..., "_Known | None"]
+
+
+def _generic(
+    x: torch.Tensor, freqs_cis: Any, use_real: bool = True, use_real_unbind_dim: int = -1, sequence_dim: int = 2
+) -> _Known | None:
+    """`diffusers.models.embeddings.apply_rotary_emb`: tables (sequence, head_dim), every value twice."""
+    if not use_real or use_real_unbind_dim not in (-1, -2) or sequence_dim not in (1, 2) or x.ndim != 4:
+        return None
+    halves = use_real_unbind_dim == -2
+    tables = [item[..., : x.shape[-1] // 2] if halves else item for item in freqs_cis]
+    cos, sin = (item.unsqueeze(0).unsqueeze(3 - sequence_dim) for item in tables)
+    return cos, sin, halves, 0
+
+
+def _own(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> _Known:
+    """Wan's: it reads cosines at even channels and sines at odd ones; both hold every value twice."""
+    return cos, sin, False, 0
+
+
+def _interleaved(x: torch.Tensor, freqs: Any) -> _Known:
+    """LTX-2's: tables (batch, sequence, heads * head_dim), every value twice."""
+    return *freqs, False, 0
+
+
+def _split(x: torch.Tensor, freqs: Any) -> _Known | None:
+    """LTX-2's by halves: tables (batch, heads, sequence, head_dim / 2), while the tensor's heads lie in its channels.
+    Tables without heads split all channels into two halves."""
+    if x.ndim != 3 or freqs[0].ndim != 4:
+        return None
+    cos, sin = (item.swapaxes(1, 2).flatten(2) for item in freqs)
+    return cos, sin, True, freqs[0].shape[1]
+
+
+_FORMS: dict[str, _Form] = {
+    "apply_rotary_emb": _generic,
+    "apply_interleaved_rotary_emb": _interleaved,
+    "apply_split_rotary_emb": _split,
+}
+
+
+def _put_off(stock: Callable[..., Any], form: _Form) -> Callable[..., Any]:
+    """A stock rotation that returns `Pending` where its form is one that kernels know."""
+
+    def put_off(x: Any, *args: Any, **kwargs: Any) -> Any:
+        def apply(item: Any) -> Any:
+            return stock(item, *args, **kwargs)
+
+        if torch.compiler.is_compiling():
+            return apply(x)
+        known = form(x, *args, **kwargs)
+        if known is None:
+            return apply(x)
+        cos, sin, halves, heads = known
+        return Pending.rotated(x, cos, sin, apply, halves, heads)
+
+    return put_off
+
+
 def _rotation_put_off(code: types.CodeType, scope: dict[str, Any]) -> types.CodeType:
-    """A processor's code whose rotation returns `Pending`, be it a function of its module or one it defines itself."""
-    stock = scope.get("apply_rotary_emb")
-    if "apply_rotary_emb" in code.co_names and callable(stock):
-
-        def put_off(x: Any, freqs_cis: Any, *args: Any, **kwargs: Any) -> Any:
-            def apply(item: Any) -> Any:
-                return stock(item, freqs_cis, *args, **kwargs)
-
-            # The one form that is known to be interleaved pairs over (batch, sequence, heads, head_dim).
-            if torch.compiler.is_compiling() or args or kwargs != {"sequence_dim": 1}:
-                return apply(x)
-            cos, sin = freqs_cis
-            return Pending.rotated(x, cos, sin, apply)
-
-        scope["apply_rotary_emb"] = put_off
-        return code
+    """A processor's code whose rotation returns `Pending`: a function of its module, one that it imports when it is
+    called, or one that it defines itself."""
+    for name, form in _FORMS.items():
+        if name in code.co_names and callable(scope.get(name)):
+            scope[name] = _put_off(scope[name], form)
+    if "apply_rotary_emb" in code.co_names and "apply_rotary_emb" not in scope:
+        scope["__builtins__"] = {**vars(builtins), "__import__": _importing}
     constants = list(code.co_consts)
     own = next((item for item in constants if getattr(item, "co_name", None) == "apply_rotary_emb"), None)
     if own is None:
         return code
-    rotation = types.FunctionType(own, scope)
-
-    def put_off_own(x: Any, cos: Any, sin: Any) -> Any:
-        def apply(item: Any) -> Any:
-            return rotation(item, cos, sin)
-
-        # The stock function reads cosines at even channels and sines at odd ones; both hold every value twice.
-        return apply(x) if torch.compiler.is_compiling() else Pending.rotated(x, cos, sin, apply)
-
-    scope["_diffusers_accel_put_off"] = put_off_own
+    scope["_diffusers_accel_put_off"] = _put_off(types.FunctionType(own, scope), _own)
     constants[constants.index(own)] = _own_rotation.__code__
     return code.replace(co_consts=tuple(constants))
 
 
 def _own_rotation(hidden_states: Any, freqs_cos: Any, freqs_sin: Any) -> Any:
     return _diffusers_accel_put_off(hidden_states, freqs_cos, freqs_sin)  # type: ignore[name-defined]  # noqa: F821
+
+
+def _importing(name: str, scope: Any = None, local: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+    """The import statement of a processor's code, which finds the rotation put off."""
+    found = builtins.__import__(name, scope, local, fromlist, level)
+    stock = getattr(found, "apply_rotary_emb", None)
+    if "apply_rotary_emb" not in (fromlist or ()) or stock is None:
+        return found
+    names = {item: getattr(found, item) for item in fromlist}
+    return types.SimpleNamespace(**(names | {"apply_rotary_emb": _put_off(stock, _generic)}))

@@ -10,13 +10,14 @@ activation of it does not work with the released betas.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from ...core.platform import has_module
-from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, QKNorm
+from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, QKNorm, Rotary
 
 
 def _flash_attention_3() -> Any:
@@ -44,15 +45,11 @@ def _flash3_fp8() -> AttentionFunction:
     flash_attn_func = _flash_attention_3()
 
     def attention(x: Inputs) -> Any:
-        dim, rotary, norm = x.query.shape[-1], x.rotary, x.norm
+        dim = x.query.shape[-1]
         scale = dim**-0.5 if x.scale is None else x.scale
-        tensors = x.query, x.key, x.value
-        if dim not in _FP8_DIMS:  # zeros change neither logits nor the scales
-            missing = min(size for size in _FP8_DIMS if size > dim) - dim
-            tensors = tuple(torch.nn.functional.pad(item, (0, missing)) for item in tensors)  # type: ignore[assignment]
-            rotary = rotary and tuple(torch.nn.functional.pad(item, (0, missing)) for item in rotary)  # type: ignore
-            norm = norm and widened(norm, dim + missing)
-        data = quantize_per_head(*tensors, scale, shift=x.return_lse, rotary=rotary, norm=norm)
+        if dim not in _FP8_DIMS:
+            x = padded(x, min(size for size in _FP8_DIMS if size > dim))
+        data = quantize_per_head(x.query, x.key, x.value, scale, shift=x.return_lse, rotary=x.rotary, norm=x.norm)
         extra = {"return_attn_probs": True} if x.return_lse else {}
         found = flash_attn_func(
             data.query,
@@ -72,11 +69,26 @@ def _flash3_fp8() -> AttentionFunction:
     return attention
 
 
-def widened(norm: QKNorm, dim: int) -> QKNorm:
-    """The same norm for heads padded with zeros, over which a mean square is smaller."""
-    share = len(norm.query) / dim
-    pad = partial(torch.nn.functional.pad, pad=(0, dim - len(norm.query)))
-    return QKNorm(pad(norm.query.float() * share**0.5), pad(norm.key.float() * share**0.5), norm.eps * share)
+def padded(x: Inputs, dim: int) -> Inputs:
+    """The same with heads of `dim` channels. Zeros change neither logits nor scales; where a rotation pairs the halves
+    of a head, either half gets its share of them."""
+    own = x.query.shape[-1]
+    parts = 2 if x.rotary is not None and x.rotary.halves else 1
+    pad = partial(torch.nn.functional.pad, pad=(0, (dim - own) // parts))
+
+    def wider(item: torch.Tensor) -> torch.Tensor:
+        return pad(item.unflatten(-1, (parts, -1))).flatten(-2)
+
+    rotary, norm = x.rotary, x.norm
+    if rotary is not None:  # tables are as wide as one part
+        (q_cos, q_sin), (k_cos, k_sin) = rotary.query, rotary.key
+        rotary = Rotary((pad(q_cos), pad(q_sin)), (pad(k_cos), pad(k_sin)), rotary.halves)
+    if norm is not None:  # a mean square over more channels is smaller
+        share = own / dim
+        query, key = (wider(item.float() * share**0.5) for item in (norm.query, norm.key))
+        norm = QKNorm(query, key, norm.eps * share)
+    value = torch.nn.functional.pad(x.value, (0, dim - own))
+    return replace(x, query=wider(x.query), key=wider(x.key), value=value, rotary=rotary, norm=norm)
 
 
 def _flash4() -> AttentionFunction:

@@ -47,7 +47,7 @@ _HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 16, 4
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _reduce(
     q_ptr, k_ptr, v_ptr, kn_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
-    sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h,
+    sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, st_b, st_s, st_h,
     q_len, k_len, heads, kv_heads, eps,
     PER_HEAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, FIRST: tl.constexpr, STAGES: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
@@ -67,16 +67,19 @@ def _reduce(
                 inside = (start + r < q_len)[:, None] & (d < D)[None, :]
                 high = tl.maximum(high, tl.abs(load_rows(base, sq_s, start + r, inside, DP, True)))
             # A rotation lengthens a channel by no more than sqrt(2); see `_round_per_head` on bounds.
-            tl.store(qa_ptr + index * SPLITS + split, tl.max(high) * (1.4142136 if ROTATE else 1.0))
+            tl.store(qa_ptr + index * SPLITS + split, tl.max(high) * (1.0 if ROTATE == "" else 1.4142136))
     elif index < tl.num_programs(1) // heads * kv_heads:
         b, h = (index // kv_heads).to(tl.int64), index % kv_heads
         last = tl.minimum(first + part, k_len)
         if which == 0:
-            base = k_ptr + b * sk_b + h * sk_h
+            base, turn = k_ptr + b * sk_b + h * sk_h, b * st_b + h * st_h
             total = tl.zeros([ROWS, DP], tl.float32)
             high = tl.zeros([ROWS, DP], tl.float32)
             for start in tl.range(first, last, ROWS, num_stages=STAGES):
-                x = load_head(base, sk_s, start + r, k_len, kn_ptr, eps, cos_ptr, sin_ptr, NORM, ROTATE, D, DP)
+                x = load_head(
+                    base, sk_s, start + r, k_len, kn_ptr, eps, cos_ptr + turn, sin_ptr + turn, st_s,
+                    NORM, ROTATE, D, DP,
+                )  # fmt: skip
                 total += x
                 if PER_HEAD:
                     high = tl.maximum(high, tl.abs(x))
@@ -128,9 +131,9 @@ def _combine(
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _round(
-    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, cos_ptr, sin_ptr, mean_ptr,
+    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, mean_ptr,
     qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
-    sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h,
+    sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, sqt_b, sqt_s, sqt_h, skt_b, skt_s, skt_h,
     q_len, k_len, heads, kv_heads, eps, fold, logit_scale,
     NORM: tl.constexpr, ROTATE: tl.constexpr, LEVELS: tl.constexpr, INT8: tl.constexpr, KB: tl.constexpr,
     SHIFT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
@@ -144,9 +147,11 @@ def _round(
     LONGER: tl.constexpr = spread_factor(LEVELS)
     if which == 2:
         if block * ROWS < q_len:
-            b, h = index // heads, index % heads
-            base = q_ptr + b.to(tl.int64) * sq_b + h * sq_h
-            x, inside = load_heads(base, sq_s, rows, q_len, qn_ptr, eps, cos_ptr, sin_ptr, NORM, ROTATE, D, W)
+            b, h = (index // heads).to(tl.int64), index % heads
+            base, turn = q_ptr + b * sq_b + h * sq_h, b * sqt_b + h * sqt_h
+            x, inside = load_heads(
+                base, sq_s, rows, q_len, qn_ptr, eps, qcos_ptr + turn, qsin_ptr + turn, sqt_s, NORM, ROTATE, D, W
+            )
             at = index.to(tl.int64) * q_len + rows
             if SHIFT:
                 mean = load_quarters(mean_ptr + (b * kv_heads + h // (heads // kv_heads)) * DP, D, W)
@@ -159,8 +164,10 @@ def _round(
         b, h = (index // kv_heads).to(tl.int64), index % kv_heads
         if which == 1:
             if block * ROWS < k_len:
-                base = k_ptr + b * sk_b + h * sk_h
-                x, inside = load_heads(base, sk_s, rows, k_len, kn_ptr, eps, cos_ptr, sin_ptr, NORM, ROTATE, D, W)
+                base, turn = k_ptr + b * sk_b + h * sk_h, b * skt_b + h * skt_h
+                x, inside = load_heads(
+                    base, sk_s, rows, k_len, kn_ptr, eps, kcos_ptr + turn, ksin_ptr + turn, skt_s, NORM, ROTATE, D, W
+                )
                 x = spread(without(x, load_quarters(mean_ptr + index * DP, D, W), inside), LEVELS)
                 scale = scale_of(tl.max(tl.max(largest(x), 1).reshape(ROWS // KB, KB), 1), LARGEST)
                 each = tl.broadcast_to((1.0 / scale)[:, None], (ROWS // KB, KB)).reshape(ROWS)
@@ -191,9 +198,10 @@ def _largest_part(part_ptr, index, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _round_per_head(
-    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
+    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
     qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
-    sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, q_len, k_len, heads, kv_heads, eps, logit_scale,
+    sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, sqt_b, sqt_s, sqt_h, skt_b, skt_s, skt_h,
+    q_len, k_len, heads, kv_heads, eps, logit_scale,
     NORM: tl.constexpr, ROTATE: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -207,9 +215,9 @@ def _round_per_head(
     first = block * ROWS * TILES
     if which == 0:
         if first < q_len:
-            b, h = index // heads, index % heads
+            b, h = (index // heads).to(tl.int64), index % heads
             kv = b * kv_heads + h // G
-            base = q_ptr + b.to(tl.int64) * sq_b + h * sq_h
+            base, turn = q_ptr + b * sq_b + h * sq_h, b * sqt_b + h * sqt_h
             if NORM:
                 # A normed row is no longer than this, and neither rotation nor mixing lengthens it.
                 amax = tl.max(largest(load_quarters(qn_ptr, D, W))) * D**0.5
@@ -223,25 +231,29 @@ def _round_per_head(
                 mean = _mean(ks_ptr, kv, k_len, D, DP, SPLITS)
             for tile in range(TILES):
                 rows = first + tile * ROWS + tl.arange(0, ROWS)
-                x, inside = load_heads(base, sq_s, rows, q_len, qn_ptr, eps, cos_ptr, sin_ptr, NORM, ROTATE, D, W)
+                x, inside = load_heads(
+                    base, sq_s, rows, q_len, qn_ptr, eps, qcos_ptr + turn, qsin_ptr + turn, sqt_s, NORM, ROTATE, D, W
+                )
                 if SHIFT:
                     shift = times(x, mean) * logit_scale
                     tl.store(shift_ptr + index.to(tl.int64) * q_len + rows, shift, mask=rows < q_len)
                 x = spread(x, LEVELS)
-                at = (b.to(tl.int64) * q_len + rows) * heads + h
+                at = (b * q_len + rows) * heads + h
                 store_heads(qo_ptr + at * D, x, 1.0 / (scale * LONGER), inside, False, D // 4, W)
             if block == 0:
                 tl.store(qscale_ptr + kv, scale)
     elif index < tl.num_programs(1) // heads * kv_heads and first < k_len:
         b, h = (index // kv_heads).to(tl.int64), index % kv_heads
         if which == 2:
-            base = k_ptr + b * sk_b + h * sk_h
+            base, turn = k_ptr + b * sk_b + h * sk_h, b * skt_b + h * skt_h
             mean = _mean(ks_ptr, index, k_len, D, DP, SPLITS)
             amax = _largest_part(ka_ptr, index, SPLITS) + tl.max(largest(mean))
             scale = bounded(scale_of(amax * LONGER, 448.0))
             for tile in range(TILES):
                 rows = first + tile * ROWS + tl.arange(0, ROWS)
-                x, inside = load_heads(base, sk_s, rows, k_len, kn_ptr, eps, cos_ptr, sin_ptr, NORM, ROTATE, D, W)
+                x, inside = load_heads(
+                    base, sk_s, rows, k_len, kn_ptr, eps, kcos_ptr + turn, ksin_ptr + turn, skt_s, NORM, ROTATE, D, W
+                )
                 x = spread(without(x, mean, inside), LEVELS)
                 at = (b * k_len + rows) * kv_heads + h
                 store_heads(ko_ptr + at * D, x, 1.0 / (scale * LONGER), inside, False, D // 4, W)
@@ -316,8 +328,7 @@ def quantize(
         recipe: What to round.
         scale: Of the logits.
         shift: Whether the logsumexp will be wanted, which needs what K's mean took away.
-        rotary: A rotary embedding to apply to query and key first: cosines and sines, float32 (sequence, head_dim),
-            where channels 2i and 2i + 1 are the parts of one complex number and hold the same values.
+        rotary: A rotary embedding to apply to query and key first.
         norm: An RMS norm of every head's channels, to apply before the rotary embedding.
     """
     query, key, value = _dense(query), _dense(key), _dense(value)
@@ -326,16 +337,16 @@ def quantize(
     low, values = recipe.qk is not None, recipe.pv is not None
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     nothing = new(1)
-    tables, weights, eps = rotary or (nothing, nothing), *_norm(norm, nothing)
+    (weights, eps), (tables, turns) = _norm(norm, nothing), _tables(rotary, nothing)
     k_sum = new(batch, kv_heads, _SPLITS, padded) if low else nothing
     v_max = new(batch, kv_heads, _SPLITS, padded) if values else nothing
     strides = (*_strides(query), *_strides(key), *_strides(value))
     shape = {"D": dim, "DP": padded}
-    first = {"NORM": norm is not None, "ROTATE": rotary is not None}
+    first = {"NORM": norm is not None, "ROTATE": _form(rotary)}
     _reduce[(_SPLITS, batch * heads, low + values)](
-        query, key, value, weights[1], *tables, nothing, k_sum, nothing, v_max, *strides, q_len, k_len, heads, kv_heads,
-        eps, PER_HEAD=False, ROWS=_REDUCE_ROWS, SPLITS=_SPLITS, FIRST=0 if low else 1, STAGES=_REDUCE_STAGES,
-        num_warps=_REDUCE_WARPS, **first, **shape,
+        query, key, value, weights[1], *tables[2:], nothing, k_sum, nothing, v_max, *strides, *turns[3:],
+        q_len, k_len, heads, kv_heads, eps, PER_HEAD=False, ROWS=_REDUCE_ROWS, SPLITS=_SPLITS,
+        FIRST=0 if low else 1, STAGES=_REDUCE_STAGES, num_warps=_REDUCE_WARPS, **first, **shape,
     )  # fmt: skip
     mean = new(batch, kv_heads, padded) if low else nothing
     v_scale = new(batch, kv_heads, dim) if values else nothing
@@ -352,7 +363,7 @@ def quantize(
     shifted = new(batch, heads, q_len) if shift and low else None
     _round[(triton.cdiv(max(q_len if low else 0, v_len), _ROWS), batch * heads, 2 * low + values)](
         query, key, value, *weights, *tables, mean, q, k, v, q_scale, k_scale, v_scale,
-        nothing if shifted is None else shifted, *strides, q_len, k_len, heads, kv_heads, eps,
+        nothing if shifted is None else shifted, *strides, *turns, q_len, k_len, heads, kv_heads, eps,
         scale * LOG2E, scale, LEVELS=hadamard_levels(dim), INT8=recipe.qk == "int8", KB=recipe.k_block or _ROWS,
         SHIFT=shifted is not None, ROWS=_ROWS, FIRST=0 if values else 1, num_warps=_ROUND_WARPS, **first, **shape,
     )  # fmt: skip
@@ -361,6 +372,22 @@ def quantize(
 
 def _norm(norm: QKNorm | None, nothing: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
     return ((nothing, nothing), 0.0) if norm is None else ((norm.query, norm.key), norm.eps)
+
+
+def _tables(rotary: Rotary | None, nothing: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
+    """Cosines and sines of query and key, and strides of batch, sequence and heads of both."""
+    if rotary is None:
+        return [nothing] * 4, [0] * 6
+    turns = [
+        0 if table.shape[place] == 1 else table.stride(place)
+        for table in (rotary.query[0], rotary.key[0])
+        for place in range(3)
+    ]
+    return [*rotary.query, *rotary.key], turns
+
+
+def _form(rotary: Rotary | None) -> str:
+    return "" if rotary is None else "halves" if rotary.halves else "neighbours"
 
 
 def quantize_per_head(
@@ -379,15 +406,15 @@ def quantize_per_head(
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     q_max, k_max, v_max = new(batch, heads, _SPLITS), new(batch, kv_heads, _SPLITS), new(batch, kv_heads, _SPLITS)
     k_sum = new(batch, kv_heads, _SPLITS, padded)
-    tables, weights, eps = rotary or (k_sum, k_sum), *_norm(norm, k_sum)
+    (weights, eps), (tables, turns) = _norm(norm, k_sum), _tables(rotary, k_sum)
     strides = (*_strides(query), *_strides(key), *_strides(value))
     shape = {"D": dim, "DP": padded, "SPLITS": _SPLITS}
-    first = {"NORM": norm is not None, "ROTATE": rotary is not None}
+    first = {"NORM": norm is not None, "ROTATE": _form(rotary)}
     # A normed query has a bound that is known without reading it.
     _reduce[(_SPLITS, batch * heads, 3 if norm is None else 2)](
-        query, key, value, weights[1], *tables, q_max, k_sum, k_max, v_max, *strides, q_len, k_len, heads, kv_heads,
-        eps, PER_HEAD=True, ROWS=_REDUCE_ROWS, FIRST=0, STAGES=_REDUCE_STAGES, num_warps=_REDUCE_WARPS,
-        **first, **shape,
+        query, key, value, weights[1], *tables[2:], q_max, k_sum, k_max, v_max, *strides, *turns[3:],
+        q_len, k_len, heads, kv_heads, eps, PER_HEAD=True, ROWS=_REDUCE_ROWS, FIRST=0, STAGES=_REDUCE_STAGES,
+        num_warps=_REDUCE_WARPS, **first, **shape,
     )  # fmt: skip
     kind = torch.float8_e4m3fn
     q = new(batch, q_len, heads, dim, dtype=kind)
@@ -396,7 +423,7 @@ def quantize_per_head(
     shifted = new(batch, heads, q_len) if shift else None
     _round_per_head[(triton.cdiv(max(q_len, k_len), _HEAD_ROWS * _HEAD_TILES), batch * heads, 3)](
         query, key, value, *weights, *tables, q_max, k_sum, k_max, v_max, q, k, v, scales[0], scales[1], scales[2],
-        scales if shifted is None else shifted, *strides, q_len, k_len, heads, kv_heads, eps, scale,
+        scales if shifted is None else shifted, *strides, *turns, q_len, k_len, heads, kv_heads, eps, scale,
         LEVELS=hadamard_levels(dim), SHIFT=shifted is not None, G=heads // kv_heads,
         ROWS=_HEAD_ROWS, TILES=_HEAD_TILES, num_warps=_HEAD_WARPS, **first, **shape,
     )  # fmt: skip

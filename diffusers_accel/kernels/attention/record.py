@@ -19,8 +19,25 @@ from ...core.registry import Registry
 NO_MASK, KEY_MASK, FULL_MASK = "none", "keys", "full"
 
 
-# Cosines and sines of a rotary embedding.
-Rotary = tuple[torch.Tensor, torch.Tensor]
+# Cosines and sines of a rotary embedding, float32, broadcast to the tensor they turn.
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A rotary embedding of query and key.
+
+    Attributes:
+        query: Its tables, float32, (batch or 1, sequence, heads or 1, channels): cosines and sines of equal strides,
+            channels next to each other.
+        key: The key's, of its own sequence and heads.
+        halves: Which channels are the two parts of one complex number. If true, i and i + head_dim / 2, and tables
+            have head_dim / 2 channels; if not, 2i and 2i + 1, and tables have head_dim channels, every value twice.
+    """
+
+    query: Tables
+    key: Tables
+    halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class Inputs:
         is_causal: Hide later keys; the diagonal starts at the top left.
         scale: Of the logits; head_dim ** -0.5 if `None`.
         return_lse: Also return the logsumexp.
-        rotary: Cosines and sines, float32 (sequence, head_dim), of a rotary embedding that query and key still lack.
+        rotary: A rotary embedding that query and key still lack.
         norm: A norm that they still lack before it. Both are given only to kernels whose record says that they fold.
     """
 

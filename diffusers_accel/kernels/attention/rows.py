@@ -42,36 +42,51 @@ def load_quarters(pointer, D: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _rotated(x, cos_ptr, sin_ptr, rows, inside, D: tl.constexpr, W: tl.constexpr):
-    """W channels with their rotary embedding: neighbouring channels are the two parts of one complex number."""
-    at = rows.to(tl.int64)[:, None] * D + tl.arange(0, W)[None, :]
-    cos = tl.load(cos_ptr + at, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + at, mask=inside, other=0.0)
-    real, imaginary = tl.split(x.reshape(x.shape[0], W // 2, 2))
-    return x * cos + tl.join(-imaginary, real).reshape(x.shape[0], W) * sin
+def _rotated(x, cos, sin):
+    """Channels times their cosines and sines: neighbours are the two parts of one complex number."""
+    real, imaginary = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+    return x * cos + tl.join(-imaginary, real).reshape(x.shape) * sin
+
+
+@triton.jit
+def _table(base, stride, rows, inside, W: tl.constexpr):
+    """W columns of a rotary embedding's table."""
+    return tl.load(base + rows.to(tl.int64)[:, None] * stride + tl.arange(0, W)[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def load_head(
-    base, stride, rows, length, norm_ptr, eps, cos_ptr, sin_ptr,
+    base, stride, rows, length, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
     NORM: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Rows of one head of K in one piece, float32 (rows, DP), with QK-norm and rotary embedding applied, to be read
-    again later."""
+    again later. ROTATE: "neighbours", "halves" or "", see `record.Rotary`."""
     d = tl.arange(0, DP)
     inside = (rows < length)[:, None] & (d < D)[None, :]
     x = load_rows(base, stride, rows, inside, DP, True)
     if NORM:
-        weight = tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-        x *= tl.rsqrt(tl.sum(x * x, 1) * (1.0 / D) + eps)[:, None] * weight[None, :]
-    if ROTATE:
-        x = _rotated(x, cos_ptr, sin_ptr, rows, inside, D, DP)
+        factor = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / D) + eps)[:, None]
+        x *= factor * tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if ROTATE == "neighbours":
+        cos = _table(cos_ptr, table_stride, rows, inside, DP)
+        x = _rotated(x, cos, _table(sin_ptr, table_stride, rows, inside, DP))
+    if ROTATE == "halves":
+        # The other part of each number belongs to another thread: it is read once more, from the cache.
+        other = tl.where(d < D // 2, d + D // 2, d - D // 2)
+        at = rows.to(tl.int64)[:, None]
+        y = tl.load(base + at * stride + other[None, :], mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            y *= factor * tl.load(norm_ptr + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        column = tl.where(d < D // 2, d, other)[None, :]
+        cos = tl.load(cos_ptr + at * table_stride + column, mask=inside, other=0.0)
+        sin = tl.load(sin_ptr + at * table_stride + column, mask=inside, other=0.0)
+        x = x * cos + tl.where((d < D // 2)[None, :], -y, y) * sin
     return x
 
 
 @triton.jit
 def load_heads(
-    base, stride, rows, length, norm_ptr, eps, cos_ptr, sin_ptr,
+    base, stride, rows, length, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
     NORM: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Rows of one head of Q or K as four quarters, float32 (rows, W) each, with QK-norm and rotary embedding applied;
@@ -89,11 +104,21 @@ def load_heads(
         b *= factor * weight[1][None, :]
         c *= factor * weight[2][None, :]
         d *= factor * weight[3][None, :]
-    if ROTATE:
-        a = _rotated(a, cos_ptr, sin_ptr, rows, inside, D, W)
-        b = _rotated(b, cos_ptr + Q, sin_ptr + Q, rows, inside, D, W)
-        c = _rotated(c, cos_ptr + 2 * Q, sin_ptr + 2 * Q, rows, inside, D, W)
-        d = _rotated(d, cos_ptr + 3 * Q, sin_ptr + 3 * Q, rows, inside, D, W)
+    if ROTATE != "":
+        cos0 = _table(cos_ptr, table_stride, rows, inside, W)
+        sin0 = _table(sin_ptr, table_stride, rows, inside, W)
+        cos1 = _table(cos_ptr + Q, table_stride, rows, inside, W)
+        sin1 = _table(sin_ptr + Q, table_stride, rows, inside, W)
+        if ROTATE == "halves":
+            a, c = a * cos0 - c * sin0, c * cos0 + a * sin0
+            b, d = b * cos1 - d * sin1, d * cos1 + b * sin1
+        else:
+            a = _rotated(a, cos0, sin0)
+            b = _rotated(b, cos1, sin1)
+            cos2 = _table(cos_ptr + 2 * Q, table_stride, rows, inside, W)
+            c = _rotated(c, cos2, _table(sin_ptr + 2 * Q, table_stride, rows, inside, W))
+            cos3 = _table(cos_ptr + 3 * Q, table_stride, rows, inside, W)
+            d = _rotated(d, cos3, _table(sin_ptr + 3 * Q, table_stride, rows, inside, W))
     return (a, b, c, d), inside
 
 
