@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .checkpoints.loading import from_pretrained
     from .checkpoints.modelopt import CheckpointError
     from .checkpoints.saving import save_quantized
-    from .config import AccelConfig, AttentionConfig, CompileConfig, LinearConfig, TeaCacheConfig, VAEConfig
+    from .config import AccelConfig, AttentionConfig, CompileConfig, FuseConfig, LinearConfig, TeaCacheConfig, VAEConfig
     from .errors import AccelError, ConfigError, NotAccelerated, Unsupported
     from .kernels.attention import register_attention
     from .kernels.linear import register_linear
@@ -25,7 +25,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "api": ("accelerate", "explain", "restore", "stats", "warmup"),
-    "config": ("AccelConfig", "AttentionConfig", "CompileConfig", "LinearConfig", "TeaCacheConfig", "VAEConfig"),
+    "config": (
+        "AccelConfig",
+        "AttentionConfig",
+        "CompileConfig",
+        "FuseConfig",
+        "LinearConfig",
+        "TeaCacheConfig",
+        "VAEConfig",
+    ),
     "checkpoints.loading": ("from_pretrained",),
     "checkpoints.modelopt": ("CheckpointError",),
     "checkpoints.saving": ("save_quantized",),
@@ -42,6 +50,7 @@ __all__ = [
     "CheckpointError",
     "CompileConfig",
     "ConfigError",
+    "FuseConfig",
     "LinearConfig",
     "NotAccelerated",
     "TeaCacheConfig",

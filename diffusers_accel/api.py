@@ -25,9 +25,9 @@ from .core.edits import Journal
 from .core.platform import describe
 from .core.step import Mode, StepClock
 from .errors import ConfigError, NotAccelerated, Unsupported
-from .features import attention, cache, compile, linear, request, vae
+from .features import attention, cache, compile, fuse, linear, request, vae
 from .features.feature import Denoiser, Feature, Plan, Target
-from .kernels.linear import kind_of
+from .kernels.linear import kind_of, modules_of
 from .models import adapter_for
 from .reporting import Explanation, Row, Stats
 
@@ -37,6 +37,7 @@ Pipe = TypeVar("Pipe")
 # no section: it is always on.
 FEATURES: dict[str, ModuleType] = {
     "linear": linear,
+    "fuse": fuse,
     "attention": attention,
     "compile": compile,
     "cache": cache,
@@ -157,7 +158,7 @@ def stats(pipe: Any) -> Stats:
     linears = Counter(
         kind_of(module)
         for denoiser in session.target.denoisers
-        for module in denoiser.module.modules()
+        for _, module in modules_of(denoiser.module)
         if isinstance(module, nn.Linear)
     )
     return Stats(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import Unsupported
-from ..kernels.linear import QuantizedLinear
+from ..kernels.linear import Part, QuantizedLinear, modules_of
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
 from ..kernels.linear.four_bit import Nvfp4Linear, SvdNvfp4Linear
 
@@ -65,7 +66,13 @@ def save_quantized(pipe: Any, path: str | Path) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    return {name: module for name, module in _modules(model) if isinstance(module, QuantizedLinear)}
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules; layers that are multiplied as one are told apart."""
+    for name, module in modules_of(model):
+        yield name, module.alone() if isinstance(module, Part) else module
 
 
 def _save_model(model: Any, layers: dict[str, QuantizedLinear], folder: Path) -> None:
@@ -78,7 +85,7 @@ def _save_model(model: Any, layers: dict[str, QuantizedLinear], folder: Path) ->
     config["quantization_config"] = _description(model, layers)
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors: dict[str, torch.Tensor] = {}
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if isinstance(module, QuantizedLinear):
             tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(module).items()}
         direct = {**module._parameters, **module._buffers}
@@ -114,7 +121,7 @@ def _description(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[s
         "quant_method": "modelopt",
         "ignore": [
             name
-            for name, module in model.named_modules()
+            for name, module in _modules(model)
             if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
         ],
         "producer": {"name": "diffusers_accel", "version": __version__},

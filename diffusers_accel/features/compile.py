@@ -74,6 +74,7 @@ def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Calla
         "fullgraph": config.fullgraph,
         "dynamic": config.dynamic,
         "mode": _mode(config),
+        "options": dict(config.options) if config.options else None,
     }
     if _plain(module):
         kind = type(module)

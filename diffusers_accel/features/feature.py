@@ -18,6 +18,7 @@ from torch import nn
 from ..core.edits import Edit
 from ..core.platform import Device
 from ..core.step import StepClock
+from ..errors import Unsupported
 from ..models import Adapter
 
 
@@ -103,3 +104,23 @@ class Feature(Protocol):
     def edits(self, target: Target, config: Any) -> Iterator[Edit]:
         """The edits, each applied as it is yielded."""
         ...
+
+
+def refuse_offloaded(feature: str, denoiser: Denoiser) -> None:
+    """Group and sequential offloading hold on to the weights they know: whoever changes weights must come first.
+
+    Raises:
+        Unsupported: The denoiser is offloaded so.
+    """
+    for _, module in denoiser.module.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hooks: Any = getattr(registry, "hooks", {})
+        if any("group_offload" in name for name in hooks) or any(
+            item.is_meta for item in module.parameters(recurse=False)
+        ):
+            raise Unsupported(
+                feature,
+                "its weights are offloaded, and the hooks that move them know the stock weights only.",
+                "accelerate first, then enable offloading.",
+                str(denoiser),
+            )

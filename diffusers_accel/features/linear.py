@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +20,9 @@ from torch import nn
 from ..config import LinearConfig
 from ..core.edits import Edit, ParkWeight, SwapModule
 from ..errors import Unsupported
-from ..kernels.linear import LINEARS, LinearKernel, QuantizedLinear, RoundedOnce
+from ..kernels.linear import LINEARS, LinearKernel, Part, QuantizedLinear, RoundedOnce, StandIn
 from ..models.adapter import default_adapter
-from .feature import Denoiser, Plan, Target
+from .feature import Denoiser, Plan, Target, refuse_offloaded
 
 WIDE = "none"
 # Where a foreign module remembers the stock layer it stands for; in a tuple, so that it is no child of it.
@@ -68,7 +67,7 @@ def check(target: Target, config: LinearConfig) -> Plan:
     _refuse_unmatched(denoisers, config)
     actions, notes, left, modules = [], [], [], 0
     for denoiser in denoisers:
-        _refuse_offloaded(denoiser)
+        refuse_offloaded("linear", denoiser)
         found = _layers(denoiser, config, kernels)
         if not found.quantized:
             example = next(iter(found.refused.items()), None)
@@ -183,7 +182,7 @@ def _linears(denoiser: Denoiser) -> Iterator[tuple[str, nn.Module, str, nn.Linea
             (module,) = vars(module).get(_STOCK, (module,))
             if not isinstance(module, nn.Linear) or (wrapped and name != "base_layer"):
                 continue
-            if ".lora_" in f".{parent_path}.":
+            if ".lora_" in f".{parent_path}." or isinstance(parent, Part):
                 continue
             path = parent_path if wrapped else f"{parent_path}.{name}" if parent_path else name
             yield path, parent, name, module
@@ -236,8 +235,8 @@ def _blocks(denoiser: Denoiser) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _stock(denoiser: Denoiser, path: str, module: nn.Linear) -> nn.Linear:
-    """The stock layer behind one that an earlier `accelerate` quantized."""
-    if not isinstance(module, QuantizedLinear):
+    """The stock layer behind one that an earlier `accelerate` quantized or fused."""
+    if not isinstance(module, StandIn):
         return module
     if module.stock is None:
         raise Unsupported(
@@ -273,22 +272,6 @@ def _refuse_unmatched(denoisers: tuple[Denoiser, ...], config: LinearConfig) -> 
                     "it matches no linear layer.",
                     f"a glob over names like {paths[0][1] if paths else 'none'!r}; nn.Module.named_modules lists them.",
                 )
-
-
-def _refuse_offloaded(denoiser: Denoiser) -> None:
-    """Group and sequential offloading hold on to the weights they know: they must come later."""
-    for _, module in denoiser.module.named_modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hooks: Any = getattr(registry, "hooks", {})
-        if any("group_offload" in name for name in hooks) or any(
-            item.is_meta for item in module.parameters(recurse=False)
-        ):
-            raise Unsupported(
-                "linear",
-                "its weights are offloaded, and the hooks that move them know the stock weights only.",
-                "accelerate first, then enable offloading.",
-                str(denoiser),
-            )
 
 
 def _bytes(layers: list[_Layer]) -> tuple[int, int]:

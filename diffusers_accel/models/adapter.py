@@ -103,6 +103,9 @@ class Adapter:
         cross_attention: Names of a block's attention modules whose keys are not its own stream's.
         folding: Names of attention processors whose QK-norm and rotation a kernel may do: they rotate right before
             attention, in a form of those that `features/attention/seam.py` knows.
+        projections: Groups of linear layers in a block, by their paths there, that read one tensor and are not all of
+            one attention module.
+        values_alone: Names of processors that, attending to their own stream, may ask for values alone.
         wide_ends: Numbers of first and of last blocks whose linear layers stay wide when the rest is quantized. What
             lies outside the blocks always does: NVIDIA ModelOpt's lists, which were found by measurement, agree on it.
         smallest_linear: Linear layers with no more input or output features than this stay wide.
@@ -122,6 +125,8 @@ class Adapter:
     static_arguments: tuple[str, ...] = ()
     cross_attention: tuple[str, ...] = ()
     folding: tuple[str, ...] = ()
+    projections: tuple[tuple[str, ...], ...] = ()
+    values_alone: tuple[str, ...] = ()
     wide_ends: tuple[int, int] = (0, 0)
     smallest_linear: int = 512
     default: bool = False

@@ -24,6 +24,7 @@ LTX2 = Adapter(
     classes=("LTX2VideoTransformer3DModel",),
     smallest_linear=0,
     wide_ends=(3, 3),
+    values_alone=("LTX2PerturbedAttnProcessor",),
     folding=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
     cross_attention=("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
     stacks=(Stack("transformer_blocks", ("hidden_states", "audio_hidden_states")),),

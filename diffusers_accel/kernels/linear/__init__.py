@@ -3,6 +3,7 @@
 Importing this package registers the records and imports no kernel package. Where to look:
 
 - `formats.py`: what each format is, in plain torch. `module.py`: what every quantized layer has in common.
+- `stacked.py`: several layers as one product.
 - `record.py`: what a linear kernel is, and `register_linear`.
 - `eight_bit.py`, `four_bit.py`: the layers. `others.py`: those of packages a user may have.
 - In Triton, imported only when a layer runs on a CUDA device: `activations.py`, `products.py`.
@@ -11,7 +12,22 @@ Importing this package registers the records and imports no kernel package. Wher
 from __future__ import annotations
 
 from . import eight_bit, four_bit, others  # noqa: F401  (each registers its records)
-from .module import QuantizedLinear, RoundedOnce
+from .module import Apart, QuantizedLinear, RoundedOnce, StandIn
 from .record import LINEARS, LinearKernel, kind_of, register_linear
+from .stacked import Part, Stack, emptied, modules_of, unstacked
 
-__all__ = ["LINEARS", "LinearKernel", "QuantizedLinear", "RoundedOnce", "kind_of", "register_linear"]
+__all__ = [
+    "LINEARS",
+    "Apart",
+    "LinearKernel",
+    "Part",
+    "QuantizedLinear",
+    "RoundedOnce",
+    "Stack",
+    "StandIn",
+    "emptied",
+    "kind_of",
+    "modules_of",
+    "register_linear",
+    "unstacked",
+]

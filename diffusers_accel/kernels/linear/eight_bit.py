@@ -6,14 +6,15 @@ torch, which it fuses with what stands before). e4m3 products are torch's own (`
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import formats
-from .module import QuantizedLinear
+from .module import Apart, QuantizedLinear
 from .record import LINEARS, LinearKernel
 
 
@@ -26,6 +27,7 @@ def _scaled_mm(
     form: str,
 ) -> torch.Tensor:
     """e4m3 (rows, depth) times e4m3 (columns, depth) transposed: bf16."""
+    form, x_scale = _by_rows(x, x_scale, weight_scale, form)
     kinds = F.ScalingType
     x_kind, weight_kind = {
         "rows": (kinds.RowWise, kinds.RowWise),
@@ -38,11 +40,37 @@ def _scaled_mm(
     )  # fmt: skip
 
 
-# torch's function cannot be traced by its own compiler yet: under one, it is an opaque operator.
-_scaled_mm_traced = torch.library.custom_op("diffusers_accel::scaled_mm", _scaled_mm, mutates_args=())
+def _by_rows(x: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tensor, form: str) -> tuple[str, torch.Tensor]:
+    """The form of a product and the scale of its activations: where several weights with a scale each are joined, the
+    scale of all activations is one for every row too."""
+    if form != "tensor" or weight_scale.numel() == 1:
+        return form, x_scale
+    return "rows", x_scale.reshape(1, 1).expand(x.shape[0], 1).contiguous()
 
 
-@_scaled_mm_traced.register_fake
+def _scaled_mm_traced(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    form: str,
+) -> torch.Tensor:
+    """The same under a compiler, which cannot trace torch's function yet, but the operator beneath it."""
+    form, x_scale = _by_rows(x, x_scale, weight_scale, form)
+    if form == "groups":
+        return _scaled_mm_opaque(x, x_scale, weight, weight_scale, bias, form)
+    return torch._scaled_mm(
+        x, weight.t(), x_scale, weight_scale.t() if form == "rows" else weight_scale, bias=bias,
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+
+
+# The layout of a block's scales is told by a name in torch's function and guessed by the operator: that one is opaque.
+_scaled_mm_opaque = torch.library.custom_op("diffusers_accel::scaled_mm", _scaled_mm, mutates_args=())
+
+
+@_scaled_mm_opaque.register_fake
 def _(x: torch.Tensor, x_scale: Any, weight: torch.Tensor, weight_scale: Any, bias: Any, form: str) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.bfloat16)
 
@@ -97,9 +125,10 @@ class Fp8TensorLinear(_EightBit):
     """e4m3, one scale for the weight and one for all activations: found at every call, or fixed by calibration."""
 
     kind = "fp8-tensor"
-    input_scale: torch.Tensor | None
-
     form = "tensor"
+    by_row: ClassVar = {"weight_data": 1}
+    by_weight = ("weight_scale",)
+    input_scale: torch.Tensor | None
 
     def _begin(self, linear: nn.Linear) -> None:
         super()._begin(linear)
@@ -132,6 +161,13 @@ class Fp8BlockLinear(_EightBit):
 
     kind = "fp8-block"
     form = "groups"
+    by_row: ClassVar = {"weight_data": 1, "weight_scale": formats.BLOCK}
+
+    @classmethod
+    def joined(cls, layers: Sequence[Any]) -> dict[str, torch.Tensor]:
+        if any(layer.out_features % formats.BLOCK for layer in layers[:-1]):
+            raise Apart("a block of weights would belong to two of them")
+        return super().joined(layers)
 
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         data, scale = formats.in_slices(formats.quantize_blocks, weight)

@@ -176,7 +176,7 @@ def quantize_nvfp4(
 
 
 def dequantize_nvfp4(packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """float32 (rows, columns)."""
+    """float32 (rows, columns); the global scale may be one for each row, (rows, 1)."""
     values = from_e2m1(unpack(packed)).view(packed.shape[0], -1, GROUP)
     return (values * (block_scale.float() * global_scale)[..., None]).flatten(1)
 

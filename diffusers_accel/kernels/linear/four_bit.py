@@ -9,6 +9,7 @@ fitted again to what rounding left over, a few times.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class Nvfp4Linear(QuantizedLinear):
     """NVFP4 weights, 16-bit activations."""
 
     kind = "nvfp4 (weight only)"
+    by_weight = ("weight_scale_2",)
     weight_scale_2: torch.Tensor
 
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -73,6 +75,7 @@ class SvdNvfp4Linear(Nvfp4Linear):
     """NVFP4 weights beside a low-rank branch at 16 bits."""
 
     kind = "svdq-nvfp4 (weight only)"
+    joined_apart = ("svdquant_lora_a", "svdquant_lora_b")
     svdquant_lora_a: torch.Tensor
     svdquant_lora_b: torch.Tensor
 
@@ -95,6 +98,31 @@ class SvdNvfp4Linear(Nvfp4Linear):
             "svdquant_lora_b": left.contiguous(),
             "svdquant_lora_a": right.contiguous(),
         }
+
+    @classmethod
+    def joined(cls, layers: Sequence[Any]) -> dict[str, torch.Tensor]:
+        # Every weight has a branch of its own: left factors lie on the diagonal.
+        left, right = ([getattr(layer, f"svdquant_lora_{name}") for layer in layers] for name in "ba")
+        return super().joined(layers) | {
+            "svdquant_lora_b": torch.block_diag(*left),
+            "svdquant_lora_a": torch.cat(right),
+        }
+
+    def _branch(self, place: int, bounds: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of one of the layers joined in this one: views."""
+        rank = self.svdquant_lora_a.shape[0] // len(bounds)
+        columns = slice(place * rank, (place + 1) * rank)
+        return self.svdquant_lora_b[slice(*bounds[place]), columns], self.svdquant_lora_a[columns]
+
+    def part(self, place: int, bounds: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        left, right = self._branch(place, bounds)
+        return super().part(place, bounds) | {"svdquant_lora_b": left.contiguous(), "svdquant_lora_a": right}
+
+    def write(self, place: int, bounds: Sequence[tuple[int, int]], tensors: Mapping[str, torch.Tensor]) -> None:
+        super().write(place, bounds, tensors)
+        left, right = self._branch(place, bounds)
+        left.copy_(tensors["svdquant_lora_b"])
+        right.copy_(tensors["svdquant_lora_a"])
 
     def dense(self) -> torch.Tensor:
         return super().dense() + self.svdquant_lora_b.float() @ self.svdquant_lora_a.float()

@@ -1,15 +1,15 @@
-"""A linear layer that stores low-bit weights: the module in a stock layer's place.
+"""Modules in a stock layer's place, and the one that stores low-bit weights.
 
-To everything around it, it still is the `nn.Linear` it replaces. What is stored are buffers, so optimizers and dtype
-changes pass them by and `.to(device)`, offloading and hooks carry them along; `state_dict` speaks of the stock weight;
-and `weight` is a tensor of the stock shape and dtype whose values are made when somebody asks for them. Whatever is
-written to it (a LoRA being merged, say) is rounded into the stored form.
+To everything around it, a stand-in still is the `nn.Linear` it replaces: `state_dict` speaks of the stock weight, and
+`weight` is a tensor of the stock shape and dtype whose values are made when somebody asks for them. Whatever is written
+to it (a LoRA being merged, say) is rounded into the stored form. What is stored are buffers, so optimizers and dtype
+changes pass them by and `.to(device)`, offloading and hooks carry them along.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +41,10 @@ class RoundedOnce:
         self._entry = (weakref.ref(x, self._drop), x._version, form, found)
         return found
 
+    def forget(self) -> None:
+        """Drops what is kept."""
+        self._entry = None
+
     def _drop(self, reference: Any) -> None:
         if self._entry is not None and self._entry[0] is reference:
             self._entry = None
@@ -49,7 +53,88 @@ class RoundedOnce:
         return RoundedOnce()
 
 
-class QuantizedLinear(nn.Linear):
+class Apart(ValueError):
+    """Layers that cannot be joined in one: why, to follow their names."""
+
+
+def _below(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors one below the other. Bytes are joined: not every operation knows the low-bit types."""
+    return torch.cat([item.view(torch.uint8) for item in tensors]).view(tensors[0].dtype)
+
+
+class StandIn(nn.Linear):
+    """Base of the modules in a stock layer's place. A subclass says what its weight is (`numbers`) and takes another
+    (`store`).
+
+    Attributes:
+        weight_dtype: The weight's type, to everything around.
+    """
+
+    kind: ClassVar[str]
+    weight_dtype: torch.dtype
+
+    @property
+    def stock(self) -> nn.Linear | None:
+        """The stock layer, if its weight is kept."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    def numbers(self) -> torch.Tensor:
+        """The weight in its stock dtype."""
+        raise NotImplementedError
+
+    def store(self, value: torch.Tensor) -> None:
+        """Takes other numbers as the weight.
+
+        Raises:
+            ValueError: The shape is another.
+        """
+        raise NotImplementedError
+
+    def _judged(self, value: torch.Tensor) -> torch.Tensor:
+        if value.shape != (self.out_features, self.in_features):
+            raise ValueError(f"A weight of shape {(self.out_features, self.in_features)}, not {tuple(value.shape)}.")
+        return value.detach()
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        return WeightView(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":  # a Parameter too: nn.Module would register it beside the stored form
+            self.store(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # All layers at once may not fit on the device.
+        stock = self.stock
+        destination[prefix + "weight"] = stock.weight.detach() if stock is not None else self.numbers().cpu()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
+        unexpected_keys: Any, error_msgs: Any,
+    ) -> None:  # fmt: skip
+        given = state_dict.pop(prefix + "weight", None)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if given is None:
+            if strict:
+                missing_keys.append(prefix + "weight")
+            return
+        state_dict[prefix + "weight"] = given
+        try:
+            self.store(given)
+        except ValueError as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+
+
+class QuantizedLinear(StandIn):
     """Base of the layers that store their weight in a low-bit format.
 
     A subclass says how a weight is stored (`encode`), what the stored form stands for (`dense`), and multiplies
@@ -59,7 +144,6 @@ class QuantizedLinear(nn.Linear):
         linear: The stock layer. Its bias is taken over as it is, and its weight encoded on the device where it lies.
     """
 
-    kind: ClassVar[str]
     weight_data: torch.Tensor
     weight_scale: torch.Tensor
     bias: nn.Parameter | None  # type: ignore[assignment]
@@ -118,6 +202,56 @@ class QuantizedLinear(nn.Linear):
         out = self.product(x) if x.is_cuda else self.reference(x.reshape(-1, self.in_features))
         return out.view(*x.shape[:-1], self.out_features)
 
+    # --- several layers in one: their weights, row by row, one below the other ---
+
+    # Stored tensors with the weight's rows -> how many of the weight's rows one of theirs stands for.
+    by_row: ClassVar[Mapping[str, int]] = {"weight_data": 1, "weight_scale": 1}
+    # Scales of a whole weight, float32 (1,); several weights' are held row by row, (out_features, 1).
+    by_weight: ClassVar[tuple[str, ...]] = ()
+    # Stored tensors that a subclass joins itself.
+    joined_apart: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def joined(cls, layers: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """The stored form of several layers' weights, one below the other. Nothing is rounded again: their products
+        are what they were one by one.
+
+        Raises:
+            Apart: They cannot be joined; the message says why.
+        """
+        found = {name: _below([getattr(layer, name) for layer in layers]) for name in cls.by_row}
+        for name in cls.by_weight:
+            each = [getattr(layer, name).reshape(1, 1).expand(layer.out_features, 1) for layer in layers]
+            found[name] = torch.cat(each)
+        for name in set(layers[0]._buffers) - {*cls.by_row, *cls.by_weight, *cls.joined_apart}:
+            first, *others = (layer._buffers[name] for layer in layers)
+            for other in others:
+                if (first is None) != (other is None) or (first is not None and not torch.equal(first, other)):
+                    raise Apart(f"their {name} differ")
+            if first is not None:
+                found[name] = first
+        return found
+
+    def part(self, place: int, bounds: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """The stored form of one of the layers joined in this one: views, where it can be.
+
+        Args:
+            place: Which one.
+            bounds: First and last row (exclusive) of each.
+        """
+        first, last = bounds[place]
+        found = {name: item for name, item in self._buffers.items() if item is not None}
+        found |= {name: found[name][first // rows : -(-last // rows)] for name, rows in self.by_row.items()}
+        return found | {name: found[name][first] for name in self.by_weight}
+
+    def write(self, place: int, bounds: Sequence[tuple[int, int]], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Puts another weight's stored form in the place of one of the layers joined in this one."""
+        first, last = bounds[place]
+        for name, rows in self.by_row.items():
+            getattr(self, name)[first // rows : -(-last // rows)] = tensors[name]
+        for name in self.by_weight:
+            getattr(self, name)[first:last] = tensors[name]
+
     # --- the weight, as others see it ---
 
     def keep(self, linear: nn.Linear) -> None:
@@ -137,16 +271,6 @@ class QuantizedLinear(nn.Linear):
     def device(self) -> torch.device:
         return next(self.buffers(recurse=False)).device
 
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        return WeightView(self)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # a Parameter too: nn.Module would register it beside the stored form
-            self.store(value)
-        else:
-            super().__setattr__(name, value)
-
     @torch.no_grad()
     def numbers(self) -> torch.Tensor:
         """The weight in its stock dtype: the stock layer's own where it is kept, what is stored otherwise."""
@@ -157,16 +281,9 @@ class QuantizedLinear(nn.Linear):
 
     @torch.no_grad()
     def store(self, value: torch.Tensor) -> None:
-        """Takes other numbers as the weight.
-
-        Raises:
-            ValueError: The shape is another.
-        """
         if isinstance(value, WeightView) and value.layer is self:
             return
-        if value.shape != (self.out_features, self.in_features):
-            raise ValueError(f"A weight of shape {(self.out_features, self.in_features)}, not {tuple(value.shape)}.")
-        value = value.detach()
+        value = self._judged(value)
         if self._stock:
             kept = self._stock[0].weight
             kept.copy_(value.to(kept.device, kept.dtype))
@@ -188,29 +305,6 @@ class QuantizedLinear(nn.Linear):
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.device)).dtype
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # All layers at once may not fit on the device.
-        destination[prefix + "weight"] = self._stock[0].weight.detach() if self._stock else self.numbers().cpu()
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
-        unexpected_keys: Any, error_msgs: Any,
-    ) -> None:  # fmt: skip
-        given = state_dict.pop(prefix + "weight", None)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if given is None:
-            if strict:
-                missing_keys.append(prefix + "weight")
-            return
-        state_dict[prefix + "weight"] = given
-        try:
-            self.store(given)
-        except ValueError as error:
-            error_msgs.append(f"{prefix}weight: {error}")
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind}"
 
@@ -219,24 +313,24 @@ _DATA: Any = torch.Tensor.data
 
 
 class WeightView(torch.Tensor):
-    """The weight of a quantized layer as a tensor: shape, dtype and device cost nothing, values are made when they are
+    """The weight of a stand-in as a tensor: shape, dtype and device cost nothing, values are made when they are
     needed, and what is written in place is stored.
 
     Attributes:
         layer: The layer.
     """
 
-    layer: QuantizedLinear
+    layer: StandIn
 
     @staticmethod
-    def __new__(cls, layer: QuantizedLinear) -> WeightView:
+    def __new__(cls, layer: StandIn) -> WeightView:
         found = torch.Tensor._make_wrapper_subclass(
             cls, (layer.out_features, layer.in_features), dtype=layer.weight_dtype, device=layer.device
         )
         found.layer = layer
         return found
 
-    def __init__(self, layer: QuantizedLinear):
+    def __init__(self, layer: StandIn):
         super().__init__()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -257,7 +351,8 @@ class WeightView(torch.Tensor):
         if isinstance(kwargs.get("out"), WeightView):
             raise TypeError("The weight of a quantized layer cannot be an `out=`: assign the result to it.")
         name = getattr(func, "__name__", "")
-        if (isinstance(view, WeightView) and name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE:
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+        if isinstance(view, WeightView) and in_place:
             numbers = view.layer.numbers().clone()
             func(numbers, *(_plain(item) for item in args[1:]), **{key: _plain(item) for key, item in kwargs.items()})
             view.layer.store(numbers)

@@ -102,9 +102,9 @@ def int8_product(
 @triton.jit
 def _widen(
     packed_ptr, scale_ptr, global_ptr, left_ptr, right_ptr, out_ptr, rows, columns,
-    RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    BY_ROW: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, columns)."""
+    """Program (rows, columns). BY_ROW: whether there is a global scale for each."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * WIDTH
     pair = first // 2 + tl.arange(0, WIDTH // 2)
@@ -119,7 +119,10 @@ def _widen(
     group = first // 16 + tl.arange(0, WIDTH // 16)
     inside = (r < rows)[:, None] & (group < columns // 16)[None, :]
     scale = tl.load(scale_ptr + r.to(tl.int64)[:, None] * (columns // 16) + group[None, :], mask=inside, other=0.0)
-    scale = scale.to(tl.float32) * tl.load(global_ptr)
+    if BY_ROW:
+        scale = scale.to(tl.float32) * tl.load(global_ptr + r, mask=r < rows, other=0.0)[:, None]
+    else:
+        scale = scale.to(tl.float32) * tl.load(global_ptr)
     value = (value.reshape(ROWS, WIDTH // 16, 16) * scale[:, :, None]).reshape(ROWS, WIDTH)
     c = first + tl.arange(0, WIDTH)
     if RANK > 0:
@@ -149,7 +152,8 @@ def widen_nvfp4(
     """`formats.dequantize_nvfp4`, plus the product of a low-rank branch, rounded once to `dtype`: (rows, columns).
 
     Args:
-        packed: uint8 (rows, columns / 2); block scales e4m3 (rows, columns / 16); global scale float32 (1,).
+        packed: uint8 (rows, columns / 2); block scales e4m3 (rows, columns / 16); global scale float32 (1,)
+            or (rows, 1).
         left: (rows, rank), of `dtype`; right: (rank, columns).
     """
     rows, columns = packed.shape[0], 2 * packed.shape[1]
@@ -159,7 +163,8 @@ def widen_nvfp4(
     height, width = (32, 128)
     _widen[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
         packed, block_scale, global_scale, nothing if left is None else left, nothing if right is None else right, out,
-        rows, columns, RANK=rank, R=max(16, triton.next_power_of_2(rank)), ROWS=height, WIDTH=width, num_warps=4,
+        rows, columns, BY_ROW=global_scale.numel() > 1, RANK=rank, R=max(16, triton.next_power_of_2(rank)),
+        ROWS=height, WIDTH=width, num_warps=4,
     )  # fmt: skip
     return out
 

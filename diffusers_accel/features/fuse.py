@@ -1,0 +1,169 @@
+"""Fused projections: linear layers that read one tensor are multiplied as one (query, key and value; in FLUX's
+single-stream blocks the feed-forward's too).
+
+Stock code still calls each layer: its place is taken by a part that finds its columns in the product of all
+(`kernels/linear/stacked.py`). That works for every model alike, quantized or not, with a LoRA around a part, and with
+the shards that tensor parallelism leaves. The weights lie in one tensor; the separate ones are let go, and cut out of
+it again by `restore`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ..config import FuseConfig
+from ..core.edits import Edit, SwapModule
+from ..errors import Unsupported
+from ..kernels.linear import Apart, Part, Stack, emptied, unstacked
+from .feature import Denoiser, Plan, Target, refuse_offloaded
+
+# Names of an attention module's projections that read its own stream, another one, and one beside it.
+_OWN = ("to_q", "to_k", "to_v")
+_OTHER = ("to_k", "to_v")
+_BESIDE = (("add_q_proj", "add_k_proj", "add_v_proj"), ("k_img", "v_img"))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers that read one tensor: their paths as stock code has them, and where they hang."""
+
+    paths: tuple[str, ...]
+    places: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers; of a stack of an earlier `accelerate`, those whose places its parts have taken."""
+        found = [parent._modules[name] for parent, name in self.places]
+        return [layer.original if isinstance(layer, Part) else layer for layer in found]
+
+    def __str__(self) -> str:
+        return ", ".join(self.paths)
+
+
+def check(target: Target, config: FuseConfig) -> Plan:
+    """How many groups of layers would be multiplied as one.
+
+    Raises:
+        Unsupported: There are no such layers, a glob matches none of them, or their weights are not there.
+    """
+    modules, notes, left = 0, [], []
+    for denoiser in target.denoisers:
+        refuse_offloaded("fuse", denoiser)
+        groups = _groups(denoiser)
+        for glob in config.ignore or ():
+            if not any(_matches(denoiser, path, glob) for group in groups for path in group.paths):
+                raise Unsupported(f"fuse.ignore: {glob!r}", "it matches no projection.", "another glob.", str(denoiser))
+        wanted = _wanted(denoiser, groups, config)
+        reasons = [(group, Stack.refusal(group.layers)) for group in wanted]
+        fit = [group for group, reason in reasons if reason is None]
+        left += [f"{denoiser.name}: {group} stay apart: {reason}." for group, reason in reasons if reason is not None]
+        if not fit:
+            raise Unsupported(
+                "fuse",
+                left[0] if left else "no layers were found that read one tensor.",
+                "fuse=None.",
+                str(denoiser),
+            )
+        modules += len(fit)
+        notes.append(f"{denoiser.name}: {len(fit)} products instead of {sum(len(group.paths) for group in fit)}.")
+    return Plan("layers that read one tensor are multiplied as one", modules, tuple(notes), tuple(left))
+
+
+def edits(target: Target, config: FuseConfig) -> Iterator[Edit]:
+    """One edit per group of layers."""
+    for denoiser in target.denoisers:
+        for group in _wanted(denoiser, _groups(denoiser), config):
+            reason = Stack.refusal(group.layers)
+            if reason is None:
+                try:
+                    yield _Stacked(group.places, Stack(group.layers))
+                except Apart as error:
+                    reason = str(error)
+            if reason is not None:
+                warnings.warn(f"accelerate: fuse: {denoiser.name}: {group} stay apart: {reason}.", stacklevel=2)
+
+
+@dataclass(eq=False)
+class _Stacked:
+    """Puts the parts of a stack in its layers' places, and lets the layers' own tensors go."""
+
+    places: tuple[tuple[nn.Module, str], ...]
+    stack: Stack
+    _swaps: list[tuple[Part, SwapModule]] = field(default_factory=list, init=False)
+
+    def apply(self) -> None:
+        for place, (parent, name) in enumerate(self.places):
+            original: Any = parent._modules[name]
+            part = Part(self.stack, place, original)
+            swap = SwapModule(parent, name, part)
+            swap.apply()
+            self._swaps.append((part, swap))
+            emptied(original)
+
+    def undo(self) -> None:
+        for part, swap in reversed(self._swaps):
+            unstacked(part)
+            swap.undo()
+
+
+def _wanted(denoiser: Denoiser, groups: list[_Group], config: FuseConfig) -> list[_Group]:
+    """The groups none of whose layers the user left out."""
+    globs = config.ignore or ()
+    return [
+        group for group in groups if not any(_matches(denoiser, path, glob) for path in group.paths for glob in globs)
+    ]
+
+
+def _matches(denoiser: Denoiser, path: str, glob: str) -> bool:
+    return fnmatchcase(path, glob) or fnmatchcase(f"{denoiser.name}.{path}", glob)
+
+
+def _groups(denoiser: Denoiser) -> list[_Group]:
+    """The layers of a denoiser that read one tensor: those that its adapter names, and those of its attention."""
+    adapter = denoiser.adapter
+    found: list[_Group] = []
+    taken: set[str] = set()
+    paths = {id(module): path for path, module in denoiser.module.named_modules()}
+
+    def take(owner: nn.Module, names: tuple[str, ...]) -> None:
+        group = _group(paths[id(owner)], owner, names)
+        if group is not None and taken.isdisjoint(group.paths):
+            taken.update(group.paths)
+            found.append(group)
+
+    for block in adapter.blocks(denoiser.module):
+        for names in adapter.projections:
+            take(block, names)
+    for path, module in list(denoiser.module.named_modules()):
+        if "to_k" not in module._modules or getattr(module, "fused_projections", False):
+            continue
+        crossed = path.rpartition(".")[2] in adapter.cross_attention or getattr(module, "is_cross_attention", False)
+        alone = type(getattr(module, "processor", None)).__name__ in adapter.values_alone
+        for names in (_OTHER if crossed else _OWN[:2] if alone else _OWN, *_BESIDE):
+            take(module, tuple(name for name in names if name in module._modules))
+    return found
+
+
+def _group(path: str, owner: nn.Module, names: tuple[str, ...]) -> _Group | None:
+    """The layers of these names below a module, or `None` if there are not two of them; of a LoRA layer, what lies
+    beneath it."""
+    places: list[tuple[nn.Module, str]] = []
+    for name in names:
+        holder, _, child = name.rpartition(".")
+        try:
+            parent = owner.get_submodule(holder)
+            layer: Any = parent._modules.get(child)
+        except AttributeError:
+            return None
+        if layer is not None and isinstance(getattr(layer, "base_layer", None), nn.Module):
+            parent, child, layer = layer, "base_layer", layer.base_layer
+        if not isinstance(layer, nn.Linear):
+            return None
+        places.append((parent, child))
+    return _Group(tuple(f"{path}.{name}".lstrip(".") for name in names), tuple(places)) if len(places) > 1 else None
