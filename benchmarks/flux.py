@@ -8,8 +8,9 @@ encoders stay out; VAE decoding is included. Variants:
 - `diffusers compile`: `transformer.compile_repeated_blocks(fullgraph=True)`.
 - `lossless`: `accelerate(pipe, "lossless")`.
 - `lossless, sdpa`: the same with `attention="sdpa"`, to tell the kernel's part from the rest.
-- With `--linear` instead: `fp8` and `int8`, in eager and compiled, beside torchao's row-wise fp8 with the same
-  attention and the same regional compilation.
+- With `--linear` instead: `fp8` and `int8`, in eager and compiled, with projections apart and fused, beside torchao's
+  row-wise fp8 with the same attention and the same regional compilation. torchao sets inductor's coordinate descent
+  for the whole process; `tuned` variants of ours have the same.
 
     python benchmarks/flux.py                      # on a CUDA device
     python benchmarks/flux.py --tiny --device cpu  # a dry run of the script
@@ -84,19 +85,29 @@ def build(device: str, dtype: torch.dtype, tiny: bool) -> FluxPipeline:
     return pipe
 
 
-def linear(pipe: FluxPipeline, note: Any, timed_first: Any, generate: Any, repeats: int) -> None:
+def linear(
+    pipe: FluxPipeline, note: Any, timed_first: Any, generate: Any, repeats: int, only: list[str] | None
+) -> None:
     """Low-bit linear layers, ours and torchao's; torchao's come last, for it leaves no way back."""
     cuda = pipe.transformer.device.type == "cuda"
     attention = "fa3" if cuda else "sdpa"
+    tuned = {"options": {"coordinate_descent_tuning": True, "coordinate_descent_check_all_directions": True}}
     for name, sections in {
         "bf16": {},
+        "bf16, fused": {"fuse": True},
         "fp8": {"linear": "fp8"},
+        "fp8, fused": {"linear": "fp8", "fuse": True},
         "int8": {"linear": "int8"},
-        "fp8, fa3-fp8": {"linear": "fp8", "attention": "fa3-fp8" if cuda else "sdpa"},
+        "fp8, fused, fa3-fp8": {"linear": "fp8", "fuse": True, "attention": "fa3-fp8" if cuda else "sdpa"},
         "bf16, compiled": {"compile": True},
+        "bf16, fused, compiled": {"fuse": True, "compile": True},
         "fp8, compiled": {"linear": "fp8", "compile": True},
-        "int8, compiled": {"linear": "int8", "compile": True},
+        "fp8, fused, compiled": {"linear": "fp8", "fuse": True, "compile": True},
+        "int8, fused, compiled": {"linear": "int8", "fuse": True, "compile": True},
+        "fp8, fused, compiled, tuned": {"linear": "fp8", "fuse": True, "compile": tuned},
     }.items():
+        if only and name not in only:
+            continue
         accelerate(pipe, **{"attention": attention, **sections})
         timed_first(name)
         note(name, measure.seconds(generate, repeats, warm=0))
@@ -116,6 +127,8 @@ def linear(pipe: FluxPipeline, note: Any, timed_first: Any, generate: Any, repea
         filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "blocks" in path,
     )
     for name, sections in {"torchao": {}, "torchao, compiled": {"compile": True}}.items():
+        if only and name not in only:
+            continue
         accelerate(pipe, attention=attention, **sections)
         timed_first(name)
         note(name, measure.seconds(generate, repeats, warm=0))
@@ -150,6 +163,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--linear", action="store_true", help="low-bit linear layers, beside torchao's")
+    parser.add_argument("--only", nargs="*", help="of --linear, these variants; all if not given")
     parser.add_argument("--tiny", action="store_true", help="a small model: a dry run of the script")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; benchmarks/results if not given")
     options = parser.parse_args()
@@ -203,7 +217,7 @@ def main() -> None:
         differences[name] = round(float(-10 * error.log10()), 2)
 
     if options.linear:
-        linear(pipe, note, timed_first, generate, options.repeats)
+        linear(pipe, note, timed_first, generate, options.repeats, options.only)
         write(options, size, steps, dtype, figures, cold, differences, kernels)
         return
 

@@ -6,7 +6,7 @@ installed. All are called in turn over several rounds. Errors are against float6
 weights and activations that have outlying channels.
 
     python benchmarks/linear.py            # benchmarks/results/linear.json
-    python benchmarks/linear.py --tiles    # cuts of the INT8 product
+    python benchmarks/linear.py --tiles    # cuts of the INT8 product, and of the rounding of activations
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 
 from diffusers_accel import accelerate, restore, stats
 from diffusers_accel.core.platform import describe
-from diffusers_accel.kernels.linear import LINEARS, formats
+from diffusers_accel.kernels.linear import LINEARS, Part, Stack, formats
 
 # rows, input features, output features
 SHAPES = {
@@ -73,10 +73,15 @@ def alone(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return layer(x.view_as(x))
 
 
-def threefold(layer: nn.Module, x: torch.Tensor) -> None:
+def threefold(layers: list[nn.Module], x: torch.Tensor) -> None:
     shared = x.view_as(x)
-    for _ in range(3):
+    for layer in layers:
         layer(shared)
+
+
+def parts(layers: list[Any]) -> list[nn.Module]:
+    stack = Stack(layers)
+    return [Part(stack, place, layer) for place, layer in enumerate(layers)]
 
 
 def products(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -116,13 +121,14 @@ def products(options: argparse.Namespace, device: torch.device) -> dict[str, Any
             calls[name] = partial(alone, layer, x)
         calls |= raw(x, linear)
         if "fp8" in layers and inside == outside:
-            # As attention calls it: Q, K and V of one tensor, which is rounded once.
-            for name in ("bf16", "fp8", "int8"):
-                calls[f"{name}, three layers of one input"] = partial(threefold, layers[name], x)
+            # As attention calls it: Q, K and V of one tensor, which is rounded once; and the same as one product.
+            for name in {"bf16", "fp8", "fp8-block", "int8", "nvfp4"} & set(layers):
+                calls[f"{name}, three layers of one input"] = partial(threefold, [layers[name]] * 3, x)
+                calls[f"{name}, three layers as one"] = partial(threefold, parts([layers[name]] * 3), x)
         times = measure.rounds(calls, options.rounds, warmup=10, rep=40)
         for name, milliseconds in times.items():
             layer_count = 3 if "three" in name else 1
-            base = times["bf16" + name[name.index(",") :] if layer_count == 3 else "bf16"]
+            base = times["bf16, three layers of one input" if layer_count == 3 else "bf16"]
             figures.setdefault(name, {}).update({
                 "ms": round(milliseconds, 4),
                 "TFLOP/s": round(2e-9 * rows * inside * outside * layer_count / milliseconds, 1),
@@ -208,6 +214,27 @@ def tiles(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def roundings(device: torch.device) -> dict[str, Any]:
+    """GB/s of rounding activations to e4m3 with a scale per row, over rows and warps of a program."""
+    from triton.testing import do_bench
+
+    from diffusers_accel.kernels.linear.activations import quantize_rows
+
+    found: dict[str, Any] = {}
+    for rows, columns in ((4608, 3072), (4608, 12288), (4608, 15360), (32760, 1536), (32760, 8960), (32760, 5120)):
+        x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+        rates = {}
+        for cut in ((1, 2), (1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8), (8, 4), (8, 8)):
+            if cut[0] * columns > 40000:
+                continue
+            call = partial(quantize_rows, x, torch.float8_e4m3fn, cut)
+            milliseconds = do_bench(call, warmup=5, rep=25, return_mode="median")
+            rates[f"{cut[0]} rows, {cut[1]} warps"] = round(3e-6 * rows * columns / milliseconds)
+        found[f"{rows} x {columns}"] = dict(sorted(rates.items(), key=lambda item: -item[1]))
+        print(rows, columns, found[f"{rows} x {columns}"], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", help="parts of the names of shapes; all if not given")
@@ -218,7 +245,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda")
     if options.tiles:
-        print(measure.write("linear-tiles", {"INT8 product, TFLOP/s": tiles(device)}, options.out))
+        found = {"rounding rows, GB/s": roundings(device), "INT8 product, TFLOP/s": tiles(device)}
+        print(measure.write("linear-tiles", found, options.out))
         return
     result: dict[str, Any] = {"shapes": products(options, device)}
     if not options.skip_whole:

@@ -25,7 +25,7 @@ NEVER = {"core": {"diffusers"}, "kernels": {"diffusers"}, "policies": {"diffuser
 TRITON = {
     "kernels/rounding.py",
     *(f"kernels/attention/{name}.py" for name in ("rows", "quantize", "low_bit")),
-    *(f"kernels/linear/{name}.py" for name in ("activations", "products")),
+    *(f"kernels/linear/{name}.py" for name in ("activations", "products", "weights")),
 }
 OPTIONAL = {"triton", "flash_attn", "fa3_fwd_interface", "flash_attn_interface", "sageattention", "modelopt", "torchao"}
 

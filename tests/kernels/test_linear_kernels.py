@@ -9,7 +9,7 @@ from diffusers_accel.kernels.linear import formats
 
 pytest.importorskip("triton")
 
-from diffusers_accel.kernels.linear import activations, products
+from diffusers_accel.kernels.linear import activations, products, weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -51,6 +51,19 @@ def test_groups(count, columns):
     same_but_for_midpoints(found[:count], scale[:count], *formats.quantize_groups(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("count", "columns"), [(1, 16), (37, 272), (16, 512)])
+def test_nvfp4_weights(count, columns, dtype):
+    x = rows_of(count, columns, dtype)
+    x[-1, :16] = 1e-7 if dtype == torch.float32 else 0.0  # a block far below the others: scale 0
+    if columns > 16:  # midpoints between neighbouring values, and values themselves
+        x[-1, 16:32] = torch.tensor([6, 5, 3.5, 2.5, 1.75, 1.25, 0.75, 0.25, -6, -5, -3.5, -2.5, -1.75, -0.75, 0, 4])
+    for scale in (formats.tensor_scale(x, 6 * 448.0), torch.tensor([1.0], device=DEVICE)):
+        found, expected = weights.quantize_nvfp4(x, scale), formats.quantize_nvfp4(x, scale)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1].float(), expected[1].float()) and found[2] is scale
+
+
 def test_tensor():
     x = rows_of(37, 160)
     same_but_for_midpoints(*activations.quantize_tensor(x), *formats.quantize_tensor(x))
@@ -88,6 +101,9 @@ def test_widening(count, columns, rank):
     found = products.widen_nvfp4(*stored, torch.float32)
     assert torch.equal(found, expected)
     assert torch.equal(products.widen_nvfp4(*stored, torch.float16), expected.half())
+    each = torch.linspace(0.5, 2, len(x), device=DEVICE)[:, None]  # several weights, one below the other
+    by_row = formats.dequantize_nvfp4(*stored[:2], each)
+    torch.testing.assert_close(products.widen_nvfp4(*stored[:2], each, torch.float32), by_row, rtol=1e-6, atol=0)
     if rank:
         left, right = torch.randn(count, rank).to(DEVICE), torch.randn(rank, columns).to(DEVICE)
         found = products.widen_nvfp4(*stored, torch.float16, left.half(), right.half())

@@ -22,16 +22,18 @@ def _scale(amax, LARGEST: tl.constexpr):
     return tl.where(scale < _TINY, 1.0, scale)
 
 
-@triton.jit
-def _rows(x_ptr, out_ptr, scale_ptr, stride, columns, INT8: tl.constexpr, WIDTH: tl.constexpr):
-    """Program (row)."""
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["rows"])
+def _rows(
+    x_ptr, out_ptr, scale_ptr, stride, rows, columns, INT8: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Program (rows)."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, WIDTH)
-    inside = k < columns
-    x = tl.load(x_ptr + row * stride + k, mask=inside, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.abs(x)), 127.0 if INT8 else 448.0)
-    store_rounded(out_ptr + row * columns + k, x * (1.0 / scale), inside, INT8)
-    tl.store(scale_ptr + row, scale)
+    inside = (r < rows)[:, None] & (k < columns)[None, :]
+    x = tl.load(x_ptr + r[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = _scale(tl.max(tl.abs(x), 1), 127.0 if INT8 else 448.0)
+    store_rounded(out_ptr + r[:, None] * columns + k[None, :], x * (1.0 / scale)[:, None], inside, INT8)
+    tl.store(scale_ptr + r, scale, mask=r < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "padded"])
@@ -74,15 +76,24 @@ def _warps(width: int) -> int:
     return 4 if width <= 8192 else 8
 
 
-def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `formats.quantize_rows`, of bf16, fp16 or float32 with any stride between rows."""
+def quantize_rows(
+    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, cut: tuple[int, int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `formats.quantize_rows`, of bf16, fp16 or float32 with any stride between rows.
+
+    Args:
+        x: (rows, columns).
+        dtype: Of the values: e4m3 or int8.
+        cut: Rows and warps of a program, instead of those measured (`benchmarks/linear.py --tiles`).
+    """
     x = _dense(x)
     rows, columns = x.shape
     values = torch.empty((rows, columns), dtype=dtype, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(columns)
-    _rows[(rows,)](
-        x, values, scale, x.stride(0), columns, INT8=dtype == torch.int8, WIDTH=width, num_warps=_warps(width)
+    each, warps = cut or (1, _warps(width))
+    _rows[(triton.cdiv(rows, each),)](
+        x, values, scale, x.stride(0), rows, columns, INT8=dtype == torch.int8, ROWS=each, WIDTH=width, num_warps=warps
     )
     return values, scale
 

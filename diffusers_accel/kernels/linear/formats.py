@@ -166,13 +166,18 @@ def quantize_nvfp4(
     amax = groups.abs().amax(-1)
     if global_scale is None:
         global_scale = scale_of(amax.amax(), E2M1_MAX * E4M3_MAX).reshape(1)
-    block_scale = to_e4m3(scale_of(amax, E2M1_MAX) / global_scale)
-    # A block without any value but zero keeps the scale 1, as ModelOpt writes it.
-    block_scale = torch.where(amax == 0, torch.ones_like(amax), block_scale.float()).to(torch.float8_e4m3fn)
+    block_scale = nvfp4_scales(amax, global_scale)
     each = block_scale.float() * global_scale
     # A block far smaller than the largest may round to scale 0: its values are 0.
     scaled = torch.where(each[..., None] == 0, torch.zeros_like(groups), groups / each[..., None])
     return pack(to_e2m1(scaled).view(rows, columns)), block_scale, global_scale
+
+
+def nvfp4_scales(amax: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """Block scales, e4m3 (rows, columns / 16), from the blocks' largest magnitudes."""
+    block_scale = to_e4m3(scale_of(amax, E2M1_MAX) / global_scale)
+    # A block without any value but zero keeps the scale 1, as ModelOpt writes it.
+    return torch.where(amax == 0, torch.ones_like(amax), block_scale.float()).to(torch.float8_e4m3fn)
 
 
 def dequantize_nvfp4(packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
@@ -190,8 +195,8 @@ def low_rank(
     """The best approximation of a rank, nearly: float32 (rows, rank) and (rank, columns), whose product it is.
 
     Randomized subspace iteration (https://arxiv.org/abs/0909.4061) from a fixed start: the same matrix gives the same
-    factors on one kind of device. Bases are made orthogonal by the eigenvectors of their small Gram matrix, which costs
-    a GPU far less than factoring a tall one.
+    factors on one kind of device. Bases are made orthogonal by the Cholesky factor of their small Gram matrix, which
+    costs a GPU far less than factoring a tall one.
 
     Args:
         x: (rows, columns).
@@ -215,9 +220,12 @@ def low_rank(
 
 
 def _orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of the columns' span; directions that are not there become zeros."""
+    """An orthonormal basis of the columns' span; directions that are not there come out shorter, down to zero."""
     for _ in range(2):  # the second time removes what float32 left of the first
-        values, vectors = torch.linalg.eigh((x.T @ x).double())
-        there = values > 1e-12 * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-        x = x @ torch.where(there, vectors * values.clamp_min(1e-300).rsqrt(), 0).to(x.dtype)
+        gram = (x.T @ x).double()
+        diagonal = gram.diagonal()
+        # What is added keeps a matrix of lower rank positive; `cholesky_ex` waits for no verdict.
+        diagonal += 1e-9 * diagonal.max() + torch.finfo(torch.float32).tiny
+        factor, _ = torch.linalg.cholesky_ex(gram)
+        x = torch.linalg.solve_triangular(factor.T, x.double(), upper=True, left=False).to(x.dtype)
     return x

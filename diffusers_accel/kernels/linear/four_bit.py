@@ -45,8 +45,19 @@ def _(packed: torch.Tensor, block_scale: Any, global_scale: Any, dtype: torch.dt
 
 def _nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scale = formats.tensor_scale(x, formats.E2M1_MAX * formats.E4M3_MAX)
+    if x.is_cuda:
+        from . import weights
+
+        return weights.quantize_nvfp4(x.contiguous(), scale)
     packed, block_scale = formats.in_slices(lambda part: formats.quantize_nvfp4(part, scale)[:2], x, 2**22)
     return packed, block_scale, scale
+
+
+def _dense(packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """What is stored, float32."""
+    if packed.is_cuda:
+        return _widen(packed, block_scale, global_scale, torch.float32, None, None)
+    return formats.dequantize_nvfp4(packed, block_scale, global_scale)
 
 
 class Nvfp4Linear(QuantizedLinear):
@@ -61,7 +72,7 @@ class Nvfp4Linear(QuantizedLinear):
         return {"weight_data": packed, "weight_scale": block_scale, "weight_scale_2": global_scale}
 
     def dense(self) -> torch.Tensor:
-        return formats.dequantize_nvfp4(self.weight_data, self.weight_scale, self.weight_scale_2)
+        return _dense(self.weight_data, self.weight_scale, self.weight_scale_2)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         weight = _widen(self.weight_data, self.weight_scale, self.weight_scale_2, x.dtype, None, None)
@@ -87,8 +98,8 @@ class SvdNvfp4Linear(Nvfp4Linear):
             # What the branch carried last is where the next search starts.
             factors = formats.low_rank(rest, RANK, *((3, None) if right is None else (1, right)))
             left, right = (item.to(weight.dtype) for item in factors)
-            stored = _nvfp4(wide - left.float() @ right.float())
-            rest = wide - formats.dequantize_nvfp4(*stored)
+            stored = _nvfp4(torch.addmm(wide, left.float(), right.float(), alpha=-1))
+            rest = wide - _dense(*stored)
         assert stored is not None and left is not None and right is not None
         packed, block_scale, global_scale = stored
         return {
