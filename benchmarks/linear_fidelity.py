@@ -3,6 +3,11 @@
 In float32, so that nothing but the formats' rounding is measured: on a GPU the real kernels run, elsewhere the plain
 references. Every layer inside the blocks is quantized.
 
+Two things a format could be given are measured beside it, as modules around our layers that are part of this script
+only: `rotation`, a Hadamard matrix over the input features, which spreads outlying channels (activations are multiplied
+by it at every call); and `smoothing` (https://arxiv.org/abs/2211.10438, its strength 0.5), which moves the activations'
+range into the weights, channel by channel, from a calibration on other captions. Finer scales are `fp8-block`'s.
+
     python benchmarks/linear_fidelity.py                            # benchmarks/results/linear-fidelity.json
     python benchmarks/linear_fidelity.py --count 2 --only flux-shapes
 """
@@ -11,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ import measure
 import torch
 from attention_fidelity import generate, psnr
 from fidelity import captions
+from torch import nn
 
 from diffusers_accel import Unsupported, accelerate, demo, restore, stats
 from diffusers_accel.kernels.linear import LINEARS
@@ -25,6 +32,67 @@ from diffusers_accel.kernels.linear import LINEARS
 # Least PSNR, dB, pooled over captions.
 BOUNDS = {"fp8": 34.0, "fp8-tensor": 34.0, "fp8-block": 34.0, "int8": 39.0, "nvfp4": 26.0}
 BETTER_THAN_NVFP4 = 3.0
+# Formats whose options are measured.
+OPTIONS = ("fp8", "fp8-tensor", "int8", "nvfp4")
+
+
+class Prepared(nn.Module):
+    """A layer whose input is multiplied by a matrix, or channel by channel, before it."""
+
+    def __init__(self, linear: nn.Linear, algo: str, factor: torch.Tensor):
+        super().__init__()
+        shell = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        inverse = factor.T if factor.ndim == 2 else 1 / factor  # the matrix is orthogonal
+        weight = linear.weight.detach() @ inverse.T if factor.ndim == 2 else linear.weight.detach() * inverse
+        shell.weight, shell.bias = nn.Parameter(weight, requires_grad=False), linear.bias
+        self.layer, self.kind = LINEARS.get(algo).load()(shell), algo
+        self.register_buffer("factor", factor, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x @ self.factor if self.factor.ndim == 2 else x * self.factor)
+
+
+def rotation(linear: nn.Linear) -> torch.Tensor:
+    """A Hadamard matrix on every run of channels as long as the largest power of two that divides their number."""
+    size = linear.in_features
+    block = size & -size
+    matrix = torch.ones(1, 1)
+    while len(matrix) < min(block, 256):
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return torch.block_diag(*[matrix / len(matrix) ** 0.5] * (size // len(matrix))).to(linear.weight.device)
+
+
+def calibrated(name: str, pipe: Any, device: str) -> dict[int, torch.Tensor]:
+    """The largest magnitude of every layer's input, channel by channel, over captions that are not held out."""
+    found: dict[int, torch.Tensor] = {}
+
+    def see(module: nn.Module, given: Any) -> None:
+        amax = given[0].detach().abs().flatten(0, -2).amax(0)
+        found[id(module)] = torch.maximum(found.get(id(module), amax), amax)
+
+    layers = [item for item in pipe.transformer.modules() if isinstance(item, nn.Linear)]
+    handles = [layer.register_forward_pre_hook(see) for layer in layers]
+    generate(name, pipe, captions(demo.CHECKPOINTS[name].kind, 4, "training"), device)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def register(algo: str, ranges: dict[int, torch.Tensor]) -> list[str]:
+    """Records of a format with what could be done to its inputs."""
+
+    def smoothing(linear: nn.Linear) -> torch.Tensor:
+        amax = ranges[id(linear)].clamp_min(1e-5)
+        return (linear.weight.abs().amax(0).clamp_min(1e-5) / amax).sqrt()
+
+    def load(factor: Any) -> Any:
+        return lambda: lambda linear: Prepared(linear, algo, factor(linear))
+
+    kernel, names = LINEARS.get(algo), []
+    for label, factor in (("rotation", rotation), ("smoothing", smoothing)):
+        names.append(f"{algo} + {label}")
+        LINEARS.add(names[-1], replace(kernel, name=names[-1], load=load(factor)), replace=True)
+    return names
 
 
 def evaluate(name: str, count: int, device: str) -> dict[str, Any]:
@@ -32,8 +100,11 @@ def evaluate(name: str, count: int, device: str) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     prompts = captions(demo.CHECKPOINTS[name].kind, count, "held-out")
     stock = generate(name, pipe, prompts, device)
+    ranges = calibrated(name, pipe, device)
+    own = [algo for algo in LINEARS if "+" not in algo]
     rows: dict[str, Any] = {}
-    for algo in LINEARS:
+    more = [name for base in OPTIONS for name in register(base, ranges)]
+    for algo in [*own, *more]:
         try:
             accelerate(pipe, linear={"algo": algo, "smallest": 0})
         except Unsupported as error:

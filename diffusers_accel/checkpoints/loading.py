@@ -7,26 +7,32 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..kernels.linear import QuantizedLinear, RoundedOnce
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
 from ..kernels.linear.four_bit import Nvfp4Linear, SvdNvfp4Linear
-from .modelopt import CheckpointError, Quantization, read_quantization, split
+from .modelopt import CheckpointError, Quantization, read_file_quantization, read_quantization, split
 
 
-def from_pretrained(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> Any:
+def from_pretrained(
+    path: str | Path, *, dtype: torch.dtype = torch.bfloat16, dynamic: bool | None = None, **arguments: Any
+) -> Any:
     """Loads a pipeline whose models may be quantized in NVIDIA ModelOpt's layout.
 
     Args:
         path: A pipeline's folder, or its id on the Hugging Face Hub.
         dtype: Of everything that is not quantized.
-        arguments: As `DiffusionPipeline.from_pretrained` takes them.
+        dynamic: Whether activations are scaled as they come, whatever the checkpoint says; `False` wants the scales
+            that it holds.
+        arguments: As `DiffusionPipeline.from_pretrained` takes them. A model may be given as the path of a single
+            quantized file too, `transformer="model.safetensors"`, with diffusers' names of layers; its configuration is
+            that of the folder.
 
     Returns:
         The stock pipeline, on the host. `accelerate` takes it like any other; its linear layers are quantized already.
@@ -47,32 +53,59 @@ def from_pretrained(path: str | Path, *, dtype: torch.dtype = torch.bfloat16, **
     components: dict[str, Any] = {}
     entries = json.loads(index.read_text(encoding="utf-8"))
     for name, entry in entries.items():
-        if name in arguments or not isinstance(entry, list) or not (folder / name / "config.json").is_file():
+        if not isinstance(entry, list) or not (folder / name / "config.json").is_file():
             continue
-        if entry[0] == "diffusers" and read_quantization(folder / name) is not None:
-            components[name] = load_model(folder / name, dtype)
+        given = arguments.get(name)
+        if isinstance(given, (str, Path)):
+            components[name] = load_file_model(Path(arguments.pop(name)), folder / name, dtype, dynamic)
+        elif name not in arguments and entry[0] == "diffusers" and read_quantization(folder / name) is not None:
+            components[name] = load_model(folder / name, dtype, dynamic)
     # The class itself: through the base class, a component that is optional in it would be loaded all the same.
     kind = getattr(diffusers, str(entries.get("_class_name")), diffusers.DiffusionPipeline)
     return kind.from_pretrained(folder, dtype=dtype, **components, **arguments)
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A quantized model from its folder.
+def load_model(folder: Path, dtype: torch.dtype, dynamic: bool | None = None) -> nn.Module:
+    """A quantized model from its folder; see `from_pretrained`.
 
     Raises:
         CheckpointError: It cannot be read.
     """
-    from accelerate import init_empty_weights
-
     quantization = read_quantization(folder)
     if quantization is None:
         raise CheckpointError(f"{str(folder)!r}: its config.json has no quantization_config.")
-    layers, rest = split(_tensors(folder), quantization)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{str(folder)!r} holds no safetensors file.")
+    return _model(folder, files, quantization, dtype, dynamic)
+
+
+def load_file_model(file: Path, folder: Path, dtype: torch.dtype, dynamic: bool | None = None) -> nn.Module:
+    """A quantized model from a single file, and the configuration in a folder; see `from_pretrained`.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    quantization = read_file_quantization(file)
+    if quantization is None:
+        raise CheckpointError(f"{str(file)!r}: its header says nothing of a quantization.")
+    return _model(folder, [file], quantization, dtype, dynamic)
+
+
+def _model(
+    folder: Path, files: list[Path], quantization: Quantization, dtype: torch.dtype, dynamic: bool | None
+) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    if dynamic is not None:
+        quantization = replace(quantization, dynamic=dynamic)
+    layers, rest = split(_tensors(files), quantization)
+    source = str(folder if len(files) > 1 else files[0])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = getattr(importlib.import_module("diffusers"), config["_class_name"], None)
     if kind is None:
         raise CheckpointError(f"{str(folder)!r}: diffusers has no class {config['_class_name']!r}.")
-    config.pop("quantization_config")
+    config.pop("quantization_config", None)
     with init_empty_weights():
         model = kind.from_config(config)
     modules = dict(model.named_modules())
@@ -105,7 +138,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         lasting = set(module._buffers) - module._non_persistent_buffers_set
         left += [name for name in (f"{path}.{key}".lstrip(".") for key in lasting) if name not in rest]
     if left:
-        raise CheckpointError(f"{str(folder)!r}: {len(left)} tensors are missing, {left[0]} among them.")
+        raise CheckpointError(f"{source!r}: {len(left)} tensors are missing, {left[0]} among them.")
     return model.eval()
 
 
@@ -125,24 +158,26 @@ def _layer(linear: Any, name: str, parts: Mapping[str, torch.Tensor], quantizati
             stored |= {key: parts[key].to(linear.weight.dtype) for key in ("svdquant_lora_a", "svdquant_lora_b")}
             kind = SvdNvfp4Linear
     elif scale.ndim == 2:
-        stored["weight_scale"] = F.pad(scale.float(), (0, -scale.shape[1] % 4))
+        stored |= Fp8BlockLinear.stored(weight, scale.float())
         kind = Fp8BlockLinear
     else:
         stored["weight_scale"] = scale.float().reshape(1)
-        if "input_scale" in parts and not quantization.dynamic:
+        if not quantization.dynamic:
+            if "input_scale" not in parts:
+                raise CheckpointError(
+                    f"{name}: its activations are to have a fixed scale, and there is no input_scale. dynamic=True "
+                    "finds one at every call."
+                )
             stored["input_scale"] = parts["input_scale"].float().reshape(1)
         kind = Fp8TensorLinear
     return kind.holding(linear, stored)
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors files."""
+def _tensors(files: list[Path]) -> dict[str, torch.Tensor]:
+    """All tensors of safetensors files."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{str(folder)!r} holds no safetensors file.")
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:

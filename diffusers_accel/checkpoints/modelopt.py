@@ -1,7 +1,8 @@
 """NVIDIA ModelOpt's layout of quantized weights: what a file says of each layer, and the layers made from it.
 
 A transformer's folder is a stock one, but for two things: `config.json` holds a `quantization_config` with
-`"quant_method": "modelopt"`, and a quantized layer's tensors are its low-bit `weight` beside scales:
+`"quant_method": "modelopt"`, and a quantized layer's tensors are its low-bit `weight` beside scales. A single file says
+the same in its header's metadata, under `quantization_config`, or layer by layer under `_quantization_metadata`.
 
 | algorithm | weight | weight_scale | weight_scale_2 | more |
 |---|---|---|---|---|
@@ -114,6 +115,44 @@ def read_quantization(folder: Path) -> Quantization | None:
         raise CheckpointError(f"{str(file)!r} is not JSON: {error}.") from error
     values = config.get("quantization_config")
     return None if not values else Quantization.read(values, str(file))
+
+
+# Formats of `_quantization_metadata` -> the family of layers.
+_FILE_FORMATS = {"float8_e4m3fn": "fp8", "nvfp4": "nvfp4"}
+
+
+def read_file_quantization(file: Path) -> Quantization | None:
+    """What a safetensors file says of its quantization in its header, or `None` if it says nothing.
+
+    Raises:
+        CheckpointError: It is no safetensors file, or what it says cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read: {error}. Was it downloaded in full?") from error
+    try:
+        whole, by_layer = (
+            json.loads(metadata.get(key) or "null") for key in ("quantization_config", "_quantization_metadata")
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{str(file)!r}: its header's quantization is not JSON: {error}.") from error
+    if whole:
+        return Quantization.read(whole, str(file))
+    if not by_layer:
+        return None
+    layers = {}
+    for name, layer in by_layer.get("layers", {}).items():
+        kind = layer.get("format")
+        if kind not in _FILE_FORMATS:
+            raise CheckpointError(
+                f"{str(file)!r}, {name}: the format {kind!r} is not known here. Known: {', '.join(_FILE_FORMATS)}."
+            )
+        layers[name] = _FILE_FORMATS[kind]
+    return Quantization(None, layers, (), True, by_layer)
 
 
 def split(

@@ -15,13 +15,14 @@ from .. import __version__
 from ..errors import Unsupported
 from ..kernels.linear import Part, QuantizedLinear, modules_of
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
-from ..kernels.linear.four_bit import Nvfp4Linear, SvdNvfp4Linear
+from ..kernels.linear.four_bit import Nvfp4Fp8Linear, Nvfp4Linear, SvdNvfp4Linear
 
 # Layers -> ModelOpt's name of their algorithm.
 _ALGORITHMS: dict[type[QuantizedLinear], str] = {
     Fp8TensorLinear: "FP8",
     Fp8BlockLinear: "FP8_BLOCK_SCALES",
     Nvfp4Linear: "NVFP4",
+    Nvfp4Fp8Linear: "NVFP4",
     SvdNvfp4Linear: "NVFP4_SVD",
 }
 
@@ -92,13 +93,16 @@ def _save_model(model: Any, layers: dict[str, QuantizedLinear], folder: Path) ->
         lasting = {key: item for key, item in direct.items() if key not in module._non_persistent_buffers_set}
         tensors |= {f"{name}.{key}".lstrip("."): item for key, item in lasting.items() if item is not None}
     cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(cpu, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    # In the header too: the file alone says what it holds.
+    metadata = {"format": "pt", "quantization_config": json.dumps(config["quantization_config"])}
+    save_file(cpu, folder / "diffusion_pytorch_model.safetensors", metadata=metadata)
 
 
 def _parts(module: QuantizedLinear) -> dict[str, torch.Tensor]:
     """A layer's tensors by ModelOpt's names."""
     parts = {"weight": module.weight_data, "weight_scale": module.weight_scale}
     if isinstance(module, Fp8BlockLinear):
+        parts["weight"] = module.weight_data[: module.out_features, : module.in_features]
         parts["weight_scale"] = module.weight_scale[:, : -(-module.in_features // 128)]
     elif isinstance(module, Fp8TensorLinear):
         parts["weight_scale"] = module.weight_scale.reshape(())

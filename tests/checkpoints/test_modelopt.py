@@ -163,8 +163,9 @@ def test_round_trip(written, name, tmp_path):
     assert config["quant_algo"] == names[name]
 
 
-def test_round_trip_of_blocks(tmp_path):
-    pipe = accelerate(demo.load("wan-shapes"), linear={"algo": "fp8-block", "keep_original": "drop"})
+@pytest.mark.parametrize("name", ["wan-shapes", "flux-shapes"])  # sizes by 128, and others
+def test_round_trip_of_blocks(name, tmp_path):
+    pipe = accelerate(demo.load(name), linear={"algo": "fp8-block", "keep_original": "drop", "smallest": 0})
     save_quantized(pipe, tmp_path)
     loaded = from_pretrained(tmp_path, dtype=torch.float32)
     found, expected = dict(loaded.transformer.named_buffers()), dict(pipe.transformer.named_buffers())
@@ -222,6 +223,58 @@ class TestVariants:
         edit(folder, scales, flags)
         layer = from_pretrained(folder, dtype=torch.float32).transformer.get_submodule(name)
         assert (layer.input_scale is not None) == static
+
+        for wanted in (True, False):  # a user's word beats the file's
+            layer = from_pretrained(folder, dtype=torch.float32, dynamic=wanted).transformer.get_submodule(name)
+            assert (layer.input_scale is None) == wanted
+
+        def without(tensors):
+            tensors.pop(f"{name}.input_scale")
+
+        edit(folder, without)
+        with pytest.raises(CheckpointError, match=r"there is no input_scale\. dynamic=True"):
+            from_pretrained(folder, dynamic=False)
+
+    @pytest.mark.parametrize("name", ["fp8-tensor", "nvfp4", "mixed"])
+    def test_a_single_file(self, written, name, tmp_path):
+        """Its header says what it holds; the configuration is the stock folder's."""
+        folder, pipe = written[name]
+        build("flux").save_pretrained(tmp_path / "stock")
+        file = shutil.copy(file_of(folder), tmp_path / "model.safetensors")
+        for given in (file, str(file)):
+            loaded = from_pretrained(tmp_path / "stock", dtype=torch.float32, transformer=given)
+            same_bytes(dict(loaded.transformer.named_buffers()), dict(pipe.transformer.named_buffers()))
+        assert loaded.text_encoder is not None
+
+    def test_a_single_file_by_layer(self, written, tmp_path):
+        folder, pipe = written["mixed"]
+        build("flux").save_pretrained(tmp_path / "stock")
+        tensors = load_file(file_of(folder))
+        formats = {
+            layer: {"format": "nvfp4" if parts["weight"].dtype == torch.uint8 else "float8_e4m3fn"}
+            for layer, parts in layers_of(folder).items()
+        }
+
+        def load(layers):
+            metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+            save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
+            return from_pretrained(tmp_path / "stock", dtype=torch.float32, transformer=tmp_path / "model.safetensors")
+
+        same_bytes(dict(load(formats).transformer.named_buffers()), dict(pipe.transformer.named_buffers()))
+        name = next(iter(formats))
+        with pytest.raises(CheckpointError, match=f"{name}: the format 'int3' is not known here"):
+            load({**formats, name: {"format": "int3"}})
+        with pytest.raises(CheckpointError, match="the configuration says"):
+            load({**formats, name: {"format": "nvfp4" if formats[name]["format"] != "nvfp4" else "float8_e4m3fn"}})
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match="says nothing of a quantization"):
+            from_pretrained(tmp_path / "stock", transformer=tmp_path / "model.safetensors")
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"quantization_config": "{"})
+        with pytest.raises(CheckpointError, match="is not JSON"):
+            from_pretrained(tmp_path / "stock", transformer=tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors").write_bytes(b"short")
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            from_pretrained(tmp_path / "stock", transformer=tmp_path / "model.safetensors")
 
     def test_a_loaded_pipeline_is_accelerated_and_restored(self, written):
         folder, _ = written["fp8-tensor"]

@@ -75,6 +75,31 @@ def _(x: torch.Tensor, x_scale: Any, weight: torch.Tensor, weight_scale: Any, bi
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.bfloat16)
 
 
+def fp8_product(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """(rows, depth), rounded to e4m3 row by row, times e4m3 (columns, depth) with a scale per row, transposed; plus a
+    bias: (rows, columns) of the input's type."""
+    if torch.compiler.is_compiling():
+        data, scale = formats.quantize_rows(x)
+    else:
+        from . import activations
+
+        data, scale = activations.quantize_rows(x)
+    return _with_bias(data, scale, weight, weight_scale, bias, x.dtype, "rows")
+
+
+def _with_bias(
+    data: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor,
+    bias: torch.Tensor | None, dtype: torch.dtype, form: str,
+) -> torch.Tensor:  # fmt: skip
+    # bf16 is what torch's product writes with scales per row; a bias of another type is added outside.
+    inside = bias if bias is not None and bias.dtype == dtype == torch.bfloat16 else None
+    multiply = _scaled_mm_traced if torch.compiler.is_compiling() else _scaled_mm
+    out = multiply(data, scale, weight, weight_scale, inside, form).to(dtype)
+    return out if bias is None or inside is not None else out + bias.to(dtype)
+
+
 class _EightBit(QuantizedLinear):
     form: str
 
@@ -92,18 +117,18 @@ class _EightBit(QuantizedLinear):
         return activations.quantize_rows(x)
 
     def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of (..., in_features). A compiler finds out by itself that several layers round one tensor."""
+        """Of (..., in_features). A compiler fuses what several layers do to one tensor by itself."""
         if torch.compiler.is_compiling():
             return self.rounded(x.reshape(-1, self.in_features))
-        return self.rounded_once.of(x, self.form, lambda item: self.fused(item.reshape(-1, self.in_features)))
+        return self.rounded_once.of(x, self.form, lambda item: self.fused(item.reshape(-1, item.shape[-1])))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiplied(x, self.bias)
+
+    def multiplied(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """torch's product of what is stored, plus a bias."""
         data, scale = self.activations(x)
-        # bf16 is what torch's product writes with scales per row; a bias of another type is added outside.
-        bias = self.bias if self.bias is not None and self.bias.dtype == x.dtype == torch.bfloat16 else None
-        multiply = _scaled_mm_traced if torch.compiler.is_compiling() else _scaled_mm
-        out = multiply(data, scale, self.weight_data, self.weight_scale, bias, self.form).to(x.dtype)
-        return out if self.bias is None or bias is not None else out + self.bias.to(x.dtype)
+        return _with_bias(data, scale, self.weight_data, self.weight_scale, bias, x.dtype, self.form)
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
@@ -157,7 +182,8 @@ class Fp8TensorLinear(_EightBit):
 
 
 class Fp8BlockLinear(_EightBit):
-    """e4m3, one scale per 128 x 128 weights and per 128 activations of a token."""
+    """e4m3, one scale per 128 x 128 weights and per 128 activations of a token. A weight of other sizes is stored with
+    zeros up to the next multiple: torch's product takes whole blocks only."""
 
     kind = "fp8-block"
     form = "groups"
@@ -165,28 +191,42 @@ class Fp8BlockLinear(_EightBit):
 
     @classmethod
     def joined(cls, layers: Sequence[Any]) -> dict[str, torch.Tensor]:
-        if any(layer.out_features % formats.BLOCK for layer in layers[:-1]):
+        if any(layer.out_features % formats.BLOCK for layer in layers):
             raise Apart("a block of weights would belong to two of them")
         return super().joined(layers)
 
-    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        data, scale = formats.in_slices(formats.quantize_blocks, weight)
+    @staticmethod
+    def stored(data: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stored form of a weight, e4m3 (out_features, in_features), and its scales, float32, one per block."""
+        rows, columns = data.shape
+        data = F.pad(data.view(torch.uint8), (0, -columns % formats.BLOCK, 0, -rows % formats.BLOCK))
         # Scales are read four at a time along the input features.
-        return {"weight_data": data, "weight_scale": F.pad(scale, (0, -scale.shape[1] % 4))}
+        return {"weight_data": data.view(torch.float8_e4m3fn), "weight_scale": F.pad(scale, (0, -scale.shape[1] % 4))}
+
+    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.stored(*formats.in_slices(formats.quantize_blocks, weight))
+
+    def dense(self) -> torch.Tensor:
+        return super().dense()[: self.out_features, : self.in_features]
 
     def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return formats.quantize_groups(x)
 
     def activations(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        missing = self.weight_data.shape[1] - self.in_features
         if not torch.compiler.is_compiling():
-            return super().activations(x)
+            return super().activations(F.pad(x, (0, missing)) if missing else x)
         # As the matrix units' library reads them: a multiple of four rows, scales column by column.
         rows = x.reshape(-1, self.in_features)
-        data, scale = formats.quantize_groups(F.pad(rows, (0, 0, 0, -rows.shape[0] % 4)))
+        data, scale = formats.quantize_groups(F.pad(rows, (0, missing, 0, -rows.shape[0] % 4)))
         return data, scale.t().contiguous().t()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return super().product(x)[: x.numel() // self.in_features]
+        missing = self.weight_data.shape[0] - self.out_features
+        out = self.multiplied(
+            x, None if self.bias is None else F.pad(self.bias, (0, missing)) if missing else self.bias
+        )
+        return out[: x.numel() // self.in_features, : self.out_features]
 
     def fused(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         from . import activations
@@ -261,5 +301,5 @@ def _record(
 # Matrix units for e4m3 came with sm_89; torch's product with blocks of scales is for Hopper alone.
 _record(Fp8Linear, 16, (8, 9))
 _record(Fp8TensorLinear, 16, (8, 9))
-_record(Fp8BlockLinear, 128, architectures=((9, 0),))
+_record(Fp8BlockLinear, 16, architectures=((9, 0),))
 _record(Int8Linear, 16, (8, 0))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..rounding import to_e4m3
 from .formats import GROUP
 
 
@@ -138,7 +139,10 @@ def _widen(
         value += tl.dot(left, right)
     inside = (r < rows)[:, None] & (c < columns)[None, :]
     at = out_ptr + r.to(tl.int64)[:, None] * columns + c[None, :]
-    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=inside)
+    if out_ptr.dtype.element_ty == tl.float8e4nv:
+        tl.store(at, to_e4m3(value), mask=inside)
+    else:
+        tl.store(at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def widen_nvfp4(
@@ -149,7 +153,8 @@ def widen_nvfp4(
     left: torch.Tensor | None = None,
     right: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`formats.dequantize_nvfp4`, plus the product of a low-rank branch, rounded once to `dtype`: (rows, columns).
+    """`formats.dequantize_nvfp4`, plus the product of a low-rank branch, rounded once to `dtype`: (rows, columns). For
+    e4m3 the global scale must bring values into its range.
 
     Args:
         packed: uint8 (rows, columns / 2); block scales e4m3 (rows, columns / 16); global scale float32 (1,)
