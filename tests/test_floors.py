@@ -27,7 +27,16 @@ TRITON = {
     *(f"kernels/attention/{name}.py" for name in ("rows", "quantize", "low_bit")),
     *(f"kernels/linear/{name}.py" for name in ("activations", "products", "weights")),
 }
-OPTIONAL = {"triton", "flash_attn", "fa3_fwd_interface", "flash_attn_interface", "sageattention", "modelopt", "torchao"}
+OPTIONAL = {
+    "triton",
+    "flash_attn",
+    "fa3_fwd_interface",
+    "flash_attn_interface",
+    "sageattention",
+    "modelopt",
+    "torchao",
+    "transformer_engine",
+}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -274,3 +274,32 @@ def test_a_failure_changes_nothing(monkeypatch):
     assert not any(isinstance(module, Part) for module in pipe.transformer.modules())
     seen = state(pipe)
     assert all(torch.equal(seen[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("linear", [None, {"algo": "fp8", "smallest": 0}])
+@pytest.mark.parametrize("kind", ["model", "sequential", "block_level", "leaf_level"])
+def test_offloading(kind, linear):
+    """Enabled afterwards, every part finds its weight on the device, whichever is called first."""
+    gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if gpu.type == "cpu" and kind in ("model", "sequential"):
+        pytest.skip("needs an accelerator")
+    pipe, entry = build("flux"), TINY["flux"]
+    pipe.to(gpu)
+    accelerate(pipe, linear=linear, fuse=True)
+    expected = tensors(entry.run(pipe, steps=2))
+    pipe.to("cpu")
+    if kind == "model":
+        pipe.enable_model_cpu_offload()
+    elif kind == "sequential":
+        pipe.enable_sequential_cpu_offload()
+    else:
+        blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        pipe.transformer.enable_group_offload(
+            onload_device=gpu, offload_device=torch.device("cpu"), offload_type=kind, **blocks
+        )
+        for name, component in pipe.components.items():
+            if name != "transformer" and isinstance(component, torch.nn.Module):
+                component.to(gpu)
+    for _ in range(2):
+        found = tensors(entry.run(pipe, steps=2))
+        assert all(map(torch.equal, [item.cpu() for item in found], [item.cpu() for item in expected]))

@@ -5,6 +5,7 @@ The stand-ins compute in float64, so an argument in the wrong place, a layout or
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import types
@@ -14,7 +15,9 @@ import exact
 import pytest
 import torch
 
+from diffusers_accel.core.platform import Device
 from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, Call, Inputs, others
+from diffusers_accel.kernels.linear import LINEARS
 
 
 def inputs(dim=64, kv_heads=2, keys=53):
@@ -259,3 +262,54 @@ def test_a_record_says_what_it_lacks():
 
     assert "needs sm_89 and later" in record.missing(Device("cuda", "NVIDIA A100", (8, 0)))
     assert record.missing(Device("cuda", "NVIDIA L40", (8, 9))) is None
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("te-fp8-per-tensor", "Float8CurrentScaling"), ("te-fp8-blockwise", "Float8BlockScaling")]
+)
+def test_transformer_engine_linear(monkeypatch, name, recipe, renamed):
+    """By both of the names its context managers have had."""
+    entered = []
+
+    class Recipe:
+        pass
+
+    @contextlib.contextmanager
+    def context(label, enabled, given):
+        assert enabled and isinstance(given, Recipe)
+        entered.append(label)
+        yield
+        entered.append(f"end of {label}")
+
+    class Linear(torch.nn.Linear):
+        def __init__(self, in_features, out_features, bias=True, params_dtype=None, device="cuda"):
+            assert entered == ["init"]
+            super().__init__(in_features, out_features, bias=bias, dtype=params_dtype, device=device)
+
+        def forward(self, inp, is_first_microbatch=None):
+            assert entered[-1] == "autocast"
+            return super().forward(inp)
+
+    members = (
+        {
+            "autocast": lambda enabled=True, recipe=None: context("autocast", enabled, recipe),
+            "quantized_model_init": lambda enabled=True, recipe=None: context("init", enabled, recipe),
+        }
+        if renamed
+        else {
+            "fp8_autocast": lambda enabled=True, fp8_recipe=None: context("autocast", enabled, fp8_recipe),
+            "fp8_model_init": lambda enabled=True, recipe=None: context("init", enabled, recipe),
+        }
+    )
+    te = install(monkeypatch, "transformer_engine.pytorch", Linear=Linear, **members)
+    recipes = install(monkeypatch, "transformer_engine.common.recipe", **{recipe: Recipe})
+    sys.modules["transformer_engine"].pytorch = te
+    sys.modules["transformer_engine.common"].recipe = recipes
+    stock = torch.nn.Linear(32, 48)
+    layer = LINEARS.get(name).load()(stock)
+    assert layer.kind == name and not layer.training
+    x = torch.randn(5, 32)
+    assert torch.equal(layer(x), stock(x))
+    assert entered == ["init", "end of init", "autocast", "end of autocast"]
+    assert "needs the package" in LINEARS.get(name).missing(Device("cuda", "GPU", (9, 0)))

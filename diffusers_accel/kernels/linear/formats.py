@@ -190,7 +190,7 @@ def dequantize_nvfp4(packed: torch.Tensor, block_scale: torch.Tensor, global_sca
 
 
 def low_rank(
-    x: torch.Tensor, rank: int, iterations: int = 3, start: torch.Tensor | None = None
+    x: torch.Tensor, rank: int, iterations: int = 3, start: torch.Tensor | None = None, spare: int = 16
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best approximation of a rank, nearly: float32 (rows, rank) and (rank, columns), whose product it is.
 
@@ -203,11 +203,12 @@ def low_rank(
         rank: At most this.
         iterations: Multiplications by x and its transpose.
         start: Directions to start from, (n, columns), instead of random ones alone.
+        spare: Directions beyond the rank to search in, of which the best are taken. None saves the search among them.
     """
     generator = torch.Generator().manual_seed(0)
     x = x.float()
     rank = min(rank, *x.shape)
-    width = min(rank + 16, *x.shape)
+    width = min(rank + spare, *x.shape)
     basis = torch.randn(x.shape[1], width, generator=generator).to(x.device)
     if start is not None:
         basis[:, : start.shape[0]] = start.float().T
@@ -215,17 +216,22 @@ def low_rank(
     for _ in range(iterations):
         basis = _orthogonal(x.T @ (x @ basis))
     image = x @ basis
-    turn = torch.linalg.eigh((image.T @ image).double()).eigenvectors.flip(1)[:, :rank].to(x.dtype)
+    if width == rank:
+        return image, basis.T
+    wide = image.double()
+    turn = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(1)[:, :rank].to(x.dtype)
     return image @ turn, (basis @ turn).T
 
 
 def _orthogonal(x: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the columns' span; directions that are not there come out shorter, down to zero."""
-    for _ in range(2):  # the second time removes what float32 left of the first
-        gram = (x.T @ x).double()
-        diagonal = gram.diagonal()
+    wide = x.double()
+    # The Gram matrix squares what tells the directions apart: columns of equal length, and a second time.
+    for _ in range(2):
+        wide = wide / wide.norm(dim=0).clamp_min(1e-300)
+        gram = wide.T @ wide
         # What is added keeps a matrix of lower rank positive; `cholesky_ex` waits for no verdict.
-        diagonal += 1e-9 * diagonal.max() + torch.finfo(torch.float32).tiny
+        gram.diagonal().add_(1e-12 * len(gram))
         factor, _ = torch.linalg.cholesky_ex(gram)
-        x = torch.linalg.solve_triangular(factor.T, x.double(), upper=True, left=False).to(x.dtype)
-    return x
+        wide = torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False)
+    return wide.to(x.dtype)

@@ -1,7 +1,8 @@
-"""Other packages' linear layers, where a user has them: `"torchao:<config>"`.
+"""Other packages' linear layers, where a user has them: `"torchao:<config>"` and Transformer Engine's.
 
 torchao's configurations are named as its classes are, in small letters: `"torchao:int8_weight_only"` is
-`Int8WeightOnlyConfig`; `/row` behind one that has a granularity asks for scales per row.
+`Int8WeightOnlyConfig`; `/row` behind one that has a granularity asks for scales per row. Transformer Engine's layers
+hold their weight in FP8 with current scales: `"te-fp8-per-tensor"`, and 128 x 128 blocks of them: `"te-fp8-blockwise"`.
 """
 
 from __future__ import annotations
@@ -81,3 +82,59 @@ def _replace(name: str, config: Any) -> Replace:
 
 
 LINEARS.add_family(_PREFIX, _torchao)
+
+
+def _transformer_engine(recipe: str) -> Replace:
+    """A loader of Transformer Engine's layers under one of its recipes."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common import recipe as recipes
+
+    # Both names were changed in 2.9; the old ones go on for a while.
+    autocast = getattr(te, "autocast", None) or te.fp8_autocast
+    model_init = getattr(te, "quantized_model_init", None) or te.fp8_model_init
+    chosen = getattr(recipes, recipe)()
+    # The argument's name was changed too.
+    option = "recipe" if hasattr(te, "autocast") else "fp8_recipe"
+
+    class TransformerEngineLinear(te.Linear):  # type: ignore[misc, name-defined]
+        """Transformer Engine's layer, under its recipe whoever calls it."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with autocast(enabled=True, **{option: chosen}):
+                found: torch.Tensor = super().forward(x)
+            return found
+
+    def replace(linear: nn.Linear) -> nn.Module:
+        with model_init(enabled=True, recipe=chosen), torch.no_grad():
+            made = TransformerEngineLinear(
+                linear.in_features,
+                linear.out_features,
+                bias=linear.bias is not None,
+                params_dtype=linear.weight.dtype,
+                device=linear.weight.device,
+            )
+            made.weight.copy_(linear.weight)
+            if linear.bias is not None:
+                made.bias.copy_(linear.bias)
+        made.kind = _TE_NAMES[recipe]
+        return made.eval()
+
+    return replace
+
+
+_TE_NAMES = {"Float8CurrentScaling": "te-fp8-per-tensor", "Float8BlockScaling": "te-fp8-blockwise"}
+for _recipe, _name in _TE_NAMES.items():
+    LINEARS.add(
+        _name,
+        LinearKernel(
+            name=_name,
+            load=lambda recipe=_recipe: _transformer_engine(recipe),  # type: ignore[misc]
+            modules=("transformer_engine.pytorch",),
+            install="pip install 'transformer-engine[pytorch]'",
+            everywhere=False,
+            at_least=(8, 9) if _recipe == "Float8CurrentScaling" else (9, 0),
+            in_multiple=16,
+            out_multiple=16,
+            bits=8.0,
+        ),
+    )
