@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import Unsupported
 from ..kernels.linear import Part, QuantizedLinear, modules_of
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
-from ..kernels.linear.four_bit import Nvfp4Fp8Linear, Nvfp4Linear, SvdNvfp4Linear
+from ..kernels.linear.four_bit import Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4NativeLinear, SvdNvfp4Linear
 
 # Layers -> ModelOpt's name of their algorithm.
 _ALGORITHMS: dict[type[QuantizedLinear], str] = {
@@ -23,6 +23,7 @@ _ALGORITHMS: dict[type[QuantizedLinear], str] = {
     Fp8BlockLinear: "FP8_BLOCK_SCALES",
     Nvfp4Linear: "NVFP4",
     Nvfp4Fp8Linear: "NVFP4",
+    Nvfp4NativeLinear: "NVFP4",
     SvdNvfp4Linear: "NVFP4_SVD",
 }
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from diffusers_accel.core.platform import Device
 from diffusers_accel.kernels.linear import LINEARS, formats
+from diffusers_accel.kernels.linear.four_bit import Nvfp4NativeLinear
 from diffusers_accel.kernels.linear.module import WeightView
 
 NAMES = ["fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "nvfp4-fp8", "svdq-nvfp4"]
@@ -212,6 +213,56 @@ def test_static_scales_are_used():
     rounded = formats.dequantize(formats.to_e4m3(x / 0.01), layer.input_scale)
     torch.testing.assert_close(layer(x), rounded @ layer.dense().T + layer.bias, rtol=2e-2, atol=2e-2)
     assert relative(layer(x), x @ layer.dense().T + layer.bias) < 0.045
+
+
+def unswizzled(flat, rows, columns):
+    """Block scales from the order of Blackwell's matrix units, one by one, by cuBLAS's description of it."""
+    found = torch.empty(rows, columns)
+    tiles = -(-columns // 4)
+    for r in range(rows):
+        for c in range(columns):
+            tile = (r // 128) * tiles + c // 4
+            found[r, c] = flat[512 * tile + (r % 32) * 16 + (r % 128 // 32) * 4 + c % 4]
+    return found
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 4), (200, 6), (1, 1)])
+def test_scales_in_blackwells_order(rows, columns):
+    scale = torch.rand(rows, columns).to(torch.float8_e4m3fn)
+    flat = formats.swizzled(scale)
+    assert flat.shape == (-(-rows // 128) * -(-columns // 4) * 512,)
+    assert torch.equal(unswizzled(flat.float(), rows, columns), scale.float())
+    utils = pytest.importorskip("torchao.prototype.mx_formats.utils")
+    assert torch.equal(flat.float(), utils.to_blocked(scale).float())
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_blackwells_product(monkeypatch, joined):
+    """No such GPU is at hand: a stand-in for torch's product computes what its arguments say, in float64."""
+    import torch.nn.functional as F
+
+    def operand(packed, scales, recipe, swizzle):
+        assert recipe == [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
+        assert swizzle == [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
+        assert packed.dtype == torch.float4_e2m1fn_x2 and scales[1].shape == (1,) and scales[1].dtype == torch.float32
+        codes = packed.view(torch.uint8)
+        block = unswizzled(scales[0].float(), len(codes), codes.shape[1] // 8).to(torch.float8_e4m3fn)
+        return formats.dequantize_nvfp4(codes, block, scales[1]).double()
+
+    def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, swizzle_a=None, swizzle_b=None, output_dtype=None):
+        found = operand(a, scale_a, recipe_a, swizzle_a) @ operand(b.t(), scale_b, recipe_b, swizzle_b).T
+        return found.to(output_dtype)
+
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    stock = nn.Linear(96, 160, dtype=torch.bfloat16).requires_grad_(False)
+    layer = Nvfp4NativeLinear(stock)
+    assert layer.kind == "nvfp4"
+    if joined:
+        layer.weight_scale_2 = layer.weight_scale_2.reshape(1, 1).expand(160, 1).contiguous()
+    x = torch.randn(2, 7, 96, dtype=torch.bfloat16)
+    expected = layer.reference(x.reshape(-1, 96))
+    assert relative(layer.product(x), expected) < 5e-3
+    assert relative(expected, stock(x).reshape(-1, 160)) < 0.2
 
 
 def test_where_a_format_can_multiply():

@@ -186,6 +186,17 @@ def dequantize_nvfp4(packed: torch.Tensor, block_scale: torch.Tensor, global_sca
     return (values * (block_scale.float() * global_scale)[..., None]).flatten(1)
 
 
+def swizzled(block_scale: torch.Tensor) -> torch.Tensor:
+    """Block scales, (rows, columns / 16), in the order Blackwell's matrix units read them
+    (https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout): flat, in tiles of 128 rows by four
+    scales; within a tile, scale c of row r lies at 16 (r mod 32) + 4 (r div 32) + c. Tiles at the edges are filled up
+    with zeros."""
+    rows, columns = block_scale.shape
+    wide = torch.nn.functional.pad(block_scale.view(torch.uint8), (0, -columns % 4, 0, -rows % 128))
+    tiles = wide.view(wide.shape[0] // 128, 4, 32, wide.shape[1] // 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(block_scale.dtype)
+
+
 # --- low-rank branch --------------------------------------------------------------------------------------------------
 
 

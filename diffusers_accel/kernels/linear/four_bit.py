@@ -2,7 +2,8 @@
 
 The weight alone is 4-bit here. Before the product it is widened into a scratch tensor by one fused kernel, which costs
 a few percent of a product of thousands of rows. Widened to 16 bits, with activations as they are, the gain is memory,
-not time; `"nvfp4-fp8"` widens to e4m3 and rounds activations too, for the speed of an FP8 product.
+not time; `"nvfp4-fp8"` widens to e4m3 and rounds activations too, for the speed of an FP8 product. On Blackwell, whose
+matrix units take NVFP4 as it is, `"nvfp4"` rounds activations to it too and widens nothing.
 
 SVDQuant (https://arxiv.org/abs/2411.05007): weight = left @ right + residual, the residual in NVFP4. The branch is
 fitted again to what rounding left over, a few times.
@@ -15,7 +16,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ...core.platform import Device
 from . import formats
 from .eight_bit import fp8_product
 from .module import QuantizedLinear
@@ -81,6 +84,53 @@ class Nvfp4Linear(QuantizedLinear):
 
     def reference(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.dense().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Nvfp4NativeLinear(Nvfp4Linear):
+    """NVFP4 weights and activations, multiplied as they are: Blackwell only. Activations have a global scale of their
+    own, found at every call."""
+
+    kind = "nvfp4"
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        out = _nvfp4_product(x.reshape(-1, self.in_features), self.weight_data, self.weight_scale, self.weight_scale_2)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(formats.dequantize_nvfp4(*_nvfp4(x)), self.dense(), bias).to(x.dtype)
+
+
+@torch.library.custom_op("diffusers_accel::nvfp4_product", mutates_args=())
+def _nvfp4_product(
+    x: torch.Tensor, packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor
+) -> torch.Tensor:
+    rounded, x_scale, x_global = _nvfp4(x)
+    return native_product(rounded, x_scale, x_global, packed, block_scale, global_scale).to(x.dtype)
+
+
+@_nvfp4_product.register_fake
+def _(x: torch.Tensor, packed: torch.Tensor, block_scale: Any, global_scale: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+def native_product(
+    x: torch.Tensor, x_scale: torch.Tensor, x_global: torch.Tensor,
+    weight: torch.Tensor, weight_scale: torch.Tensor, weight_global: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """torch's product of two operands in NVFP4 as `formats.quantize_nvfp4` gives them, the second transposed: bf16. The
+    weight's global scale may be one for each row."""
+    kinds, order = F.ScalingType, F.SwizzleType
+    recipe, swizzle = [kinds.BlockWise1x16, kinds.TensorWise], [order.SWIZZLE_32_4_4, order.NO_SWIZZLE]
+    # What torch is told is one for all; where several weights are joined, each row's own goes on afterwards.
+    several = weight_global.numel() > 1
+    one = torch.ones_like(x_global) if several else weight_global
+    out = F.scaled_mm(
+        x.view(torch.float4_e2m1fn_x2), weight.view(torch.float4_e2m1fn_x2).t(),
+        [formats.swizzled(x_scale), x_global], recipe, [formats.swizzled(weight_scale), one], recipe,
+        swizzle_a=swizzle, swizzle_b=swizzle, output_dtype=torch.float32 if several else torch.bfloat16,
+    )  # fmt: skip
+    return (out * weight_global.view(1, -1)).bfloat16() if several else out
 
 
 class Nvfp4Fp8Linear(Nvfp4Linear):
@@ -171,25 +221,48 @@ class SvdNvfp4Linear(Nvfp4Linear):
         return F.linear(x.reshape(-1, self.in_features), weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
-_WIDE = "weights alone are 4-bit and are widened for each product: less memory, no more speed."
-_EIGHT = "weights are stored in 4 bits and widened to 8 for each product, which rounds activations to 8 too."
+def _fitting(linear: nn.Linear) -> QuantizedLinear:
+    """The layer for a device: Blackwell multiplies as it is stored, in products whose depth is a multiple of 32."""
+    weight = linear.weight
+    native = weight.is_cuda and _native(torch.cuda.get_device_capability(weight.device)) and not linear.in_features % 32
+    return (Nvfp4NativeLinear if native else Nvfp4Linear)(linear)
 
-for _name, _module, _bits, _least, _text in (
-    ("nvfp4", Nvfp4Linear, 4.5, (8, 0), _WIDE),
-    ("nvfp4-fp8", Nvfp4Fp8Linear, 4.5, (8, 9), _EIGHT),
-    ("svdq-nvfp4", SvdNvfp4Linear, 4.6, (8, 0), _WIDE),
-):
+
+def _native(arch: tuple[int, int] | None) -> bool:
+    return arch is not None and arch[0] in (10, 12)
+
+
+def _wide(device: Device) -> str:
+    if _native(device.arch):
+        return "weights and activations are rounded to 4 bits. No GPU of this kind has run it in this project's tests."
+    return "weights alone are 4-bit and are widened for each product: less memory, no more speed."
+
+
+def _eight(device: Device) -> str:
+    return "weights are stored in 4 bits and widened to 8 for each product, which rounds activations to 8 too."
+
+
+def _branched(device: Device) -> str:
+    return "weights alone are 4-bit, beside a low-rank branch, and are widened for each product: less memory only."
+
+
+_MAKERS: tuple[tuple[str, Any, float, tuple[int, int], Any], ...] = (
+    ("nvfp4", _fitting, 4.5, (8, 0), _wide),
+    ("nvfp4-fp8", Nvfp4Fp8Linear, 4.5, (8, 9), _eight),
+    ("svdq-nvfp4", SvdNvfp4Linear, 4.6, (8, 0), _branched),
+)
+for _name, _make, _bits, _least, _text in _MAKERS:
     LINEARS.add(
         _name,
         LinearKernel(
             name=_name,
-            load=lambda module=_module: module,  # type: ignore[misc]
+            load=lambda make=_make: make,  # type: ignore[misc]
             modules=("triton",),
             install="pip install triton",
             at_least=_least,
             in_multiple=16,
             out_multiple=16,
             bits=_bits,
-            note=lambda device, text=_text: text,  # type: ignore[misc]
+            note=_text,
         ),
     )
