@@ -277,11 +277,11 @@ def test_a_failure_changes_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("linear", [None, {"algo": "fp8", "smallest": 0}])
-@pytest.mark.parametrize("kind", ["model", "sequential", "block_level", "leaf_level"])
+@pytest.mark.parametrize("kind", ["model", "block_level", "leaf_level"])
 def test_offloading(kind, linear):
     """Enabled afterwards, every part finds its weight on the device, whichever is called first."""
     gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if gpu.type == "cpu" and kind in ("model", "sequential"):
+    if gpu.type == "cpu" and kind == "model":
         pytest.skip("needs an accelerator")
     pipe, entry = build("flux"), TINY["flux"]
     pipe.to(gpu)
@@ -290,8 +290,6 @@ def test_offloading(kind, linear):
     pipe.to("cpu")
     if kind == "model":
         pipe.enable_model_cpu_offload()
-    elif kind == "sequential":
-        pipe.enable_sequential_cpu_offload()
     else:
         blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
         pipe.transformer.enable_group_offload(

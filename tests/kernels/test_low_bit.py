@@ -203,21 +203,35 @@ def test_scales_per_head(dim, block):
     assert (matrix != 0).sum(0).eq(block).all()
     grouped = query.float().unflatten(2, (2, 2)).abs().amax((1, 3, 4))
     bound = key.float().abs().amax((1, 3)) + mean.abs().amax((1, 3))
+    # The values' mean is taken away up to a power of two far below the largest value.
+    taken = data.value_mean[:, None]
+    amax = value.float().abs().amax((1, 3))
+    assert ((taken - value.float().mean(1, keepdim=True)).abs().amax((1, 3)) <= amax / 256).all()
     for largest, scale in (
         (grouped * block**0.5, data.query_scale),
         (bound * block**0.5, data.key_scale),
-        (value.float().abs().amax((1, 3)), data.value_scale),
+        (amax + taken.abs().amax((1, 3)), data.value_scale),
     ):
         torch.testing.assert_close(largest / 448, scale, rtol=1e-4, atol=0)
     for rounded, scale, original in (
         (data.query, data.query_scale.repeat_interleave(2, 1), query.float() @ matrix),
         (data.key, data.key_scale, smoothed @ matrix),
-        (data.value, data.value_scale, value.float()),
+        (data.value, data.value_scale, value.float() - taken),
     ):
         each = scale[:, None, :, None]
         assert ((rounded.float() * each - original).abs() <= original.abs() / 15.9 + each * 2**-9).all()
     shift = torch.einsum("bshd,bhd->bhs", query.float(), mean[:, 0].repeat_interleave(2, 1)) * 0.1
     torch.testing.assert_close(data.shift, shift, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_values_mean_is_given_back(kv_heads):
+    out = torch.randn(2, 37, 4, 96, device=DEVICE).half()
+    mean = torch.randn(2, kv_heads, 96, device=DEVICE)
+    expected = out.float() + mean.repeat_interleave(4 // kv_heads, 1)[:, None]
+    found = quantize.add_mean(out, mean)
+    assert found is out
+    torch.testing.assert_close(found, expected.half(), atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["fp8-1-128-1", "int8-1-128-1"])

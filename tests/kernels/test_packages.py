@@ -103,6 +103,11 @@ def test_flash_attention_3_in_fp8(monkeypatch):
     assert found.dtype == query.dtype and exact.cosine(found, expected) > 0.998
     assert (lse.double() - expected_lse).abs().max() < 0.2
     assert torch.equal(function(given), found)
+    # Values with a mean: what is rounded, and summed up by the matrix units, is the rest.
+    value = value * 0.05 + 3 * torch.randn(2, 64, generator=torch.Generator().manual_seed(3)).to(device, torch.float16)
+    expected, _ = exact.attention(query, key, value, None, False, 0.125)
+    found = function(replace(given, value=value))
+    assert (found.double() - expected).norm() / expected.norm() < 5e-3  # bf16, truncated by the interpreter
 
 
 def test_flash_attention_4(monkeypatch):

@@ -2,7 +2,8 @@
 
 FlashAttention 3 (https://arxiv.org/abs/2407.08608) is for Hopper: the `fa3-fwd` wheel, or a user's build of
 `flash_attn_interface`. It also takes e4m3 operands: `fa3-fp8` rounds Q, K and V with one scale per head after taking
-the keys' mean away and spreading channels by a Hadamard matrix (see `recipe.py`), in two fused launches.
+the means of keys and values away and spreading channels by a Hadamard matrix (see `recipe.py`), in two fused launches;
+a third gives the output the values' mean back.
 
 FlashAttention 4 is CuTe DSL for Hopper and Blackwell: the `flash-attn-4` wheel, called directly because torch's own
 activation of it does not work with the released betas.
@@ -40,7 +41,7 @@ def _flash3() -> AttentionFunction:
 
 
 def _flash3_fp8() -> AttentionFunction:
-    from .quantize import quantize_per_head
+    from .quantize import add_mean, quantize_per_head
 
     flash_attn_func = _flash_attention_3()
 
@@ -62,9 +63,10 @@ def _flash3_fp8() -> AttentionFunction:
             v_descale=data.value_scale,
             **extra,
         )
-        if x.return_lse:
-            return found[0][..., :dim].to(x.query.dtype), found[1] + data.shift
-        return _output(found, False)[..., :dim].to(x.query.dtype)
+        assert data.value_mean is not None
+        out = add_mean(found[0] if x.return_lse else _output(found, False), data.value_mean)
+        out = out[..., :dim].to(x.query.dtype)
+        return (out, found[1] + data.shift) if x.return_lse else out
 
     return attention
 

@@ -46,7 +46,7 @@ _HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 16, 4
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _reduce(
-    q_ptr, k_ptr, v_ptr, kn_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
+    q_ptr, k_ptr, v_ptr, kn_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, vs_ptr, va_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, st_b, st_s, st_h,
     q_len, k_len, heads, kv_heads, eps,
     PER_HEAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, FIRST: tl.constexpr, STAGES: tl.constexpr,
@@ -88,11 +88,16 @@ def _reduce(
                 tl.store(ka_ptr + index * SPLITS + split, tl.max(high))
         else:
             base = v_ptr + b * sv_b + h * sv_h
+            total = tl.zeros([ROWS, DP], tl.float32)
             high = tl.zeros([ROWS, DP], tl.float32)
             for start in tl.range(first, last, ROWS, num_stages=STAGES):
                 inside = (start + r < k_len)[:, None] & (d < D)[None, :]
-                high = tl.maximum(high, tl.abs(load_rows(base, sv_s, start + r, inside, DP, True)))
+                x = load_rows(base, sv_s, start + r, inside, DP, True)
+                high = tl.maximum(high, tl.abs(x))
+                if PER_HEAD:
+                    total += x
             if PER_HEAD:
+                tl.store(vs_ptr + out + d, tl.sum(total, 0))
                 tl.store(va_ptr + index * SPLITS + split, tl.max(high))
             else:
                 tl.store(va_ptr + out + d, tl.max(high, 0))
@@ -198,8 +203,8 @@ def _largest_part(part_ptr, index, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _round_per_head(
-    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, qa_ptr, ks_ptr, ka_ptr, va_ptr,
-    qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
+    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, qa_ptr, ks_ptr, ka_ptr, vs_ptr,
+    va_ptr, qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, vmean_ptr, shift_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, sqt_b, sqt_s, sqt_h, skt_b, skt_s, skt_h,
     q_len, k_len, heads, kv_heads, eps, logit_scale,
     NORM: tl.constexpr, ROTATE: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
@@ -260,17 +265,52 @@ def _round_per_head(
             if block == 0:
                 tl.store(kscale_ptr + index, scale)
         else:
-            scale = bounded(scale_of(_largest_part(va_ptr, index, SPLITS), 448.0))
-            base = v_ptr + b * sv_b + h * sv_h
             d = tl.arange(0, DP)
+            amax = tl.maximum(_largest_part(va_ptr, index, SPLITS), 1e-30)
+            parts = (index * SPLITS + tl.arange(0, SPLITS))[:, None] * DP + d[None, :]
+            mean = tl.sum(tl.load(vs_ptr + parts), 0) / k_len
+            # A multiple of a power of two well above the steps of 16-bit values: what is taken away leaves values that
+            # lie at midpoints of e4m3 there, and their rounding, to even, without a drift of its own.
+            step = tl.exp2(tl.ceil(tl.log2(amax)) - 9.0)
+            mean = tl.floor(mean / step + 0.5) * step
+            scale = bounded(scale_of(amax + tl.max(tl.abs(mean)), 448.0))
+            base = v_ptr + b * sv_b + h * sv_h
             for tile in range(TILES):
                 rows = first + tile * ROWS + tl.arange(0, ROWS)
                 inside = (rows < k_len)[:, None] & (d < D)[None, :]
-                x = load_rows(base, sv_s, rows, inside, DP, False)
+                x = load_rows(base, sv_s, rows, inside, DP, False) - mean[None, :]
                 at = (b * k_len + rows) * kv_heads + h
                 store_rounded(vo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
             if block == 0:
                 tl.store(vscale_ptr + index, scale)
+                tl.store(vmean_ptr + index * D + d, mean, mask=d < D)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add(out_ptr, mean_ptr, rows, columns, D: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (rows, columns, batch)."""
+    b = tl.program_id(2).to(tl.int64)
+    r, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = (r < rows)[:, None] & (c < columns)[None, :]
+    at = out_ptr + (b * rows + r)[:, None] * columns + c[None, :]
+    mean = tl.load(mean_ptr + b * (columns // G) + c // (D * G) * D + c % D, mask=c < columns, other=0.0)
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32) + mean[None, :]
+    tl.store(at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def add_mean(out: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Adds what was taken from the values to what attention made of the rest, in place if it can, and returns it.
+
+    Args:
+        out: (batch, sequence, heads, head_dim).
+        mean: float32 (batch, kv_heads, head_dim).
+    """
+    batch, rows, heads, dim = out.shape
+    out, columns = out.contiguous(), heads * dim
+    _add[(triton.cdiv(rows, 16), triton.cdiv(columns, 512), batch)](
+        out, mean, rows, columns, D=dim, G=heads // mean.shape[1], ROWS=16, WIDTH=512, num_warps=4
+    )
+    return out
 
 
 @dataclass
@@ -285,6 +325,8 @@ class Quantized:
         query_scale: float32 (batch, heads, sequence), softmax scale and log2(e) folded in; or (batch, kv_heads).
         key_scale: float32 (batch, kv_heads, blocks); or (batch, kv_heads).
         value_scale: float32 (batch, kv_heads, head_dim); or (batch, kv_heads).
+        value_mean: float32 (batch, kv_heads, head_dim), taken away from the value before it was rounded: the output
+            lacks it. `None` for a recipe.
         shift: float32 (batch, heads, sequence): what the subtracted mean of K took from every logit of a row; `None`
             unless it was asked for.
     """
@@ -296,6 +338,7 @@ class Quantized:
     key_scale: torch.Tensor
     value_scale: torch.Tensor
     shift: torch.Tensor | None
+    value_mean: torch.Tensor | None = None
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int, int]:
@@ -344,7 +387,7 @@ def quantize(
     shape = {"D": dim, "DP": padded}
     first = {"NORM": norm is not None, "ROTATE": _form(rotary)}
     _reduce[(_SPLITS, batch * heads, low + values)](
-        query, key, value, weights[1], *tables[2:], nothing, k_sum, nothing, v_max, *strides, *turns[3:],
+        query, key, value, weights[1], *tables[2:], nothing, k_sum, nothing, nothing, v_max, *strides, *turns[3:],
         q_len, k_len, heads, kv_heads, eps, PER_HEAD=False, ROWS=_REDUCE_ROWS, SPLITS=_SPLITS,
         FIRST=0 if low else 1, STAGES=_REDUCE_STAGES, num_warps=_REDUCE_WARPS, **first, **shape,
     )  # fmt: skip
@@ -399,32 +442,37 @@ def quantize_per_head(
     rotary: Rotary | None = None,
     norm: QKNorm | None = None,
 ) -> Quantized:
-    """Rounds to e4m3 with one scale per key head, as FlashAttention 3 reads it; see `quantize` for the arguments."""
+    """Rounds to e4m3 with one scale per key head, as FlashAttention 3 reads it; see `quantize` for the arguments.
+
+    The values' mean is taken away too, channel by channel. Weights of a row sum to one, so the output lacks just that
+    mean. With it FlashAttention 3 is wrong: Hopper's matrix units add e4m3 products with about 14 bits and cut off the
+    rest, and a sum that grows with every key loses a share that grows with it (`benchmarks/check_gpu.py`).
+    """
     query, key, value = _dense(query), _dense(key), _dense(value)
     (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = query.shape, key.shape
     device, padded = query.device, padded_dim(dim)
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     q_max, k_max, v_max = new(batch, heads, _SPLITS), new(batch, kv_heads, _SPLITS), new(batch, kv_heads, _SPLITS)
-    k_sum = new(batch, kv_heads, _SPLITS, padded)
+    k_sum, v_sum = new(batch, kv_heads, _SPLITS, padded), new(batch, kv_heads, _SPLITS, padded)
     (weights, eps), (tables, turns) = _norm(norm, k_sum), _tables(rotary, k_sum)
     strides = (*_strides(query), *_strides(key), *_strides(value))
     shape = {"D": dim, "DP": padded, "SPLITS": _SPLITS}
     first = {"NORM": norm is not None, "ROTATE": _form(rotary)}
     # A normed query has a bound that is known without reading it.
     _reduce[(_SPLITS, batch * heads, 3 if norm is None else 2)](
-        query, key, value, weights[1], *tables[2:], q_max, k_sum, k_max, v_max, *strides, *turns[3:],
+        query, key, value, weights[1], *tables[2:], q_max, k_sum, k_max, v_sum, v_max, *strides, *turns[3:],
         q_len, k_len, heads, kv_heads, eps, PER_HEAD=True, ROWS=_REDUCE_ROWS, FIRST=0, STAGES=_REDUCE_STAGES,
         num_warps=_REDUCE_WARPS, **first, **shape,
     )  # fmt: skip
     kind = torch.float8_e4m3fn
     q = new(batch, q_len, heads, dim, dtype=kind)
     k, v = new(batch, k_len, kv_heads, dim, dtype=kind), new(batch, k_len, kv_heads, dim, dtype=kind)
-    scales = new(3, batch, kv_heads)
+    scales, v_mean = new(3, batch, kv_heads), new(batch, kv_heads, dim)
     shifted = new(batch, heads, q_len) if shift else None
     _round_per_head[(triton.cdiv(max(q_len, k_len), _HEAD_ROWS * _HEAD_TILES), batch * heads, 3)](
-        query, key, value, *weights, *tables, q_max, k_sum, k_max, v_max, q, k, v, scales[0], scales[1], scales[2],
-        scales if shifted is None else shifted, *strides, *turns, q_len, k_len, heads, kv_heads, eps, scale,
-        LEVELS=hadamard_levels(dim), SHIFT=shifted is not None, G=heads // kv_heads,
+        query, key, value, *weights, *tables, q_max, k_sum, k_max, v_sum, v_max, q, k, v, scales[0], scales[1],
+        scales[2], v_mean, scales if shifted is None else shifted, *strides, *turns, q_len, k_len, heads, kv_heads,
+        eps, scale, LEVELS=hadamard_levels(dim), SHIFT=shifted is not None, G=heads // kv_heads,
         ROWS=_HEAD_ROWS, TILES=_HEAD_TILES, num_warps=_HEAD_WARPS, **first, **shape,
     )  # fmt: skip
-    return Quantized(q, k, v, scales[0], scales[1], scales[2], shifted)
+    return Quantized(q, k, v, scales[0], scales[1], scales[2], shifted, v_mean)

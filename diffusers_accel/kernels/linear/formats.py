@@ -201,7 +201,7 @@ def swizzled(block_scale: torch.Tensor) -> torch.Tensor:
 
 
 def low_rank(
-    x: torch.Tensor, rank: int, iterations: int = 3, start: torch.Tensor | None = None, spare: int = 16
+    x: torch.Tensor, rank: int, iterations: int = 3, start: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best approximation of a rank, nearly: float32 (rows, rank) and (rank, columns), whose product it is.
 
@@ -214,12 +214,11 @@ def low_rank(
         rank: At most this.
         iterations: Multiplications by x and its transpose.
         start: Directions to start from, (n, columns), instead of random ones alone.
-        spare: Directions beyond the rank to search in, of which the best are taken. None saves the search among them.
     """
     generator = torch.Generator().manual_seed(0)
     x = x.float()
     rank = min(rank, *x.shape)
-    width = min(rank + spare, *x.shape)
+    width = min(rank + 16, *x.shape)
     basis = torch.randn(x.shape[1], width, generator=generator).to(x.device)
     if start is not None:
         basis[:, : start.shape[0]] = start.float().T
@@ -227,10 +226,10 @@ def low_rank(
     for _ in range(iterations):
         basis = _orthogonal(x.T @ (x @ basis))
     image = x @ basis
-    if width == rank:
-        return image, basis.T
+    # The best of the directions searched. So small a matrix is turned faster by the host than by a GPU.
     wide = image.double()
-    turn = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(1)[:, :rank].to(x.dtype)
+    vectors = torch.linalg.eigh((wide.T @ wide).cpu()).eigenvectors
+    turn = vectors.flip(1)[:, :rank].to(x.device, x.dtype)
     return image @ turn, (basis @ turn).T
 
 

@@ -170,10 +170,9 @@ class SvdNvfp4Linear(Nvfp4Linear):
         wide = weight.float()
         stored = left = right = None
         rest = wide
-        for place in range(_ROUNDS):
-            # What the branch carried last is where the next search starts; the last one looks further.
-            iterations, spare = 3 if place == 0 else 1, 16 if place == _ROUNDS - 1 else 0
-            factors = formats.low_rank(rest, RANK, iterations, right, spare)
+        for _ in range(_ROUNDS):
+            # What the branch carried last is where the next search starts.
+            factors = formats.low_rank(rest, RANK, *((3, None) if right is None else (1, right)))
             left, right = (item.to(weight.dtype) for item in factors)
             stored = _nvfp4(torch.addmm(wide, left.float(), right.float(), alpha=-1))
             rest = wide - _dense(*stored)
