@@ -326,7 +326,7 @@ def main() -> None:
         return
     device = torch.device("cuda")
     name, figures = (
-        ("attention-tiles", tiles(options, device)) if options.tiles else ("attention", kernels(options, device))
+        ("attention-tiles", tiles(options, device)) if options.tiles else (options.name, kernels(options, device))
     )
     print(measure.write(name, figures, options.out))
 
