@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from .checkpoints.loading import from_pretrained
     from .checkpoints.modelopt import CheckpointError
     from .checkpoints.saving import save_quantized
-    from .config import AccelConfig, AttentionConfig, CompileConfig, FuseConfig, LinearConfig, TeaCacheConfig, VAEConfig
+    from .config import (
+        AccelConfig,
+        AttentionConfig,
+        CompileConfig,
+        DBCacheConfig,
+        FBCacheConfig,
+        FuseConfig,
+        LinearConfig,
+        StepMaskConfig,
+        TaylorSeerConfig,
+        TeaCacheConfig,
+        VAEConfig,
+    )
     from .errors import AccelError, ConfigError, NotAccelerated, Unsupported
     from .kernels.attention import register_attention
     from .kernels.linear import register_linear
@@ -29,8 +41,12 @@ _HOMES = {
         "AccelConfig",
         "AttentionConfig",
         "CompileConfig",
+        "DBCacheConfig",
+        "FBCacheConfig",
         "FuseConfig",
         "LinearConfig",
+        "StepMaskConfig",
+        "TaylorSeerConfig",
         "TeaCacheConfig",
         "VAEConfig",
     ),
@@ -50,9 +66,13 @@ __all__ = [
     "CheckpointError",
     "CompileConfig",
     "ConfigError",
+    "DBCacheConfig",
+    "FBCacheConfig",
     "FuseConfig",
     "LinearConfig",
     "NotAccelerated",
+    "StepMaskConfig",
+    "TaylorSeerConfig",
     "TeaCacheConfig",
     "Unsupported",
     "VAEConfig",

@@ -168,6 +168,7 @@ def stats(pipe: Any) -> Stats:
         branches=branches,
         attention_kernels=dict(session.target.attention_calls),
         attention_timings={shape: dict(times) for shape, times in session.target.attention_timings.items()},
+        cache_bytes=sum(session.target.cache_bytes.values()),
         linear_layers=dict(linears),
         weight_bytes_before=session.weight_bytes_before,
         weight_bytes_after=_weight_bytes(session.target),

@@ -203,14 +203,154 @@ class TeaCacheConfig:
         coefficients_2: The same for the second expert (`transformer_2`); `None` takes `coefficients`.
         use_ret_steps: Wan's other published variant: compare the projected time embedding and always compute the
             first five steps.
+        taylorseer_order: Order of the Taylor polynomial that predicts a skipped step's residual; 0 reuses the last.
+
+    Raises:
+        ConfigError: The order is not between 0 and 4.
     """
 
     threshold: float | None = None
     coefficients: tuple[float, ...] | str | None = None
     coefficients_2: tuple[float, ...] | str | None = None
     use_ret_steps: bool = False
+    taylorseer_order: int = 0
 
     kind: typing.ClassVar[str] = "teacache"
+
+    def validate(self) -> None:
+        """Checks what types alone do not say."""
+        _check_order("cache.taylorseer_order", self.taylorseer_order)
+
+
+# Names of published step computation masks.
+MASKS = ("slow", "medium", "fast", "ultra")
+
+
+def _check_order(name: str, order: int, least: int = 0) -> None:
+    if not least <= order <= 4:
+        raise ConfigError(f"{name}: between {least} and 4, got {order}.")
+
+
+def _check_mask(name: str, mask: str | tuple[float, ...] | None) -> None:
+    if isinstance(mask, str) and mask not in MASKS:
+        raise ConfigError(f"{name}: unknown mask {mask!r}. {nearest(mask, MASKS)}")
+    if isinstance(mask, tuple) and (not mask or not set(mask) <= {0, 1} or not mask[0]):
+        raise ConfigError(f"{name}: ones for computed and zeros for skipped steps, the first one computed.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DBCacheConfig:
+    """DBCache: skip the blocks between the first and the last few while what the first few add changes little.
+
+    Args:
+        Fn_compute_blocks: Blocks at the beginning that are computed on every step; what they add is watched.
+        Bn_compute_blocks: Blocks at the end that are computed on every step.
+        max_warmup_steps: Steps at the beginning that are always computed.
+        max_cached_steps: Steps that may be skipped in all; -1 for any number.
+        max_continuous_cached_steps: Steps that may be skipped one after another; -1 for any number.
+        residual_diff_threshold: Relative change below which a step is skipped. 0 skips nothing.
+        force_refresh_step_hint: A step, counted from the request's first, that is computed in any case.
+        force_refresh_step_policy: `"once"`, or `"repeat"` for every so many steps.
+        enable_separate_cfg: Whether guidance branches have a state each. They have it wherever the pipeline calls the
+            denoiser once per branch, which `None` and `True` accept; `False` is refused there.
+        steps_computation_mask: `"slow"`, `"medium"`, `"fast"`, `"ultra"`, or ones and zeros, scaled to the request's
+            number of steps.
+        steps_computation_policy: `"dynamic"`: where the mask skips, the change decides; `"static"`: the mask decides.
+        taylorseer_order: Order of the Taylor polynomial that predicts a skipped step's residual; 0 reuses the last.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    Fn_compute_blocks: int = 8
+    Bn_compute_blocks: int = 0
+    max_warmup_steps: int = 8
+    max_cached_steps: int = -1
+    max_continuous_cached_steps: int = -1
+    residual_diff_threshold: float = 0.08
+    force_refresh_step_hint: int | None = None
+    force_refresh_step_policy: str = "once"
+    enable_separate_cfg: bool | None = None
+    steps_computation_mask: str | tuple[float, ...] | None = None
+    steps_computation_policy: str = "dynamic"
+    taylorseer_order: int = 0
+
+    kind: typing.ClassVar[str] = "dbcache"
+
+    def validate(self) -> None:
+        """Checks what types alone do not say."""
+        if self.Fn_compute_blocks < 1 or self.Bn_compute_blocks < 0:
+            raise ConfigError("cache: Fn_compute_blocks is at least 1, Bn_compute_blocks at least 0.")
+        if self.force_refresh_step_hint is not None and self.force_refresh_step_hint < 1:
+            raise ConfigError("cache.force_refresh_step_hint: at least 1; the first step is computed in any case.")
+        for name, values in (
+            ("force_refresh_step_policy", ("once", "repeat")),
+            ("steps_computation_policy", ("dynamic", "static")),
+        ):
+            if getattr(self, name) not in values:
+                raise ConfigError(f"cache.{name}: {values[0]!r} or {values[1]!r}, got {getattr(self, name)!r}.")
+        _check_order("cache.taylorseer_order", self.taylorseer_order)
+        _check_mask("cache.steps_computation_mask", self.steps_computation_mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FBCacheConfig(DBCacheConfig):
+    """FBCache: DBCache that watches the first block alone, without warm-up; see there for the arguments."""
+
+    Fn_compute_blocks: int = 1
+    max_warmup_steps: int = 0
+
+    kind: typing.ClassVar[str] = "fbcache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMaskConfig:
+    """A step computation mask: which steps are computed is said beforehand.
+
+    Args:
+        mask: `"slow"` (18 of 28 steps), `"medium"` (15), `"fast"` (11), `"ultra"` (8), or ones and zeros; scaled to the
+            request's number of steps.
+        taylorseer_order: Order of the Taylor polynomial that predicts a skipped step's residual; 0 reuses the last.
+
+    Raises:
+        ConfigError: There is no such mask, or the order is not between 0 and 4.
+    """
+
+    mask: str | tuple[float, ...] = "medium"
+    taylorseer_order: int = 0
+
+    kind: typing.ClassVar[str] = "mask"
+
+    def validate(self) -> None:
+        """Checks what types alone do not say."""
+        _check_order("cache.taylorseer_order", self.taylorseer_order)
+        _check_mask("cache.mask", self.mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaylorSeerConfig:
+    """TaylorSeer at a fixed interval: between computed steps, residuals are predicted by a Taylor polynomial.
+
+    Args:
+        interval: One of so many steps is computed.
+        order: Of the polynomial; 0 reuses the last residual.
+        warmup: Steps at the beginning that are computed.
+
+    Raises:
+        ConfigError: The interval or the warm-up is below 1, or the order not between 0 and 4.
+    """
+
+    interval: int = 3
+    order: int = 1
+    warmup: int = 3
+
+    kind: typing.ClassVar[str] = "taylorseer"
+
+    def validate(self) -> None:
+        """Checks what types alone do not say."""
+        if self.interval < 1 or self.warmup < 1:
+            raise ConfigError("cache: interval and warmup are at least 1.")
+        _check_order("cache.order", self.order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +371,9 @@ class VAEConfig:
 
 
 # The cache section takes one of several classes; `kind` tells them apart in YAML, and is their shorthand string.
-CACHE_CONFIGS: dict[str, type] = {TeaCacheConfig.kind: TeaCacheConfig}
+CACHE_CONFIGS: dict[str, type] = {
+    kind.kind: kind for kind in (TeaCacheConfig, DBCacheConfig, FBCacheConfig, StepMaskConfig, TaylorSeerConfig)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +388,9 @@ class AccelConfig:
     fuse: FuseConfig | None = field(default=None, metadata={"section": FuseConfig})
     attention: AttentionConfig | None = field(default=None, metadata={"section": AttentionConfig})
     compile: CompileConfig | None = field(default=None, metadata={"section": CompileConfig})
-    cache: TeaCacheConfig | None = field(default=None, metadata={"section": CACHE_CONFIGS})
+    cache: TeaCacheConfig | DBCacheConfig | StepMaskConfig | TaylorSeerConfig | None = field(
+        default=None, metadata={"section": CACHE_CONFIGS}
+    )
     vae: VAEConfig | None = field(default=None, metadata={"section": VAEConfig})
 
     def __post_init__(self) -> None:

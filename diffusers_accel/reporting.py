@@ -67,6 +67,7 @@ class Stats:
         branches: `"denoiser/branch"` -> calls computed and skipped.
         attention_kernels: Kernel name -> calls.
         attention_timings: Class of shapes -> kernel -> measured seconds of one call, where `"auto"` had a choice.
+        cache_bytes: Bytes that step caching kept between steps, over denoisers and branches.
         linear_layers: Kind -> count, over the denoisers.
         weight_bytes_before: Bytes of the denoisers' parameters and buffers before `accelerate`.
         weight_bytes_after: The same now.
@@ -80,6 +81,7 @@ class Stats:
     branches: dict[str, dict[str, int]] = field(default_factory=dict)
     attention_kernels: dict[str, int] = field(default_factory=dict)
     attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    cache_bytes: int = 0
     linear_layers: dict[str, int] = field(default_factory=dict)
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
@@ -94,6 +96,8 @@ class Stats:
         ]
         for name, calls in self.branches.items():
             rows.append([f"  {name}", f"{calls['computed']} computed, {calls['skipped']} skipped"])
+        if self.cache_bytes:
+            rows.append(["kept between steps", f"{self.cache_bytes / 2**20:.1f} MiB"])
         rows.append(["attention kernels", _counts(self.attention_kernels)])
         for shape, times in self.attention_timings.items():
             rows.append([f"  {shape}", margin(times)])

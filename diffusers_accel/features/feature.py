@@ -63,6 +63,7 @@ class Target:
         clock: Places every denoiser call.
         attention_calls: Kernel name -> calls in the last request.
         attention_timings: Shape class -> kernel -> seconds, where `"auto"` chose among several.
+        cache_bytes: (denoiser, branch) -> bytes that step caching keeps between steps.
     """
 
     pipe: Any
@@ -71,6 +72,7 @@ class Target:
     clock: StepClock
     attention_calls: Counter[str] = field(default_factory=Counter)
     attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    cache_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:

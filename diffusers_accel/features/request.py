@@ -37,6 +37,7 @@ def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
         if state.request != request:
             target.attention_calls.clear()
             target.attention_timings.clear()
+            target.cache_bytes.clear()
         try:
             out = inner(*args, **kwargs)
         except BaseException:

@@ -19,6 +19,7 @@ class Policy(Protocol):
 
         Args:
             step: Where the step stands.
-            change: Relative change of the signal since the previous step, or `None` on the first.
+            change: Relative change of what is watched (0 where nothing is), or `None` where it is unknown or nothing is
+                kept to skip the step with.
         """
         ...

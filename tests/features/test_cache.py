@@ -109,7 +109,7 @@ def test_batched_guidance_watches_the_conditional_half(name):
     signal = adapter_for(pipe.transformer).block_signal
     block = pipe.transformer.transformer_blocks[0]
     accelerate(pipe, teacache(0.0))
-    from diffusers_accel.features import cache
+    from diffusers_accel.features.cache import gates as cache
 
     original = cache._relative_change
 

@@ -268,22 +268,22 @@ def _round_per_head(
             d = tl.arange(0, DP)
             amax = tl.maximum(_largest_part(va_ptr, index, SPLITS), 1e-30)
             parts = (index * SPLITS + tl.arange(0, SPLITS))[:, None] * DP + d[None, :]
-            mean = tl.sum(tl.load(vs_ptr + parts), 0) / k_len
+            v_mean = tl.sum(tl.load(vs_ptr + parts), 0) / k_len
             # A multiple of a power of two well above the steps of 16-bit values: what is taken away leaves values that
             # lie at midpoints of e4m3 there, and their rounding, to even, without a drift of its own.
             step = tl.exp2(tl.ceil(tl.log2(amax)) - 9.0)
-            mean = tl.floor(mean / step + 0.5) * step
-            scale = bounded(scale_of(amax + tl.max(tl.abs(mean)), 448.0))
+            v_mean = tl.floor(v_mean / step + 0.5) * step
+            scale = bounded(scale_of(amax + tl.max(tl.abs(v_mean)), 448.0))
             base = v_ptr + b * sv_b + h * sv_h
             for tile in range(TILES):
                 rows = first + tile * ROWS + tl.arange(0, ROWS)
                 inside = (rows < k_len)[:, None] & (d < D)[None, :]
-                x = load_rows(base, sv_s, rows, inside, DP, False) - mean[None, :]
+                x = load_rows(base, sv_s, rows, inside, DP, False) - v_mean[None, :]
                 at = (b * k_len + rows) * kv_heads + h
                 store_rounded(vo_ptr + at[:, None] * D + d[None, :], x * (1.0 / scale), inside, False)
             if block == 0:
                 tl.store(vscale_ptr + index, scale)
-                tl.store(vmean_ptr + index * D + d, mean, mask=d < D)
+                tl.store(vmean_ptr + index * D + d, v_mean, mask=d < D)
 
 
 @triton.jit(do_not_specialize=["rows"])

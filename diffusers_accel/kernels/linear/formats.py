@@ -201,7 +201,7 @@ def swizzled(block_scale: torch.Tensor) -> torch.Tensor:
 
 
 def low_rank(
-    x: torch.Tensor, rank: int, iterations: int = 3, start: torch.Tensor | None = None
+    x: torch.Tensor, rank: int, iterations: int = 3, start: torch.Tensor | None = None, spare: int = 16
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best approximation of a rank, nearly: float32 (rows, rank) and (rank, columns), whose product it is.
 
@@ -214,30 +214,32 @@ def low_rank(
         rank: At most this.
         iterations: Multiplications by x and its transpose.
         start: Directions to start from, (n, columns), instead of random ones alone.
+        spare: Directions beyond the rank to search in, of which the best are taken. None saves the choice among them.
     """
     generator = torch.Generator().manual_seed(0)
     x = x.float()
     rank = min(rank, *x.shape)
-    width = min(rank + 16, *x.shape)
+    width = min(rank + spare, *x.shape)
     basis = torch.randn(x.shape[1], width, generator=generator).to(x.device)
     if start is not None:
         basis[:, : start.shape[0]] = start.float().T
-    basis = _orthogonal(basis)
-    for _ in range(iterations):
-        basis = _orthogonal(x.T @ (x @ basis))
+    basis = _orthogonal(basis, 1)
+    for place in range(iterations):
+        # What is multiplied again need not be orthogonal to the last digit.
+        basis = _orthogonal(x.T @ (x @ basis), 2 if place == iterations - 1 else 1)
     image = x @ basis
-    # The best of the directions searched. So small a matrix is turned faster by the host than by a GPU.
+    if width == rank:
+        return image, basis.T
     wide = image.double()
-    vectors = torch.linalg.eigh((wide.T @ wide).cpu()).eigenvectors
-    turn = vectors.flip(1)[:, :rank].to(x.device, x.dtype)
+    turn = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(1)[:, :rank].to(x.dtype)
     return image @ turn, (basis @ turn).T
 
 
-def _orthogonal(x: torch.Tensor) -> torch.Tensor:
+def _orthogonal(x: torch.Tensor, passes: int) -> torch.Tensor:
     """An orthonormal basis of the columns' span; directions that are not there come out shorter, down to zero."""
     wide = x.double()
-    # The Gram matrix squares what tells the directions apart: columns of equal length, and a second time.
-    for _ in range(2):
+    # The Gram matrix squares what tells the directions apart: columns of equal length, and a second pass.
+    for _ in range(passes):
         wide = wide / wide.norm(dim=0).clamp_min(1e-300)
         gram = wide.T @ wide
         # What is added keeps a matrix of lower rank positive; `cholesky_ex` waits for no verdict.

@@ -170,9 +170,10 @@ class SvdNvfp4Linear(Nvfp4Linear):
         wide = weight.float()
         stored = left = right = None
         rest = wide
-        for _ in range(_ROUNDS):
-            # What the branch carried last is where the next search starts.
-            factors = formats.low_rank(rest, RANK, *((3, None) if right is None else (1, right)))
+        for place in range(_ROUNDS):
+            # What the branch carried last is where the next search starts; the last one looks beyond it.
+            iterations, spare = (3 if place == 0 else 2), (16 if place == _ROUNDS - 1 else 0)
+            factors = formats.low_rank(rest, RANK, iterations, right, spare)
             left, right = (item.to(weight.dtype) for item in factors)
             stored = _nvfp4(torch.addmm(wide, left.float(), right.float(), alpha=-1))
             rest = wide - _dense(*stored)

@@ -1,0 +1,217 @@
+"""Every caching rule on every family, and the block rules against references of their own on stock transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import TINY, build
+
+from diffusers_accel import (
+    CompileConfig,
+    ConfigError,
+    DBCacheConfig,
+    FBCacheConfig,
+    StepMaskConfig,
+    TaylorSeerConfig,
+    TeaCacheConfig,
+    Unsupported,
+    accelerate,
+    explain,
+    restore,
+    stats,
+)
+
+FAMILIES = ["flux", "flux-true-cfg", "flux2", "wan", "wan22", "wan-vace", "ltx2", "ltx2-stg", "qwen", "cosmos",
+            "cosmos-predict25", "cosmos3", "sd3"]  # fmt: skip
+TEACACHE = {"coefficients": (1.0, 0.0)}
+# Rules that compute every step, and rules that skip some.
+ALL_COMPUTED = {
+    "dbcache": DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1, max_warmup_steps=0, residual_diff_threshold=0.0),
+    "fbcache": FBCacheConfig(residual_diff_threshold=0.0),
+    "mask": StepMaskConfig(mask=(1, 1)),
+    "taylorseer": TaylorSeerConfig(interval=1, order=2),
+    "teacache": TeaCacheConfig(threshold=0.0, taylorseer_order=1, **TEACACHE),
+}
+SKIPPING = {
+    "dbcache": DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0),
+    "fbcache": FBCacheConfig(residual_diff_threshold=9.0, max_continuous_cached_steps=1, taylorseer_order=1),
+    "dbcache, static": DBCacheConfig(
+        Fn_compute_blocks=1, steps_computation_mask="fast", steps_computation_policy="static"
+    ),
+    "mask": StepMaskConfig(mask=(1, 1, 0, 0, 1, 0)),
+    "taylorseer": TaylorSeerConfig(interval=2, order=2, warmup=2),
+    "teacache": TeaCacheConfig(threshold=9.0, taylorseer_order=1, **TEACACHE),
+}
+STEPS = 6
+
+
+def tensors(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+def same(found, expected):
+    return all(torch.equal(one, other) for one, other in zip(tensors(found), tensors(expected), strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name):
+    """All steps computed is stock, bit for bit; skipping leaves no trace in the next request, and restore none at
+    all."""
+    entry, pipe = TINY[name], build(name)
+    stock = entry.run(pipe, steps=STEPS)
+    for rule, config in ALL_COMPUTED.items():
+        accelerate(pipe, cache=config)
+        assert same(entry.run(pipe, steps=STEPS), stock), rule
+        assert stats(pipe).steps_skipped == 0, rule
+    for rule, config in SKIPPING.items():
+        accelerate(pipe, cache=config)
+        first = entry.run(pipe, steps=STEPS)
+        found = stats(pipe)
+        assert found.steps_skipped > 0 and found.steps_computed + found.steps_skipped == STEPS, rule
+        assert found.cache_bytes > 0 and not same(first, stock), rule
+        entry.run(pipe, steps=STEPS - 1)
+        assert same(entry.run(pipe, steps=STEPS), first), rule
+    restore(pipe)
+    assert same(entry.run(pipe, steps=STEPS), stock)
+
+
+class Reference:
+    """A FLUX transformer's forward with the blocks from `first` on, but for the `last`, skipped by a list of steps to
+    compute; residuals of all of them as one, continued by a line if `line`. Watches what the first blocks add."""
+
+    def __init__(self, transformer, first, last, decide, line=False):
+        self.transformer, self.first, self.last, self.decide, self.line = transformer, first, last, decide, line
+        self.place, self.watched, self.kept, self.computed = 0, None, [], []
+        transformer.forward = self.forward
+
+    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
+                joint_attention_kwargs=None, return_dict=False):  # fmt: skip
+        model = self.transformer
+        hidden_states = model.x_embedder(hidden_states)
+        temb = model.time_text_embed(timestep * 1000, guidance * 1000, pooled_projections)
+        text = model.context_embedder(encoder_hidden_states)
+        rotary = model.pos_embed(torch.cat((txt_ids, img_ids)))
+        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+        middle = blocks[self.first : len(blocks) - self.last]
+
+        def run(some, text, hidden_states):
+            for block in some:
+                text, hidden_states = block(
+                    hidden_states=hidden_states, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary
+                )
+            return text, hidden_states
+
+        begin = hidden_states
+        text, hidden_states = run(blocks[: self.first], text, hidden_states)
+        added = hidden_states - begin
+        change = None
+        if self.watched is not None:
+            change = ((added - self.watched).abs().mean() / self.watched.abs().mean()).item()
+        compute = not self.kept or self.decide(self.place, change)
+        before = torch.cat([text, hidden_states], 1)
+        if compute:
+            self.watched = added
+            text_out, hidden_out = run(middle, text, hidden_states)
+            self.kept = [*self.kept[-1:], (self.place, torch.cat([text_out, hidden_out], 1) - before)]
+        residual = self.kept[-1][1]
+        if not compute:
+            if self.line and len(self.kept) == 2:
+                (one, earlier), (two, later) = self.kept
+                residual = later + (later - earlier) / (two - one) * (self.place - two)
+            text_out, hidden_out = (before + residual).split([text.shape[1], hidden_states.shape[1]], 1)
+        self.computed.append(compute)
+        self.place += 1
+        _, hidden_states = run(blocks[len(blocks) - self.last :], text_out, hidden_out)
+        return (model.proj_out(model.norm_out(hidden_states, temb)),)
+
+
+CASES = {
+    "fbcache": (FBCacheConfig(residual_diff_threshold=0.7), 1, 0, lambda place, change: change >= 0.7, False),
+    "dbcache": (
+        DBCacheConfig(Fn_compute_blocks=2, Bn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=0.6,
+                      max_continuous_cached_steps=2, taylorseer_order=1),
+        2, 1, None, True,
+    ),
+    "mask": (
+        StepMaskConfig(mask=(1, 1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 1), taylorseer_order=1),
+        0, 0, lambda place, change: place in (0, 1, 4, 7, 9, 11), True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_block_rules_on_flux(case):
+    config, first, last, decide, line = CASES[case]
+    steps, run = 12, []
+
+    def dbcache(place, change):
+        compute = place < 3 or not change < 0.6 or run[-2:] == [False, False]
+        run.append(compute)
+        return compute
+
+    pipe = build("flux")
+    reference = Reference(pipe.transformer, first, last, decide or dbcache, line)
+    if decide is None:
+        run.append(True)  # its first step, which is not asked about
+    expected = TINY["flux"].run(pipe, steps=steps)
+    del pipe.transformer.forward
+    accelerate(pipe, cache=config)
+    found = TINY["flux"].run(pipe, steps=steps)
+    skipped = reference.computed.count(False)
+    assert 0 < skipped < steps - 2, "a rule that decides nothing proves nothing"
+    assert stats(pipe).steps_skipped == skipped
+    # Two stacks add their residuals one after the other: the same sum, rounded twice.
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_compiled_blocks_stay_inside_the_gates():
+    """Skipping compiles nothing anew."""
+    pipe = build("flux")
+    stock = TINY["flux"].run(pipe, steps=STEPS)
+    for config in (SKIPPING["dbcache"], SKIPPING["taylorseer"]):
+        accelerate(pipe, cache=config)
+        eager = TINY["flux"].run(pipe, steps=STEPS)
+        torch.compiler.reset()
+        accelerate(pipe, cache=config, compile=CompileConfig(backend="eager"))
+        torch._dynamo.utils.counters.clear()
+        assert same(TINY["flux"].run(pipe, steps=STEPS), eager) and not same(eager, stock)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        TINY["flux"].run(pipe, steps=STEPS)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_what_is_refused():
+    pipe = build("flux")
+    with pytest.raises(Unsupported, match="leave no block to skip: its stacks have 3, 3"):
+        accelerate(pipe, cache="dbcache")
+    with pytest.raises(Unsupported, match="Bn_compute_blocks=3"):
+        accelerate(pipe, cache=DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=3))
+    with pytest.raises(Unsupported, match="one state for both would mix them"):
+        accelerate(build("wan"), cache=FBCacheConfig(enable_separate_cfg=False))
+    accelerate(build("sd3"), cache=FBCacheConfig(enable_separate_cfg=False))
+    with pytest.raises(Unsupported, match="no adapter"):
+        accelerate(build("pixart"), cache="mask")
+    assert "one step of 3 computed after 3" in str(explain(pipe, cache="taylorseer"))
+    assert "step mask 'medium'" in str(explain(pipe, cache="mask"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: {"kind": "mask", "mask": "slowly"}, "unknown mask 'slowly'.*Did you mean 'slow'"),
+        (lambda: {"kind": "mask", "mask": (0, 1)}, "the first one computed"),
+        (lambda: {"kind": "mask", "mask": (1, 0.5)}, "ones for computed"),
+        (lambda: {"kind": "taylorseer", "order": 5}, "between 0 and 4, got 5"),
+        (lambda: {"kind": "taylorseer", "interval": 0}, "at least 1"),
+        (lambda: {"kind": "dbcache", "Fn_compute_blocks": 0}, "at least 1"),
+        (lambda: {"kind": "dbcache", "force_refresh_step_policy": "often"}, "'once' or 'repeat'"),
+        (lambda: {"kind": "dbcache", "steps_computation_policy": "fixed"}, "'dynamic' or 'static'"),
+        (lambda: {"kind": "fbcache", "force_refresh_step_hint": 0}, "at least 1"),
+        (lambda: {"kind": "teacache", "taylorseer_order": -1}, "between 0 and 4"),
+    ],
+)
+def test_values_out_of_range(make, message):
+    from diffusers_accel import AccelConfig
+
+    with pytest.raises(ConfigError, match=message):
+        AccelConfig(cache=make())

@@ -1,0 +1,95 @@
+"""Kernels compile for a GPU that is not there: the interpreter runs code that Triton's compiler refuses (a name of two
+types on two sides of a branch, say)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Kernel -> its constants, one set per form that is used.
+FORMS = {
+    "attention.quantize._reduce": [
+        {"PER_HEAD": per_head, "NORM": norm, "ROTATE": rotate, "FIRST": 0, "STAGES": 3, "D": dim, "DP": 128,
+         "ROWS": 32, "SPLITS": 16}
+        for per_head, norm, rotate, dim in ((True, False, "", 128), (False, True, "halves", 96),
+                                            (True, True, "neighbours", 128))
+    ],
+    "attention.quantize._combine": [{"MEAN": True, "VALUES": True, "D": 96, "DP": 128, "SPLITS": 16}],
+    "attention.quantize._round": [
+        {"NORM": norm, "ROTATE": rotate, "LEVELS": 3, "INT8": int8, "KB": 64, "SHIFT": shift, "D": 128, "DP": 128,
+         "ROWS": 128, "FIRST": 0}
+        for norm, rotate, int8, shift in ((False, "", True, True), (True, "halves", False, False),
+                                          (True, "neighbours", True, False))
+    ],
+    "attention.quantize._round_per_head": [
+        {"NORM": norm, "ROTATE": rotate, "LEVELS": 3, "SHIFT": shift, "G": 2, "D": 128, "DP": 128, "ROWS": 32,
+         "TILES": 16, "SPLITS": 16}
+        for norm, rotate, shift in ((False, "", True), (True, "halves", False), (True, "neighbours", True))
+    ],
+    "attention.quantize._add": [{"D": 128, "G": 2, "ROWS": 16, "WIDTH": 512}],
+    "linear.activations._rows": [{"INT8": int8, "ROWS": 2, "WIDTH": 4096} for int8 in (True, False)],
+    "linear.activations._groups": [{"ROWS": 32, "WIDTH": 128}],
+    "linear.activations._amax": [{"WIDTH": 4096}],
+    "linear.activations._tensor": [{"WIDTH": 4096}],
+    "linear.weights._pack": [{"ROWS": 16, "WIDTH": 256}],
+    "linear.products._widen": [
+        {"BY_ROW": by_row, "RANK": rank, "R": max(rank, 16), "ROWS": 32, "WIDTH": 128}
+        for by_row, rank in ((False, 0), (True, 32))
+    ],
+}  # fmt: skip
+# Parameter -> its type in Triton, where it is not a float32's address, or a number.
+TYPES = {
+    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "qn_ptr", "kn_ptr", "x_ptr", "left_ptr", "right_ptr"), "*bf16"),
+    **dict.fromkeys(("eps", "fold", "logit_scale"), "fp32"),
+    "packed_ptr": "*u8",
+}
+OUTPUTS = {
+    "_round": {"qo_ptr": "*i8", "ko_ptr": "*i8", "vo_ptr": "*fp8e4nv"},
+    "_round_per_head": dict.fromkeys(("qo_ptr", "ko_ptr", "vo_ptr"), "*fp8e4nv"),
+    "_pack": {"out_ptr": "*u8"},
+    "_widen": {"out_ptr": "*bf16", "scale_ptr": "*fp8e4nv"},
+    "_add": {"out_ptr": "*bf16"},
+}
+
+
+def main() -> None:
+    import importlib
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compiled
+
+    for path, forms in FORMS.items():
+        module, _, name = path.rpartition(".")
+        kernel = getattr(importlib.import_module(f"diffusers_accel.kernels.{module}"), name)
+        for constants in forms:
+            outputs = OUTPUTS.get(name, {"out_ptr": "*i8" if constants.get("INT8") else "*fp8e4nv"})
+            if "INT8" in constants and name == "_round" and not constants["INT8"]:
+                outputs = dict.fromkeys(outputs, "*fp8e4nv")
+            signature = {
+                argument: "constexpr"
+                if argument in constants
+                else (outputs | {key: item for key, item in TYPES.items() if key not in outputs}).get(
+                    argument, "*fp32" if argument.endswith("_ptr") else "i32"
+                )
+                for argument in kernel.arg_names
+            }
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+            print("compiled", path, constants, flush=True)
+
+
+def test_every_kernel_compiles(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stdout + found.stderr[-3000:]
+    assert found.stdout.count("compiled") == sum(map(len, FORMS.values()))
+
+
+if __name__ == "__main__":
+    main()
