@@ -2,7 +2,8 @@
 
 Derivatives are finite differences: with y the value at the last computed step, g steps after the one before,
 y' = (y - y_before) / g, y'' = (y' - y'_before) / g, and so on. The prediction e steps later is the sum of
-y^(k) e^k / k!. Order 0 is plain reuse.
+y^(k) e^k / k!. Order 0 is plain reuse. As in cache-dit, no difference is taken at a request's second step: what the
+first one gives is unlike what follows.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Taylor:
     derivatives: list[Any] = field(default_factory=list, init=False)
 
     def update(self, step: int, value: Any) -> None:
-        """Takes the value that a step computed."""
+        """Takes the value that a step, counted from the request's first, computed."""
         found = [value]
-        if self.step is not None and step > self.step:
+        if self.step is not None and step > max(self.step, 1):
             gap = step - self.step
             for before in self.derivatives[: self.order]:
                 found.append((found[-1] - before) * (1 / gap))

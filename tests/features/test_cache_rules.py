@@ -115,7 +115,7 @@ class Reference:
             self.kept = [*self.kept[-1:], (self.place, torch.cat([text_out, hidden_out], 1) - before)]
         residual = self.kept[-1][1]
         if not compute:
-            if self.line and len(self.kept) == 2:
+            if self.line and len(self.kept) == 2 and self.kept[1][0] > 1:
                 (one, earlier), (two, later) = self.kept
                 residual = later + (later - earlier) / (two - one) * (self.place - two)
             text_out, hidden_out = (before + residual).split([text.shape[1], hidden_states.shape[1]], 1)

@@ -154,7 +154,7 @@ class StepCache:
             out = inner(*args, **kwargs)
             if leaves and stack.path in lane.inputs and step.step is not None:
                 kept = lane.residuals.setdefault(stack.path, {})
-                self._keep(kept, lane.inputs[stack.path], _as_streams(stack, out), step.step)
+                self._keep(kept, lane.inputs[stack.path], _as_streams(stack, out), step.step - step.first)
             return out
 
         return forward
@@ -265,6 +265,8 @@ def _predicted(inputs: Streams, residuals: Mapping[str, Taylor | None], step: St
     """What the blocks of a stack would give: what went into them, and what they are predicted to add."""
     assert step.step is not None
     return {
-        name: None if given is None or (residual := residuals[name]) is None else given + residual.predict(step.step)
+        name: None
+        if given is None or (residual := residuals[name]) is None
+        else given + residual.predict(step.step - step.first)
         for name, given in inputs.items()
     }
