@@ -143,7 +143,7 @@ class Nvfp4Fp8Linear(Nvfp4Linear):
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         found = super().encode(weight)
         # A row's largest possible value becomes e4m3's largest. (A power of two instead, for which half of the values
-        # are e4m3 numbers again, puts the others at midpoints: 3.0% of error, not 1.9%.)
+        # are e4m3 numbers again, puts the others at midpoints, and loses more.)
         largest = found["weight_scale"].float().amax(1, keepdim=True) * found["weight_scale_2"] * formats.E2M1_MAX
         return found | {"row_scale": formats.scale_of(largest, formats.E4M3_MAX)}
 
