@@ -205,6 +205,7 @@ class StepCache:
                 continue
             buffer = residual.derivatives[0] if residual is not None else None
             fits = buffer is not None and buffer.shape == output.shape and buffer.dtype == output.dtype
+            fits = fits and not output.requires_grad  # torch writes to no buffer where it records gradients
             if residual is None or not fits or self.rule.order:
                 if residual is None or not fits:
                     residual = kept[name] = Taylor(self.rule.order)
