@@ -6,7 +6,7 @@
 
 Relative error is ||found - reference|| / ||reference||: 4e-3 for exact kernels in bf16. An 8-bit kernel must keep a
 cosine of 0.999; 0.998 where Q and K are e4m3, whose three bits of mantissa put 2.6% of noise on each of Q, K, P and V,
-which on Gaussian inputs leaves 0.9985 to 0.9987. The result is written like a benchmark's, and the exit status is 1
+which on Gaussian inputs leaves 0.9985 to 0.9990. The result is written like a benchmark's, and the exit status is 1
 if a check fails.
 
     python benchmarks/check_gpu.py
