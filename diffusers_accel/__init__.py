@@ -21,9 +21,15 @@ if TYPE_CHECKING:
         AttentionConfig,
         CompileConfig,
         DBCacheConfig,
+        EasyCacheConfig,
         FBCacheConfig,
         FuseConfig,
+        IntervalConfig,
         LinearConfig,
+        MagCacheConfig,
+        PABConfig,
+        PolicyConfig,
+        SeaCacheConfig,
         StepMaskConfig,
         TaylorSeerConfig,
         TeaCacheConfig,
@@ -32,6 +38,8 @@ if TYPE_CHECKING:
     from .errors import AccelError, ConfigError, NotAccelerated, Unsupported
     from .kernels.attention import register_attention
     from .kernels.linear import register_linear
+    from .policies import register_policy
+    from .quality.calibrate import calibrate
 
 __version__ = "0.1.0"
 
@@ -42,9 +50,15 @@ _HOMES = {
         "AttentionConfig",
         "CompileConfig",
         "DBCacheConfig",
+        "EasyCacheConfig",
         "FBCacheConfig",
         "FuseConfig",
+        "IntervalConfig",
         "LinearConfig",
+        "MagCacheConfig",
+        "PABConfig",
+        "PolicyConfig",
+        "SeaCacheConfig",
         "StepMaskConfig",
         "TaylorSeerConfig",
         "TeaCacheConfig",
@@ -56,6 +70,8 @@ _HOMES = {
     "errors": ("AccelError", "ConfigError", "NotAccelerated", "Unsupported"),
     "kernels.attention": ("register_attention",),
     "kernels.linear": ("register_linear",),
+    "policies": ("register_policy",),
+    "quality.calibrate": ("calibrate",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -67,20 +83,28 @@ __all__ = [
     "CompileConfig",
     "ConfigError",
     "DBCacheConfig",
+    "EasyCacheConfig",
     "FBCacheConfig",
     "FuseConfig",
+    "IntervalConfig",
     "LinearConfig",
+    "MagCacheConfig",
     "NotAccelerated",
+    "PABConfig",
+    "PolicyConfig",
+    "SeaCacheConfig",
     "StepMaskConfig",
     "TaylorSeerConfig",
     "TeaCacheConfig",
     "Unsupported",
     "VAEConfig",
     "accelerate",
+    "calibrate",
     "explain",
     "from_pretrained",
     "register_attention",
     "register_linear",
+    "register_policy",
     "restore",
     "save_quantized",
     "stats",

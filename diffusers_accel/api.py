@@ -6,10 +6,12 @@ is kept in a session on the pipeline instance; nothing is kept anywhere else.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +84,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     """
     target = _target(pipe)
     resolved, notes = _resolve(target, config, sections)
+    target.compiled = resolved.compile is not None
     plans = [feature.check(target, section) for _, feature, section in _active(resolved)]
     session = vars(pipe).get(_SESSION)
     if session is not None:
@@ -124,6 +127,7 @@ def explain(
     """
     target = _target(pipe)
     resolved, notes = _resolve(target, config, sections)
+    target.compiled = resolved.compile is not None
     rows = []
     for name, feature, section in _active(resolved):
         try:
@@ -168,7 +172,12 @@ def stats(pipe: Any) -> Stats:
         branches=branches,
         attention_kernels=dict(session.target.attention_calls),
         attention_timings={shape: dict(times) for shape, times in session.target.attention_timings.items()},
+        attention_broadcasts=dict(session.target.attention_broadcasts),
         cache_bytes=sum(session.target.cache_bytes.values()),
+        cache_guarded={
+            f"{denoiser}/{branch}": dataclasses.asdict(found)
+            for (denoiser, branch), found in session.target.cache_guarded.items()
+        },
         linear_layers=dict(linears),
         weight_bytes_before=session.weight_bytes_before,
         weight_bytes_after=_weight_bytes(session.target),
@@ -209,6 +218,28 @@ def warmup(
             with torch.no_grad():
                 pipe(num_inference_steps=num_inference_steps, **arguments, **call)  # type: ignore[operator]
     return pipe
+
+
+@contextmanager
+def recorded(pipe: Any, use_ret_steps: bool = False) -> Iterator[Target]:
+    """Records, in the target's `cache_records`, how signal and residual change from step to step of every request in
+    the context. The pipeline is stock before and after.
+
+    Args:
+        pipe: A stock pipeline.
+        use_ret_steps: Whether the signal is that of TeaCache's variant for Wan.
+
+    Raises:
+        Unsupported: The pipeline is accelerated, or no adapter says what signal to watch.
+    """
+    if vars(pipe).get(_SESSION) is not None:
+        raise Unsupported("calibrate", "the pipeline is accelerated.", "restore(pipe) first.", type(pipe).__name__)
+    target, journal = _target(pipe), Journal()
+    journal.apply(itertools.chain(cache.recording(target, use_ret_steps), request.edits(target, None)))
+    try:
+        yield target
+    finally:
+        journal.undo()
 
 
 def resolve(

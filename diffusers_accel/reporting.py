@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass, field
+from typing import Any
 
 from .kernels.attention import margin
 
@@ -67,7 +68,10 @@ class Stats:
         branches: `"denoiser/branch"` -> calls computed and skipped.
         attention_kernels: Kernel name -> calls.
         attention_timings: Class of shapes -> kernel -> measured seconds of one call, where `"auto"` had a choice.
+        attention_broadcasts: Under PAB, attention outputs `"computed"` and `"reused"`.
         cache_bytes: Bytes that step caching kept between steps, over denoisers and branches.
+        cache_guarded: `"denoiser/branch"` -> what the cache's guard found: steps `checked`, the `worst` relative error,
+            and the step after which it `stopped` skipping, if it did.
         linear_layers: Kind -> count, over the denoisers.
         weight_bytes_before: Bytes of the denoisers' parameters and buffers before `accelerate`.
         weight_bytes_after: The same now.
@@ -81,7 +85,9 @@ class Stats:
     branches: dict[str, dict[str, int]] = field(default_factory=dict)
     attention_kernels: dict[str, int] = field(default_factory=dict)
     attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    attention_broadcasts: dict[str, int] = field(default_factory=dict)
     cache_bytes: int = 0
+    cache_guarded: dict[str, dict[str, Any]] = field(default_factory=dict)
     linear_layers: dict[str, int] = field(default_factory=dict)
     weight_bytes_before: int = 0
     weight_bytes_after: int = 0
@@ -96,6 +102,11 @@ class Stats:
         ]
         for name, calls in self.branches.items():
             rows.append([f"  {name}", f"{calls['computed']} computed, {calls['skipped']} skipped"])
+        for name, found in self.cache_guarded.items():
+            end = "" if found["stopped"] is None else f"; skipping stopped at step {found['stopped']}"
+            rows.append([f"  guard of {name}", f"{found['checked']} checked, off by {found['worst']:.1%} at most{end}"])
+        if self.attention_broadcasts:
+            rows.append(["attention", _counts(self.attention_broadcasts)])
         if self.cache_bytes:
             rows.append(["kept between steps", f"{self.cache_bytes / 2**20:.1f} MiB"])
         rows.append(["attention kernels", _counts(self.attention_kernels)])

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import AccelError
+from .calibrate import calibrate
 from .common import one_line
 from .demo import demo
 from .env import env
@@ -64,7 +65,7 @@ def options(
     """
 
 
-for command in (demo, run, explain, env):
+for command in (demo, run, explain, env, calibrate):
     app.command()(command)
 
 

@@ -63,7 +63,11 @@ class Target:
         clock: Places every denoiser call.
         attention_calls: Kernel name -> calls in the last request.
         attention_timings: Shape class -> kernel -> seconds, where `"auto"` chose among several.
+        compiled: Whether the denoisers' blocks are, or are to be, compiled.
+        attention_broadcasts: `"computed"` and `"reused"` -> attention outputs of the last request, under PAB.
         cache_bytes: (denoiser, branch) -> bytes that step caching keeps between steps.
+        cache_guarded: (denoiser, branch) -> what a cache's guard found in the last request.
+        cache_records: (denoiser, branch) -> what a recording cache saw, over all requests.
     """
 
     pipe: Any
@@ -72,7 +76,11 @@ class Target:
     clock: StepClock
     attention_calls: Counter[str] = field(default_factory=Counter)
     attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    compiled: bool = False
+    attention_broadcasts: Counter[str] = field(default_factory=Counter)
     cache_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
+    cache_guarded: dict[tuple[str, str], Any] = field(default_factory=dict)
+    cache_records: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:

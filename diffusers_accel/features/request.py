@@ -37,7 +37,9 @@ def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
         if state.request != request:
             target.attention_calls.clear()
             target.attention_timings.clear()
+            target.attention_broadcasts.clear()
             target.cache_bytes.clear()
+            target.cache_guarded.clear()
         try:
             out = inner(*args, **kwargs)
         except BaseException:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow, default_adapter
+from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow, default_adapter
 from .cosmos import COSMOS
 from .cosmos3 import COSMOS3
 from .flux import FLUX
@@ -21,10 +21,23 @@ _BY_CLASS = {name: adapter for adapter in ADAPTERS for name in adapter.classes}
 # Every published TeaCache row by name, for `coefficients="..."`.
 TEACACHE_ROWS: dict[str, TeaCacheRow] = {name: row for adapter in ADAPTERS for name, row in adapter.rows.items()}
 
+# Every published MagCache table by name, for `mag_ratios="..."`.
+MAGCACHE_ROWS: dict[str, MagCacheRow] = {name: row for adapter in ADAPTERS for name, row in adapter.mag_rows.items()}
+
 
 def adapter_for(denoiser: nn.Module) -> Adapter:
     """The adapter of a denoiser's class, or a default one."""
     return _BY_CLASS.get(type(denoiser).__name__) or default_adapter(denoiser)
 
 
-__all__ = ["ADAPTERS", "TEACACHE_ROWS", "Adapter", "Checkpoint", "Stack", "TeaCacheRow", "adapter_for"]
+__all__ = [
+    "ADAPTERS",
+    "MAGCACHE_ROWS",
+    "TEACACHE_ROWS",
+    "Adapter",
+    "Checkpoint",
+    "MagCacheRow",
+    "Stack",
+    "TeaCacheRow",
+    "adapter_for",
+]

@@ -56,6 +56,19 @@ class TeaCacheRow:
 
 
 @dataclass(frozen=True)
+class MagCacheRow:
+    """A published MagCache table.
+
+    Attributes:
+        ratios: Ratio of the residual's magnitude to the last step's, for each step of a schedule; the first is 1.
+        source: Who published it.
+    """
+
+    ratios: tuple[float, ...]
+    source: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """What tells checkpoints of one class apart: facts of their configuration, never their name.
 
@@ -81,6 +94,32 @@ BlockSignal = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 # The signal of every timestep at once, from the denoiser, its timesteps (steps,), and whether the projected embedding
 # is asked for: (steps, channels).
 TimestepSignal = Callable[[Any, torch.Tensor, bool], torch.Tensor]
+# The latents that are being denoised, (batch, channels, *space) each, from the denoiser, its arguments and their grid.
+LatentsOf = Callable[[Any, Mapping[str, Any], Any], list[torch.Tensor]]
+
+
+def plain_latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
+    """Latents that come as they are, (batch, channels, *space), with conditioning in further channels."""
+    latents = arguments["hidden_states"]
+    channels = getattr(denoiser.config, "out_channels", None) or latents.shape[1]
+    return [latents[:, :channels]]
+
+
+def unpacked(tokens: torch.Tensor, grid: tuple[int, int], channels: int) -> torch.Tensor:
+    """Latents (batch, channels, height, width) from tokens (batch, sequence, 4 x channels) of 2 x 2 values each, the
+    first height x width / 4 of the sequence, conditioning in further channels left out."""
+    height, width = grid
+    tokens = tokens[:, : height * width, : 4 * channels].unflatten(1, (height, width)).unflatten(-1, (channels, 2, 2))
+    return tokens.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def grid_of_ids(ids: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of the tokens whose position ids (sequence, ids) or (batch, sequence, ids) are (0, row, column,
+    ...), those of the picture that is made. Reads from the device."""
+    ids = ids[0] if ids.ndim == 3 else ids
+    made = ids[ids[:, 0] == 0]
+    rows, columns = (made[:, 1:3].max(0).values - made[:, 1:3].min(0).values + 1).tolist()
+    return int(rows), int(columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +136,11 @@ class Adapter:
         timestep_signal: What a cache watches where it depends on the timestep alone.
         rows: Published TeaCache constants, by name.
         row: Picks the row for a checkpoint, or `None` if none was published for it.
+        mag_rows: Published MagCache tables, by name; `row` picks one of them too.
+        denoised: Arguments of the denoiser that hold the latents, in the order of its outputs.
+        grid: What `latents` needs to know of how they are packed, from the denoiser's arguments; it may read from the
+            device, so it is asked once per request.
+        latents: The latents in space, from the denoiser, its arguments and that.
         side_stacks: Runs of blocks that feed the main stacks; they are compiled with them and never skipped.
         static_arguments: Keyword arguments of a block that the stock code branches on in Python although they may be
             one-element tensors: they are read before a compiled block, which cannot.
@@ -121,6 +165,10 @@ class Adapter:
     timestep_signal: TimestepSignal | None = None
     rows: Mapping[str, TeaCacheRow] = None  # type: ignore[assignment]
     row: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    mag_rows: Mapping[str, MagCacheRow] = None  # type: ignore[assignment]
+    denoised: tuple[str, ...] = ("hidden_states",)
+    grid: Callable[[Mapping[str, Any]], Any] = lambda arguments: None
+    latents: LatentsOf = plain_latents
     side_stacks: tuple[Stack, ...] = ()
     static_arguments: tuple[str, ...] = ()
     cross_attention: tuple[str, ...] = ()
@@ -132,8 +180,9 @@ class Adapter:
     default: bool = False
 
     def __post_init__(self) -> None:
-        if self.rows is None:
-            object.__setattr__(self, "rows", {})
+        for name in ("rows", "mag_rows"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, {})
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """All repeated blocks, side stacks included, in call order."""

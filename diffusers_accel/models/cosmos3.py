@@ -18,8 +18,17 @@ def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     return block.input_layernorm_moe_gen(arguments["gen_seq"])
 
 
+def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
+    # A picture without noisy frames is a condition, not what is made.
+    pairs = zip(arguments["vision_tokens"], arguments["vision_noisy_frame_indexes"], strict=True)
+    made = [latents for latents, noisy in pairs if noisy.numel()]
+    return [item if item.ndim == 5 else item.unsqueeze(0) for item in made]
+
+
 COSMOS3 = Adapter(
     classes=("Cosmos3OmniTransformer",),
     stacks=(Stack("layers", ("und_seq", "gen_seq")),),
     block_signal=_signal,
+    denoised=("vision_tokens", "sound_tokens", "action_tokens"),
+    latents=_latents,
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
+from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow, grid_of_ids, unpacked
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
 
@@ -23,6 +23,22 @@ def _row(checkpoint: Checkpoint) -> str | None:
         return "flux.1-kontext"
     return "flux.1-dev" if checkpoint.config.get("guidance_embeds") else "flux.1-schnell"
 
+
+def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
+    packed = denoiser.config.out_channels or denoiser.config.in_channels
+    return [unpacked(arguments["hidden_states"], grid, packed // 4)]
+
+
+_MAG_ROWS = {
+    "flux.1-dev": MagCacheRow(
+        (
+            1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047,
+            1.01562, 1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484,
+            0.95703, 0.93359, 0.89062,
+        ),
+        "https://github.com/Zehong-Ma/MagCache",
+    )
+}  # fmt: skip
 
 FLUX = Adapter(
     classes=("FluxTransformer2DModel",),
@@ -44,5 +60,8 @@ FLUX = Adapter(
             (-1046.55119, 312.563399, -16.9500694, 0.410995971, 0.0374537863), 0.25, "a ComfyUI port of TeaCache"
         ),
     },
+    mag_rows=_MAG_ROWS,
     row=_row,
+    grid=lambda arguments: grid_of_ids(arguments["img_ids"]),
+    latents=_latents,
 )

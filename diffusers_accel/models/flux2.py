@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
+from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow, grid_of_ids, unpacked
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -21,6 +21,11 @@ def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
 def _row(checkpoint: Checkpoint) -> str | None:
     dev = checkpoint.has(num_layers=8, num_single_layers=48, num_attention_heads=48)
     return "flux.2-dev" if dev else None
+
+
+def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
+    packed = denoiser.config.out_channels or denoiser.config.in_channels
+    return [unpacked(arguments["hidden_states"], grid, packed // 4)]
 
 
 FLUX2 = Adapter(
@@ -37,4 +42,6 @@ FLUX2 = Adapter(
         "flux.2-dev": TeaCacheRow((104.58236, -6.87605554, -0.0861659379, 0.0537600252), 0.2, "TensorRT-LLM VisualGen")
     },
     row=_row,
+    grid=lambda arguments: grid_of_ids(arguments["img_ids"]),
+    latents=_latents,
 )

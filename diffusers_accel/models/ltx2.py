@@ -20,6 +20,15 @@ def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     return block.norm1(hidden_states) * (1 + scale) + shift
 
 
+def _grid(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    return arguments["num_frames"], arguments["height"], arguments["width"]
+
+
+def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
+    video = arguments["hidden_states"].unflatten(1, grid)
+    return [video.movedim(-1, 1)]
+
+
 LTX2 = Adapter(
     classes=("LTX2VideoTransformer3DModel",),
     smallest_linear=0,
@@ -31,5 +40,8 @@ LTX2 = Adapter(
     guidance="batched",
     branches=("cond_uncond", "uncond_stg", "uncond_modality"),
     block_signal=_signal,
+    denoised=("hidden_states", "audio_hidden_states"),
+    grid=_grid,
+    latents=_latents,
     static_arguments=("all_perturbed",),
 )

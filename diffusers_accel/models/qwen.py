@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
+from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow, unpacked
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -20,6 +20,31 @@ def _row(checkpoint: Checkpoint) -> str | None:
     return "qwen-image" if checkpoint.pipeline == "QwenImagePipeline" and checkpoint.has(num_layers=60) else None
 
 
+def _grid(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    # The shapes of a request's pictures: the one that is made comes first, as (frames, rows, columns).
+    first = arguments["img_shapes"][0]
+    _, rows, columns = first[0] if isinstance(first, (list, tuple)) and isinstance(first[0], (list, tuple)) else first
+    return int(rows), int(columns)
+
+
+def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
+    # `out_channels` is of the latents, four of which make a token's.
+    return [unpacked(arguments["hidden_states"], grid, denoiser.config.out_channels)]
+
+
+_MAG_ROWS = {
+    "qwen-image": MagCacheRow(
+        (
+            1.0, 1.64062, 1.45312, 1.1875, 1.17188, 1.05469, 1.21094, 1.10938, 1.11719, 1.13281, 1.11719, 1.07812,
+            1.07031, 1.08594, 1.08594, 1.07812, 1.03906, 1.04688, 1.07812, 1.07031, 1.03125, 1.07812, 1.04688,
+            1.04688, 1.04688, 1.03906, 1.01562, 1.03125, 1.02344, 1.02344, 1.02344, 1.03906, 1.0, 1.01562, 1.0,
+            0.99219, 1.00781, 0.98047, 0.95703, 0.96875, 0.99219, 0.92578, 0.92578, 0.90625, 0.85938, 0.80469,
+            0.87891, 0.75, 0.60938, 0.55078,
+        ),
+        "https://github.com/Zehong-Ma/MagCache",
+    )
+}  # fmt: skip
+
 QWEN = Adapter(
     classes=("QwenImageTransformer2DModel",),
     smallest_linear=0,
@@ -27,5 +52,8 @@ QWEN = Adapter(
     stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     block_signal=_signal,
     rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},
+    mag_rows=_MAG_ROWS,
     row=_row,
+    grid=_grid,
+    latents=_latents,
 )

@@ -1,8 +1,7 @@
 """TeaCache's rule (https://arxiv.org/abs/2411.19108): sum up the rescaled change of the signal, skip while it is small.
 
-With d the relative L1 change of the signal between two steps and p the fitted polynomial, `accumulated += |p(d)|`; the
-step is skipped while that stays under the threshold, else it is computed and the sum starts anew. The signal is
-compared with the previous step's, skipped or not. The first and the last step are always computed; with
+With d the relative L1 change of the signal between two steps and p the fitted polynomial, |p(d)| is summed up. The
+signal is compared with the previous step's, skipped or not. The first and the last step are always computed; with
 `use_ret_steps` (Wan) the first five are, and the last one is not special.
 """
 
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.step import Mode, StepState
+from .accumulated import Accumulated
 
 RETAINED_STEPS = 5
 
@@ -24,29 +23,17 @@ def polynomial(coefficients: tuple[float, ...], x: float) -> float:
 
 
 @dataclass
-class TeaCache:
+class TeaCache(Accumulated):
     """One branch of one request. See the module for the rule."""
 
-    threshold: float
-    coefficients: tuple[float, ...]
-    use_ret_steps: bool = False
-    accumulated: float = 0.0
+    coefficients: tuple[float, ...] = (1.0, 0.0)
 
-    def decide(self, step: StepState, change: float | None) -> Mode:
-        """The mode of this step; see `Policy.decide`."""
-        if change is None or self._always(step):
-            self.accumulated = 0.0
-            return Mode.FULL
-        self.accumulated += abs(polynomial(self.coefficients, change))
-        # NaN compares false, so a signal gone wrong computes in full.
-        if self.accumulated < self.threshold:
-            return Mode.SKIP
-        self.accumulated = 0.0
-        return Mode.FULL
+    @classmethod
+    def published(cls, threshold: float, coefficients: tuple[float, ...], use_ret_steps: bool = False) -> TeaCache:
+        """The rule with one of its two ways of treating the first and the last steps."""
+        first, last = (RETAINED_STEPS, 0) if use_ret_steps else (1, 1)
+        return cls(threshold, first, last, coefficients=coefficients)
 
-    def _always(self, step: StepState) -> bool:
-        if step.step is None:
-            return True
-        if self.use_ret_steps:
-            return step.step - step.first < RETAINED_STEPS
-        return step.step == step.first or step.last
+    def rescaled(self, change: float) -> float:
+        """What a change adds to the sum."""
+        return abs(polynomial(self.coefficients, change))

@@ -109,15 +109,15 @@ def test_batched_guidance_watches_the_conditional_half(name):
     signal = adapter_for(pipe.transformer).block_signal
     block = pipe.transformer.transformer_blocks[0]
     accelerate(pipe, teacache(0.0))
-    from diffusers_accel.features.cache import gates as cache
+    from diffusers_accel.features.cache import signals as cache
 
-    original = cache._relative_change
+    original = cache.relative
 
-    def watched(one, other, dim=None):
+    def watched(one, other):
         seen.append(one.clone())
-        return original(one, other, dim)
+        return original(one, other)
 
-    cache._relative_change = watched
+    cache.relative = watched
     try:
         full = []
         handle = block.register_forward_pre_hook(
@@ -126,7 +126,7 @@ def test_batched_guidance_watches_the_conditional_half(name):
         entry.run(pipe)
         handle.remove()
     finally:
-        cache._relative_change = original
+        cache.relative = original
     assert len(seen) == 3 and len(full) == 4
     for one, both in zip(seen, full[1:], strict=True):
         assert torch.equal(one, both.chunk(2)[1])

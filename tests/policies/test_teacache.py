@@ -36,7 +36,7 @@ def test_every_row_against_the_reference(row, first):
     published = TEACACHE_ROWS[row]
     changes = numpy.random.default_rng(0).uniform(0.0, 0.3, 40)
     for threshold in (0.0, published.threshold, 5 * published.threshold):
-        policy = TeaCache(threshold, published.coefficients, published.use_ret_steps)
+        policy = TeaCache.published(threshold, published.coefficients, published.use_ret_steps)
         found = [
             policy.decide(step(index, 40, first), None if index == first else float(changes[index])) is Mode.FULL
             for index in range(first, 40)
@@ -45,7 +45,7 @@ def test_every_row_against_the_reference(row, first):
 
 
 def test_some_steps_are_skipped_and_some_are_not():
-    policy = TeaCache(0.25, (1.0, 0.0))
+    policy = TeaCache.published(0.25, (1.0, 0.0))
     modes = [policy.decide(step(index), 0.1 if index else None) for index in range(20)]
     assert modes[0] is modes[-1] is Mode.FULL
     assert modes[1:5] == [Mode.SKIP, Mode.SKIP, Mode.FULL, Mode.SKIP]
@@ -57,10 +57,10 @@ def test_polynomial_is_highest_degree_first():
 
 @pytest.mark.parametrize("change", [float("nan"), None])
 def test_a_change_that_is_unknown_computes(change):
-    policy = TeaCache(1e9, (1.0, 0.0))
+    policy = TeaCache.published(1e9, (1.0, 0.0))
     policy.decide(step(0), None)
     assert policy.decide(step(1), change) is Mode.FULL
 
 
 def test_an_unknown_step_computes():
-    assert TeaCache(1e9, (1.0, 0.0)).decide(step(None), 0.1) is Mode.FULL
+    assert TeaCache.published(1e9, (1.0, 0.0)).decide(step(None), 0.1) is Mode.FULL

@@ -1,88 +1,37 @@
-"""Gates around blocks: on a step that may be skipped, each stack of blocks gives its input plus a residual predicted
-from earlier steps.
+"""Gates: on a step that may be skipped, each stack of blocks gives its input plus a residual predicted from earlier
+steps; or the whole denoiser does.
 
 A gate around every block (outside the compiled block) carries it out. The gate of the first block that may be skipped
-measures what the rule watches and asks the policy; on a skipped step the blocks from there on pass their streams on and
-the last of them adds the stack's residual. So everything the stock forward does before, between and after the stacks
-(embeddings, ControlNet's addition behind the last block, final norm and projection) runs on fresh data. No stock
-forward is copied.
+asks the policy; on a skipped step the blocks from there on pass their streams on and the last of them adds the stack's
+residual. So everything the stock forward does before, between and after the blocks (embeddings, ControlNet's additions,
+final norm and projection) runs on fresh data. No stock forward is copied.
 
-State lives in a lane per denoiser and guidance branch, made anew for each request, and dropped after its last step.
+A rule for the whole denoiser needs one layer: on a skipped step the latents plus a predicted difference are returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ...core.step import Mode, StepState
 from ...models import Stack
 from ...models.adapter import parameter_names
-from ...policies import Policy, Taylor
+from ...policies import Taylor
 from ..feature import Denoiser, Target
+from .lanes import Guarded, Lane, Streams, predicted, relative
+from .recorder import record, take
+from .rule import Rule
+from .signals import latents_of, leaves, main_stream
 
-# A tensor per stream; None for one that is not there.
-Streams = dict[str, torch.Tensor | None]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a cache does.
-
-    Attributes:
-        policy: Makes the policy of one branch of one request.
-        label: In a few words.
-        watches: What is measured for it: `"signal"` the model's own, `"residual"` what the first blocks add, both
-            relative to what they were; `None` if it needs nothing.
-        first: Blocks of the first stack that are computed on every step, before the decision.
-        last: The same of the last stack, behind what is skipped.
-        order: Of the Taylor polynomial that predicts a skipped residual; 0 reuses the last one.
-        projected: Whether a signal of the timestep alone is the projected embedding.
-    """
-
-    policy: Callable[[], Policy]
-    label: str
-    watches: str | None = None
-    first: int = 0
-    last: int = 0
-    order: int = 0
-    projected: bool = False
-
-
-@dataclass
-class Lane:
-    """What one guidance branch of one denoiser remembers within one request.
-
-    Attributes:
-        request: Its number.
-        policy: Its policy.
-        signal: What was watched last.
-        step: The step of the last decision.
-        begin: What went into the first stack, where its first blocks are watched.
-        inputs: What went into the part of each stack that may be skipped, in the call that is running.
-        residuals: What that part added, by stack and stream, on the steps that were computed.
-    """
-
-    request: int
-    policy: Policy
-    signal: torch.Tensor | None = None
-    step: int | None = None
-    begin: torch.Tensor | None = None
-    inputs: dict[str, Streams] = field(default_factory=dict)
-    residuals: dict[str, dict[str, Taylor | None]] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """Of what is kept from step to step."""
-        kept = [self.signal] if self.signal is not None else []
-        kept += [
-            item for stack in self.residuals.values() for value in stack.values() if value for item in value.derivatives
-        ]
-        return sum(item.numel() * item.element_size() for item in kept)
+_WHOLE = "outputs"
+# Where the form of an output has a tensor.
+_GAP = object()
 
 
 class StepCache:
@@ -96,9 +45,11 @@ class StepCache:
 
     def __init__(self, target: Target, denoiser: Denoiser, rule: Rule):
         self.target, self.denoiser, self.rule = target, denoiser, rule
+        self.watch = rule.watch(target, denoiser)
         self.lanes: dict[str, Lane] = {}
         self._lane: Lane | None = None
-        self._schedule: tuple[int, list[float]] = (0, [])
+        self._names = parameter_names(denoiser.module)
+        self._together: tuple[tuple[int, int | None], Mode] = ((0, None), Mode.FULL)
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer around the denoiser's forward: chooses the lane, and closes it whatever happens."""
@@ -108,21 +59,23 @@ class StepCache:
             return inner(*args, **kwargs)
         lane = self.lanes.get(step.branch)
         if lane is None or lane.request != step.request:
-            lane = self.lanes[step.branch] = Lane(step.request, self.rule.policy())
+            lane = self.lanes[step.branch] = Lane(step.request, self.rule.policy(step.branch))
+            lane.guarded = Guarded() if self.rule.guard else None
         self._lane = lane
         try:
+            arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            if self.watch.at_entry and not self._told(step):
+                lane.change = self.watch.look(lane, step, None, arguments, {})
+            if self.rule.whole:
+                return self._whole(lane, step, arguments, lambda: inner(*args, **kwargs))
             return inner(*args, **kwargs)
         except BaseException:
             self.lanes.clear()
             raise
         finally:
             self._lane = None
-            lane.inputs.clear()
-            lane.begin = None
-            self.target.cache_bytes[self.denoiser.name, step.branch] = lane.bytes
-            if step.last:
-                lane.residuals.clear()
-                lane.signal = None
+            self._look_back(lane, step)
+            lane.close(step.last)
 
     def gate(self, stack: Stack, block: nn.Module, index: int) -> Callable[..., Any]:
         """The layer around one block of a stack, by its place there."""
@@ -132,125 +85,141 @@ class StepCache:
         start = self.rule.first if decides else 0
         end = len(stack.blocks(self.denoiser.module)) - (self.rule.last if stack is stacks[-1] else 0)
         begins, enters, leaves = decides and index == 0 < start, index == start, index == end - 1
+        within = start <= index < end
 
         def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             lane, step = self._lane, self.target.clock.current
-            if lane is None or step is None:
+            if lane is None or step is None or not (within or begins):
                 return inner(*args, **kwargs)
-            within = start <= index < end
-            if begins or enters or (within and step.mode is Mode.SKIP):
-                arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-                streams: Streams = {name: arguments.get(name) for name in stack.streams}
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            streams: Streams = {name: arguments.get(name) for name in stack.streams}
             if begins:
-                lane.begin = _watched(streams)
-            if enters:
-                if decides:
-                    step.mode = self._decide(lane, step, block, arguments, streams)
-                lane.inputs[stack.path] = streams
+                lane.begin = main_stream(streams)
+            if enters and decides:
+                if not self.watch.at_entry:
+                    lane.change = self.watch.look(lane, step, block, arguments, streams)
+                self._decide(lane, step, lane.can_skip([stack.path for stack in stacks], streams))
             if within and step.mode is Mode.SKIP:
                 if leaves:
-                    streams = _predicted(lane.inputs[stack.path], lane.residuals[stack.path], step)
+                    streams = predicted(streams, lane.residuals[stack.path], _place(step))
                 return _as_output(streams)
+            if within:
+                lane.entering(stack.path, streams)
             out = inner(*args, **kwargs)
-            if leaves and stack.path in lane.inputs and step.step is not None:
-                kept = lane.residuals.setdefault(stack.path, {})
-                self._keep(kept, lane.inputs[stack.path], _as_streams(stack, out), step.step - step.first)
+            if within and step.step is not None:
+                lane.left[stack.path] = _as_streams(stack, out)
+                if leaves:
+                    lane.keep(stack.path, lane.left[stack.path], _place(step), self.rule.order)
+                    if self.rule.recording:
+                        take(lane, main_residual(lane.residuals[stack.path]))
             return out
 
         return forward
 
-    def _decide(
-        self, lane: Lane, step: StepState, block: nn.Module, arguments: Mapping[str, Any], streams: Streams
-    ) -> Mode:
-        adapter, watches = self.denoiser.adapter, self.rule.watches
-        seen: torch.Tensor | None = None
-        change: float | None = 0.0
-        if watches == "signal" and adapter.timestep_signal is not None:
-            change = self._scheduled_change(lane, step, adapter.timestep_signal)
-        elif watches == "signal":
-            assert adapter.block_signal is not None
-            seen = self._conditional(adapter.block_signal(block, arguments), step)
-            change = _change(seen, lane.signal)
-        elif watches == "residual":
-            now, begin = _watched(streams), lane.begin
-            if now is None or begin is None or now.shape != begin.shape:
-                change = None
-            else:
-                seen = self._conditional(now - begin, step)
-                change = _change(seen, lane.signal)
+    def _whole(self, lane: Lane, step: StepState, arguments: dict[str, Any], inner: Callable[[], Any]) -> Any:
+        """The denoiser's output, computed or predicted as its latents and a difference."""
+        latents, place = latents_of(self.denoiser, arguments), _place(step) if step.step is not None else 0
+        shapes = [item.shape for item in latents]
+        self._decide(lane, step, lane.memory.get("shapes") == shapes and _WHOLE in lane.residuals)
+        if step.mode is Mode.SKIP:
+            kept, (form, spec) = lane.residuals[_WHOLE], lane.memory["form"]
+            values = [
+                (_base(latents, index, item.derivatives[0].shape) + item.predict(place)).to(dtype)
+                for index, (item, dtype) in enumerate(zip(kept.values(), lane.memory["types"], strict=True))
+                if item is not None
+            ]
+            found = iter(values)
+            return pytree.tree_unflatten([next(found) if part is _GAP else part for part in form], spec)
+        out = inner()
+        flat, spec = pytree.tree_flatten(out)
+        outputs = leaves(out)
+        form = [_GAP if isinstance(part, torch.Tensor) else part for part in flat]
+        lane.memory.update(form=(form, spec), shapes=shapes, types=[item.dtype for item in outputs])
+        kept = lane.residuals.setdefault(_WHOLE, {})
+        if len(kept) != len(outputs):
+            kept.clear()
+        for index, output in enumerate(outputs):
+            value, item = output - _base(latents, index, output.shape), kept.get(str(index))
+            if item is None or item.derivatives[0].shape != value.shape:
+                item = kept[str(index)] = Taylor(self.rule.order)
+            elif lane.checking:
+                lane.errors.append(relative(item.predict(place), value))
+            item.update(place, value)
+        self.watch.computed(lane, outputs)
+        return out
+
+    def _decide(self, lane: Lane, step: StepState, possible: bool) -> None:
+        """Sets the step's mode."""
+        seen, change = lane.change
         lane.step = step.step
-        mode = lane.policy.decide(step, change if self._can_skip(lane, streams) else None)
-        # A signal is compared with the last step's, a residual with that of the last step that was computed.
-        if watches == "signal" or mode is Mode.FULL:
+        told = self._told(step)
+        if told:
+            mode = self._together[1] if possible else Mode.FULL
+        else:
+            mode = Mode(lane.policy.decide(step, change if possible else None))
+            if not possible or change is None:
+                mode = Mode.FULL  # whatever a policy says
+        if self.rule.together and not told:
+            self._together = ((step.request, step.step), mode)
+        if mode is Mode.SKIP and lane.guarded is not None:
+            mode = self._guarded(lane, lane.guarded)
+        step.mode = mode
+        if seen is not None and (mode is Mode.FULL or not self.watch.with_computed):
             lane.signal = seen
-        return mode
 
-    def _can_skip(self, lane: Lane, streams: Streams) -> bool:
-        """Whether there is a residual of every stack, and the first one's shapes are those of this call."""
-        stacks = self.denoiser.adapter.stacks
-        if any(stack.path not in lane.residuals for stack in stacks):
-            return False
-        kept = lane.residuals[stacks[0].path]
-        return all(
-            residual is None or (value is not None and value.shape == residual.derivatives[0].shape)
-            for value, residual in ((streams[name], kept[name]) for name in streams)
-        )
+    def _told(self, step: StepState) -> bool:
+        """Whether another guidance branch of this step has decided for this one."""
+        return self.rule.together and self._together[0] == (step.request, step.step)
 
-    def _keep(self, kept: dict[str, Taylor | None], inputs: Streams, outputs: Streams, step: int) -> None:
-        """Takes what the blocks of a stack added to each stream; its memory is used again."""
-        for name, output in outputs.items():
-            given, residual = inputs[name], kept.get(name)
-            if output is None or given is None:
-                kept[name] = None
-                continue
-            buffer = residual.derivatives[0] if residual is not None else None
-            fits = buffer is not None and buffer.shape == output.shape and buffer.dtype == output.dtype
-            fits = fits and not output.requires_grad  # torch writes to no buffer where it records gradients
-            if residual is None or not fits or self.rule.order:
-                if residual is None or not fits:
-                    residual = kept[name] = Taylor(self.rule.order)
-                residual.update(step, output - given)
-            else:
-                residual.update(step, torch.sub(output, given, out=buffer))
+    def _guarded(self, lane: Lane, guarded: Guarded) -> Mode:
+        """The mode of a step that may be skipped: after the bound was passed none is, and some are looked at."""
+        if guarded.stopped is not None:
+            return Mode.FULL
+        before, share = lane.offered, self.rule.guard
+        lane.offered += 1
+        lane.checking = math.ceil(lane.offered * share) > math.ceil(before * share)
+        return Mode.FULL if lane.checking else Mode.SKIP
 
-    def _conditional(self, signal: torch.Tensor, step: StepState) -> torch.Tensor:
-        """The conditional half of a signal, which comes last, where both guidance branches share a call."""
-        adapter, pipe = self.denoiser.adapter, self.target.pipe
-        batched = adapter.guidance == "batched" and step.branch == adapter.branches[0]
-        if batched and getattr(pipe, "do_classifier_free_guidance", False) and signal.shape[0] % 2 == 0:
-            return signal.chunk(2)[1]
-        return signal
-
-    def _scheduled_change(self, lane: Lane, step: StepState, signal: Callable[..., torch.Tensor]) -> float | None:
-        request, changes = self._schedule
-        if request != step.request:
-            # One read from the device per request: the signals of all timesteps, at once.
-            timesteps = self.target.clock.timesteps
-            device = next(self.denoiser.module.parameters()).device
-            signals = signal(self.denoiser.module, timesteps.to(device), self.rule.projected).float()
-            changes = [0.0, *_relative_change(signals[1:], signals[:-1], dim=-1).tolist()]
-            self._schedule = (step.request, changes)
-        if lane.step is None or step.step is None or step.step != lane.step + 1:
-            return None
-        return changes[step.step]
+    def _look_back(self, lane: Lane, step: StepState) -> None:
+        """Settles what a call leaves: what the guard found, and the memory that is kept."""
+        key = (self.denoiser.name, step.branch)
+        if lane.checking and lane.guarded is not None and lane.errors:
+            guarded, worst = lane.guarded, float(torch.stack(lane.errors).max())
+            guarded.checked += 1
+            guarded.worst = max(guarded.worst, worst)
+            # NaN compares false, so a prediction gone wrong stops too.
+            if not worst <= self.rule.bound:
+                guarded.stopped = step.step
+            self.target.cache_guarded[key] = guarded
+        if self.rule.recording and (found := record(lane, step)) is not None:
+            self.target.cache_records.setdefault(key, []).append(found)
+        self.target.cache_bytes[key] = lane.bytes
 
 
-def _change(signal: torch.Tensor, previous: torch.Tensor | None) -> float | None:
-    """The relative change since the previous signal, read from the device; `None` if there is none to compare with."""
-    if previous is None or previous.shape != signal.shape:
-        return None
-    return float(_relative_change(signal, previous))
+def _place(step: StepState) -> int:
+    assert step.step is not None
+    return step.step - step.first
 
 
-def _relative_change(signal: torch.Tensor, previous: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """mean |signal - previous| / mean |previous|, in float32, over all dimensions or the given one."""
-    difference = (signal - previous).abs().mean(dim=dim, dtype=torch.float32)
-    return difference / previous.abs().mean(dim=dim, dtype=torch.float32)
+def _base(latents: list[torch.Tensor], index: int, shape: torch.Size) -> torch.Tensor | float:
+    """The latents that an output is a change of: with conditioning behind them in one dimension cut off; 0 if none."""
+    if index >= len(latents) or latents[index].ndim != len(shape):
+        return 0.0
+    given = latents[index]
+    differing = [dim for dim, size in enumerate(shape) if given.shape[dim] != size]
+    if len(differing) > 1 or any(given.shape[dim] < shape[dim] for dim in differing):
+        return 0.0
+    for dim in differing:
+        given = given.narrow(dim, 0, shape[dim])
+    return given
 
 
-def _watched(streams: Streams) -> torch.Tensor | None:
-    """The stream that is looked at: the picture's, where there is one beside the text's."""
-    return streams["hidden_states"] if "hidden_states" in streams else next(iter(streams.values()))
+def main_residual(kept: dict[str, Taylor | None]) -> torch.Tensor:
+    """What a stack added to the picture's stream."""
+    item = kept["hidden_states"] if "hidden_states" in kept else list(kept.values())[-1]
+    assert item is not None
+    value: torch.Tensor = item.derivatives[0]
+    return value
 
 
 def _as_streams(stack: Stack, out: Any) -> Streams:
@@ -260,14 +229,3 @@ def _as_streams(stack: Stack, out: Any) -> Streams:
 def _as_output(streams: Streams) -> Any:
     values = tuple(streams.values())
     return values[0] if len(values) == 1 else values
-
-
-def _predicted(inputs: Streams, residuals: Mapping[str, Taylor | None], step: StepState) -> Streams:
-    """What the blocks of a stack would give: what went into them, and what they are predicted to add."""
-    assert step.step is not None
-    return {
-        name: None
-        if given is None or (residual := residuals[name]) is None
-        else given + residual.predict(step.step - step.first)
-        for name, given in inputs.items()
-    }

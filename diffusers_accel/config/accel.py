@@ -1,0 +1,70 @@
+"""The whole configuration, one field per feature."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from .cache import CACHE_CONFIGS, CacheConfig, PABConfig
+from .reading import plain, read_yaml, section_of
+from .sections import AttentionConfig, CompileConfig, FuseConfig, LinearConfig, VAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccelConfig:
+    """What to accelerate, and how. Every section is off by default; see each section's class.
+
+    Raises:
+        ConfigError: A value has the wrong type, or a section has an unknown key.
+    """
+
+    linear: LinearConfig | None = field(default=None, metadata={"section": LinearConfig})
+    fuse: FuseConfig | None = field(default=None, metadata={"section": FuseConfig})
+    attention: AttentionConfig | None = field(default=None, metadata={"section": AttentionConfig})
+    compile: CompileConfig | None = field(default=None, metadata={"section": CompileConfig})
+    cache: CacheConfig | PABConfig | None = field(default=None, metadata={"section": CACHE_CONFIGS})
+    vae: VAEConfig | None = field(default=None, metadata={"section": VAEConfig})
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, section_of(entry, getattr(self, entry.name)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AccelConfig:
+        """Builds a configuration from nested mappings, with the same keys as the fields."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"A configuration is a mapping of sections, not {type(values).__name__}.")
+        known = {entry.name for entry in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"Unknown configuration key {key!r}. {nearest(str(key), known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values: `from_dict(config.to_dict()) == config`. Sections that are off are left out."""
+        result: dict[str, Any] = {}
+        for entry in fields(self):
+            section = getattr(self, entry.name)
+            if section is not None:
+                kind = {"kind": section.kind} if hasattr(section, "kind") else {}
+                result[entry.name] = kind | {key: plain(value) for key, value in dataclasses.asdict(section).items()}
+        return result
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> AccelConfig:
+        """Reads a YAML file with the same keys as the fields.
+
+        Raises:
+            ConfigError: The file is missing, is not YAML, or holds an unknown key.
+        """
+        return cls.from_dict(read_yaml(path))
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Writes the file that `from_yaml` reads."""
+        import yaml
+
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,247 @@
+"""From a configuration to a rule for one denoiser: one function per class of configuration, and the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ...config import (
+    CacheConfig,
+    DBCacheConfig,
+    EasyCacheConfig,
+    FBCacheConfig,
+    IntervalConfig,
+    MagCacheConfig,
+    PolicyConfig,
+    SeaCacheConfig,
+    StepMaskConfig,
+    TaylorSeerConfig,
+    TeaCacheConfig,
+)
+from ...errors import Unsupported, nearest
+from ...models import MAGCACHE_ROWS, TEACACHE_ROWS, Checkpoint
+from ...policies import POLICIES, DBCache, EasyCache, MagCache, SeaCache, StepMask, TeaCache, steps_of
+from ..feature import Denoiser, Target
+from .rule import Rule
+from .signals import (
+    WATCHES,
+    FirstResidual,
+    Foretold,
+    Latents,
+    ModulatedInput,
+    ProjectedSignal,
+    ScheduledSignal,
+    Watch,
+    WatchFactory,
+)
+
+
+def rule_of(target: Target, denoiser: Denoiser, config: CacheConfig) -> Rule:
+    """A configuration's rule for a denoiser.
+
+    Raises:
+        Unsupported: The denoiser has too few blocks, or nothing was published for it and no constants were given.
+    """
+    return RULES[type(config)](target, denoiser, config)
+
+
+def _common(config: CacheConfig) -> dict[str, Any]:
+    return {"order": config.taylorseer_order, "guard": config.guard, "bound": config.guard_bound}
+
+
+def _mask_of(mask: str | tuple[float, ...]) -> tuple[bool, ...]:
+    return steps_of(mask) if isinstance(mask, str) else tuple(bool(item) for item in mask)
+
+
+def _mask(target: Target, denoiser: Denoiser, config: StepMaskConfig) -> Rule:
+    mask = _mask_of(config.mask)
+    label = f"step mask {config.mask!r}" if isinstance(config.mask, str) else f"a step mask of {len(mask)} steps"
+    return Rule(lambda branch: StepMask(mask), label, **_common(config))
+
+
+def _interval(target: Target, denoiser: Denoiser, config: IntervalConfig) -> Rule:
+    interval, warmup, common = config.interval, config.warmup, _common(config)
+    label = f"one step of {interval} computed after {warmup}"
+    if isinstance(config, TaylorSeerConfig):
+        label, common["order"] = f"taylorseer, order {config.order}, {label}", config.order
+    return Rule(lambda branch: StepMask(interval=interval, warmup=warmup), label, **common)
+
+
+def _dbcache(target: Target, denoiser: Denoiser, config: DBCacheConfig) -> Rule:
+    first, last = config.Fn_compute_blocks, config.Bn_compute_blocks
+    counts = [len(stack.blocks(denoiser.module)) for stack in denoiser.adapter.stacks]
+    room = counts[0] - (last if len(counts) == 1 else 0)
+    if first >= room or last >= counts[-1]:
+        raise Unsupported(
+            f"cache={config.kind!r}",
+            f"Fn_compute_blocks={first} and Bn_compute_blocks={last} leave no block to skip: its stacks have "
+            f"{', '.join(map(str, counts))}.",
+            "fewer of them, or FBCacheConfig(), which computes one.",
+            str(denoiser),
+        )
+    if config.enable_separate_cfg is False and denoiser.adapter.guidance == "separate":
+        raise Unsupported(
+            f"cache={config.kind!r}",
+            "its pipeline calls the denoiser once per guidance branch: one state for both would mix them.",
+            "enable_separate_cfg=None.",
+            str(denoiser),
+        )
+    mask = None if config.steps_computation_mask is None else _mask_of(config.steps_computation_mask)
+    if mask is not None and config.steps_computation_policy == "static":
+        label = "step mask" if not isinstance(config.steps_computation_mask, str) else config.steps_computation_mask
+        label = f"{config.kind}, {label}, static"
+        return Rule(lambda branch: StepMask(mask), label, Watch, first, last, **_common(config))
+
+    def policy(branch: str) -> DBCache:
+        return DBCache(
+            config.residual_diff_threshold,
+            config.max_warmup_steps,
+            config.max_cached_steps,
+            config.max_continuous_cached_steps,
+            config.force_refresh_step_hint,
+            config.force_refresh_step_policy == "repeat",
+            None if mask is None else StepMask(mask),
+        )
+
+    label = (
+        f"{config.kind}, threshold {config.residual_diff_threshold:g}, {first} first and {last} last blocks computed"
+    )
+    return Rule(policy, label, FirstResidual, first, last, **_common(config))
+
+
+def signal_of(denoiser: Denoiser, projected: bool = False) -> WatchFactory:
+    """What TeaCache watches on a model.
+
+    Raises:
+        Unsupported: Its adapter does not say.
+    """
+    if denoiser.adapter.timestep_signal is not None:
+        return ProjectedSignal if projected else ScheduledSignal
+    if denoiser.adapter.block_signal is None:
+        raise Unsupported("cache", "no adapter says what signal to watch.", "cache=None for this model.", str(denoiser))
+    return ModulatedInput
+
+
+def _teacache(target: Target, denoiser: Denoiser, config: TeaCacheConfig) -> Rule:
+    watch = signal_of(denoiser, config.use_ret_steps)
+    given = config.coefficients
+    if denoiser.name == "transformer_2" and config.coefficients_2 is not None:
+        given = config.coefficients_2
+    if isinstance(given, tuple):
+        if config.threshold is None:
+            raise Unsupported(
+                "cache='teacache'", "own coefficients have no published threshold.", "threshold=...", str(denoiser)
+            )
+        threshold, coefficients, source = config.threshold, given, "given coefficients"
+    else:
+        name = _row_name(
+            target, denoiser, "cache='teacache'", given, denoiser.adapter.rows, TEACACHE_ROWS, config.use_ret_steps
+        )
+        row = TEACACHE_ROWS[name]
+        if row.use_ret_steps != config.use_ret_steps:
+            raise Unsupported(
+                "cache='teacache'",
+                f"row {name!r} was fitted with use_ret_steps={row.use_ret_steps}.",
+                f"use_ret_steps={row.use_ret_steps}, or another row.",
+                str(denoiser),
+            )
+        threshold = row.threshold if config.threshold is None else config.threshold
+        coefficients, source = row.coefficients, f"row {name!r}"
+    return Rule(
+        lambda branch: TeaCache.published(threshold, coefficients, config.use_ret_steps),
+        f"teacache, threshold {threshold:g}, {source}",
+        watch,
+        **_common(config),
+    )
+
+
+def _magcache(target: Target, denoiser: Denoiser, config: MagCacheConfig) -> Rule:
+    given = config.mag_ratios
+    if denoiser.name == "transformer_2" and config.mag_ratios_2 is not None:
+        given = config.mag_ratios_2
+    if isinstance(given, tuple):
+        ratios, source = given, "a given table"
+    else:
+        name = _row_name(target, denoiser, "cache='magcache'", given, denoiser.adapter.mag_rows, MAGCACHE_ROWS)
+        ratios, source = MAGCACHE_ROWS[name].ratios, f"table {name!r}"
+    return Rule(
+        lambda branch: MagCache(config.threshold, ratios, config.max_skip_steps, config.retention_ratio),
+        f"magcache, threshold {config.threshold:g}, {source}",
+        **_common(config),
+    )
+
+
+def _row_name(
+    target: Target, denoiser: Denoiser, what: str, given: str | None, rows: Any, known: Any, use_ret_steps: bool = False
+) -> str:
+    """The name of the published constants that are meant, or `Unsupported`."""
+    checkpoint = Checkpoint(
+        config=denoiser.config,
+        pipeline=type(target.pipe).__name__,
+        pipeline_config=dict(getattr(target.pipe, "config", {})),
+        use_ret_steps=use_ret_steps,
+    )
+    name = given if given is not None else denoiser.adapter.row(checkpoint)
+    if name is None or (given is None and name not in known):
+        raise Unsupported(
+            what,
+            "no constants are published for this configuration.",
+            "calibrate(pipe, prompts), which fits them, or the name of published ones "
+            f"({', '.join(rows) or 'none for this class'}).",
+            str(denoiser),
+        )
+    if name not in known:
+        raise Unsupported(what, f"there are no published constants {name!r}.", nearest(name, known))
+    return name
+
+
+def _easycache(target: Target, denoiser: Denoiser, config: EasyCacheConfig) -> Rule:
+    return Rule(
+        lambda branch: EasyCache(config.threshold, config.warmup),
+        f"easycache, threshold {config.threshold:g}, {config.warmup} steps computed first",
+        Foretold,
+        whole=True,
+        together=True,
+        **_common(config),
+    )
+
+
+def _seacache(target: Target, denoiser: Denoiser, config: SeaCacheConfig) -> Rule:
+    most = config.max_consecutive_cached or -1
+    return Rule(
+        lambda branch: SeaCache(config.threshold, config.retention_steps, config.cache_end_steps, most),
+        f"seacache, threshold {config.threshold:g}",
+        partial(Latents, power=config.power_exp),
+        **_common(config),
+    )
+
+
+def _own(target: Target, denoiser: Denoiser, config: PolicyConfig) -> Rule:
+    record = POLICIES.get(config.name)
+    watch: WatchFactory = signal_of(denoiser) if record.watches == "signal" else WATCHES[record.watches]
+    options = dict(config.options or {})
+    try:
+        record.factory(**options)
+    except TypeError as error:
+        raise Unsupported(
+            f"cache={config.name!r}",
+            f"the policy cannot be made with {options or 'no options'}: {error}.",
+            "PolicyConfig(name=..., options={...}) with what its factory takes.",
+        ) from error
+    label = f"{config.name}, a policy of yours"
+    return Rule(lambda branch: record.factory(**options), label, watch, record.first, **_common(config))
+
+
+RULES: dict[type, Callable[[Target, Denoiser, Any], Rule]] = {
+    TeaCacheConfig: _teacache,
+    DBCacheConfig: _dbcache,
+    FBCacheConfig: _dbcache,
+    StepMaskConfig: _mask,
+    IntervalConfig: _interval,
+    TaylorSeerConfig: _interval,
+    MagCacheConfig: _magcache,
+    EasyCacheConfig: _easycache,
+    SeaCacheConfig: _seacache,
+    PolicyConfig: _own,
+}

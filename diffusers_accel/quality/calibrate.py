@@ -1,0 +1,281 @@
+"""Calibration: the constants that a caching rule needs for a checkpoint nobody has published any for.
+
+A few prompts run in full while every step's signal and residual are recorded. TeaCache's polynomial is the least squares
+fit from the change of the signal to the change of the residual; MagCache's table is the mean ratio of the residual's
+magnitudes. Both rules are then played over the recorded steps, which tells the threshold that skips a wanted share.
+
+A polynomial that explains little of what it is fitted to gives pictures that are garbage: it is refused.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..api import recorded
+from ..config import AccelConfig, MagCacheConfig, TeaCacheConfig
+from ..core.step import Mode, StepState
+from ..errors import AccelError
+from ..features.cache import Record
+from ..policies import MagCache, Policy, TeaCache
+
+Kind = Literal["teacache", "magcache"]
+
+DEGREES = (1, 2, 3, 4)
+# Share of the residual's variance that a polynomial must explain on prompts it was not fitted to: below the first it is
+# refused, below the second it is warned of.
+REFUSED, DOUBTFUL = 0.4, 0.75
+# Shares of steps for whose thresholds a result has an answer.
+SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+class PoorFit(AccelError):
+    """The signal does not tell how much the residual changes: no polynomial would make TeaCache work here."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was found for one denoiser.
+
+    Attributes:
+        coefficients: TeaCache's polynomial, highest degree first.
+        ratios: MagCache's table: a ratio for each step.
+        r2: Share of the residual's variance that the polynomial explains, on prompts it was not fitted to (leaving one
+            out in turn); of the table, that of the mean's error.
+        points: (change of the signal, change of the residual) of every recorded step; of the table, (step, ratio).
+    """
+
+    coefficients: tuple[float, ...]
+    ratios: tuple[float, ...]
+    r2: float
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Constants for one checkpoint, and how good they are.
+
+    Attributes:
+        kind: Of the rule.
+        config: The rule with these constants, ready for `accelerate(pipe, cache=calibration.config)`.
+        fits: Denoiser -> what was found for it.
+        thresholds: Share of steps -> the threshold that skips it, played over the recorded steps.
+        prompts: How many were recorded.
+        steps: Of each request.
+    """
+
+    kind: Kind
+    config: TeaCacheConfig | MagCacheConfig
+    fits: Mapping[str, Fit]
+    thresholds: Mapping[float, float]
+    prompts: int
+    steps: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind}, {self.prompts} prompts of {self.steps} steps"]
+        lines += [f"  {name}: R2 {fit.r2:.3f} on prompts left out" for name, fit in self.fits.items()]
+        lines += [f"  threshold {value:.4g} skips {share:.0%} of the steps" for share, value in self.thresholds.items()]
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a YAML file that `accelerate` accepts, with the figures in comments."""
+        AccelConfig(cache=self.config).to_yaml(path)
+        file = Path(path)
+        comment = "".join(f"# {line}\n" for line in str(self).splitlines())
+        file.write_text(comment + file.read_text(encoding="utf-8"), encoding="utf-8")
+
+    def plot(self, path: str | Path) -> None:
+        """Draws the recorded steps and what was fitted to them into a picture.
+
+        Raises:
+            ImportError: matplotlib is missing: `pip install 'diffusers-accel[plot]'`.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5 * len(self.fits), 4), layout="constrained")
+        for axes, (name, fit) in zip(np.atleast_1d(figure.subplots(1, len(self.fits))), self.fits.items(), strict=True):
+            x, y = np.array(fit.points).T
+            axes.scatter(x, y, s=8, alpha=0.5, label="recorded steps")
+            if self.kind == "teacache":
+                line = np.linspace(x.min(), x.max(), 200)
+                axes.plot(line, np.abs(np.polyval(fit.coefficients, line)), color="C1", label="polynomial")
+                axes.set(xlabel="change of the signal", ylabel="change of the residual")
+            else:
+                axes.plot(range(len(fit.ratios)), fit.ratios, color="C1", label="table")
+                axes.set(xlabel="step", ylabel="ratio of the residual's magnitude")
+            axes.set_title(f"{name}, R2 {fit.r2:.3f}")
+            axes.legend()
+        figure.savefig(path, dpi=120)
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    kind: Kind = "teacache",
+    skip: float = 0.4,
+    use_ret_steps: bool = False,
+    degree: int | None = None,
+    force: bool = False,
+    **call: Any,
+) -> Calibration:
+    """Fits a caching rule's constants to a checkpoint. The pipeline is stock before and after.
+
+    Args:
+        pipe: A stock pipeline, not accelerated.
+        prompts: What to record; from eight on, results hardly change. Each is one request, seeded by its number.
+        kind: The rule.
+        skip: Share of steps, of the whole schedule, that the threshold in `config` is to skip.
+        use_ret_steps: TeaCache's variant for Wan, see `TeaCacheConfig`.
+        degree: Of the polynomial; `None` takes the one that explains prompts left out best.
+        force: Return a fit that is refused otherwise.
+        call: Arguments of the pipeline's call: size, steps, guidance. Calibrate with what will be used.
+
+    Raises:
+        PoorFit: The polynomial explains less than 40% of the residual's variance.
+        Unsupported: The pipeline is accelerated, or no adapter says what signal to watch.
+        ValueError: No prompts, or a share that is not between 0 and 1.
+    """
+    if not prompts:
+        raise ValueError("calibrate: prompts to record, eight or more.")
+    if not 0 < skip < 1:
+        raise ValueError(f"calibrate: skip is a share of steps between 0 and 1, got {skip!r}.")
+    if kind not in ("teacache", "magcache"):
+        raise ValueError(f"calibrate: kind is 'teacache' or 'magcache', got {kind!r}.")
+    with recorded(pipe, use_ret_steps) as target, torch.no_grad():
+        for number, prompt in enumerate(prompts):
+            generator = torch.Generator("cpu").manual_seed(number)
+            pipe(prompt, **{"generator": generator, **call})
+        records = {key: list(found) for key, found in target.cache_records.items()}
+    fits, played = {}, []
+    for name in dict.fromkeys(denoiser for denoiser, _ in records):
+        of_denoiser = [each for (denoiser, _), found in records.items() if denoiser == name for each in found]
+        fits[name] = _table(of_denoiser) if kind == "magcache" else _polynomial(of_denoiser, degree)
+        if kind == "teacache":
+            _judge(name, fits[name], force)
+        # The branches of a request are told apart by their place in the dictionary.
+        played += [(fits[name], found) for (denoiser, _), found in records.items() if denoiser == name]
+    policy: Callable[[Fit, float], Policy]
+    if kind == "teacache":
+        config: TeaCacheConfig | MagCacheConfig = _teacache(fits, use_ret_steps)
+        policy = lambda fit, value: TeaCache.published(value, fit.coefficients, use_ret_steps)  # noqa: E731
+    else:
+        config = _magcache(fits)
+        policy = lambda fit, value: MagCache(value, fit.ratios)  # noqa: E731
+    thresholds = {}
+    for share in sorted({*SHARES, skip}):
+        found = _threshold(share, played, policy)
+        if found is not None:
+            thresholds[share] = found
+    if skip not in thresholds:
+        raise ValueError(f"calibrate: no threshold skips {skip:.0%} of the steps; the most is {max(thresholds):.0%}.")
+    config = replace(config, threshold=thresholds[skip])
+    steps = max(each.total for found in records.values() for each in found)
+    return Calibration(kind, config, fits, thresholds, len(prompts), steps)
+
+
+def _polynomial(records: list[Record], degree: int | None) -> Fit:
+    """The polynomial of that degree, or of the one that foretells requests left out best."""
+    usable = [each for each in records if each.signal is not None and np.isfinite([each.signal, each.residual]).all()]
+    # The last step is always computed: what happens there need not be foretold.
+    usable = [each for each in usable if each.step < each.total - 1]
+    requests = np.array([each.request for each in usable])
+    x, y = np.array([(each.signal, each.residual) for each in usable]).T
+    spread = float(np.square(y - y.mean()).sum())
+
+    def r2(order: int) -> float:
+        left = 0.0
+        for request in np.unique(requests):
+            out = requests == request
+            inside = out if out.all() else ~out  # one request alone is judged on itself
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", np.exceptions.RankWarning)
+                fitted = np.polyfit(x[inside], y[inside], order)
+            left += float(np.square(np.polyval(fitted, x[out]) - y[out]).sum())
+        return 1 - left / spread if spread else 0.0
+
+    best = degree if degree is not None else max(DEGREES, key=lambda order: round(r2(order), 2) - order / 1e4)
+    coefficients = tuple(float(f"{item:.9g}") for item in np.polyfit(x, y, best))
+    return Fit(coefficients, (), r2(best), tuple(zip(x.tolist(), y.tolist(), strict=True)))
+
+
+def _table(records: list[Record]) -> Fit:
+    """The mean ratio of each step; steps that a denoiser never ran have 1."""
+    total = max(each.total for each in records)
+    by_step: dict[int, list[float]] = {}
+    for each in records:
+        by_step.setdefault(each.step, []).append(each.ratio)
+    ratios = tuple(round(statistics.mean(by_step.get(step, [1.0])), 5) for step in range(total))
+    ratio = np.array([each.ratio for each in records])
+    left = float(sum((each.ratio - ratios[each.step]) ** 2 for each in records))
+    spread = float(np.square(ratio - ratio.mean()).sum())
+    points = tuple((float(each.step), each.ratio) for each in records)
+    return Fit((), ratios, 1 - left / spread if spread else 0.0, points)
+
+
+def _judge(name: str, fit: Fit, force: bool) -> None:
+    figure = f"{name}: the change of the signal explains {max(fit.r2, 0):.0%} of the residual's (R2 {fit.r2:.3f})"
+    if fit.r2 < REFUSED and not force:
+        raise PoorFit(
+            f"calibrate: {figure}, on prompts it was not fitted to. TeaCache would skip the wrong steps. "
+            "Use a cache that needs no fit (FBCacheConfig, EasyCacheConfig), give more prompts, or force=True."
+        )
+    if fit.r2 < DOUBTFUL:
+        warnings.warn(f"calibrate: {figure}. Compare with FBCacheConfig before relying on it.", stacklevel=3)
+
+
+def _teacache(fits: Mapping[str, Fit], use_ret_steps: bool) -> TeaCacheConfig:
+    second = fits.get("transformer_2")
+    first = next(fit for name, fit in fits.items() if name != "transformer_2" or len(fits) == 1)
+    return TeaCacheConfig(
+        threshold=0.0,
+        coefficients=first.coefficients,
+        coefficients_2=second.coefficients if second is not None and len(fits) > 1 else None,
+        use_ret_steps=use_ret_steps,
+    )
+
+
+def _magcache(fits: Mapping[str, Fit]) -> MagCacheConfig:
+    second = fits.get("transformer_2")
+    first = next(fit for name, fit in fits.items() if name != "transformer_2" or len(fits) == 1)
+    return MagCacheConfig(
+        threshold=0.0,
+        mag_ratios=first.ratios,
+        mag_ratios_2=second.ratios if second is not None and len(fits) > 1 else None,
+    )
+
+
+def _threshold(
+    share: float, played: list[tuple[Fit, list[Record]]], policy: Callable[[Fit, float], Policy]
+) -> float | None:
+    """The smallest threshold that skips at least that share of the recorded schedules; `None` if none does."""
+
+    def skipped(value: float) -> float:
+        skips = calls = 0
+        for fit, records in played:
+            for request in dict.fromkeys(each.request for each in records):
+                run = [each for each in records if each.request == request]
+                decides = policy(fit, value)
+                first = run[0].step - 1
+                for each in run:
+                    step = StepState("", "", request, each.step, first, each.total)
+                    skips += decides.decide(step, each.signal if each.signal is not None else 0.0) is Mode.SKIP
+                calls += len(run) + 1
+        return skips / calls
+
+    low, high = 0.0, 1e-3
+    while skipped(high) < share:
+        low, high = high, 2 * high
+        if high > 1e4:
+            return None
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if skipped(middle) >= share else (middle, high)
+    return float(f"{high:.4g}") if skipped(float(f"{high:.4g}")) >= share else high
