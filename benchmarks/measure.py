@@ -7,6 +7,7 @@ of whole calls, with the device synchronized on both sides; the median of severa
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -21,6 +22,11 @@ import torch
 from diffusers_accel.core.platform import best, versions
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def cores(jobs: int) -> int:
+    """Threads for each of so many processes beside each other."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs)
 
 
 def synchronize() -> None:

@@ -29,7 +29,9 @@ def calibrate(
     ],
     kind: Annotated[Kind, typer.Option(help="The rule.")] = Kind.teacache,
     skip: Annotated[float, typer.Option(help="Share of steps that the threshold is to skip.")] = 0.4,
-    use_ret_steps: Annotated[bool, typer.Option("--use-ret-steps", help="TeaCache's variant for Wan.")] = False,
+    use_ret_steps: Annotated[
+        bool, typer.Option(help="TeaCache's variant that always computes the first five steps.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Write a poor fit too.")] = False,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,

@@ -1,8 +1,9 @@
 """Calibration: the constants that a caching rule needs for a checkpoint nobody has published any for.
 
-A few prompts run in full while every step's signal and residual are recorded. TeaCache's polynomial is the least squares
-fit from the change of the signal to the change of the residual; MagCache's table is the mean ratio of the residual's
-magnitudes. Both rules are then played over the recorded steps, which tells the threshold that skips a wanted share.
+A few prompts run in full while every step's signal and residual are recorded. TeaCache's polynomial is the least
+squares fit from the change of the signal to the change of the residual; MagCache's table is the mean ratio of the
+residual's magnitudes. Both rules are then played over the recorded steps, which tells the threshold that skips a wanted
+share.
 
 A polynomial that explains little of what it is fitted to gives pictures that are garbage: it is refused.
 """
@@ -25,6 +26,7 @@ from ..core.step import Mode, StepState
 from ..errors import AccelError
 from ..features.cache import Record
 from ..policies import MagCache, Policy, TeaCache
+from ..policies.teacache import RETAINED_STEPS
 
 Kind = Literal["teacache", "magcache"]
 
@@ -121,7 +123,7 @@ def calibrate(
     *,
     kind: Kind = "teacache",
     skip: float = 0.4,
-    use_ret_steps: bool = False,
+    use_ret_steps: bool = True,
     degree: int | None = None,
     force: bool = False,
     **call: Any,
@@ -133,7 +135,8 @@ def calibrate(
         prompts: What to record; from eight on, results hardly change. Each is one request, seeded by its number.
         kind: The rule.
         skip: Share of steps, of the whole schedule, that the threshold in `config` is to skip.
-        use_ret_steps: TeaCache's variant for Wan, see `TeaCacheConfig`.
+        use_ret_steps: TeaCache's variant that always computes the first five steps (see `TeaCacheConfig`). They behave
+            unlike those that follow, so the polynomial fits better without them.
         degree: Of the polynomial; `None` takes the one that explains prompts left out best.
         force: Return a fit that is refused otherwise.
         call: Arguments of the pipeline's call: size, steps, guidance. Calibrate with what will be used.
@@ -156,12 +159,12 @@ def calibrate(
         records = {key: list(found) for key, found in target.cache_records.items()}
     fits, played = {}, []
     for name in dict.fromkeys(denoiser for denoiser, _ in records):
-        of_denoiser = [each for (denoiser, _), found in records.items() if denoiser == name for each in found]
-        fits[name] = _table(of_denoiser) if kind == "magcache" else _polynomial(of_denoiser, degree)
+        branches = [found for (denoiser, _), found in records.items() if denoiser == name]
+        # The branch that is called first is the conditional one: the others, whose early steps differ, follow it.
+        fits[name] = _table(branches[0]) if kind == "magcache" else _polynomial(branches[0], degree, use_ret_steps)
         if kind == "teacache":
             _judge(name, fits[name], force)
-        # The branches of a request are told apart by their place in the dictionary.
-        played += [(fits[name], found) for (denoiser, _), found in records.items() if denoiser == name]
+        played += [(fits[name], found) for found in branches]
     policy: Callable[[Fit, float], Policy]
     if kind == "teacache":
         config: TeaCacheConfig | MagCacheConfig = _teacache(fits, use_ret_steps)
@@ -181,11 +184,12 @@ def calibrate(
     return Calibration(kind, config, fits, thresholds, len(prompts), steps)
 
 
-def _polynomial(records: list[Record], degree: int | None) -> Fit:
+def _polynomial(records: list[Record], degree: int | None, use_ret_steps: bool) -> Fit:
     """The polynomial of that degree, or of the one that foretells requests left out best."""
     usable = [each for each in records if each.signal is not None and np.isfinite([each.signal, each.residual]).all()]
-    # The last step is always computed: what happens there need not be foretold.
-    usable = [each for each in usable if each.step < each.total - 1]
+    # What happens on steps that are always computed need not be foretold.
+    first, last = (RETAINED_STEPS, 0) if use_ret_steps else (1, 1)
+    usable = [each for each in usable if first <= each.step < each.total - last]
     requests = np.array([each.request for each in usable])
     x, y = np.array([(each.signal, each.residual) for each in usable]).T
     spread = float(np.square(y - y.mean()).sum())

@@ -1,8 +1,8 @@
 """What a step cache remembers: a lane for each denoiser and guidance branch, made anew for each request.
 
-A lane keeps what the part that may be skipped added to its inputs, on the steps that were computed. What was added from
-outside between two blocks (ControlNet's residuals, VACE's hints) is left out of it: the stock forward adds it, fresh, on
-skipped steps too.
+A lane keeps what the part that may be skipped added to its inputs, on the steps that were computed. What was added
+from outside between two blocks (ControlNet's residuals, VACE's hints) is left out of it: the stock forward adds it,
+fresh, on skipped steps too.
 """
 
 from __future__ import annotations
