@@ -10,13 +10,20 @@ from diffusers_accel import (
     CompileConfig,
     ConfigError,
     DBCacheConfig,
+    EasyCacheConfig,
     FBCacheConfig,
+    IntervalConfig,
+    MagCacheConfig,
+    PABConfig,
+    PolicyConfig,
+    SeaCacheConfig,
     StepMaskConfig,
     TaylorSeerConfig,
     TeaCacheConfig,
     Unsupported,
     accelerate,
     explain,
+    register_policy,
     restore,
     stats,
 )
@@ -31,6 +38,12 @@ ALL_COMPUTED = {
     "mask": StepMaskConfig(mask=(1, 1)),
     "taylorseer": TaylorSeerConfig(interval=1, order=2),
     "teacache": TeaCacheConfig(threshold=0.0, taylorseer_order=1, **TEACACHE),
+    "magcache": MagCacheConfig(threshold=0.0, mag_ratios=(1.0, 1.0)),
+    "easycache": EasyCacheConfig(threshold=0.0, warmup=2),
+    "seacache": SeaCacheConfig(threshold=0.0),
+    "interval": IntervalConfig(interval=1),
+    "guard of everything": StepMaskConfig(mask=(1, 0), guard=1.0, guard_bound=1e9),
+    "pab": PABConfig(window=(0, 0)),
 }
 SKIPPING = {
     "dbcache": DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0),
@@ -41,6 +54,10 @@ SKIPPING = {
     "mask": StepMaskConfig(mask=(1, 1, 0, 0, 1, 0)),
     "taylorseer": TaylorSeerConfig(interval=2, order=2, warmup=2),
     "teacache": TeaCacheConfig(threshold=9.0, taylorseer_order=1, **TEACACHE),
+    "magcache": MagCacheConfig(threshold=9.0, mag_ratios=(1.0, 1.1, 0.9)),
+    "easycache": EasyCacheConfig(threshold=1e9, warmup=2),
+    "seacache": SeaCacheConfig(threshold=9.0),
+    "interval": IntervalConfig(interval=2),
 }
 STEPS = 6
 
@@ -215,3 +232,196 @@ def test_values_out_of_range(make, message):
 
     with pytest.raises(ConfigError, match=message):
         AccelConfig(cache=make())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_broadcast(name):
+    """PAB reuses outputs for each guidance branch by itself, leaves no trace in the next request, and goes."""
+    entry, pipe = TINY[name], build(name)
+    stock = entry.run(pipe, steps=STEPS)
+    accelerate(pipe, cache=PABConfig(self_attention=2, cross_attention=3, window=(0, 1000)))
+    first = entry.run(pipe, steps=STEPS)
+    found = stats(pipe).attention_broadcasts
+    assert found["reused"] > 0 and found["computed"] > 0 and not same(first, stock)
+    entry.run(pipe, steps=STEPS - 1)
+    assert same(entry.run(pipe, steps=STEPS), first)
+    restore(pipe)
+    assert same(entry.run(pipe, steps=STEPS), stock)
+
+
+def test_broadcast_keeps_guidance_branches_apart():
+    """A branch is given its own outputs, not those of the branch before it."""
+    pipe = build("wan")
+    accelerate(pipe, cache=PABConfig(self_attention=100, cross_attention=None, window=(0, 1000)))
+    seen = {}
+    attention = pipe.transformer.blocks[-1].attn1
+
+    def hook(module, args, output):
+        seen.setdefault(len(seen), output.clone())
+
+    handle = attention.register_forward_hook(hook)
+    TINY["wan"].run(pipe, steps=4)
+    handle.remove()
+    calls = list(seen.values())
+    cond, uncond = calls[::2], calls[1::2]
+    assert all(torch.equal(item, cond[0]) for item in cond)
+    assert all(torch.equal(item, uncond[0]) for item in uncond)
+    assert not torch.equal(cond[0], uncond[0])
+
+
+def test_broadcast_is_refused_within_compiled_blocks():
+    with pytest.raises(Unsupported, match="compiled whole"):
+        accelerate(build("flux"), cache="pab", compile=CompileConfig(backend="eager"))
+
+
+def test_magcache_is_diffusers_own():
+    """The peer: diffusers' MagCache on the same stock transformer, at the same settings."""
+    from diffusers import MagCacheConfig as Own
+
+    ratios, steps = [1.0, 1.2, 1.1, 1.05, 1.0, 0.98, 0.95, 0.9, 0.85, 0.8], 10
+    settings = {"threshold": 0.12, "max_skip_steps": 3, "retention_ratio": 0.2}
+    pipe = build("wan")
+    pipe.transformer.enable_cache(Own(num_inference_steps=steps, mag_ratios=ratios, **settings))
+    expected = TINY["wan"].run(pipe, steps=steps)
+    pipe.transformer.disable_cache()
+    accelerate(pipe, cache=MagCacheConfig(mag_ratios=tuple(ratios), **settings))
+    found = TINY["wan"].run(pipe, steps=steps)
+    assert 0 < stats(pipe).steps_skipped < steps - 2, "a rule that decides nothing proves nothing"
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_seacache_is_diffusers_own():
+    """The peer: diffusers' SeaCache on the same stock video transformer."""
+    from diffusers import SeaCacheConfig as Own
+
+    steps = 10
+    for threshold in (0.25, 0.8):
+        pipe = build("wan")
+        pipe.transformer.enable_cache(Own(threshold=threshold, power_exp=3.0))
+        expected = TINY["wan"].run(pipe, steps=steps)
+        pipe.transformer.disable_cache()
+        accelerate(pipe, cache=SeaCacheConfig(threshold=threshold, power_exp=3.0))
+        found = TINY["wan"].run(pipe, steps=steps)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert stats(pipe).steps_skipped > 0
+
+
+def test_easycache_against_the_published_loop():
+    """The reference: the published rule, run by hand around a stock FLUX transformer."""
+    steps, threshold, warmup = 10, 0.5, 3
+    pipe = build("flux")
+    inner, kept, skipped = pipe.transformer.forward, {"error": 0.0}, []
+
+    def forward(*args, **kwargs):
+        x = kwargs["hidden_states"].clone()
+        place = len(skipped)
+        compute = True
+        if place < warmup or place == steps - 1:
+            kept["error"] = 0.0
+        elif "k" in kept:
+            kept["error"] += float(kept["k"] * (x - kept["last"]).abs().mean() / kept["y"].abs().mean())
+            compute = not kept["error"] < threshold
+            if compute:
+                kept["error"] = 0.0
+        kept["last"] = x
+        skipped.append(not compute)
+        if not compute:
+            return (x + kept["difference"],)
+        y = inner(*args, **kwargs)[0]
+        if "y" in kept:
+            kept["k"] = (y - kept["y"]).abs().mean() / (x - kept["x"]).abs().mean()
+        kept.update(x=x, y=y.clone(), difference=y - x)
+        return (y,)
+
+    pipe.transformer.forward = forward
+    expected = TINY["flux"].run(pipe, steps=steps)
+    del pipe.transformer.forward
+    accelerate(pipe, cache=EasyCacheConfig(threshold=threshold, warmup=warmup))
+    found = TINY["flux"].run(pipe, steps=steps)
+    assert stats(pipe).steps_skipped == sum(skipped) and 0 < sum(skipped) < steps - warmup - 1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_guard_stops_what_drifts():
+    pipe = build("flux")
+    stock = TINY["flux"].run(pipe, steps=8)
+    accelerate(pipe, cache=StepMaskConfig(mask=(1, 1, 0, 0, 0, 0, 0, 0), guard=0.25, guard_bound=0.0))
+    found = TINY["flux"].run(pipe, steps=8)
+    [guarded] = stats(pipe).cache_guarded.values()
+    # The first step that might be skipped is looked at, and nothing is skipped after it.
+    assert guarded["checked"] == 1 and guarded["stopped"] == 2 and guarded["worst"] > 0
+    assert stats(pipe).steps_skipped == 0 and same(found, stock)
+    assert "skipping stopped at step 2" in str(stats(pipe))
+    accelerate(pipe, cache=StepMaskConfig(mask=(1, 1, 0, 0, 0, 0, 0, 0), guard=0.25, guard_bound=1e9))
+    TINY["flux"].run(pipe, steps=8)
+    [guarded] = stats(pipe).cache_guarded.values()
+    assert guarded["checked"] == 2 and guarded["stopped"] is None and stats(pipe).steps_skipped == 4
+
+
+def test_controlnets_residuals_between_blocks_are_fresh():
+    """A ControlNet that adds other values on a skipped step changes the result by just these values' difference."""
+    pipe = build("flux-controlnet")
+    accelerate(pipe, cache=StepMaskConfig(mask=(1, 0)))
+    model = pipe.transformer
+    blocks = []
+    model.single_transformer_blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: blocks.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    factors = iter((1.0, 1.0))
+    controls = []
+
+    def control(module, args, output):
+        factor = next(factors)
+        samples = [factor * item for item in output[0]]
+        controls.append(samples)
+        return samples, output[1]
+
+    handle = pipe.controlnet.register_forward_hook(control)
+    before = len(blocks)
+    TINY["flux-controlnet"].run(pipe, steps=2)
+    plain, factors = blocks[before + 1], iter((1.0, 3.0))
+    first = controls[-1]
+    TINY["flux-controlnet"].run(pipe, steps=2)
+    handle.remove()
+    count = len(model.transformer_blocks)
+    interval = -(-count // len(first))
+    added = sum(2.0 * first[index // interval] for index in range(count))
+    torch.testing.assert_close(blocks[-1], plain + added, atol=1e-4, rtol=1e-4)
+
+
+def test_a_policy_of_a_users_own():
+    from diffusers_accel import AccelConfig
+    from diffusers_accel.config import POLICY_NAMES
+    from diffusers_accel.policies import POLICIES
+
+    seen = []
+
+    @register_policy("every-other", watches="residual")
+    class EveryOther:
+        def __init__(self, start=1):
+            self.start = start
+
+        def decide(self, step, change):
+            seen.append(change)
+            return "skip" if step.step > self.start and step.step % 2 else "full"
+
+    try:
+        pipe = build("wan")
+        accelerate(pipe, cache="every-other")
+        TINY["wan"].run(pipe, steps=8)
+        assert stats(pipe).steps_skipped == 3 and any(change for change in seen)
+        config = AccelConfig(cache={"kind": "every-other", "start": 4, "taylorseer_order": 1})
+        assert config.cache == PolicyConfig(name="every-other", options={"start": 4}, taylorseer_order=1)
+        assert AccelConfig.from_dict(config.to_dict()) == config
+        accelerate(pipe, config)
+        TINY["wan"].run(pipe, steps=8)
+        assert stats(pipe).steps_skipped == 2
+        with pytest.raises(Unsupported, match="cannot be made with"):
+            accelerate(pipe, cache={"kind": "every-other", "stop": 4})
+        with pytest.raises(ValueError, match="already"):
+            register_policy("every-other", EveryOther)
+    finally:
+        POLICIES._records.pop("every-other")
+        POLICY_NAMES.discard("every-other")
+    with pytest.raises(ValueError, match="of our own"):
+        register_policy("teacache", EveryOther)
