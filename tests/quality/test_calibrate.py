@@ -9,7 +9,8 @@ from tiny import TINY, build
 
 from diffusers_accel import MagCacheConfig, TeaCacheConfig, Unsupported, accelerate, calibrate, demo, stats
 from diffusers_accel.api import recorded
-from diffusers_accel.quality.calibrate import PoorFit
+from diffusers_accel.features.cache import Record
+from diffusers_accel.quality.calibrate import PoorFit, _judge, _polynomial
 
 # Two captions of the training split's kind; the held-out ones are for judging.
 PROMPTS = [
@@ -62,14 +63,32 @@ def test_a_shipped_checkpoint(kind, tmp_path):
 
 
 def test_a_poor_fit_is_refused():
-    pipe = build("flux")
-    call = TINY["flux"].call(6)
-    for name in ("prompt", "generator"):
-        call.pop(name)
+    """Residuals that have nothing to do with the signal explain nothing; half noise is warned of; a line is taken."""
+    random = numpy.random.default_rng(0)
+
+    def fit(noise):
+        signal = random.uniform(0.0, 0.3, (8, 20))
+        residual = signal + noise * random.normal(0.0, 0.1, (8, 20))
+        return _polynomial(
+            [
+                Record(request, step + 1, 22, signal[request, step], residual[request, step], 1.0)
+                for request in range(8)
+                for step in range(20)
+            ],
+            None,
+            False,
+        )
+
     with pytest.raises(PoorFit, match="explains"):
-        # Random weights: the residual has nothing to do with the signal.
-        calibrate(pipe, PROMPTS, degree=1, use_ret_steps=False, **call)
-    assert not hasattr(pipe, "_diffusers_accel_session")
+        _judge("transformer", fit(10.0), force=False)
+    with pytest.warns(UserWarning, match="Compare with FBCacheConfig"):
+        _judge("transformer", fit(10.0), force=True)
+    with pytest.warns(UserWarning, match="explains"):
+        _judge("transformer", fit(0.8), force=False)
+    good = fit(0.0)
+    assert good.r2 > 0.999
+    assert good.coefficients == pytest.approx((1.0, 0.0), abs=1e-6)
+    _judge("transformer", good, force=False)
 
 
 def test_what_is_refused():
