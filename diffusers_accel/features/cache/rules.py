@@ -186,7 +186,7 @@ def _row_name(
     if name is None or (given is None and name not in known):
         raise Unsupported(
             what,
-            "no constants are published for this configuration.",
+            f"no {'ratios' if rows is denoiser.adapter.mag_rows else 'coefficients'} are published for this configuration.",
             "calibrate(pipe, prompts), which fits them, or the name of published ones "
             f"({', '.join(rows) or 'none for this class'}).",
             str(denoiser),
