@@ -183,10 +183,11 @@ def _row_name(
         use_ret_steps=use_ret_steps,
     )
     name = given if given is not None else denoiser.adapter.row(checkpoint)
+    missing = "ratios" if known is MAGCACHE_ROWS else "coefficients"
     if name is None or (given is None and name not in known):
         raise Unsupported(
             what,
-            f"no {'ratios' if rows is denoiser.adapter.mag_rows else 'coefficients'} are published for this configuration.",
+            f"no {missing} are published for this configuration.",
             "calibrate(pipe, prompts), which fits them, or the name of published ones "
             f"({', '.join(rows) or 'none for this class'}).",
             str(denoiser),
