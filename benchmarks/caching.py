@@ -194,7 +194,7 @@ def row(task: tuple[str, int, str, Any]) -> tuple[str, dict[str, Any] | None]:
     return label, found
 
 
-def evaluate(name: str, count: int, jobs: int) -> dict[str, Any]:
+def evaluate(name: str, count: int, jobs: int, write: Any) -> dict[str, Any]:
     tasks = [(name, count, label, config) for label, config in [*rules(name), *rivals()]]
     rows = {}
     with multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (measure.cores(jobs),)) as pool:
@@ -202,6 +202,12 @@ def evaluate(name: str, count: int, jobs: int) -> dict[str, Any]:
             if found is not None:
                 rows[label] = found
                 print(name, label, found, flush=True)
+                write(summed(name, count, jobs, rows))  # so far
+    return summed(name, count, jobs, rows)
+
+
+def summed(name: str, count: int, jobs: int, rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The rows, and the best at each share that a bound is given for."""
     best = {}
     for share, asked in ASKED[name].items():
         # Rows that skip at least so much, ours.
@@ -244,8 +250,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder for the result and the picture")
     options = parser.parse_args()
     for name in [options.only] if options.only else sorted(demo.CHECKPOINTS):
-        found = evaluate(name, options.count, options.jobs)
-        print(measure.write(f"caching-{name}", {name: found}, options.out))
+
+        def write(found: dict[str, Any], name: str = name) -> Path:
+            return measure.write(f"caching-{name}", {name: found}, options.out)
+
+        found = evaluate(name, options.count, options.jobs, write)
+        print(write(found))
         draw(name, found["rules"], (options.out or DOCS) / f"caching-{name}.png")
 
 
