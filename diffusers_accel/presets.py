@@ -52,4 +52,4 @@ def _row(target: Target, denoiser: Denoiser) -> TeaCacheRow | None:
     pipeline = type(target.pipe).__name__
     checkpoint = Checkpoint(denoiser.config, pipeline, dict(getattr(target.pipe, "config", {})))
     name = denoiser.adapter.row(checkpoint)
-    return denoiser.adapter.rows[name] if name is not None else None
+    return denoiser.adapter.rows.get(name) if name is not None else None

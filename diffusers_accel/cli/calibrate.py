@@ -78,8 +78,8 @@ def calibrate(
         found = calibration.calibrate(
             pipe, lines, kind=kind.value, skip=skip, use_ret_steps=use_ret_steps, force=force, **arguments
         )
-    except ValueError as error:
-        raise CommandError(one_line(error)) from error
+    except (ValueError, calibration.PoorFit) as error:
+        raise CommandError(one_line(error).replace("force=True", "--force")) from error
     found.save(output)
     typer.echo(str(found))
     typer.echo(f"saved {output}")

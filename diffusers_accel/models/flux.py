@@ -10,6 +10,7 @@ import torch
 from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow, grid_of_ids, unpacked
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
+_MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -36,8 +37,16 @@ _MAG_ROWS = {
             1.01562, 1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484,
             0.95703, 0.93359, 0.89062,
         ),
-        "https://github.com/Zehong-Ma/MagCache",
-    )
+        _MAGCACHE,
+    ),
+    "flux.1-kontext": MagCacheRow(
+        (
+            1.0, 1.19531, 1.07812, 1.02344, 1.03125, 1.00781, 1.02344, 1.01562, 1.01562, 1.0, 1.01562, 1.0, 1.00781,
+            1.0, 1.00781, 1.0, 1.00781, 0.99609, 1.01562, 0.99219, 1.0, 0.99219, 0.98438, 0.99609, 0.96484, 0.96094,
+            0.9375, 0.93359,
+        ),
+        _MAGCACHE,
+    ),
 }  # fmt: skip
 
 FLUX = Adapter(

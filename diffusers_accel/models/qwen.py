@@ -9,6 +9,8 @@ import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow, unpacked
 
+_MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
+
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     modulation = block.img_mod(arguments["temb"]).chunk(2, dim=-1)[0]
@@ -16,8 +18,12 @@ def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     return block._modulate(normed, modulation, arguments.get("modulate_index"))[0]
 
 
+# Their denoisers have one configuration.
+_PIPELINES = {"QwenImagePipeline": "qwen-image", "QwenImageEditPipeline": "qwen-image-edit"}
+
+
 def _row(checkpoint: Checkpoint) -> str | None:
-    return "qwen-image" if checkpoint.pipeline == "QwenImagePipeline" and checkpoint.has(num_layers=60) else None
+    return _PIPELINES.get(checkpoint.pipeline) if checkpoint.has(num_layers=60) else None
 
 
 def _grid(arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -41,8 +47,17 @@ _MAG_ROWS = {
             0.99219, 1.00781, 0.98047, 0.95703, 0.96875, 0.99219, 0.92578, 0.92578, 0.90625, 0.85938, 0.80469,
             0.87891, 0.75, 0.60938, 0.55078,
         ),
-        "https://github.com/Zehong-Ma/MagCache",
-    )
+        _MAGCACHE,
+    ),
+    "qwen-image-edit": MagCacheRow(
+        (
+            1.0, 1.41406, 1.09375, 1.3125, 1.20312, 1.0625, 1.125, 1.14062, 1.17969, 1.09375, 1.10938, 1.10938, 1.07031,
+            1.04688, 1.09375, 1.03906, 1.0625, 1.04688, 1.0625, 1.04688, 1.07031, 1.03125, 1.03906, 1.03906, 1.02344,
+            1.01562, 1.03125, 1.00781, 1.01562, 1.00781, 1.01562, 1.0, 1.0, 0.98828, 0.98047, 0.98047, 0.97266, 0.92578,
+            0.94922, 0.98438, 0.89844, 0.91797, 0.92188, 0.84375, 0.82812, 0.78516, 0.87891, 0.71094, 0.56641, 0.50781,
+        ),
+        _MAGCACHE,
+    ),
 }  # fmt: skip
 
 QWEN = Adapter(

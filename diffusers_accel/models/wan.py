@@ -26,7 +26,7 @@ def _signal(denoiser: Any, timesteps: torch.Tensor, projected: bool) -> torch.Te
 
 
 # (in_channels, num_layers, heads) of the published checkpoints that one row describes without doubt. The 480P and 720P
-# image-to-video checkpoints have one configuration, so their rows are taken by name only; so are Wan2.2's experts.
+# image-to-video checkpoints have one configuration, so their rows are taken by name only.
 _CONFIGURATIONS: dict[tuple[Any, ...], str] = {
     (16, 30, 12): "wan2.1-t2v-1.3b",
     (16, 40, 40): "wan2.1-t2v-14b",
@@ -36,7 +36,9 @@ _CONFIGURATIONS: dict[tuple[Any, ...], str] = {
 
 def _row(checkpoint: Checkpoint) -> str | None:
     if checkpoint.pipeline_config.get("boundary_ratio") is not None:
-        return None
+        # One table goes through both experts; TeaCache's coefficients are published for neither.
+        kind = {16: "t2v", 36: "i2v"}.get(checkpoint.config.get("in_channels") or 0)
+        return f"wan2.2-{kind}-a14b" if kind and checkpoint.has(num_layers=40, num_attention_heads=40) else None
     key = tuple(checkpoint.config.get(name) for name in ("in_channels", "num_layers", "num_attention_heads"))
     name = _CONFIGURATIONS.get(key)
     return f"{name}-ret" if name and checkpoint.use_ret_steps else name
@@ -105,6 +107,34 @@ MAG_ROWS = {
             0.99515, 0.99576, 0.99068, 0.99097, 0.99166, 0.99041, 0.99201, 0.99101, 0.98599, 0.98845, 0.98848, 0.98862,
             0.98718, 0.98497, 0.98264, 0.98389, 0.97938, 0.97535, 0.97498, 0.973, 0.96827, 0.96261, 0.95335, 0.94649,
             0.93397, 0.91636, 0.89088, 0.8679,
+        ),
+        _MAGCACHE,
+    ),
+    "wan2.2-ti2v-5b": MagCacheRow(
+        (
+            1.0, 0.99505, 0.99441, 0.99558, 0.99499, 0.99534, 0.99468, 0.99463, 0.9946, 0.99408, 0.9945, 0.99409,
+            0.99403, 0.99382, 0.99349, 0.99377, 0.9933, 0.99303, 0.99217, 0.992, 0.99201, 0.99133, 0.99112, 0.99155,
+            0.98958, 0.98959, 0.98838, 0.98826, 0.9883, 0.98711, 0.98562, 0.98511, 0.98414, 0.98284, 0.98104, 0.97981,
+            0.97849, 0.97557, 0.97398, 0.97171, 0.96917, 0.96511, 0.96263, 0.95839, 0.95483, 0.94942, 0.9468, 0.94583,
+            0.94843, 0.96949,
+        ),
+        _MAGCACHE,
+    ),
+    "wan2.2-t2v-a14b": MagCacheRow(
+        (
+            1.0, 1.00124, 0.99822, 0.99696, 0.99703, 0.9966, 0.99602, 0.99578, 0.99484, 0.99633, 0.99659, 0.99534,
+            0.99584, 0.99681, 0.99563, 0.9944, 0.99594, 0.99466, 0.99453, 0.99389, 0.99391, 0.99354, 0.99283, 0.99268,
+            0.99057, 0.99125, 0.65523, 0.98808, 0.98765, 0.9851, 0.98311, 0.9805, 0.97776, 0.97278, 0.96731, 0.95857,
+            0.94385, 0.92118, 0.88108, 0.80263,
+        ),
+        _MAGCACHE,
+    ),
+    "wan2.2-i2v-a14b": MagCacheRow(
+        (
+            1.0, 0.99191, 0.99356, 0.99326, 0.99251, 0.99393, 0.9943, 0.99276, 0.99389, 0.99274, 0.99316, 0.99379,
+            0.99268, 0.99222, 0.99175, 0.91076, 0.98931, 0.99087, 0.98852, 0.98895, 0.98806, 0.9871, 0.98613, 0.98434,
+            0.983, 0.98185, 0.98131, 0.9783, 0.97619, 0.97264, 0.97088, 0.96568, 0.96045, 0.95322, 0.94579, 0.93297,
+            0.91699, 0.89174, 0.8541, 0.79823,
         ),
         _MAGCACHE,
     ),

@@ -30,7 +30,8 @@ class MagCache:
         threshold: Of the summed-up error; a step is skipped up to it.
         ratios: Ratio of the residual's magnitude to the last step's, by the step of a schedule.
         most_in_a_row: Steps that may be skipped one after another.
-        retention: Share of the first steps that are always computed.
+        retention: Share of the first steps that are always computed: of the steps from the first one this policy sees,
+            so that each of two experts keeps its own.
     """
 
     threshold: float
@@ -40,10 +41,13 @@ class MagCache:
     product: float = field(default=1.0, init=False)
     error: float = field(default=0.0, init=False)
     in_a_row: int = field(default=0, init=False)
+    begin: int | None = field(default=None, init=False)
 
     def decide(self, step: StepState, change: float | None) -> Mode:
         """The mode of this step; see `Policy.decide`. `change` is `None` where nothing is kept to skip with."""
-        if step.step is not None and step.step - step.first >= self.retention * (step.total - step.first):
+        if self.begin is None:
+            self.begin = step.step
+        if step.step is not None and not self._keeps(step.step, step.total):
             self.product *= nearest_steps(self.ratios, step.total)[step.step]
             self.error += abs(1 - self.product)
             self.in_a_row += 1
@@ -51,3 +55,7 @@ class MagCache:
                 return Mode.SKIP
         self.product, self.error, self.in_a_row = 1.0, 0.0, 0
         return Mode.FULL
+
+    def _keeps(self, step: int, total: int) -> bool:
+        assert self.begin is not None
+        return step - self.begin < int(self.retention * (total - self.begin) + 0.5)

@@ -11,7 +11,7 @@ import torch
 from tiny import TINY, build
 
 from diffusers_accel import AccelConfig, CompileConfig, TeaCacheConfig, accelerate, restore, stats
-from diffusers_accel.models import TEACACHE_ROWS, Checkpoint, adapter_for
+from diffusers_accel.models import MAGCACHE_ROWS, TEACACHE_ROWS, Checkpoint, adapter_for
 
 COEFFICIENTS = (2.0, 0.5, 0.001)
 
@@ -339,6 +339,7 @@ FLUX_DEV = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24
 FLUX2_DEV = {"num_layers": 8, "num_single_layers": 48, "num_attention_heads": 48}
 WAN_SMALL = {"in_channels": 16, "num_layers": 30, "num_attention_heads": 12}
 WAN_LARGE = {"in_channels": 16, "num_layers": 40, "num_attention_heads": 40}
+WAN_I2V = {**WAN_LARGE, "in_channels": 36}
 WAN_TI2V = {"in_channels": 48, "num_layers": 30, "num_attention_heads": 24}
 
 
@@ -353,11 +354,20 @@ WAN_TI2V = {"in_channels": 48, "num_layers": 30, "num_attention_heads": 24}
         ("flux2", {**FLUX2_DEV, "num_layers": 5}, "Flux2KleinPipeline", {}, None),
         ("wan", WAN_SMALL, "WanPipeline", {}, "wan2.1-t2v-1.3b"),
         ("wan", WAN_LARGE, "WanPipeline", {}, "wan2.1-t2v-14b"),
-        ("wan", WAN_LARGE, "WanPipeline", {"boundary_ratio": 0.875}, None),
-        ("wan", {**WAN_LARGE, "in_channels": 36}, "WanImageToVideoPipeline", {}, None),
+        ("wan", WAN_LARGE, "WanPipeline", {"boundary_ratio": 0.875}, "wan2.2-t2v-a14b"),
+        (
+            "wan",
+            {**WAN_LARGE, "in_channels": 36},
+            "WanImageToVideoPipeline",
+            {"boundary_ratio": 0.9},
+            "wan2.2-i2v-a14b",
+        ),
+        ("wan", WAN_SMALL, "WanPipeline", {"boundary_ratio": 0.875}, None),
+        ("wan", WAN_I2V, "WanImageToVideoPipeline", {}, None),
         ("wan", WAN_TI2V, "WanPipeline", {"expand_timesteps": True}, "wan2.2-ti2v-5b"),
         ("qwen", {"num_layers": 60}, "QwenImagePipeline", {}, "qwen-image"),
-        ("qwen", {"num_layers": 60}, "QwenImageEditPipeline", {}, None),
+        ("qwen", {"num_layers": 60}, "QwenImageEditPipeline", {}, "qwen-image-edit"),
+        ("qwen", {"num_layers": 60}, "QwenImageEditPlusPipeline", {}, None),
         ("cosmos", {"num_layers": 28}, "CosmosTextToWorldPipeline", {}, "cosmos-1.0"),
         ("cosmos", {"num_layers": 28}, "Cosmos2TextToImagePipeline", {}, None),
         ("sd3", {"num_layers": 24}, "StableDiffusion3Pipeline", {}, None),
@@ -366,4 +376,4 @@ WAN_TI2V = {"in_channels": 48, "num_layers": 30, "num_attention_heads": 24}
 def test_a_row_is_found_by_configuration_only(name, config, pipeline, pipeline_config, row):
     adapter = adapter_for(build(name).transformer)
     assert adapter.row(Checkpoint(config, pipeline, pipeline_config)) == row
-    assert row is None or row in TEACACHE_ROWS
+    assert row is None or row in TEACACHE_ROWS or row in MAGCACHE_ROWS

@@ -389,6 +389,81 @@ def test_controlnets_residuals_between_blocks_are_fresh():
     torch.testing.assert_close(blocks[-1], plain + added, atol=1e-4, rtol=1e-4)
 
 
+def test_the_second_expert_takes_over():
+    """Wan2.2's experts work one after another: only one of them keeps residuals, one for each guidance branch."""
+    pipe, sizes = build("wan22"), []
+    pipe.transformer_2.blocks[-1].register_forward_hook(
+        lambda module, args, output: sizes.append(output.numel() * output.element_size())
+    )
+    accelerate(pipe, cache=StepMaskConfig(mask=(1, 0)))
+    TINY["wan22"].run(pipe, steps=6)
+    assert stats(pipe).cache_bytes == 2 * sizes[0]
+
+
+def test_ip_adapter():
+    """FLUX's IP-Adapter attends to a picture within the blocks: stock when all is computed, and on a skipped step what
+    it did is part of the residual, with the picture of this request."""
+    torch.manual_seed(0)
+    width, text = 32, 32
+    projection = {
+        "proj.weight": torch.randn(4 * text, 24) / 5,
+        "proj.bias": torch.zeros(4 * text),
+        "norm.weight": torch.ones(text),
+        "norm.bias": torch.zeros(text),
+    }
+    layers = {
+        f"{index}.to_{name}_ip.{kind}": torch.randn(width, text) / 3 if kind == "weight" else torch.zeros(width)
+        for index in range(3)
+        for name in "kv"
+        for kind in ("weight", "bias")
+    }
+    pipe = build("flux")
+    pipe.transformer._load_ip_adapter_weights({"image_proj": projection, "ip_adapter": layers})
+    pictures = [[torch.randn(1, 1, 24)] for _ in range(2)]
+
+    def run(picture):
+        given = {"ip_adapter_image_embeds": picture, "negative_ip_adapter_image_embeds": [torch.zeros(1, 1, 24)]}
+        return TINY["flux"].run(pipe, steps=STEPS, **given)
+
+    stock = [run(picture) for picture in pictures]
+    assert not torch.equal(*stock)
+    accelerate(pipe, attention="sdpa", cache=StepMaskConfig(mask=(1,)))
+    assert all(torch.equal(run(picture), expected) for picture, expected in zip(pictures, stock, strict=True))
+    mask = (1, 1, 0, 1, 0, 0)
+    accelerate(pipe, cache=StepMaskConfig(mask=mask))
+    found = [run(picture) for picture in pictures]
+    assert stats(pipe).steps_skipped == 3
+    assert torch.equal(run(pictures[0]), found[0])
+    restore(pipe)
+    for picture, one in zip(pictures, found, strict=True):
+        assert torch.equal(reused(pipe, mask, lambda picture=picture: run(picture)), one)
+
+
+def reused(pipe, mask, run):
+    """A request on a stock FLUX whose stacks, on steps that the mask skips, add what they added on the last other."""
+    model, kept, handles, step = pipe.transformer, {}, [], iter(range(len(mask)))
+    now = [0]
+    handles.append(model.register_forward_pre_hook(lambda *_: now.__setitem__(0, next(step))))
+    for stack in (model.transformer_blocks, model.single_transformer_blocks):
+
+        def enter(module, args, kwargs, stack=stack):
+            kept[stack, "in"] = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+
+        def leave(module, args, output, stack=stack):
+            if mask[now[0]]:
+                kept[stack] = [out - given for out, given in zip(output, kept[stack, "in"], strict=True)]
+                return output
+            return tuple(given + added for given, added in zip(kept[stack, "in"], kept[stack], strict=True))
+
+        handles.append(stack[0].register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(stack[-1].register_forward_hook(leave))
+    try:
+        return run()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def test_a_policy_of_a_users_own():
     from diffusers_accel import AccelConfig
     from diffusers_accel.config import POLICY_NAMES

@@ -59,8 +59,10 @@ def edits(target: Target, config: CacheConfig | PABConfig) -> Iterator[Edit]:
     if isinstance(config, PABConfig):
         yield from broadcast.edits(target, config)
         return
-    for denoiser in target.denoisers:
-        yield from _edits(target, StepCache(target, denoiser, rule_of(target, denoiser, config)))
+    caches = [StepCache(target, denoiser, rule_of(target, denoiser, config)) for denoiser in target.denoisers]
+    for cache in caches:
+        cache.others = [other for other in caches if other is not cache]
+        yield from _edits(target, cache)
 
 
 def recording(target: Target, use_ret_steps: bool = False) -> Iterator[Edit]:

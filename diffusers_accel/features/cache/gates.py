@@ -41,12 +41,16 @@ class StepCache:
         target: The pipeline.
         denoiser: The denoiser.
         rule: What to do.
+
+    Attributes:
+        others: The caches of the pipeline's other denoisers, which hand over to this one.
     """
 
     def __init__(self, target: Target, denoiser: Denoiser, rule: Rule):
         self.target, self.denoiser, self.rule = target, denoiser, rule
         self.watch = rule.watch(target, denoiser)
         self.lanes: dict[str, Lane] = {}
+        self.others: list[StepCache] = []
         self._lane: Lane | None = None
         self._names = parameter_names(denoiser.module)
         self._together: tuple[tuple[int, int | None], Mode] = ((0, None), Mode.FULL)
@@ -59,6 +63,8 @@ class StepCache:
             return inner(*args, **kwargs)
         lane = self.lanes.get(step.branch)
         if lane is None or lane.request != step.request:
+            for other in self.others:
+                other.hand_over()
             lane = self.lanes[step.branch] = Lane(step.request, self.rule.policy(step.branch))
             lane.guarded = Guarded() if self.rule.guard else None
         self._lane = lane
@@ -76,6 +82,12 @@ class StepCache:
             self._lane = None
             self._look_back(lane, step)
             lane.close(step.last)
+
+    def hand_over(self) -> None:
+        """Lets go of what is kept, when another expert takes over: they work one after another."""
+        for branch, lane in self.lanes.items():
+            lane.close(last=True)
+            self.target.cache_bytes.pop((self.denoiser.name, branch), None)
 
     def gate(self, stack: Stack, block: nn.Module, index: int) -> Callable[..., Any]:
         """The layer around one block of a stack, by its place there."""
