@@ -12,112 +12,17 @@ does in passing. The last variant is the configuration that lets `"auto"` choose
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import measure
 import torch
+from denoisers import MODELS, build, inputs
 
 from diffusers_accel import Unsupported, accelerate, restore, stats
 from diffusers_accel.kernels.attention import KERNELS
 
-
-@dataclass(frozen=True)
-class Model:
-    """A model's shape.
-
-    Attributes:
-        denoiser: Name of its class.
-        pipeline: Name of its pipeline's class; components that a forward does not need are `None`.
-        config: Of the published checkpoint.
-        inputs: Makes the arguments of one call from a function that makes random tensors.
-        work: What one call is, in words.
-    """
-
-    denoiser: str
-    pipeline: str
-    config: dict[str, Any]
-    inputs: Callable[[Any], dict[str, Any]]
-    work: str
-
-
-def _wan(random: Any) -> dict[str, Any]:
-    return {
-        "hidden_states": random(1, 16, 21, 60, 104),
-        "timestep": torch.tensor([500], device="cuda"),
-        "encoder_hidden_states": random(1, 512, 4096),
-    }
-
-
-def _cosmos(random: Any) -> dict[str, Any]:
-    return {
-        "hidden_states": random(1, 16, 21, 60, 104),
-        "timestep": torch.tensor([0.5], device="cuda", dtype=torch.bfloat16),
-        "encoder_hidden_states": random(1, 512, 1024),
-        "fps": 16,
-    }
-
-
-def _ltx2(random: Any) -> dict[str, Any]:
-    return {
-        "hidden_states": random(2, 16 * 16 * 24, 128),
-        "audio_hidden_states": random(2, 126, 128),
-        "encoder_hidden_states": random(2, 1024, 3840),
-        "audio_encoder_hidden_states": random(2, 1024, 3840),
-        "encoder_attention_mask": torch.ones(2, 1024, device="cuda", dtype=torch.bfloat16),
-        "audio_encoder_attention_mask": torch.ones(2, 1024, device="cuda", dtype=torch.bfloat16),
-        "timestep": torch.full((2,), 500.0, device="cuda"),
-        "num_frames": 16,
-        "height": 16,
-        "width": 24,
-        "audio_num_frames": 126,
-    }
-
-
-MODELS = {
-    "wan": Model(
-        "WanTransformer3DModel",
-        "WanPipeline",
-        {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 12,
-            "attention_head_dim": 128,
-            "in_channels": 16,
-            "out_channels": 16,
-            "text_dim": 4096,
-            "freq_dim": 256,
-            "ffn_dim": 8960,
-            "num_layers": 30,
-            "cross_attn_norm": True,
-            "qk_norm": "rms_norm_across_heads",
-        },
-        _wan,
-        "Wan2.1 1.3B shape, 480x832, 81 frames, batch 1",
-    ),
-    "cosmos": Model(
-        "CosmosTransformer3DModel",
-        "Cosmos2TextToImagePipeline",
-        {
-            "num_attention_heads": 16,
-            "num_layers": 28,
-            "rope_scale": (1.0, 4.0, 4.0),
-            "extra_pos_embed_type": None,
-            "concat_padding_mask": False,  # one more input channel, for which torchvision would be needed
-        },
-        _cosmos,
-        "Cosmos-Predict2 2B shape, 480x832, 81 frames, batch 1",
-    ),
-    "ltx2": Model(
-        "LTX2VideoTransformer3DModel",
-        "LTX2Pipeline",
-        {"num_layers": 48, "rope_type": "split"},
-        _ltx2,
-        "LTX-2 19B shape, 512x768, 121 frames with audio, batch 2 (guidance)",
-    ),
-}
 VARIANTS: dict[str, Any] = {
     "stock": None,
     "sdpa": "sdpa",
@@ -133,24 +38,6 @@ VARIANTS: dict[str, Any] = {
 }
 
 
-def build(model: Model, layers: int) -> Any:
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            denoiser = getattr(diffusers, model.denoiser)(**{**model.config, "num_layers": layers})
-    finally:
-        torch.set_default_dtype(default)
-    kind = getattr(diffusers, model.pipeline)
-    pipe = kind.__new__(kind)  # its other components are not needed, and their constructors want them
-    diffusers.DiffusionPipeline.__init__(pipe)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    components = dict.fromkeys(kind._get_signature_keys(kind)[0])
-    pipe.register_modules(**components | {"transformer": denoiser.eval().requires_grad_(False), "scheduler": scheduler})
-    return pipe
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
@@ -163,12 +50,7 @@ def main() -> None:
     unfolded = replace(KERNELS.get("fa3-fp8"), name="fa3-fp8-unfolded", folds=False, auto=False)
     KERNELS.add("fa3-fp8-unfolded", unfolded)
     pipe = build(model, layers)
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-
-    arguments = model.inputs(random)
+    arguments = inputs(model)
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
