@@ -10,6 +10,7 @@ The rules with the highest PSNR at their share of steps are drawn to docs/cachin
     python benchmarks/caching.py                       # both checkpoints, 32 captions: two hours on two cores
     python benchmarks/caching.py --only flux-shapes
     python benchmarks/caching.py --jobs 8              # so many processes beside each other
+    python benchmarks/caching.py --only wan-shapes --orders 0   # without prediction, an hour on two cores
 """
 
 from __future__ import annotations
@@ -194,8 +195,13 @@ def row(task: tuple[str, int, str, Any]) -> tuple[str, dict[str, Any] | None]:
     return label, found
 
 
-def evaluate(name: str, count: int, jobs: int, write: Any) -> dict[str, Any]:
-    tasks = [(name, count, label, config) for label, config in [*rules(name), *rivals()]]
+def evaluate(name: str, count: int, jobs: int, orders: list[int], write: Any) -> dict[str, Any]:
+    wanted = tuple(f"order {order}" for order in orders)
+    tasks = [
+        (name, count, label, config)
+        for label, config in [*rules(name), *rivals()]
+        if "order" not in label or label.endswith(wanted)
+    ]
     rows = {}
     with multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (measure.cores(jobs),)) as pool:
         for label, found in pool.imap(row, tasks):
@@ -246,6 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted(demo.CHECKPOINTS))
     parser.add_argument("--count", type=int, default=32)
+    parser.add_argument("--orders", type=int, nargs="+", default=[0, 1, 2], help="of the prediction, these alone")
     parser.add_argument("--jobs", type=int, default=1, help="processes beside each other")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result and the picture")
     options = parser.parse_args()
@@ -254,7 +261,7 @@ def main() -> None:
         def write(found: dict[str, Any], name: str = name) -> Path:
             return measure.write(f"caching-{name}", {name: found}, options.out)
 
-        found = evaluate(name, options.count, options.jobs, write)
+        found = evaluate(name, options.count, options.jobs, options.orders, write)
         print(write(found))
         draw(name, found["rules"], (options.out or DOCS) / f"caching-{name}.png")
 
