@@ -27,7 +27,7 @@ from .core.edits import Journal
 from .core.platform import describe
 from .core.step import Mode, StepClock
 from .errors import ConfigError, NotAccelerated, Unsupported
-from .features import attention, cache, compile, fuse, linear, request, vae
+from .features import attention, cache, compile, fuse, graphs, linear, request, vae
 from .features.feature import Denoiser, Feature, Plan, Target
 from .kernels.linear import kind_of, modules_of
 from .models import adapter_for
@@ -42,13 +42,14 @@ FEATURES: dict[str, ModuleType] = {
     "fuse": fuse,
     "attention": attention,
     "compile": compile,
+    "cuda_graph": graphs,
     "cache": cache,
     "vae": vae,
     "request": request,
 }
 
 # Layers from the inside to the outside; a layer's rank is its place here, whatever order the edits come in.
-ORDER = ("compile", "attention layer", "cache gate", "cache decision", "vae", "request")
+ORDER = ("compile", "attention layer", "graph", "cache gate", "graph kind", "cache decision", "vae", "request")
 
 # Where pipelines keep their denoisers.
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
@@ -84,7 +85,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     """
     target = _target(pipe)
     resolved, notes = _resolve(target, config, sections)
-    target.compiled = resolved.compile is not None
+    target.config = resolved
     plans = [feature.check(target, section) for _, feature, section in _active(resolved)]
     session = vars(pipe).get(_SESSION)
     if session is not None:
@@ -127,7 +128,7 @@ def explain(
     """
     target = _target(pipe)
     resolved, notes = _resolve(target, config, sections)
-    target.compiled = resolved.compile is not None
+    target.config = resolved
     rows = []
     for name, feature, section in _active(resolved):
         try:
@@ -181,6 +182,8 @@ def stats(pipe: Any) -> Stats:
         linear_layers=dict(linears),
         weight_bytes_before=session.weight_bytes_before,
         weight_bytes_after=_weight_bytes(session.target),
+        graphs_captured=sum(graphs.captured for graphs in session.target.graphs),
+        graph_replays=sum(graphs.replays for graphs in session.target.graphs),
     )
 
 

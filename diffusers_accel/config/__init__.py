@@ -27,7 +27,7 @@ from .cache import (
     TeaCacheConfig,
 )
 from .reading import read_yaml
-from .sections import AttentionConfig, CompileConfig, FuseConfig, LinearConfig, VAEConfig
+from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig
 
 __all__ = [
     "CACHE_CONFIGS",
@@ -37,6 +37,7 @@ __all__ = [
     "AttentionConfig",
     "CacheConfig",
     "CompileConfig",
+    "CudaGraphConfig",
     "DBCacheConfig",
     "EasyCacheConfig",
     "FBCacheConfig",

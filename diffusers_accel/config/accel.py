@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigError, nearest
 from .cache import CACHE_CONFIGS, CacheConfig, PABConfig
 from .reading import plain, read_yaml, section_of
-from .sections import AttentionConfig, CompileConfig, FuseConfig, LinearConfig, VAEConfig
+from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class AccelConfig:
     fuse: FuseConfig | None = field(default=None, metadata={"section": FuseConfig})
     attention: AttentionConfig | None = field(default=None, metadata={"section": AttentionConfig})
     compile: CompileConfig | None = field(default=None, metadata={"section": CompileConfig})
+    cuda_graph: CudaGraphConfig | None = field(default=None, metadata={"section": CudaGraphConfig})
     cache: CacheConfig | PABConfig | None = field(default=None, metadata={"section": CACHE_CONFIGS})
     vae: VAEConfig | None = field(default=None, metadata={"section": VAEConfig})
 

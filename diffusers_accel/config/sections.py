@@ -185,6 +185,30 @@ class CompileConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CudaGraphConfig:
+    """Runs of blocks launched in one call each, as CUDA graphs. `True` is short for it.
+
+    What a graph needs stays in the GPU's memory: the activations of one call of each kind that was met.
+
+    Args:
+        limit: Kinds of calls (sizes, batches, lengths of prompts) that are recorded; others run without graphs.
+
+    Raises:
+        ConfigError: The limit is below 1.
+    """
+
+    limit: int = 8
+
+    _shorthand: typing.ClassVar[str | None] = None
+    _switch: typing.ClassVar[bool] = True
+
+    def validate(self) -> None:
+        """Checks what types alone do not say."""
+        if self.limit < 1:
+            raise ConfigError(f"cuda_graph.limit: 1 or more, got {self.limit!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VAEConfig:
     """Switches of the stock VAE.
 

@@ -8,13 +8,14 @@ undo anything: the journal does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..config import AccelConfig
 from ..core.edits import Edit
 from ..core.platform import Device
 from ..core.step import StepClock
@@ -63,7 +64,12 @@ class Target:
         clock: Places every denoiser call.
         attention_calls: Kernel name -> calls in the last request.
         attention_timings: Shape class -> kernel -> seconds, where `"auto"` chose among several.
-        compiled: Whether the denoisers' blocks are, or are to be, compiled.
+        config: What is, or is to be, applied; for a feature that cannot be had together with another.
+        looked_at: (denoiser, id of a block) whose input some feature looks at from outside the block, besides each
+            stack's first.
+        phases: What features do otherwise from step to step within a block, as values to compare.
+        graphs: Of each denoiser: what holds its CUDA graphs, with how many are `captured` and the last request's
+            `replays`.
         attention_broadcasts: `"computed"` and `"reused"` -> attention outputs of the last request, under PAB.
         cache_bytes: (denoiser, branch) -> bytes that step caching keeps between steps.
         cache_guarded: (denoiser, branch) -> what a cache's guard found in the last request.
@@ -76,11 +82,19 @@ class Target:
     clock: StepClock
     attention_calls: Counter[str] = field(default_factory=Counter)
     attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
-    compiled: bool = False
+    config: AccelConfig | None = None
+    looked_at: set[tuple[str, int]] = field(default_factory=set)
+    phases: list[Callable[[], Hashable]] = field(default_factory=list)
+    graphs: list[Any] = field(default_factory=list)
     attention_broadcasts: Counter[str] = field(default_factory=Counter)
     cache_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
     cache_guarded: dict[tuple[str, str], Any] = field(default_factory=dict)
     cache_records: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the denoisers' blocks are, or are to be, compiled."""
+        return self.config is not None and self.config.compile is not None
 
     @property
     def blocks(self) -> int:

@@ -100,6 +100,8 @@ def _notes(denoiser: Denoiser, choice: Choice, head_dims: set[int | None]) -> li
 def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
     """A site per role, entered in diffusers' registry while it is in use, one edit per processor, and marks on the
     blocks if the block matters."""
+    if config.dense_steps:
+        target.phases.append(lambda: _in_dense_steps(target, config.dense_steps))
     for denoiser in target.denoisers:
         roles, _ = layers.roles(denoiser, config)
         place, dense = _Place(), kernels.dense(denoiser, config)

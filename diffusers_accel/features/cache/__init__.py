@@ -80,6 +80,11 @@ def _edits(target: Target, cache: StepCache) -> Iterator[Edit]:
     yield AddLayer(denoiser.module, target.rank("cache decision"), cache.around_denoiser)
     if cache.rule.whole:
         return
-    for stack in denoiser.adapter.stacks:
+    # What the first blocks return is measured, and what the last ones are given is predicted.
+    stacks, first, last = denoiser.adapter.stacks, cache.rule.first, cache.rule.last
+    looked_at = [stacks[0].blocks(denoiser.module)[first]] if first else []
+    looked_at += [stacks[-1].blocks(denoiser.module)[-last]] if last else []
+    target.looked_at.update((denoiser.name, id(block)) for block in looked_at)
+    for stack in stacks:
         for index, block in enumerate(stack.blocks(denoiser.module)):
             yield AddLayer(block, target.rank("cache gate"), cache.gate(stack, block, index))

@@ -46,6 +46,12 @@ def check(target: Target, config: PABConfig) -> Plan:
             "it skips attention within the blocks, which are compiled whole.",
             "compile=None, or a cache that skips whole steps.",
         )
+    if target.config is not None and target.config.cuda_graph is not None:
+        raise Unsupported(
+            "cache='pab'",
+            "it skips attention within the blocks, which are recorded whole.",
+            "cuda_graph=None, or a cache that skips whole steps.",
+        )
     counts: dict[str, int] = {}
     for denoiser in target.denoisers:
         for path, _ in _modules(denoiser):

@@ -1,0 +1,483 @@
+"""CUDA graphs: runs of blocks are launched in one call each, so that the GPU never waits for Python.
+
+A graph covers a run of blocks of one stack: a *segment*. Python still goes through the stock forward: what it does
+before, between and after the segments stays as it is, and so do caches, whose gates stand around the blocks; a skipped
+step plays no graph, and a computed one the same as ever. Within a segment the blocks before the last hand their streams
+on, and the last one plays the graph of them all.
+
+That is right only if nobody touches the streams on their way. The first call of a kind is therefore run as it is and
+watched: a segment ends where a block is given anything that is neither what the block before it returned, nor what the
+segment's first block was given, nor a constant (ControlNet's additions, say); where a cache looks at the streams; and
+where a stack ends. The second call records, later ones play. A call's kind is the form of all its arguments (shapes,
+types, strides, and values of what is no tensor), with what other features do by the step (`Target.phases`). Weights are
+looked at when a request begins: if one has moved, or an adapter's scale has changed, everything is recorded anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..config import CudaGraphConfig
+from ..core.edits import AddLayer, Edit
+from ..core.graphs import RECORDERS, Recording
+from ..core.step import Mode
+from ..errors import Unsupported
+from ..models import Stack
+from ..models.adapter import parameter_names
+from .feature import Denoiser, Plan, Target, refuse_offloaded
+
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+# Where the form of an output has a tensor.
+_TENSOR = object()
+# inductor modes that record graphs of their own.
+_OWN_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def check(target: Target, config: CudaGraphConfig) -> Plan:
+    """How many blocks would be recorded.
+
+    Raises:
+        Unsupported: Not on a CUDA device, no adapter says what blocks hand on, weights are offloaded, or inductor
+            records graphs itself.
+    """
+    options = target.config.compile if target.config is not None else None
+    if options is not None and options.mode in _OWN_GRAPHS:
+        raise Unsupported(
+            "cuda_graph",
+            f"torch.compile records graphs of its own in mode {options.mode!r}.",
+            f"compile='default' or {options.mode + '-no-cudagraphs'!r}, or cuda_graph=None.",
+        )
+    for denoiser in target.denoisers:
+        if denoiser.device.type not in RECORDERS:
+            raise Unsupported("cuda_graph", f"it runs on {denoiser.device}.", "cuda_graph=None.", str(denoiser))
+        if denoiser.adapter.default or not denoiser.adapter.stacks:
+            raise Unsupported(
+                "cuda_graph", "no adapter says what its blocks hand on.", "cuda_graph=None.", str(denoiser)
+            )
+        refuse_offloaded("cuda_graph", denoiser)
+        if any("_hf_hook" in vars(module) for module in denoiser.module.modules()):
+            raise Unsupported(
+                "cuda_graph", "its weights move between devices.", "cuda_graph=None, or no offloading.", str(denoiser)
+            )
+    return Plan(
+        f"runs of blocks, for up to {config.limit} kinds of calls",
+        target.blocks,
+        ("The first two calls of a kind are run as they are; warmup(pipe) makes them beforehand.",),
+    )
+
+
+def edits(target: Target, config: CudaGraphConfig) -> Iterator[Edit]:
+    """One layer around each denoiser, which tells kinds of calls apart, and one around each block."""
+    for denoiser in target.denoisers:
+        graphs = Graphs(target, denoiser, config)
+        target.graphs.append(graphs)
+        yield AddLayer(denoiser.module, target.rank("graph kind"), graphs.around_denoiser)
+        adapter = denoiser.adapter
+        for stack in (*adapter.side_stacks, *adapter.stacks):
+            for index, block in enumerate(stack.blocks(denoiser.module)):
+                yield AddLayer(block, target.rank("graph"), graphs.around_block(stack, block, index))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an argument of a block comes from: the `stream` of the block before, the argument `name` of the segment's
+    first block, or a `constant`."""
+
+    stream: str | None = None
+    name: str | None = None
+    constant: Any = None
+
+    def holds(self, value: Any, streams: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+        """Whether an argument comes from there."""
+        if self.stream is not None:
+            return value is streams[self.stream]
+        if self.name is not None:
+            return value is given[self.name]
+        return isinstance(value, _CONSTANTS) and value == self.constant
+
+    def value(self, streams: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+        """The argument itself."""
+        if self.stream is not None:
+            return streams[self.stream]
+        return given[self.name] if self.name is not None else self.constant
+
+
+@dataclass
+class Call:
+    """One block's call within a segment.
+
+    Attributes:
+        inner: What runs the block.
+        positional: Names of the arguments that are given by place.
+        keywords: Names of the others.
+        sources: Where each comes from.
+        streams: Names of what the block returns.
+    """
+
+    inner: Callable[..., Any]
+    positional: tuple[str, ...]
+    keywords: tuple[str, ...]
+    sources: dict[str, Source]
+    streams: tuple[str, ...]
+
+    def __call__(self, streams: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+        """Runs it on the streams of the block before and what the segment's first block was given."""
+        values = {name: self.sources[name].value(streams, given) for name in (*self.positional, *self.keywords)}
+        return self.inner(*(values[name] for name in self.positional), **{name: values[name] for name in self.keywords})
+
+
+@dataclass
+class Segment:
+    """A recorded run of blocks.
+
+    Attributes:
+        recording: What is played.
+        form: Of the first block's arguments: their structure, and what in them is no tensor.
+        result: Of the last block's output: the same.
+        attention: Attention calls that a replay stands for.
+    """
+
+    recording: Recording
+    form: tuple[Any, list[Any]]
+    result: tuple[Any, list[Any]]
+    attention: Counter[str]
+
+
+@dataclass
+class Kind:
+    """One kind of call.
+
+    Attributes:
+        heads: Blocks that a segment begins with, by their id.
+        ends: Those that one ends with.
+        cuts: How many begin one because something else is done before them.
+        sources: Block -> where its arguments come from.
+        watched: Whether a whole call was watched.
+        segments: What was recorded, by the first block.
+        why: Why this kind is run as it is; `None` if it is not.
+    """
+
+    heads: set[int] = field(default_factory=set)
+    ends: set[int] = field(default_factory=set)
+    cuts: int = 0
+    sources: dict[int, dict[str, Source]] = field(default_factory=dict)
+    watched: bool = False
+    segments: dict[int, Segment] = field(default_factory=dict)
+    why: str | None = None
+
+
+@dataclass
+class Running:
+    """The call that is running.
+
+    Attributes:
+        kind: Its kind.
+        order: Blocks called so far, while the call is watched.
+        given: What the segment's first block was given.
+        streams: What the block before returned, or handed on.
+        pending: The segment's calls so far.
+        head: Its first block.
+        ended: Whether the block before was a segment's last, while the call is watched.
+    """
+
+    kind: Kind
+    order: list[int] = field(default_factory=list)
+    ended: bool = True
+    given: dict[str, Any] = field(default_factory=dict)
+    streams: dict[str, Any] = field(default_factory=dict)
+    pending: list[Call] = field(default_factory=list)
+    head: int = 0
+
+
+class Graphs:
+    """The graphs of one denoiser.
+
+    Args:
+        target: The pipeline.
+        denoiser: The denoiser.
+        config: How many kinds of calls are recorded at most.
+    """
+
+    def __init__(self, target: Target, denoiser: Denoiser, config: CudaGraphConfig):
+        self.target, self.denoiser, self.config = target, denoiser, config
+        self.kinds: dict[Hashable, Kind] = {}
+        self.replays = 0
+        self._running: Running | None = None
+        self._request = 0
+        self._weights: Hashable = None
+        self._why: str | None = None
+        self._warned: set[str] = set()
+        self._recorder = RECORDERS[denoiser.device.type]
+        self._pool: Any = None
+        adapter = denoiser.adapter
+        self._blocks = {
+            id(block) for stack in (*adapter.side_stacks, *adapter.stacks) for block in stack.blocks(denoiser.module)
+        }
+
+    @property
+    def captured(self) -> int:
+        """Graphs that are held."""
+        return sum(len(kind.segments) for kind in self.kinds.values())
+
+    # --- the layers ---------------------------------------------------------------------------------------------------
+
+    def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The layer around the denoiser's forward: finds the kind of call."""
+        kind = self._kind(args, kwargs)
+        if kind is None:
+            return inner(*args, **kwargs)
+        self._running = running = Running(kind)
+        try:
+            out = inner(*args, **kwargs)
+        finally:
+            self._running = None
+        if not kind.watched:
+            self._settle(kind, running.order)
+        return out
+
+    def around_block(self, stack: Stack, block: nn.Module, index: int) -> Callable[..., Any]:
+        """The layer around one block."""
+        names, number, last = parameter_names(block), id(block), len(stack.blocks(self.denoiser.module)) - 1
+        read = self.denoiser.adapter.static_arguments
+
+        def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            running = self._running
+            if running is None:
+                return inner(*args, **kwargs)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if not running.kind.watched:
+                # Stock code branches on these values, which cannot be recorded.
+                alone = any(isinstance(given.get(name), torch.Tensor) for name in read)
+                out = inner(*args, **kwargs)
+                self._watch(running, number, given, out, stack, alone, index == last)
+                return out
+            call = Call(inner, names[: len(args)], tuple(kwargs), running.kind.sources.get(number, {}), stack.streams)
+            return self._step(running, number, given, call)
+
+        return forward
+
+    # --- the first call of a kind -------------------------------------------------------------------------------------
+
+    def _watch(
+        self, running: Running, number: int, given: dict[str, Any], out: Any, stack: Stack, alone: bool, last: bool
+    ) -> None:
+        """Takes note of where a block's arguments came from, and whether a segment must begin or end here."""
+        kind = running.kind
+        sources: dict[str, Source] = {}
+        asked = running.ended or (self.denoiser.name, number) in self.target.looked_at
+        if not (asked or alone):
+            sources = {name: found for name, value in given.items() if (found := _source(value, running))}
+        if len(sources) < len(given):
+            if running.order:
+                kind.ends.add(running.order[-1])
+            kind.heads.add(number)
+            kind.cuts += not asked
+            running.given, sources = given, {name: Source(name=name) for name in given}
+        kind.sources[number] = sources
+        returned = out if isinstance(out, tuple) else (out,)
+        # What comes out in another form than it went in cannot be handed on.
+        running.ended = (
+            alone
+            or last
+            or len(returned) != len(stack.streams)
+            or any(
+                _shape(value) != _shape(given.get(name)) for name, value in zip(stack.streams, returned, strict=True)
+            )
+        )
+        running.streams = {} if running.ended else dict(zip(stack.streams, returned, strict=True))
+        if running.ended:
+            kind.ends.add(number)
+        running.order.append(number)
+
+    def _settle(self, kind: Kind, order: list[int]) -> None:
+        """Ends the watching, if every block was called once."""
+        kind.watched = set(order) == self._blocks and len(order) == len(self._blocks)
+        if not kind.watched:
+            kind.heads.clear()
+            kind.ends.clear()
+            kind.sources.clear()
+            kind.cuts = 0
+            # On a step that a cache skips this is as it should be.
+            step = self.target.clock.current
+            if step is not None and step.mode is Mode.FULL:
+                kind.why = f"of its {len(self._blocks)} blocks {len(set(order))} are called"
+                self._say(kind.why)
+        elif 2 * kind.cuts > len(order):
+            # A graph for each block would take much memory and gain little.
+            kind.why = f"its {len(order)} blocks are called in {len(kind.heads)} runs, with other work in between"
+            self._say(kind.why)
+
+    # --- later calls --------------------------------------------------------------------------------------------------
+
+    def _step(self, running: Running, number: int, given: dict[str, Any], call: Call) -> Any:
+        """One block of a call whose kind is known: handed on, or the segment's end."""
+        kind = running.kind
+        if number in kind.heads:
+            running.head, running.given, running.pending = number, given, []
+            running.streams = {name: given.get(name) for name in call.streams}
+        elif not running.pending:
+            raise RuntimeError(_changed(self.denoiser, "another order of blocks"))
+        if given.keys() != call.sources.keys():
+            raise RuntimeError(_changed(self.denoiser, "other arguments than before"))
+        for name, value in given.items():
+            if not call.sources[name].holds(value, running.streams, running.given):
+                raise RuntimeError(_changed(self.denoiser, f"another {name!r} between two blocks"))
+        running.pending.append(call)
+        if number in kind.ends:
+            calls, running.pending = running.pending, []
+            return self._play(kind, running.head, running.given, calls)
+        values = tuple(running.streams[name] for name in call.streams)
+        return values[0] if len(values) == 1 else values
+
+    def _play(self, kind: Kind, head: int, given: dict[str, Any], calls: list[Call]) -> Any:
+        """What the last block of a segment returns."""
+        leaves, structure = pytree.tree_flatten(given)
+        form = structure, [item for item in leaves if not isinstance(item, torch.Tensor)]
+        # The same tensor may be given under several names.
+        tensors = {id(item): item for item in leaves if isinstance(item, torch.Tensor)}
+        inputs = list(tensors.values())
+        segment = kind.segments.get(head)
+        if segment is None:
+            segment = kind.segments[head] = self._record(leaves, form, list(tensors), inputs, calls)
+        elif segment.form != form or not segment.recording.fits(inputs):
+            kind.why = "what its blocks are given changes from step to step"
+            self._say(kind.why)
+        if kind.why is not None:
+            return _run(calls, given)
+        outputs = iter(segment.recording(inputs))
+        self.target.attention_calls.update(segment.attention)
+        self.replays += 1
+        structure, rest = segment.result
+        return pytree.tree_unflatten([next(outputs) if item is _TENSOR else item for item in rest], structure)
+
+    def _record(
+        self, leaves: list[Any], form: tuple[Any, list[Any]], order: list[int], inputs: list[torch.Tensor],
+        calls: list[Call],
+    ) -> Segment:  # fmt: skip
+        places = {key: place for place, key in enumerate(order)}
+        result: list[Any] = []
+
+        def function(static: list[torch.Tensor]) -> list[torch.Tensor]:
+            given = [static[places[id(item)]] if isinstance(item, torch.Tensor) else item for item in leaves]
+            found, structure = pytree.tree_flatten(_run(calls, pytree.tree_unflatten(given, form[0])))
+            result[:] = structure, [_TENSOR if isinstance(item, torch.Tensor) else item for item in found]
+            return [item for item in found if isinstance(item, torch.Tensor)]
+
+        if self._pool is None:
+            self._pool = self._recorder.pool()
+        counts, before = self.target.attention_calls, Counter(self.target.attention_calls)
+        recording = Recording(inputs, function, self._recorder(self._pool))
+        made = Counter(counts)
+        made.subtract(before)
+        counts.clear()
+        counts.update(before)
+        return Segment(recording, form, (result[0], result[1]), +made)
+
+    # --- kinds of calls -----------------------------------------------------------------------------------------------
+
+    def _kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kind | None:
+        """The kind of this call; `None` where it is to be run as it is."""
+        step = self.target.clock.current
+        if step is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if step.request != self._request:
+            self._request, self.replays = step.request, 0
+            self._look_at_weights()
+        if self._why is not None:
+            return None
+        modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self.denoiser.device.type)
+        key = (_form(args), _form(kwargs), modes, tuple(phase() for phase in self.target.phases))
+        kind = self.kinds.get(key)
+        if kind is None:
+            if len(self.kinds) >= self.config.limit:
+                self._say(f"{self.config.limit} kinds of calls are recorded already (cuda_graph.limit)")
+                return None
+            kind = self.kinds[key] = Kind()
+        return kind if kind.why is None else None
+
+    def _look_at_weights(self) -> None:
+        """Drops everything recorded if a weight has moved or an adapter has changed; finds what forbids recording."""
+        self._why, found = None, []
+        for path, module in self.denoiser.module.named_modules():
+            hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+            if "_hf_hook" in vars(module) or any("offload" in name for name in hooks):
+                self._why = "its weights are offloaded"
+            if path and (module._forward_hooks or module._forward_pre_hooks):
+                self._why = f"{path} has hooks, which a graph would not call"
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            found.append((id(module), module.training, *(_address(item) for item in tensors if item is not None)))
+            if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
+                state: Any = module
+                names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+                found.append(tuple(str(getattr(state, name, None)) for name in names))
+        weights = tuple(found)
+        if weights != self._weights or self._why is not None:
+            self.kinds.clear()
+            self._pool, self._weights = None, weights
+        if self._why is not None:
+            self._say(self._why)
+
+    def _say(self, why: str) -> None:
+        if why not in self._warned:
+            self._warned.add(why)
+            warnings.warn(f"cuda_graph: {self.denoiser} is run without graphs: {why}.", stacklevel=2)
+
+
+def _run(calls: list[Call], given: Mapping[str, Any]) -> Any:
+    """A segment's blocks one after another; what the last one returns."""
+    streams: dict[str, Any] = {}
+    out: Any = None
+    for call in calls:
+        out = call(streams, given)
+        streams = dict(zip(call.streams, out if isinstance(out, tuple) else (out,), strict=False))
+    return out
+
+
+def _source(value: Any, running: Running) -> Source | None:
+    """Where an argument comes from; `None` if from elsewhere."""
+    if isinstance(value, _CONSTANTS):
+        return Source(constant=value)
+    for places, kind in ((running.streams, "stream"), (running.given, "name")):
+        for name, held in places.items():
+            if value is held:
+                return Source(**{kind: name})
+    return None
+
+
+def _shape(value: Any) -> tuple[Any, ...]:
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else (type(value),)
+
+
+def _changed(denoiser: Denoiser, what: str) -> str:
+    return (
+        f"cuda_graph: {denoiser} went through its blocks with {what}, though it was called alike; a graph would be "
+        "wrong. Instead: cuda_graph=None for this model."
+    )
+
+
+def _address(item: torch.Tensor) -> int:
+    try:
+        return item.data_ptr()
+    except RuntimeError:  # a tensor that is made of others
+        return id(item)
+
+
+def _form(value: Any) -> Hashable:
+    """What tells kinds of calls apart."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.stride(), value.dtype, str(value.device))
+    if isinstance(value, Mapping):
+        return tuple((key, _form(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *(_form(item) for item in value))
+    if isinstance(value, _CONSTANTS):
+        return (type(value).__name__, value)
+    return (type(value).__name__, id(value))

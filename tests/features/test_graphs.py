@@ -1,0 +1,307 @@
+"""CUDA graphs on the CPU, with a stand-in for what records them: results are those of stock, to the bit."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tape import TapeRecorder
+from tiny import TINY, build
+
+from diffusers_accel import (
+    AttentionConfig,
+    CompileConfig,
+    CudaGraphConfig,
+    DBCacheConfig,
+    EasyCacheConfig,
+    FBCacheConfig,
+    PABConfig,
+    StepMaskConfig,
+    TeaCacheConfig,
+    Unsupported,
+    accelerate,
+    explain,
+    register_attention,
+    restore,
+    stats,
+    warmup,
+)
+from diffusers_accel.core import graphs
+from diffusers_accel.kernels.attention import KERNELS
+
+FAMILIES = ["flux", "flux-true-cfg", "flux2", "wan", "wan22", "ltx2", "qwen", "cosmos", "cosmos-predict25", "cosmos3",
+            "sd3"]  # fmt: skip
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", TapeRecorder)
+
+
+def tensors(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+def same(found, expected):
+    return all(torch.equal(one, other) for one, other in zip(tensors(found), tensors(expected), strict=True))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name):
+    """Played is stock, to the bit, in requests of other lengths too, and restored is stock."""
+    entry, pipe = TINY[name], build(name)
+    stock = {steps: entry.run(pipe, steps=steps) for steps in (STEPS, 3)}
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steps in (STEPS, 3, STEPS):
+            assert same(entry.run(pipe, steps=steps), stock[steps]), steps
+    found = stats(pipe)
+    assert found.graphs_captured >= 1 and found.graph_replays >= STEPS, found
+    blocks = sum(len(stack.blocks(pipe.transformer)) for stack in _stacks(pipe))
+    assert found.graphs_captured < blocks or blocks <= 2, "each block by itself gains nothing"
+    restore(pipe)
+    assert same(entry.run(pipe, steps=3), stock[3])
+
+
+def _stacks(pipe):
+    from diffusers_accel.models import adapter_for
+
+    return adapter_for(pipe.transformer).stacks
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "wan22", "sd3", "qwen"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        StepMaskConfig(mask=(1, 1, 0, 1, 0, 0)),
+        StepMaskConfig(mask=(1, 1, 0, 1, 0, 0), taylorseer_order=1),
+        FBCacheConfig(residual_diff_threshold=9.0, max_continuous_cached_steps=1),
+        DBCacheConfig(
+            Fn_compute_blocks=1, Bn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0,
+            max_continuous_cached_steps=2,
+        ),
+        TeaCacheConfig(threshold=9.0, coefficients=(1.0, 0.0)),
+        EasyCacheConfig(threshold=1e9, warmup=2),
+    ],
+    ids=lambda config: f"{type(config).__name__}-{config.taylorseer_order}",
+)  # fmt: skip
+def test_with_caches(name, config):
+    """The same steps are skipped, with the same result."""
+    entry, pipe = TINY[name], build(name)
+    accelerate(pipe, attention="sdpa", cache=config)
+    expected, skipped = entry.run(pipe, steps=STEPS), stats(pipe).steps_skipped
+    assert skipped
+    accelerate(pipe, attention="sdpa", cache=config, cuda_graph=True)
+    for _ in range(2):
+        assert same(entry.run(pipe, steps=STEPS), expected)
+    found = stats(pipe)
+    assert found.steps_skipped == skipped and found.graph_replays > 0
+
+
+@pytest.fixture
+def another():
+    def attention(query, key, value, attn_mask=None, is_causal=False, scale=None):
+        parts = (item.transpose(1, 2) for item in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask, scale=scale).transpose(1, 2)
+
+    register_attention("another", attention)
+    yield
+    KERNELS._records.pop("another")
+
+
+def test_calls_are_counted_as_without(another):
+    entry, pipe = TINY["flux"], build("flux")
+    dense = AttentionConfig(backend="sdpa", dense_steps=0.5, dense_backend="another")
+    for attention in ("sdpa", dense):
+        accelerate(pipe, attention=attention)
+        expected, counts = entry.run(pipe, steps=STEPS), stats(pipe).attention_kernels
+        accelerate(pipe, attention=attention, cuda_graph=True)
+        for _ in range(2):
+            assert same(entry.run(pipe, steps=STEPS), expected)
+            assert stats(pipe).attention_kernels == counts
+    # Half of the steps by each kernel: two kinds of calls, of two stacks.
+    assert len(counts) == 2 and stats(pipe).graphs_captured == 4
+
+
+def test_sizes_are_kinds_of_their_own():
+    entry, pipe = TINY["flux"], build("flux")
+    sizes = [{}, {"height": 48}, {"num_images_per_prompt": 2}]
+    stock = [entry.run(pipe, steps=4, **size) for size in sizes]
+    accelerate(pipe, attention="sdpa", cuda_graph=CudaGraphConfig(limit=2))
+    for size, expected in zip(sizes[:2], stock, strict=False):
+        assert same(entry.run(pipe, steps=4, **size), expected)
+    assert stats(pipe).graphs_captured == 4
+    with pytest.warns(UserWarning, match=r"2 kinds of calls are recorded already \(cuda_graph.limit\)"):
+        assert same(entry.run(pipe, steps=4, **sizes[2]), stock[2])
+    assert stats(pipe).graph_replays == 0
+    for size, expected in zip(sizes, stock, strict=True):
+        assert same(entry.run(pipe, steps=4, **size), expected)
+
+
+def test_warmed_up_nothing_is_recorded_anew():
+    entry, pipe = TINY["flux"], build("flux")
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    warmup(pipe, resolutions=[(32, 32)], max_sequence_length=16, output_type="latent")
+    captured = stats(pipe).graphs_captured
+    entry.run(pipe, steps=4)
+    found = stats(pipe)
+    assert found.graphs_captured == captured == 2 and found.graph_replays == 8
+
+
+def test_what_controlnet_adds_between_blocks_is_not_recorded():
+    entry, pipe = TINY["flux-controlnet"], build("flux-controlnet")
+    stock = entry.run(pipe, steps=3)
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    with pytest.warns(UserWarning, match="are called in . runs, with other work in between"):
+        assert same(entry.run(pipe, steps=3), stock)
+    assert same(entry.run(pipe, steps=3), stock)
+    assert stats(pipe).graphs_captured == 0
+
+
+@pytest.mark.parametrize(("name", "why"), [("wan-vace", None), ("ltx2-stg", None), ("sd3-slg", "blocks 2 are called")])
+def test_blocks_that_are_called_otherwise(name, why):
+    """VACE's hints come between blocks, and guidance may perturb a branch or leave blocks out: right all the same."""
+    entry, pipe = TINY[name], build(name)
+    stock = entry.run(pipe, steps=STEPS)
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert same(entry.run(pipe, steps=STEPS), stock)
+    said = [str(item.message) for item in seen if "cuda_graph" in str(item.message)]
+    assert stats(pipe).graph_replays > 0 or said
+    assert why is None or any(why in text for text in said), said
+
+
+def test_weights_that_move_or_change():
+    """A weight written in place is seen by a graph; one that moved, or an adapter, makes it anew."""
+    entry, pipe = TINY["flux"], build("flux")
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    entry.run(pipe, steps=4)
+    layer = pipe.transformer.single_transformer_blocks[0].proj_out
+    with torch.no_grad():
+        layer.weight.mul_(1.5)
+    written = entry.run(pipe, steps=4)
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.5)
+    moved = entry.run(pipe, steps=4)
+    restore(pipe)
+    assert same(entry.run(pipe, steps=4), moved) and not same(moved, written)
+    with torch.no_grad():
+        layer.weight.div_(1.5)
+    assert torch.allclose(entry.run(pipe, steps=4), written, atol=1e-5)
+
+
+def test_an_adapters_scale():
+    from peft import LoraConfig
+
+    entry, pipe = TINY["flux"], build("flux")
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_out"], init_lora_weights=False), "one")
+
+    def runs():
+        found = []
+        for scale in (1.0, 0.3):
+            pipe.set_adapters("one", scale)
+            found.append(entry.run(pipe, steps=4))
+        pipe.disable_lora()
+        found.append(entry.run(pipe, steps=4))
+        pipe.enable_lora()
+        return found
+
+    stock = runs()
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    assert all(same(one, other) for one, other in zip(runs(), stock, strict=True))
+    assert not same(stock[0], stock[1])
+    assert stats(pipe).graph_replays
+
+
+def test_hooks_are_called():
+    entry, pipe = TINY["flux"], build("flux")
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    entry.run(pipe, steps=3)
+    seen = []
+    handle = pipe.transformer.transformer_blocks[1].attn.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(UserWarning, match="transformer_blocks.1.attn has hooks"):
+        entry.run(pipe, steps=3)
+    assert len(seen) == 3
+    handle.remove()
+    entry.run(pipe, steps=3)
+    assert stats(pipe).graph_replays > 0
+
+
+def test_weights_that_are_offloaded():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    entry, pipe = TINY["flux"], build("flux")
+    stock = entry.run(pipe, steps=3)
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    entry.run(pipe, steps=3)
+    add_hook_to_module(pipe.transformer, AlignDevicesHook(io_same_device=True))
+    with pytest.warns(UserWarning, match="its weights are offloaded"):
+        assert same(entry.run(pipe, steps=3), stock)
+    assert stats(pipe).graph_replays == stats(pipe).graphs_captured == 0
+    restore(pipe)
+    with pytest.raises(Unsupported, match="its weights move between devices"):
+        accelerate(pipe, cuda_graph=True)
+    remove_hook_from_module(pipe.transformer)
+
+
+@pytest.mark.parametrize("sections", [{}, {"fuse": True}, {"linear": {"algo": "int8", "smallest": 0}}])
+def test_compiled_blocks_are_recorded(sections):
+    entry, pipe = TINY["flux"], build("flux")
+    torch.compiler.reset()
+    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="eager"), **sections)
+    expected = entry.run(pipe, steps=4)
+    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="eager"), cuda_graph=True, **sections)
+    for _ in range(2):
+        assert same(entry.run(pipe, steps=4), expected)
+    assert stats(pipe).graph_replays == 8
+
+
+def test_a_request_that_breaks_off():
+    entry, pipe = TINY["flux"], build("flux")
+    stock = entry.run(pipe, steps=4)
+
+    def stop(pipe, step, timestep, kwargs):
+        if step == 1:
+            raise KeyboardInterrupt
+        return kwargs
+
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    with pytest.raises(KeyboardInterrupt):
+        entry.run(pipe, steps=4, callback_on_step_end=stop)
+    for _ in range(2):
+        assert same(entry.run(pipe, steps=4), stock)
+
+
+def test_outputs_survive():
+    """Both branches of guidance play the same graph, and the pipeline reads the first one's result after the second's
+    call."""
+    entry, pipe = TINY["wan"], build("wan")
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    entry.run(pipe, steps=4)
+    outputs, handle = [], None
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    kept = []
+    handle_2 = pipe.transformer.register_forward_hook(lambda module, args, output: kept.append(output[0].clone()))
+    entry.run(pipe, steps=4)
+    handle.remove()
+    handle_2.remove()
+    assert stats(pipe).graph_replays == 8
+    assert all(torch.equal(one, other) for one, other in zip(outputs, kept, strict=True))
+
+
+def test_what_is_refused(monkeypatch):
+    pipe = build("flux")
+    for sections, message in (
+        ({"compile": CompileConfig(mode="reduce-overhead")}, "records graphs of its own"),
+        ({"cache": PABConfig(window=(0, 0))}, "recorded whole"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            accelerate(pipe, cuda_graph=True, **sections)
+    monkeypatch.delitem(graphs.RECORDERS, "cpu")
+    with pytest.raises(Unsupported, match="it runs on cpu"):
+        accelerate(pipe, cuda_graph=True)
+    assert "it runs on cpu" in str(explain(pipe, cuda_graph=True))
