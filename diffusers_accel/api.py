@@ -7,6 +7,7 @@ is kept in a session on the pipeline instance; nothing is kept anywhere else.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import warnings
 from collections import Counter
@@ -194,14 +195,17 @@ def warmup(
     num_inference_steps: int = 2,
     **call: Any,
 ) -> Pipe:
-    """Runs short requests over the product of sizes, so that later ones of these sizes compile nothing.
+    """Runs short requests over the product of sizes, so that later ones of these sizes compile and record nothing.
+
+    Without a prompt of yours, the first size is run with a long one too: some models take prompts at their own length.
 
     Args:
         pipe: An accelerated pipeline.
         resolutions: (height, width) in pixels; `None` takes the pipeline's default size.
         num_frames: Numbers of frames, for video.
         num_inference_steps: Steps per request.
-        call: Whatever else the pipeline needs to be called (an image, say). `prompt` has a default.
+        call: Whatever else the pipeline needs to be called (an image, say). `prompt` and `negative_prompt` have
+            defaults.
 
     Raises:
         NotAccelerated: The pipeline is not accelerated.
@@ -212,14 +216,18 @@ def warmup(
     _session(pipe, "warmup")
     sizes: Iterable[dict[str, int]] = [{"height": h, "width": w} for h, w in resolutions] if resolutions else [{}]
     frames: Iterable[dict[str, int]] = [{"num_frames": count} for count in num_frames] if num_frames else [{}]
-    requests = [{**size, **count} for size in sizes for count in frames]
+    requests: list[dict[str, Any]] = [{**size, **count} for size in sizes for count in frames]
     if "prompt_embeds" not in call:
-        call = {"prompt": "warm-up", **call}
+        if "prompt" not in call:
+            requests.insert(1, {**requests[0], "prompt": " ".join(["warm"] * 12)})
+        takes = inspect.signature(type(pipe).__call__).parameters  # type: ignore[operator]
+        negative = {"negative_prompt": "warm-up"} if "negative_prompt" in takes else {}
+        call = {"prompt": "warm-up", **negative, **call}
     with tqdm(requests, desc="warm-up") as bar:
         for arguments in bar:
-            bar.set_postfix_str(", ".join(f"{key} {value}" for key, value in arguments.items()))
+            bar.set_postfix_str(", ".join(f"{key} {value}" for key, value in arguments.items() if key != "prompt"))
             with torch.no_grad():
-                pipe(num_inference_steps=num_inference_steps, **arguments, **call)  # type: ignore[operator]
+                pipe(num_inference_steps=num_inference_steps, **{**call, **arguments})  # type: ignore[operator]
     return pipe
 
 

@@ -213,8 +213,12 @@ def test_presets_leave_off_what_nobody_published(flux, preset):
 
 def test_warmup_runs_every_size(flux):
     accelerate(flux, attention="sdpa")
-    warmup(flux, resolutions=[(32, 32), (32, 48)], max_sequence_length=16, output_type="latent")
+    given = {"max_sequence_length": 16, "output_type": "latent"}
+    warmup(flux, resolutions=[(32, 32), (32, 48)], prompt="a fox", **given)
     assert stats(flux).requests == 2
+    # Without a prompt, a long one too.
+    warmup(flux, resolutions=[(32, 32), (32, 48)], **given)
+    assert stats(flux).requests == 5
 
 
 class TestBadInput:

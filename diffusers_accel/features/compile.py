@@ -18,6 +18,8 @@ from ..core.edits import AddLayer, Edit
 from ..errors import Unsupported
 from .feature import Plan, Target
 
+_RECOMPILE_LIMIT = 64
+
 
 def check(target: Target, config: CompileConfig) -> Plan:
     """How many blocks would be compiled.
@@ -43,16 +45,24 @@ def check(target: Target, config: CompileConfig) -> Plan:
 
 
 def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
-    """One layer per block."""
+    """One layer per block, and one around each denoiser."""
     if _off(target, config):
         return
     shared: dict[type, Callable[..., Any]] = {}
     for denoiser in target.denoisers:
+        yield AddLayer(denoiser.module, target.rank("compile"), _with_room)
         for block in denoiser.adapter.blocks(denoiser.module):
             yield AddLayer(block, target.rank("compile"), _compiled(block, config, shared))
             if denoiser.adapter.static_arguments:
                 # Of equal rank and added later, so it runs outside the compiled forward.
                 yield AddLayer(block, target.rank("compile"), _read(denoiser.adapter.static_arguments))
+
+
+def _with_room(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer within which a block may be compiled for many sizes and configurations. Dynamo stops at eight by itself,
+    for all pipelines of a process together, and then refuses."""
+    with torch._dynamo.config.patch(recompile_limit=max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)):
+        return inner(*args, **kwargs)
 
 
 def _read(names: tuple[str, ...]) -> Callable[..., Any]:
