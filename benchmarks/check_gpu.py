@@ -3,6 +3,8 @@
 - Every attention kernel that can run, against float64 on fresh random inputs, in the shapes of the models: output,
   LSE where it has one, masks over keys where it takes them.
 - The shipped checkpoints and small stock pipelines on the device: lossless settings against stock, and restored.
+- CUDA graphs on the same, beside caches and compiled blocks: played against the same configuration without graphs, bit
+  for bit, over several requests of two sizes.
 
 Relative error is ||found - reference|| / ||reference||: 4e-3 for exact kernels in bf16. An 8-bit kernel must keep a
 cosine of 0.999; 0.998 where Q and K are e4m3, whose three bits of mantissa put 2.6% of noise on each of Q, K, P and V,
@@ -10,6 +12,7 @@ which on Gaussian inputs leaves 0.9985 to 0.9990. The result is written like a b
 if a check fails.
 
     python benchmarks/check_gpu.py
+    python benchmarks/check_gpu.py --only graphs      # check-gpu-graphs.json
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 import measure
 import torch
 
-from diffusers_accel import CompileConfig, accelerate, demo, restore, stats
+from diffusers_accel import CompileConfig, DBCacheConfig, StepMaskConfig, accelerate, demo, restore, stats
 from diffusers_accel.core.platform import describe
 from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, Call, Inputs
 
@@ -157,13 +160,92 @@ def check_models(device: torch.device) -> dict[str, Any]:
     return found
 
 
+GRAPHED: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "auto": {"attention": "auto"},
+    "int8": {"linear": {"algo": "int8", "smallest": 0}},
+    "mask": {"cache": StepMaskConfig(mask=(1, 1, 0, 1, 0, 0), taylorseer_order=1)},
+    "dbcache": {
+        "cache": DBCacheConfig(
+            Fn_compute_blocks=1, Bn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=9.0,
+            max_continuous_cached_steps=1,
+        )
+    },
+    "compile": {"compile": True},
+    "compile, fuse, fp8, mask": {
+        "compile": True, "fuse": True, "linear": {"algo": "fp8", "smallest": 0}, "cache": StepMaskConfig(mask="medium"),
+    },
+}  # fmt: skip
+
+
+def check_graphs(device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    """Captured and played graphs of each configuration, and what differed."""
+    from tiny import TINY, build
+
+    found: dict[str, Any] = {}
+    wrong: list[str] = []
+
+    def check(name: str, pipe: Any, requests: list[Any], variants: list[str]) -> None:
+        for variant in variants:
+            sections, label = GRAPHED[variant], f"{name}, {variant}"
+            torch.compiler.reset()
+            try:
+                accelerate(pipe, **{"attention": "sdpa", **sections})
+                for run in requests:  # kernels are timed and compiled
+                    run(pipe)
+                expected = [run(pipe) for run in requests]
+                accelerate(pipe, **{"attention": "sdpa", **sections}, cuda_graph=True)
+                same = [all(map(torch.equal, run(pipe), one)) for _ in range(3)
+                        for run, one in zip(requests, expected, strict=True)]  # fmt: skip
+                statistics = stats(pipe)
+                found[label] = {
+                    "same": same, "captured": statistics.graphs_captured, "replays": statistics.graph_replays,
+                }  # fmt: skip
+                if not all(same) or not statistics.graph_replays:
+                    wrong.append(f"{label}: {found[label]}")
+                restore(pipe)
+            except Exception as error:  # the other configurations are of interest too
+                wrong.append(f"{label}: {error!r}"[:500])
+                if vars(pipe).get("_diffusers_accel_session"):
+                    restore(pipe)
+            print(label, found.get(label), flush=True)
+
+    for name in ("flux", "wan22", "ltx2", "qwen", "cosmos", "cosmos3", "sd3", "flux2"):
+        entry, pipe = TINY[name], build(name).to(device)
+
+        def small(pipe: Any, entry: Any = entry, **size: Any) -> tuple[torch.Tensor, ...]:
+            moved = {key: item.to(device) for key, item in entry.call().items() if isinstance(item, torch.Tensor)}
+            out = entry.run(pipe, steps=6, **moved, **size)
+            return out if isinstance(out, tuple) else (out,)
+
+        larger = [lambda pipe, small=small: small(pipe, height=64)] if name in ("flux", "qwen", "sd3") else []
+        every = name in ("flux", "wan22")
+        check(name, pipe, [small, *larger], list(GRAPHED) if every else ["eager", "mask"])
+    for name, record in demo.CHECKPOINTS.items():
+        pipe = demo.load(name, torch.bfloat16).to(device)
+        pipe.set_progress_bar_config(disable=True)
+
+        def run(pipe: Any, record: Any = record) -> tuple[torch.Tensor, ...]:
+            generator = torch.Generator(device).manual_seed(0)
+            out = pipe(record.captions[0], generator=generator, output_type="pt", **record.arguments)
+            return (out.images if record.kind == "image" else out.frames,)
+
+        check(name, pipe, [run], ["auto", "dbcache", "compile, fuse, fp8, mask"])
+    return found, wrong
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="folder for the result")
     parser.add_argument("--skip-models", action="store_true")
+    parser.add_argument("--only", choices=["graphs"])
     options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda")
+    if options.only == "graphs":
+        graphs, wrong = check_graphs(device)
+        print(measure.write("check-gpu-graphs", {"graphs": graphs, "wrong": wrong}, options.out).read_text())
+        sys.exit(1 if wrong else 0)
     kernels, wrong = check_kernels(device)
     print("\n".join(wrong), flush=True)
     measure.write("check-gpu", {"kernels": kernels, "wrong": wrong}, options.out)  # kept should a model break off

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TaylorSeerConfig,
         TeaCacheConfig,
         VAEConfig,
+        WarmupConfig,
     )
     from .errors import AccelError, ConfigError, NotAccelerated, Unsupported
     from .kernels.attention import register_attention
@@ -65,6 +66,7 @@ _HOMES = {
         "TaylorSeerConfig",
         "TeaCacheConfig",
         "VAEConfig",
+        "WarmupConfig",
     ),
     "checkpoints.loading": ("from_pretrained",),
     "checkpoints.modelopt": ("CheckpointError",),
@@ -101,6 +103,7 @@ __all__ = [
     "TeaCacheConfig",
     "Unsupported",
     "VAEConfig",
+    "WarmupConfig",
     "accelerate",
     "calibrate",
     "explain",

@@ -192,18 +192,19 @@ def warmup(
     pipe: Pipe,
     resolutions: Sequence[tuple[int, int]] | None = None,
     num_frames: Sequence[int] | None = None,
-    num_inference_steps: int = 2,
+    num_inference_steps: int | None = None,
     **call: Any,
 ) -> Pipe:
     """Runs short requests over the product of sizes, so that later ones of these sizes compile and record nothing.
 
     Without a prompt of yours, the first size is run with a long one too: some models take prompts at their own length.
+    What is not given here is taken from the configuration's section `warmup`, if it has one.
 
     Args:
         pipe: An accelerated pipeline.
         resolutions: (height, width) in pixels; `None` takes the pipeline's default size.
         num_frames: Numbers of frames, for video.
-        num_inference_steps: Steps per request.
+        num_inference_steps: Steps per request; `None` takes 2, and 4 with CUDA graphs.
         call: Whatever else the pipeline needs to be called (an image, say). `prompt` and `negative_prompt` have
             defaults.
 
@@ -213,7 +214,12 @@ def warmup(
     """
     from tqdm.auto import tqdm
 
-    _session(pipe, "warmup")
+    config = _session(pipe, "warmup").config
+    if config.warmup is not None:
+        resolutions = resolutions or config.warmup.sizes
+        num_frames = num_frames or config.warmup.num_frames
+        num_inference_steps = num_inference_steps or config.warmup.num_inference_steps
+    steps = num_inference_steps or (4 if config.cuda_graph is not None else 2)
     sizes: Iterable[dict[str, int]] = [{"height": h, "width": w} for h, w in resolutions] if resolutions else [{}]
     frames: Iterable[dict[str, int]] = [{"num_frames": count} for count in num_frames] if num_frames else [{}]
     requests: list[dict[str, Any]] = [{**size, **count} for size in sizes for count in frames]
@@ -227,7 +233,7 @@ def warmup(
         for arguments in bar:
             bar.set_postfix_str(", ".join(f"{key} {value}" for key, value in arguments.items() if key != "prompt"))
             with torch.no_grad():
-                pipe(num_inference_steps=num_inference_steps, **{**call, **arguments})  # type: ignore[operator]
+                pipe(num_inference_steps=steps, **{**call, **arguments})  # type: ignore[operator]
     return pipe
 
 

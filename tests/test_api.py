@@ -219,6 +219,10 @@ def test_warmup_runs_every_size(flux):
     # Without a prompt, a long one too.
     warmup(flux, resolutions=[(32, 32), (32, 48)], **given)
     assert stats(flux).requests == 5
+    # What the configuration says.
+    accelerate(flux, attention="sdpa", warmup={"resolutions": ["32x32", "32x48", "48x32"], "num_inference_steps": 1})
+    warmup(flux, prompt="a fox", **given)
+    assert stats(flux).requests == 3 and stats(flux).steps_computed == 1
 
 
 class TestBadInput:

@@ -51,6 +51,9 @@ def test_frozen_and_keyword_only():
         ({"cache": {"kind": "teacache", "threshold": "much"}}, "cache.threshold"),
         ({"cache": {"kind": "teacache", "coefficients": [1, "a"]}}, "cache.coefficients"),
         ({"compile": {"fullgraph": 1}}, "compile.fullgraph"),
+        ({"warmup": {"resolutions": ["480 by 832"]}}, "'<height>x<width>'"),
+        ({"warmup": {"num_frames": [81.5]}}, "warmup.num_frames"),
+        ({"cuda_graph": {"limit": 0}}, "cuda_graph.limit: 1 or more"),
         ([1], "mapping"),
     ],
 )

@@ -27,7 +27,7 @@ from .cache import (
     TeaCacheConfig,
 )
 from .reading import read_yaml
-from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig
+from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig, WarmupConfig
 
 __all__ = [
     "CACHE_CONFIGS",
@@ -52,5 +52,6 @@ __all__ = [
     "TaylorSeerConfig",
     "TeaCacheConfig",
     "VAEConfig",
+    "WarmupConfig",
     "read_yaml",
 ]

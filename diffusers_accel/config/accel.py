@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigError, nearest
 from .cache import CACHE_CONFIGS, CacheConfig, PABConfig
 from .reading import plain, read_yaml, section_of
-from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig
+from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig, WarmupConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class AccelConfig:
     cuda_graph: CudaGraphConfig | None = field(default=None, metadata={"section": CudaGraphConfig})
     cache: CacheConfig | PABConfig | None = field(default=None, metadata={"section": CACHE_CONFIGS})
     vae: VAEConfig | None = field(default=None, metadata={"section": VAEConfig})
+    warmup: WarmupConfig | None = field(default=None, metadata={"section": WarmupConfig})
 
     def __post_init__(self) -> None:
         for entry in fields(self):

@@ -97,8 +97,9 @@ def _checked(section: str, holder: Any, item: dataclasses.Field) -> Any:
     for kind in typing.get_args(annotation) if _is_union(annotation) else (annotation,):
         origin = typing.get_origin(kind) or kind
         if origin is tuple and isinstance(value, (list, tuple)):
-            if typing.get_args(kind)[0] is str:
-                if all(isinstance(item, str) for item in value):
+            of = typing.get_args(kind)[0]
+            if of in (str, int):
+                if all(isinstance(item, of) and not isinstance(item, bool) for item in value):
                     return tuple(value)
             elif all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in value):
                 return tuple(float(number) for number in value)

@@ -223,3 +223,37 @@ class VAEConfig:
     compile: bool = False
 
     _shorthand: typing.ClassVar[str | None] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupConfig:
+    """What `warmup(pipe)` runs when it is not told: the sizes that a server, say, is to answer at once.
+
+    Args:
+        resolutions: Pixels, each as `"<height>x<width>"`; `None` takes the pipeline's default size.
+        num_frames: Numbers of frames, for video; `None` takes the pipeline's default.
+        num_inference_steps: Steps of each request; `None` takes as few as there is something new in.
+
+    Raises:
+        ConfigError: A resolution is not of that form.
+    """
+
+    resolutions: tuple[str, ...] | None = None
+    num_frames: tuple[int, ...] | None = None
+    num_inference_steps: int | None = None
+
+    _shorthand: typing.ClassVar[str | None] = None
+
+    @property
+    def sizes(self) -> list[tuple[int, int]] | None:
+        """(height, width) of each resolution."""
+        if self.resolutions is None:
+            return None
+        return [(int(height), int(width)) for height, _, width in (text.partition("x") for text in self.resolutions)]
+
+    def validate(self) -> None:
+        """Checks what types alone do not say."""
+        for text in self.resolutions or ():
+            height, _, width = text.partition("x")
+            if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
+                raise ConfigError(f"warmup.resolutions: '<height>x<width>', '480x832' say, got {text!r}.")
