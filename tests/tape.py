@@ -31,8 +31,11 @@ class Tape(TorchDispatchMode):
 class TapeRecorder:
     """A `Recorder` for the CPU."""
 
-    def __init__(self, pool):
+    def __init__(self, pool, device):
         assert pool == "a pool"
+
+    def prepare(self, function):
+        function()
 
     def record(self, function):
         self.tape = Tape()

@@ -13,9 +13,18 @@ import torch
 
 
 class Recorder(Protocol):
-    """Records one function, and plays it again."""
+    """Records one function, and plays it again.
 
-    def __init__(self, pool: Any): ...
+    Args:
+        pool: What `pool` returned.
+        device: Where the function works.
+    """
+
+    def __init__(self, pool: Any, device: torch.device): ...
+
+    def prepare(self, function: Callable[[], list[torch.Tensor]]) -> None:
+        """Runs the function as it is, so that whatever it does only the first time is done."""
+        ...
 
     def record(self, function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
         """Runs the function without its effect on the GPU, and returns the tensors that a replay fills."""
@@ -34,12 +43,20 @@ class Recorder(Protocol):
 class CudaRecorder:
     """A CUDA graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)."""
 
-    def __init__(self, pool: Any):
-        self._pool, self._graph = pool, torch.cuda.CUDAGraph()
+    def __init__(self, pool: Any, device: torch.device):
+        self._pool, self._device, self._graph = pool, device, torch.cuda.CUDAGraph()
+
+    def prepare(self, function: Callable[[], list[torch.Tensor]]) -> None:
+        """See `Recorder`. On a stream of its own, as libraries keep memory for each."""
+        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            function()
+        current.wait_stream(stream)
 
     def record(self, function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
         """See `Recorder`."""
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, pool=self._pool):
             return function()
 
     def replay(self) -> None:
@@ -73,6 +90,10 @@ class Recording:
     ):
         self._inputs = [_like(item) for item in inputs]
         self._recorder = recorder
+        self._copy(inputs)
+        recorder.prepare(lambda: function(self._inputs))
+        # Written again: what was kept for these tensors while preparing is no part of the recording, and their new
+        # version says so to whoever kept it.
         self._copy(inputs)
         self._outputs = recorder.record(lambda: function(self._inputs))
 

@@ -364,21 +364,24 @@ class Graphs:
     ) -> Segment:  # fmt: skip
         places = {key: place for place, key in enumerate(order)}
         result: list[Any] = []
+        counts, made = self.target.attention_calls, Counter[str]()
 
         def function(static: list[torch.Tensor]) -> list[torch.Tensor]:
             given = [static[places[id(item)]] if isinstance(item, torch.Tensor) else item for item in leaves]
+            before = Counter(counts)
             found, structure = pytree.tree_flatten(_run(calls, pytree.tree_unflatten(given, form[0])))
             result[:] = structure, [_TENSOR if isinstance(item, torch.Tensor) else item for item in found]
+            # Calls are counted when they are played.
+            made.clear()
+            made.update(counts)
+            made.subtract(before)
+            counts.clear()
+            counts.update(before)
             return [item for item in found if isinstance(item, torch.Tensor)]
 
         if self._pool is None:
             self._pool = self._recorder.pool()
-        counts, before = self.target.attention_calls, Counter(self.target.attention_calls)
-        recording = Recording(inputs, function, self._recorder(self._pool))
-        made = Counter(counts)
-        made.subtract(before)
-        counts.clear()
-        counts.update(before)
+        recording = Recording(inputs, function, self._recorder(self._pool, inputs[0].device))
         return Segment(recording, form, (result[0], result[1]), +made)
 
     # --- kinds of calls -----------------------------------------------------------------------------------------------
