@@ -56,7 +56,10 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
         """See `Recorder`."""
-        with torch.cuda.device(self._device), torch.cuda.graph(self._graph, pool=self._pool):
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
             return function()
 
     def replay(self) -> None:
