@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "exact": {"attention": "auto"},
     "exact, compiled": {"attention": "auto", "compile": True},
     "exact, compiled, graphs": {"attention": "auto", "compile": True, "cuda_graph": True},
+    "exact, compiled, rewritten": {"attention": "auto", "compile": {"rewrites": True}},
     "fp8, compiled": {"attention": "auto", "linear": "fp8", "compile": True},
     "fp8, fused, compiled": {"attention": "auto", "linear": "fp8", "fuse": True, "compile": True},
     "fp8, fa3-fp8": {"attention": "fa3-fp8", "linear": "fp8"},

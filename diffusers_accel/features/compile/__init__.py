@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import CompileConfig
-from ..core.chain import Chain
-from ..core.edits import AddLayer, Edit
-from ..errors import Unsupported
-from .feature import Plan, Target
+from ...config import CompileConfig
+from ...core.chain import Chain
+from ...core.edits import AddLayer, Edit
+from ...errors import Unsupported
+from ..feature import Plan, Target
 
 _RECOMPILE_LIMIT = 64
 
@@ -86,6 +86,12 @@ def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Calla
         "mode": _mode(config),
         "options": dict(config.options) if config.options else None,
     }
+    if config.rewrites and config.backend == "inductor":
+        from .rewrites import Rewrites
+
+        # A mode stands for options, and torch takes one or the other.
+        own = torch._inductor.list_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
+        options |= {"mode": None, "options": {**own, "pre_grad_custom_pass": Rewrites()}}
     if _plain(module):
         kind = type(module)
         if kind not in shared:

@@ -1,0 +1,95 @@
+"""Rewrites of a block's graph: what they find in stock blocks, and that the result is the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import TINY, build
+
+from diffusers_accel import CompileConfig, accelerate
+from diffusers_accel.features.compile import rewrites
+from diffusers_accel.kernels.linear.epilogue import linear_gelu, linear_of_parts
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Rewrites on the CPU too, run by a backend that keeps the graphs; what operators are in them."""
+    monkeypatch.setattr(rewrites, "_KINDS", [("cpu", torch.float32)])
+    found: Counter[str] = Counter()
+
+    def backend(module, inputs):
+        rewrites.Rewrites()(module.graph)
+        module.recompile()
+        found.update(str(node.target) for node in module.graph.nodes if "diffusers_accel" in str(node.target))
+        return module.forward
+
+    torch._dynamo.register_backend(backend, name="rewritten")
+    torch.compiler.reset()
+    yield found
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("rewritten")
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "gelu", "parts"),
+    [("flux", 3, 1), ("wan", 1, 0), ("qwen", 2, 0), ("sd3", 2, 0), ("cosmos", 0, 0), ("flux2", 0, 1)],
+)
+def test_stock_blocks(name, gelu, parts, seen):
+    """Of a graph for each class of blocks: their feed-forwards, and FLUX's layers of two tensors. Cosmos has GELU in
+    its exact form, FLUX.2 a gated one."""
+    entry, pipe = TINY[name], build(name)
+    stock = entry.run(pipe, steps=2)
+    accelerate(pipe, compile=CompileConfig(backend="rewritten"))
+    torch.testing.assert_close(entry.run(pipe, steps=2), stock, atol=1e-4, rtol=1e-4)
+    graphs = seen["diffusers_accel.linear_gelu.default"], seen["diffusers_accel.linear_of_parts.default"]
+    assert graphs >= (gelu, parts) and bool(graphs[0]) == bool(gelu) and bool(graphs[1]) == bool(parts), seen
+
+
+def test_what_is_left_as_it_is(seen):
+    """A product or a concatenation that something else reads too, another form, another dimension."""
+    weight, bias = torch.randn(6, 4), torch.randn(6)
+    tall = torch.randn(6, 8)
+
+    def block(x):
+        product = F.linear(x, weight, bias)
+        both = torch.cat([x, x], -1)
+        stacked = torch.cat([x, x], 0)
+        wide = F.linear(both, tall, bias), F.linear(stacked, weight, bias)
+        exact, plain = F.gelu(F.linear(x, weight, bias)), F.gelu(F.linear(x, weight), approximate="tanh")
+        return product, F.gelu(product, approximate="tanh"), both, *wide, exact, plain
+
+    x = torch.randn(3, 4)
+    found = torch.compile(block, backend="rewritten")(x)
+    assert all(map(torch.equal, found, block(x))) and not seen
+
+
+def test_operators():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    weight, bias = torch.randn(6, 9, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    sums = torch.einsum("abk,nk->abn", torch.cat([x, y], -1), weight) + bias
+    torch.testing.assert_close(linear_of_parts([x, y], weight, bias), sums)
+    tanh = 0.5 * sums * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (sums + 0.044715 * sums**3)))
+    torch.testing.assert_close(linear_gelu(torch.cat([x, y], -1), weight, bias), tanh)
+    for operator, args in ((linear_of_parts, ([x, y], weight, bias)), (linear_gelu, (x, weight[:, :4], bias))):
+        torch.library.opcheck(operator, args)
+
+
+def test_inductor_takes_them(monkeypatch, tmp_path):
+    """As inductor's own pass, on the CPU, with its modes."""
+    monkeypatch.setattr(rewrites, "_KINDS", [("cpu", torch.float32)])
+    ran = []
+    monkeypatch.setattr(rewrites.Rewrites, "uuid", lambda self: "a test")
+    stock_call = rewrites.Rewrites.__call__
+    monkeypatch.setattr(rewrites.Rewrites, "__call__", lambda self, graph: (ran.append(1), stock_call(self, graph))[1])
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    entry, pipe = TINY["wan"], build("wan")
+    stock = entry.run(pipe, steps=1)
+    accelerate(pipe, compile=CompileConfig(rewrites=True))
+    torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
+    assert ran
+    torch.compiler.reset()
