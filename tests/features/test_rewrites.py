@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -78,6 +79,7 @@ def test_operators():
         torch.library.opcheck(operator, args)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 def test_inductor_takes_them(monkeypatch, tmp_path):
     """As inductor's own pass, on the CPU, with its modes."""
     monkeypatch.setattr(rewrites, "_KINDS", [("cpu", torch.float32)])
@@ -89,7 +91,8 @@ def test_inductor_takes_them(monkeypatch, tmp_path):
     torch.compiler.reset()
     entry, pipe = TINY["wan"], build("wan")
     stock = entry.run(pipe, steps=1)
-    accelerate(pipe, compile=CompileConfig(rewrites=True))
-    torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
-    assert ran
+    for _ in range(2):
+        accelerate(pipe, compile=CompileConfig(rewrites=True))
+        torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
+    assert len(ran) == 1, "accelerated again, it finds what was compiled"
     torch.compiler.reset()

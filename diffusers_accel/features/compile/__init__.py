@@ -87,11 +87,11 @@ def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Calla
         "options": dict(config.options) if config.options else None,
     }
     if config.rewrites and config.backend == "inductor":
-        from .rewrites import Rewrites
+        from .rewrites import REWRITES
 
         # A mode stands for options, and torch takes one or the other.
         own = torch._inductor.list_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
-        options |= {"mode": None, "options": {**own, "pre_grad_custom_pass": Rewrites()}}
+        options |= {"mode": None, "options": {**own, "pre_grad_custom_pass": REWRITES}}
     if _plain(module):
         kind = type(module)
         if kind not in shared:

@@ -44,6 +44,10 @@ class Rewrites(CustomGraphPass):
         return _VERSION
 
 
+# One for all: compiled code is found again by the very object it was compiled with.
+REWRITES = Rewrites()
+
+
 def _activated(graph: Graph, node: Any) -> None:
     """gelu(linear(x)) in one."""
     [source], form = node.args, node.kwargs.get("approximate")
