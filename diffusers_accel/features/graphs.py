@@ -95,12 +95,13 @@ class Source:
     name: str | None = None
     constant: Any = None
 
-    def holds(self, value: Any, streams: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    def holds(self, value: Any, running: Running) -> bool:
         """Whether an argument comes from there."""
         if self.stream is not None:
-            return value is streams[self.stream]
+            held = running.streams[self.stream]
+            return value is held and _version(value) == running.versions[self.stream]
         if self.name is not None:
-            return value is given[self.name]
+            return value is running.given[self.name]
         return isinstance(value, _CONSTANTS) and value == self.constant
 
     def value(self, streams: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
@@ -173,6 +174,13 @@ class Kind:
     segments: dict[int, Segment] = field(default_factory=dict)
     why: str | None = None
 
+    def forget(self) -> None:
+        """Drops what was seen while watching."""
+        self.heads.clear()
+        self.ends.clear()
+        self.sources.clear()
+        self.cuts = 0
+
 
 @dataclass
 class Running:
@@ -183,6 +191,7 @@ class Running:
         order: Blocks called so far, while the call is watched.
         given: What the segment's first block was given.
         streams: What the block before returned, or handed on.
+        versions: Of these, to see whether somebody wrote to them.
         pending: The segment's calls so far.
         head: Its first block.
         ended: Whether the block before was a segment's last, while the call is watched.
@@ -193,8 +202,20 @@ class Running:
     ended: bool = True
     given: dict[str, Any] = field(default_factory=dict)
     streams: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
     pending: list[Call] = field(default_factory=list)
     head: int = 0
+
+    def hand_on(self, streams: dict[str, Any]) -> None:
+        """Takes what the next block is to be given."""
+        self.streams, self.versions = streams, {name: _version(value) for name, value in streams.items()}
+
+    def stream_of(self, value: Any) -> str | None:
+        """Which stream a value is, if nobody has written to it."""
+        for name, held in self.streams.items():
+            if value is held and _version(value) == self.versions[name]:
+                return name
+        return None
 
 
 class Graphs:
@@ -213,6 +234,7 @@ class Graphs:
         self._running: Running | None = None
         self._request = 0
         self._weights: Hashable = None
+        self._adapters: list[tuple[Any, tuple[str, ...]]] = []
         self._why: str | None = None
         self._warned: set[str] = set()
         self._recorder = RECORDERS[denoiser.device.type]
@@ -234,6 +256,8 @@ class Graphs:
         kind = self._kind(args, kwargs)
         if kind is None:
             return inner(*args, **kwargs)
+        if not kind.watched:
+            kind.forget()  # an earlier call may have broken off
         self._running = running = Running(kind)
         try:
             out = inner(*args, **kwargs)
@@ -292,7 +316,7 @@ class Graphs:
                 _shape(value) != _shape(given.get(name)) for name, value in zip(stack.streams, returned, strict=True)
             )
         )
-        running.streams = {} if running.ended else dict(zip(stack.streams, returned, strict=True))
+        running.hand_on({} if running.ended else dict(zip(stack.streams, returned, strict=True)))
         if running.ended:
             kind.ends.add(number)
         running.order.append(number)
@@ -301,10 +325,7 @@ class Graphs:
         """Ends the watching, if every block was called once."""
         kind.watched = set(order) == self._blocks and len(order) == len(self._blocks)
         if not kind.watched:
-            kind.heads.clear()
-            kind.ends.clear()
-            kind.sources.clear()
-            kind.cuts = 0
+            kind.forget()
             # On a step that a cache skips this is as it should be.
             step = self.target.clock.current
             if step is not None and step.mode is Mode.FULL:
@@ -322,13 +343,13 @@ class Graphs:
         kind = running.kind
         if number in kind.heads:
             running.head, running.given, running.pending = number, given, []
-            running.streams = {name: given.get(name) for name in call.streams}
+            running.hand_on({name: given.get(name) for name in call.streams})
         elif not running.pending:
             raise RuntimeError(_changed(self.denoiser, "another order of blocks"))
         if given.keys() != call.sources.keys():
             raise RuntimeError(_changed(self.denoiser, "other arguments than before"))
         for name, value in given.items():
-            if not call.sources[name].holds(value, running.streams, running.given):
+            if not call.sources[name].holds(value, running):
                 raise RuntimeError(_changed(self.denoiser, f"another {name!r} between two blocks"))
         running.pending.append(call)
         if number in kind.ends:
@@ -394,6 +415,8 @@ class Graphs:
         if step.request != self._request:
             self._request, self.replays = step.request, 0
             self._look_at_weights()
+        elif any(_adapter(module) != state for module, state in self._adapters):
+            self._look_at_weights()  # a callback may change an adapter's scale between two steps
         if self._why is not None:
             return None
         modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self.denoiser.device.type)
@@ -408,7 +431,7 @@ class Graphs:
 
     def _look_at_weights(self) -> None:
         """Drops everything recorded if a weight has moved or an adapter has changed; finds what forbids recording."""
-        self._why, found = None, []
+        self._why, self._adapters, found = None, [], []
         for path, module in self.denoiser.module.named_modules():
             hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
             if "_hf_hook" in vars(module) or any("offload" in name for name in hooks):
@@ -418,10 +441,8 @@ class Graphs:
             tensors = (*module._parameters.values(), *module._buffers.values())
             found.append((id(module), module.training, *(_address(item) for item in tensors if item is not None)))
             if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
-                state: Any = module
-                names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
-                found.append(tuple(str(getattr(state, name, None)) for name in names))
-        weights = tuple(found)
+                self._adapters.append((module, _adapter(module)))
+        weights = (*found, *(state for _, state in self._adapters))
         if weights != self._weights or self._why is not None:
             self.kinds.clear()
             self._pool, self._weights = None, weights
@@ -448,11 +469,18 @@ def _source(value: Any, running: Running) -> Source | None:
     """Where an argument comes from; `None` if from elsewhere."""
     if isinstance(value, _CONSTANTS):
         return Source(constant=value)
-    for places, kind in ((running.streams, "stream"), (running.given, "name")):
-        for name, held in places.items():
-            if value is held:
-                return Source(**{kind: name})
-    return None
+    stream = running.stream_of(value)
+    if stream is not None:
+        return Source(stream=stream)
+    # A stream that was written to is no longer what the first block was given either.
+    if any(value is held for held in running.streams.values()):
+        return None
+    return next((Source(name=name) for name, held in running.given.items() if value is held), None)
+
+
+def _version(value: Any) -> int:
+    """How often somebody wrote to a tensor; 0 where that is not counted."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def _shape(value: Any) -> tuple[Any, ...]:
@@ -464,6 +492,12 @@ def _changed(denoiser: Denoiser, what: str) -> str:
         f"cuda_graph: {denoiser} went through its blocks with {what}, though it was called alike; a graph would be "
         "wrong. Instead: cuda_graph=None for this model."
     )
+
+
+def _adapter(module: Any) -> tuple[str, ...]:
+    """What a LoRA layer does besides its weights."""
+    names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+    return tuple(str(getattr(module, name, None)) for name in names)
 
 
 def _address(item: torch.Tensor) -> int:

@@ -28,6 +28,7 @@ from diffusers_accel import (
     warmup,
 )
 from diffusers_accel.core import graphs
+from diffusers_accel.core.chain import Chain, Layer
 from diffusers_accel.kernels.attention import KERNELS
 
 FAMILIES = ["flux", "flux-true-cfg", "flux2", "wan", "wan22", "ltx2", "qwen", "cosmos", "cosmos-predict25", "cosmos3",
@@ -215,6 +216,46 @@ def test_an_adapters_scale():
     assert all(same(one, other) for one, other in zip(runs(), stock, strict=True))
     assert not same(stock[0], stock[1])
     assert stats(pipe).graph_replays
+
+
+def test_an_adapters_scale_that_changes_within_a_request():
+    from peft import LoraConfig
+
+    entry, pipe = TINY["flux"], build("flux")
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "proj_out"], init_lora_weights=False), "one")
+
+    def fade(pipe, step, timestep, kwargs):
+        pipe.set_adapters("one", 1.0 - 0.2 * step)
+        return kwargs
+
+    pipe.set_adapters("one", 1.0)
+    stock = entry.run(pipe, steps=4, callback_on_step_end=fade)
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    for _ in range(2):
+        pipe.set_adapters("one", 1.0)
+        assert same(entry.run(pipe, steps=4, callback_on_step_end=fade), stock)
+
+
+def test_streams_that_are_written_to_between_blocks():
+    """In place the tensor stays the same, and its values do not."""
+    entry, pipe = TINY["flux"], build("flux")
+
+    def add(inner, *args, **kwargs):
+        kwargs["hidden_states"].add_(0.5)
+        return inner(*args, **kwargs)
+
+    chain, layer = Chain.around(pipe.transformer.single_transformer_blocks[1]), Layer(99, add)
+    chain.add(layer)
+    try:
+        expected = entry.run(pipe, steps=4)
+    finally:
+        chain.remove(layer)
+    plain = entry.run(pipe, steps=4)
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    Chain.around(pipe.transformer.single_transformer_blocks[1]).add(layer)
+    for _ in range(2):
+        assert same(entry.run(pipe, steps=4), expected)
+    assert stats(pipe).graphs_captured == 3 and not same(plain, expected)
 
 
 def test_hooks_are_called():
