@@ -11,12 +11,14 @@ The rules with the highest PSNR at their share of steps are drawn to docs/cachin
     python benchmarks/caching.py --only flux-shapes
     python benchmarks/caching.py --jobs 8              # so many processes beside each other
     python benchmarks/caching.py --only wan-shapes --orders 0   # without prediction, an hour on two cores
+    python benchmarks/caching.py --only wan-shapes --orders 0 --rules mask cache-dit    # the rest of one broken off
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import multiprocessing
 import statistics
 import time
@@ -195,14 +197,16 @@ def row(task: tuple[str, int, str, Any]) -> tuple[str, dict[str, Any] | None]:
     return label, found
 
 
-def evaluate(name: str, count: int, jobs: int, orders: list[int], write: Any) -> dict[str, Any]:
-    wanted = tuple(f"order {order}" for order in orders)
+def evaluate(
+    name: str, count: int, jobs: int, orders: list[int], wanted: list[str] | None, rows: dict[str, Any], write: Any
+) -> dict[str, Any]:
+    """All rows: those given, and those of the rules and orders that are wanted."""
+    ends, begins = tuple(f"order {order}" for order in orders), tuple(wanted or [""])
     tasks = [
         (name, count, label, config)
         for label, config in [*rules(name), *rivals()]
-        if "order" not in label or label.endswith(wanted)
+        if ("order" not in label or label.endswith(ends)) and label.startswith(begins) and label not in rows
     ]
-    rows = {}
     with multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (measure.cores(jobs),)) as pool:
         for label, found in pool.imap(row, tasks):
             if found is not None:
@@ -253,6 +257,7 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(demo.CHECKPOINTS))
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1, 2], help="of the prediction, these alone")
+    parser.add_argument("--rules", nargs="+", help="whose labels begin so, beside the rows that the result has already")
     parser.add_argument("--jobs", type=int, default=1, help="processes beside each other")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result and the picture")
     options = parser.parse_args()
@@ -261,7 +266,10 @@ def main() -> None:
         def write(found: dict[str, Any], name: str = name) -> Path:
             return measure.write(f"caching-{name}", {name: found}, options.out)
 
-        found = evaluate(name, options.count, options.jobs, options.orders, write)
+        file, kept = (options.out or measure.RESULTS) / f"caching-{name}.json", {}
+        if options.rules and file.exists():
+            kept = json.loads(file.read_text())[name]["rules"]
+        found = evaluate(name, options.count, options.jobs, options.orders, options.rules, kept, write)
         print(write(found))
         draw(name, found["rules"], (options.out or DOCS) / f"caching-{name}.png")
 
