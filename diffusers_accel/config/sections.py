@@ -169,7 +169,7 @@ class CompileConfig:
             concatenation before a product. In 16 bits on CUDA; the same up to rounding.
 
     Raises:
-        ConfigError: Options are given beside a mode, which stands for options itself.
+        ConfigError: Options are given beside a mode, which stands for options itself; or rewrites for another backend.
     """
 
     mode: str = "default"
@@ -185,6 +185,8 @@ class CompileConfig:
         """Checks what types alone do not say."""
         if self.options and self.mode not in ("auto", "default"):
             raise ConfigError(f"compile: options or mode={self.mode!r}, not both: a mode stands for options itself.")
+        if self.rewrites and self.backend != "inductor":
+            raise ConfigError(f"compile: rewrites are inductor's alone, not backend={self.backend!r}'s.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +240,7 @@ class WarmupConfig:
         num_inference_steps: Steps of each request; `None` takes as few as there is something new in.
 
     Raises:
-        ConfigError: A resolution is not of that form.
+        ConfigError: A resolution is not of that form, or a number is below 1.
     """
 
     resolutions: tuple[str, ...] | None = None
@@ -260,3 +262,11 @@ class WarmupConfig:
             height, _, width = text.partition("x")
             if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
                 raise ConfigError(f"warmup.resolutions: '<height>x<width>', '480x832' say, got {text!r}.")
+        if any(
+            number < 1
+            for number in (
+                *(self.num_frames or ()),
+                1 if self.num_inference_steps is None else self.num_inference_steps,
+            )
+        ):
+            raise ConfigError("warmup: num_frames and num_inference_steps are 1 or more.")

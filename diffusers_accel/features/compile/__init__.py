@@ -86,7 +86,7 @@ def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Calla
         "mode": _mode(config),
         "options": dict(config.options) if config.options else None,
     }
-    if config.rewrites and config.backend == "inductor":
+    if config.rewrites:
         from .rewrites import REWRITES
 
         # A mode stands for options, and torch takes one or the other.
