@@ -227,7 +227,8 @@ def warmup(
         if "prompt" not in call:
             requests.insert(1, {**requests[0], "prompt": " ".join(["warm"] * 12)})
         takes = inspect.signature(type(pipe).__call__).parameters  # type: ignore[operator]
-        negative = {"negative_prompt": "warm-up"} if "negative_prompt" in takes else {}
+        own = "negative_prompt" in takes and "negative_prompt_embeds" not in call
+        negative = {"negative_prompt": "warm-up"} if own else {}
         call = {"prompt": "warm-up", **negative, **call}
     with tqdm(requests, desc="warm-up") as bar:
         for arguments in bar:

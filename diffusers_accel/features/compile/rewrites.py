@@ -50,8 +50,13 @@ REWRITES = Rewrites()
 
 def _activated(graph: Graph, node: Any) -> None:
     """gelu(linear(x)) in one."""
-    [source], form = node.args, node.kwargs.get("approximate")
-    if form != "tanh" or not _is(source, _LINEAR) or len(source.users) > 1 or not _fits(source):
+    source = node.args[0] if node.args else node.kwargs["input"]
+    if (
+        node.kwargs.get("approximate") != "tanh"
+        or not _is(source, _LINEAR)
+        or len(source.users) > 1
+        or not _fits(source)
+    ):
         return
     x, weight, bias = _arguments(source)
     if bias is None:
