@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import TINY, build
+from tiny import TINY, build, tensors
 
 from diffusers_accel import (
     AccelConfig,
@@ -47,10 +47,6 @@ def second():
     yield
     KERNELS._records.clear()
     KERNELS._records.update(before)
-
-
-def tensors(output):
-    return output if isinstance(output, tuple) else (output,)
 
 
 def assert_close(found, expected):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TINY, build
+from tiny import TINY, build, tensors
 
 from diffusers_accel import AccelConfig, CompileConfig, TeaCacheConfig, accelerate, restore, stats
 from diffusers_accel.models import MAGCACHE_ROWS, TEACACHE_ROWS, Checkpoint, adapter_for
@@ -151,10 +151,6 @@ REQUESTS = {
 EAGER = teacache(0.6, (1.0, 0.0))
 # The signal of the random time embedder changes by about 1 per step.
 EAGER_WAN = teacache(1.6, (1.0, 0.0))
-
-
-def tensors(output):
-    return output if isinstance(output, tuple) else (output,)
 
 
 def assert_same(found, expected):

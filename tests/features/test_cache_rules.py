@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TINY, build
+from tiny import TINY, build, same
 
 from diffusers_accel import (
     CompileConfig,
@@ -60,14 +60,6 @@ SKIPPING = {
     "interval": IntervalConfig(interval=2),
 }
 STEPS = 6
-
-
-def tensors(output):
-    return output if isinstance(output, tuple) else (output,)
-
-
-def same(found, expected):
-    return all(torch.equal(one, other) for one, other in zip(tensors(found), tensors(expected), strict=True))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

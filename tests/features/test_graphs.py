@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from tape import TapeRecorder
-from tiny import TINY, build
+from tiny import TINY, build, same
 
 from diffusers_accel import (
     AttentionConfig,
@@ -39,14 +39,6 @@ STEPS = 6
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, "cpu", TapeRecorder)
-
-
-def tensors(output):
-    return output if isinstance(output, tuple) else (output,)
-
-
-def same(found, expected):
-    return all(torch.equal(one, other) for one, other in zip(tensors(found), tensors(expected), strict=True))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import TINY, build
+from tiny import TINY, build, tensors
 from torch import nn
 
 from diffusers_accel import (
@@ -29,10 +29,6 @@ ALGOS = ["fp8", "fp8-tensor", "int8", "nvfp4", "svdq-nvfp4"]
 BOUNDS = {"fp8": 0.3, "fp8-tensor": 0.3, "int8": 0.12, "nvfp4": 0.35, "svdq-nvfp4": 0.01}
 # Everything inside the blocks, however small the tiny models are.
 ALL = {"smallest": 0}
-
-
-def tensors(output):
-    return output if isinstance(output, tuple) else (output,)
 
 
 def denoisers(pipe):

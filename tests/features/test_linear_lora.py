@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import TINY, build
+from tiny import TINY, build, tensors
 
 from diffusers_accel import accelerate, restore
 from diffusers_accel.kernels.linear import QuantizedLinear
@@ -16,10 +16,6 @@ pytest.importorskip("peft")
 MODELS = {"flux": ["to_q", "to_k", "proj_out"], "wan": ["to_q", "to_v", "ffn.net.2"]}
 # How near: 4-bit weights leave the activations alone, 8-bit layers round what they are given.
 ALGOS = {"nvfp4": 1e-4, "int8": 0.12}
-
-
-def tensors(output):
-    return output if isinstance(output, tuple) else (output,)
 
 
 def difference(found, expected):

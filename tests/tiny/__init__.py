@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 
+import torch
+
 from .components import TinyPipeline
 
 _MODULES = ("flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3", "others")
@@ -29,4 +31,14 @@ def build(name: str, seed: int = 0):
     return TINY[name].build(seed)
 
 
-__all__ = ["TINY", "TinyPipeline", "build"]
+def tensors(output) -> tuple:
+    """What a run gave, as a tuple: some pipelines give several tensors."""
+    return output if isinstance(output, tuple) else (output,)
+
+
+def same(found, expected) -> bool:
+    """Whether two runs gave the same, to the bit."""
+    return all(torch.equal(one, other) for one, other in zip(tensors(found), tensors(expected), strict=True))
+
+
+__all__ = ["TINY", "TinyPipeline", "build", "same", "tensors"]
