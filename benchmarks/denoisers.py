@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+from flux import TRANSFORMER
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,6 @@ def _ltx2(random: Any) -> dict[str, Any]:
     }
 
 
-_FLUX = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
 MODELS = {
     "wan": Model(
         "WanTransformer3DModel",
@@ -149,9 +139,11 @@ MODELS = {
         _wan_5b,
         "Wan2.2 TI2V 5B shape, 704x1280, 121 frames, batch 1",
     ),
-    "flux": Model("FluxTransformer2DModel", "FluxPipeline", _FLUX, _flux(1024), "FLUX.1-dev shape, 1024x1024, batch 1"),
+    "flux": Model(
+        "FluxTransformer2DModel", "FluxPipeline", TRANSFORMER, _flux(1024), "FLUX.1-dev shape, 1024x1024, batch 1"
+    ),
     "flux-512": Model(
-        "FluxTransformer2DModel", "FluxPipeline", _FLUX, _flux(512), "FLUX.1-dev shape, 512x512, batch 1"
+        "FluxTransformer2DModel", "FluxPipeline", TRANSFORMER, _flux(512), "FLUX.1-dev shape, 512x512, batch 1"
     ),
     "qwen": Model(
         "QwenImageTransformer2DModel",

@@ -410,7 +410,10 @@ class Graphs:
     def _kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kind | None:
         """The kind of this call; `None` where it is to be run as it is."""
         step = self.target.clock.current
-        if step is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if step is None or torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled():
+            self._say("gradients are recorded")
             return None
         if step.request != self._request:
             self._request, self.replays = step.request, 0

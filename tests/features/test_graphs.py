@@ -293,6 +293,23 @@ def test_compiled_blocks_are_recorded(sections):
     assert stats(pipe).graph_replays == 8
 
 
+def test_gradients_are_recorded():
+    entry, pipe = TINY["flux"], build("flux")
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    entry.run(pipe, steps=3)
+    given = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs), with_kwargs=True
+    )
+    entry.run(pipe, steps=1)
+    handle.remove()
+    weight = pipe.transformer.single_transformer_blocks[0].proj_out.weight.requires_grad_()
+    with torch.enable_grad(), pytest.warns(UserWarning, match="gradients are recorded"):
+        out = pipe.transformer(**given[0])[0]
+    out.sum().backward()
+    assert weight.grad.abs().sum() > 0
+
+
 def test_a_request_that_breaks_off():
     entry, pipe = TINY["flux"], build("flux")
     stock = entry.run(pipe, steps=4)
