@@ -1,221 +1,26 @@
-"""CUDA graphs: runs of blocks are launched in one call each, so that the GPU never waits for Python.
-
-A graph covers a run of blocks of one stack: a *segment*. Python still goes through the stock forward: what it does
-before, between and after the segments stays as it is, and so do caches, whose gates stand around the blocks; a skipped
-step plays no graph, and a computed one the same as ever. Within a segment the blocks before the last hand their streams
-on, and the last one plays the graph of them all.
-
-That is right only if nobody touches the streams on their way. The first call of a kind is therefore run as it is and
-watched: a segment ends where a block is given anything that is neither what the block before it returned, nor what the
-segment's first block was given, nor a constant (ControlNet's additions, say); where a cache looks at the streams; and
-where a stack ends. The second call records, later ones play. A call's kind is the form of all its arguments (shapes,
-types, strides, and values of what is no tensor), with what other features do by the step (`Target.phases`). Weights are
-looked at when a request begins: if one has moved, or an adapter's scale has changed, everything is recorded anew.
-"""
+"""The graphs of one denoiser: a first call of each kind is watched, a second recorded, later ones are played."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..config import CudaGraphConfig
-from ..core.edits import AddLayer, Edit
-from ..core.graphs import RECORDERS, Recording
-from ..core.step import Mode
-from ..errors import Unsupported
-from ..models import Stack
-from ..models.adapter import parameter_names
-from .feature import Denoiser, Plan, Target, refuse_offloaded
+from ...config import CudaGraphConfig
+from ...core.graphs import RECORDERS, Recording
+from ...core.step import Mode
+from ...models import Stack
+from ...models.adapter import parameter_names
+from ..feature import Denoiser, Target
+from .segments import CONSTANTS, Call, Kind, Running, Segment, Source, form_of, run, source_of
 
-_CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 # Where the form of an output has a tensor.
 _TENSOR = object()
-# inductor modes that record graphs of their own.
-_OWN_GRAPHS = ("reduce-overhead", "max-autotune")
-
-
-def check(target: Target, config: CudaGraphConfig) -> Plan:
-    """How many blocks would be recorded.
-
-    Raises:
-        Unsupported: Not on a CUDA device, no adapter says what blocks hand on, weights are offloaded, or inductor
-            records graphs itself.
-    """
-    options = target.config.compile if target.config is not None else None
-    if options is not None and options.mode in _OWN_GRAPHS:
-        raise Unsupported(
-            "cuda_graph",
-            f"torch.compile records graphs of its own in mode {options.mode!r}.",
-            f"compile='default' or {options.mode + '-no-cudagraphs'!r}, or cuda_graph=None.",
-        )
-    for denoiser in target.denoisers:
-        if denoiser.device.type not in RECORDERS:
-            raise Unsupported("cuda_graph", f"it runs on {denoiser.device}.", "cuda_graph=None.", str(denoiser))
-        if denoiser.adapter.default or not denoiser.adapter.stacks:
-            raise Unsupported(
-                "cuda_graph", "no adapter says what its blocks hand on.", "cuda_graph=None.", str(denoiser)
-            )
-        refuse_offloaded("cuda_graph", denoiser)
-        if any("_hf_hook" in vars(module) for module in denoiser.module.modules()):
-            raise Unsupported(
-                "cuda_graph", "its weights move between devices.", "cuda_graph=None, or no offloading.", str(denoiser)
-            )
-    return Plan(
-        f"runs of blocks, for up to {config.limit} kinds of calls",
-        target.blocks,
-        ("The first two calls of a kind are run as they are; warmup(pipe) makes them beforehand.",),
-    )
-
-
-def edits(target: Target, config: CudaGraphConfig) -> Iterator[Edit]:
-    """One layer around each denoiser, which tells kinds of calls apart, and one around each block."""
-    for denoiser in target.denoisers:
-        graphs = Graphs(target, denoiser, config)
-        target.graphs.append(graphs)
-        yield AddLayer(denoiser.module, target.rank("graph kind"), graphs.around_denoiser)
-        adapter = denoiser.adapter
-        for stack in (*adapter.side_stacks, *adapter.stacks):
-            for index, block in enumerate(stack.blocks(denoiser.module)):
-                yield AddLayer(block, target.rank("graph"), graphs.around_block(stack, block, index))
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where an argument of a block comes from: the `stream` of the block before, the argument `name` of the segment's
-    first block, or a `constant`."""
-
-    stream: str | None = None
-    name: str | None = None
-    constant: Any = None
-
-    def holds(self, value: Any, running: Running) -> bool:
-        """Whether an argument comes from there."""
-        if self.stream is not None:
-            held = running.streams[self.stream]
-            return value is held and _version(value) == running.versions[self.stream]
-        if self.name is not None:
-            return value is running.given[self.name]
-        return isinstance(value, _CONSTANTS) and value == self.constant
-
-    def value(self, streams: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-        """The argument itself."""
-        if self.stream is not None:
-            return streams[self.stream]
-        return given[self.name] if self.name is not None else self.constant
-
-
-@dataclass
-class Call:
-    """One block's call within a segment.
-
-    Attributes:
-        inner: What runs the block.
-        positional: Names of the arguments that are given by place.
-        keywords: Names of the others.
-        sources: Where each comes from.
-        streams: Names of what the block returns.
-    """
-
-    inner: Callable[..., Any]
-    positional: tuple[str, ...]
-    keywords: tuple[str, ...]
-    sources: dict[str, Source]
-    streams: tuple[str, ...]
-
-    def __call__(self, streams: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-        """Runs it on the streams of the block before and what the segment's first block was given."""
-        values = {name: self.sources[name].value(streams, given) for name in (*self.positional, *self.keywords)}
-        return self.inner(*(values[name] for name in self.positional), **{name: values[name] for name in self.keywords})
-
-
-@dataclass
-class Segment:
-    """A recorded run of blocks.
-
-    Attributes:
-        recording: What is played.
-        form: Of the first block's arguments: their structure, and what in them is no tensor.
-        result: Of the last block's output: the same.
-        attention: Attention calls that a replay stands for.
-    """
-
-    recording: Recording
-    form: tuple[Any, list[Any]]
-    result: tuple[Any, list[Any]]
-    attention: Counter[str]
-
-
-@dataclass
-class Kind:
-    """One kind of call.
-
-    Attributes:
-        heads: Blocks that a segment begins with, by their id.
-        ends: Those that one ends with.
-        cuts: How many begin one because something else is done before them.
-        sources: Block -> where its arguments come from.
-        watched: Whether a whole call was watched.
-        segments: What was recorded, by the first block.
-        why: Why this kind is run as it is; `None` if it is not.
-    """
-
-    heads: set[int] = field(default_factory=set)
-    ends: set[int] = field(default_factory=set)
-    cuts: int = 0
-    sources: dict[int, dict[str, Source]] = field(default_factory=dict)
-    watched: bool = False
-    segments: dict[int, Segment] = field(default_factory=dict)
-    why: str | None = None
-
-    def forget(self) -> None:
-        """Drops what was seen while watching."""
-        self.heads.clear()
-        self.ends.clear()
-        self.sources.clear()
-        self.cuts = 0
-
-
-@dataclass
-class Running:
-    """The call that is running.
-
-    Attributes:
-        kind: Its kind.
-        order: Blocks called so far, while the call is watched.
-        given: What the segment's first block was given.
-        streams: What the block before returned, or handed on.
-        versions: Of these, to see whether somebody wrote to them.
-        pending: The segment's calls so far.
-        head: Its first block.
-        ended: Whether the block before was a segment's last, while the call is watched.
-    """
-
-    kind: Kind
-    order: list[int] = field(default_factory=list)
-    ended: bool = True
-    given: dict[str, Any] = field(default_factory=dict)
-    streams: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, int] = field(default_factory=dict)
-    pending: list[Call] = field(default_factory=list)
-    head: int = 0
-
-    def hand_on(self, streams: dict[str, Any]) -> None:
-        """Takes what the next block is to be given."""
-        self.streams, self.versions = streams, {name: _version(value) for name, value in streams.items()}
-
-    def stream_of(self, value: Any) -> str | None:
-        """Which stream a value is, if nobody has written to it."""
-        for name, held in self.streams.items():
-            if value is held and _version(value) == self.versions[name]:
-                return name
-        return None
 
 
 class Graphs:
@@ -298,7 +103,7 @@ class Graphs:
         sources: dict[str, Source] = {}
         asked = running.ended or (self.denoiser.name, number) in self.target.looked_at
         if not (asked or alone):
-            sources = {name: found for name, value in given.items() if (found := _source(value, running))}
+            sources = {name: found for name, value in given.items() if (found := source_of(value, running))}
         if len(sources) < len(given):
             if running.order:
                 kind.ends.add(running.order[-1])
@@ -313,7 +118,7 @@ class Graphs:
             or last
             or len(returned) != len(stack.streams)
             or any(
-                _shape(value) != _shape(given.get(name)) for name, value in zip(stack.streams, returned, strict=True)
+                form_of(value) != form_of(given.get(name)) for name, value in zip(stack.streams, returned, strict=True)
             )
         )
         running.hand_on({} if running.ended else dict(zip(stack.streams, returned, strict=True)))
@@ -372,7 +177,7 @@ class Graphs:
             kind.why = "what its blocks are given changes from step to step"
             self._say(kind.why)
         if kind.why is not None:
-            return _run(calls, given)
+            return run(calls, given)
         outputs = iter(segment.recording(inputs))
         self.target.attention_calls.update(segment.attention)
         self.replays += 1
@@ -390,7 +195,7 @@ class Graphs:
         def function(static: list[torch.Tensor]) -> list[torch.Tensor]:
             given = [static[places[id(item)]] if isinstance(item, torch.Tensor) else item for item in leaves]
             before = Counter(counts)
-            found, structure = pytree.tree_flatten(_run(calls, pytree.tree_unflatten(given, form[0])))
+            found, structure = pytree.tree_flatten(run(calls, pytree.tree_unflatten(given, form[0])))
             result[:] = structure, [_TENSOR if isinstance(item, torch.Tensor) else item for item in found]
             # Calls are counted when they are played.
             made.clear()
@@ -458,38 +263,6 @@ class Graphs:
             warnings.warn(f"cuda_graph: {self.denoiser} is run without graphs: {why}.", stacklevel=2)
 
 
-def _run(calls: list[Call], given: Mapping[str, Any]) -> Any:
-    """A segment's blocks one after another; what the last one returns."""
-    streams: dict[str, Any] = {}
-    out: Any = None
-    for call in calls:
-        out = call(streams, given)
-        streams = dict(zip(call.streams, out if isinstance(out, tuple) else (out,), strict=False))
-    return out
-
-
-def _source(value: Any, running: Running) -> Source | None:
-    """Where an argument comes from; `None` if from elsewhere."""
-    if isinstance(value, _CONSTANTS):
-        return Source(constant=value)
-    stream = running.stream_of(value)
-    if stream is not None:
-        return Source(stream=stream)
-    # A stream that was written to is no longer what the first block was given either.
-    if any(value is held for held in running.streams.values()):
-        return None
-    return next((Source(name=name) for name, held in running.given.items() if value is held), None)
-
-
-def _version(value: Any) -> int:
-    """How often somebody wrote to a tensor; 0 where that is not counted."""
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
-
-
-def _shape(value: Any) -> tuple[Any, ...]:
-    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else (type(value),)
-
-
 def _changed(denoiser: Denoiser, what: str) -> str:
     return (
         f"cuda_graph: {denoiser} went through its blocks with {what}, though it was called alike; a graph would be "
@@ -518,6 +291,6 @@ def _form(value: Any) -> Hashable:
         return tuple((key, _form(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return (type(value).__name__, *(_form(item) for item in value))
-    if isinstance(value, _CONSTANTS):
+    if isinstance(value, CONSTANTS):
         return (type(value).__name__, value)
     return (type(value).__name__, id(value))
