@@ -1,7 +1,9 @@
 """Where every millisecond of one forward goes: by kernel and by kind, for stock and for configurations of ours.
 
 The forward is timed as it is (median of several), then profiled; the profiler's kernel times are summed up by kind.
-What the GPU did nothing in is `idle`: the time of the forward minus the time that kernels were running.
+What the GPU did nothing in is `idle`: the time of the forward minus the time that kernels were running. `difference` is
+that of the forward's result to stock's, relative, in the 2-norm; `host` is how long the forward keeps the host busy,
+which shows once the GPU is faster; `stock, compiled` is diffusers' `compile_repeated_blocks`.
 
     python benchmarks/budget.py flux                  # benchmarks/results/budget-flux.json
     python benchmarks/budget.py wan --only stock "lossless, compiled"
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +26,36 @@ from diffusers_accel import Unsupported, accelerate, restore
 # Kinds by the kernels' names: the first that matches.
 KINDS = (
     ("attention", r"flash|fmha|sdpa|_attention$|FlashAttn"),
+    ("fused passes", r"^_normed$|^_rounded_parts$|^_prepare$"),
     ("quantize", r"_rows|_round|_reduce$|_combine|_amax$|_tensor$|_groups$|_add$|to_float8|scaled_mm_quant"),
     ("gemm", r"gemm|nvjet|cutlass|xmma|cublas|_int8$|splitK|device_kernel"),
     ("copy", r"Memcpy|Memset|copy|CatArray|triton_poi_fused_(clone|cat)"),
 )
 OTHER = "elementwise and norms"
+REWRITTEN: dict[str, Any] = {"compile": {"rewrites": True}}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "stock": None,
+    "stock, compiled": None,
     "exact": {"attention": "auto"},
-    "exact, compiled": {"attention": "auto", "compile": True},
-    "exact, compiled, graphs": {"attention": "auto", "compile": True, "cuda_graph": True},
-    "exact, compiled, rewritten": {"attention": "auto", "compile": {"rewrites": True}},
-    "fp8, compiled": {"attention": "auto", "linear": "fp8", "compile": True},
-    "fp8, fused, compiled": {"attention": "auto", "linear": "fp8", "fuse": True, "compile": True},
+    "exact, compiled": {"attention": "auto", "compile": {"rewrites": False}},
+    "exact, rewritten": {"attention": "auto", **REWRITTEN},
+    "exact, rewritten, graphs": {"attention": "auto", "cuda_graph": True, **REWRITTEN},
+    "exact, fused, rewritten": {"attention": "auto", "fuse": True, **REWRITTEN},
+    "fp8, compiled": {"attention": "auto", "linear": "fp8", "compile": {"rewrites": False}},
+    "fp8, rewritten": {"attention": "auto", "linear": "fp8", **REWRITTEN},
     "fp8, fa3-fp8": {"attention": "fa3-fp8", "linear": "fp8"},
-    "fp8, fa3-fp8, compiled": {"attention": "fa3-fp8", "linear": "fp8", "compile": True},
-}
+    "fp8, fa3-fp8, compiled": {"attention": "fa3-fp8", "linear": "fp8", "compile": {"rewrites": False}},
+    "fp8, fa3-fp8, rewritten": {"attention": "fa3-fp8", "linear": "fp8", **REWRITTEN},
+    "fp8, fused, fa3-fp8, rewritten": {"attention": "fa3-fp8", "linear": "fp8", "fuse": True, **REWRITTEN},
+    "fp8, fa3-fp8, rewritten, graphs": {
+        "attention": "fa3-fp8", "linear": "fp8", "cuda_graph": True, **REWRITTEN,
+    },
+    # Every layer of every block, and cross-attention, which is short, in 16 bits.
+    "8-bit": {
+        "attention": {"backend": "fa3-fp8", "cross_attention": "auto"}, "linear": {"plan": {"*blocks.*": "fp8"}},
+        **REWRITTEN,
+    },
+}  # fmt: skip
 
 
 def kind_of(name: str) -> str:
@@ -84,25 +101,39 @@ def main() -> None:
             return pipe.transformer(**arguments, return_dict=False)[0]
 
     found: dict[str, Any] = {}
+    reference = forward().float()
     for name in options.only or VARIANTS:
         sections = VARIANTS[name]
-        if sections is not None:
+        if name == "stock, compiled":
+            pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        elif sections is not None:
             try:
                 accelerate(pipe, **sections)
             except Unsupported as error:
                 found[name] = {"refused": str(error)}
                 continue
+        difference = float((forward().float() - reference).norm() / reference.norm())
         times = [1000 * item for item in measure.seconds(forward, options.repeats, warm=3)]
+        host = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            forward()
+            host.append(1000 * (time.perf_counter() - start))
         kernels, kinds = profiled(forward, 2)
         if sections is not None:
             restore(pipe)
             torch.compiler.reset()
+        elif name == "stock, compiled":
+            for block in pipe.transformer.modules():
+                block._compiled_call_impl = None  # diffusers has no way back
         whole = sorted(times)[len(times) // 2]
         budget = {kind: round(value, 2) for kind, value in sorted(kinds.items(), key=lambda item: -item[1])}
         budget["idle"] = round(max(0.0, whole - sum(kinds.values())), 2)
         found[name] = {"ms": round(whole, 2), "all": [round(item, 2) for item in times], "budget": budget}
+        found[name] |= {"difference": difference, "host": round(sorted(host)[1], 2)}
         found[name]["kernels"] = kernels
-        print(name, found[name]["ms"], budget, flush=True)
+        print(name, found[name]["ms"], budget, found[name]["host"], difference, flush=True)
         for label, each in list(kernels.items())[:25]:
             print(f"   {each['ms']:8.3f} ms {each['calls']:6.0f} {each['kind']:22s} {label[:110]}", flush=True)
         work = f"{model.work}, bf16, one forward" + (f", {options.layers} layers" if options.layers else "")

@@ -21,13 +21,11 @@ from typing import Any
 
 import measure
 import torch
-from flux import build
+from flux import MASK, build, cache_dit_mask, torchao_fp8
 
 from diffusers_accel import DBCacheConfig, FBCacheConfig, StepMaskConfig, accelerate, restore, stats
 
 STEPS = 28
-# Six steps at the beginning, eight of the other 22, the last one among them.
-MASK = (1,) * 6 + (0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1)
 F1 = DBCacheConfig(Fn_compute_blocks=1, steps_computation_mask=MASK, steps_computation_policy="static")
 
 
@@ -133,32 +131,12 @@ def write(
 
 def rivals(pipe: Any, generate: Any, figures: dict[str, list[float]], options: argparse.Namespace) -> None:
     """cache-dit with the same mask; then with torchao fp8 and regional compilation, which leave no way back."""
-    import cache_dit
-
-    def enable() -> None:
-        cache_dit.enable_cache(
-            pipe,
-            cache_config=cache_dit.DBCacheConfig(
-                Fn_compute_blocks=1,
-                max_warmup_steps=6,
-                num_inference_steps=STEPS,
-                steps_computation_mask=list(MASK),
-                steps_computation_policy="static",
-            ),
-        )
-
-    enable()
+    cache_dit_mask(pipe)
     figures["cache-dit, mask, F1"] = measure.seconds(generate, options.repeats)
     print("cache-dit", measure.summary(figures["cache-dit, mask, F1"]), flush=True)
     if options.tiny:
         return
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-    quantize_(
-        pipe.transformer,
-        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
-        filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "blocks" in path,
-    )
+    torchao_fp8(pipe)
     pipe.transformer.compile_repeated_blocks()
     figures["cache-dit, mask, F1, torchao fp8, compiled"] = measure.seconds(generate, options.repeats)
 

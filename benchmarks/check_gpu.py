@@ -213,13 +213,17 @@ def check_graphs(device: torch.device) -> tuple[dict[str, Any], list[str]]:
     for name in ("flux", "wan22", "ltx2", "qwen", "cosmos", "cosmos3", "sd3", "flux2"):
         entry, pipe = TINY[name], build(name).to(device)
 
-        def small(pipe: Any, entry: Any = entry, **size: Any) -> tuple[torch.Tensor, ...]:
+        def small(pipe: Any, entry: Any = entry, **changed: Any) -> tuple[torch.Tensor, ...]:
             moved = {key: item.to(device) for key, item in entry.call().items() if isinstance(item, torch.Tensor)}
-            out = entry.run(pipe, steps=6, **moved, **size)
+            out = entry.run(pipe, steps=6, **{**moved, **changed})
             return out if isinstance(out, tuple) else (out,)
 
         # Another prompt plays the same graphs: nothing of the first one may be left in them.
-        more = [lambda pipe, small=small: small(pipe, prompt="a small blue ring")]
+        given = entry.call()
+        other = {"prompt": "a small blue ring"}
+        if "prompt_embeds" in given:
+            other = {"prompt_embeds": given["prompt_embeds"].flip(1).to(device)}
+        more = [lambda pipe, small=small, other=other: small(pipe, **other)]
         more += [lambda pipe, small=small: small(pipe, height=64)] if name in ("flux", "qwen", "sd3") else []
         every = name in ("flux", "wan22")
         check(name, pipe, [small, *more], list(GRAPHED) if every else ["eager", "mask"])

@@ -6,15 +6,17 @@ encoders stay out; VAE decoding is included. Variants:
 - `stock`: diffusers as it comes.
 - `off`: `accelerate(pipe, AccelConfig())`, which places every call and changes nothing. Called in turn with `stock`.
 - `diffusers compile`: `transformer.compile_repeated_blocks(fullgraph=True)`.
-- `lossless`: `accelerate(pipe, "lossless")`.
-- `lossless, rewritten`: the same with `CompileConfig(rewrites=True)`; `lossless, rewritten, graphs`: and with
-  `cuda_graph=True`.
-- `lossless, sdpa`: the same with `attention="sdpa"`, to tell the kernel's part from the rest.
+- Ours without loss: `lossless` (the preset: attention by measurement, compiled and rewritten), the same with CUDA
+  graphs, with projections fused, and with the VAE's decoder compiled.
+- Ours in 8 bits: fp8 layers, with FlashAttention 3 in 16 bits and in 8; `half the steps`: 14 of 28 computed.
+- With `--rivals`, last, since they leave no way back: torchao's row-wise fp8 with FlashAttention 3 and regional
+  compilation, and the same with cache-dit's static mask, which computes the same 14 steps.
 - With `--linear` instead: `fp8` and `int8`, in eager and compiled, with projections apart and fused, beside torchao's
   row-wise fp8 with the same attention and the same regional compilation. torchao sets inductor's coordinate descent
   for the whole process; `tuned` variants of ours have the same.
 
-    python benchmarks/flux.py                      # on a CUDA device
+    python benchmarks/flux.py --rivals             # on a CUDA device
+    python benchmarks/flux.py --size 512           # benchmarks/results/flux-512.json
     python benchmarks/flux.py --tiny --device cpu  # a dry run of the script
 """
 
@@ -29,7 +31,7 @@ import measure
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from diffusers_accel import AccelConfig, accelerate, restore, stats
+from diffusers_accel import AccelConfig, StepMaskConfig, VAEConfig, accelerate, restore, stats
 
 TRANSFORMER: dict[str, Any] = {
     "in_channels": 64,
@@ -87,6 +89,52 @@ def build(device: str, dtype: torch.dtype, tiny: bool) -> FluxPipeline:
     return pipe
 
 
+# 14 of 28 steps: six at the beginning, eight of the other 22, the last one among them.
+MASK = (1,) * 6 + (0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 1)
+GRAPHS: dict[str, Any] = {"compile": True, "cuda_graph": True}
+EIGHT: dict[str, Any] = {**GRAPHS, "linear": "fp8", "fuse": True, "vae": VAEConfig(compile=True)}
+OURS: dict[str, dict[str, Any]] = {
+    "lossless": {"attention": "auto", "compile": True},
+    "lossless, without rewrites": {"attention": "auto", "compile": {"rewrites": False}},
+    "lossless, graphs": {"attention": "auto", **GRAPHS},
+    "lossless, graphs, fused": {"attention": "auto", "fuse": True, **GRAPHS},
+    "lossless, graphs, fused, VAE": {"attention": "auto", "fuse": True, **GRAPHS, "vae": VAEConfig(compile=True)},
+    "fp8, FA3 in bf16": {"attention": "fa3", **EIGHT},
+    "fp8, FA3 in fp8": {"attention": "fa3-fp8", **EIGHT},
+    "fp8, FA3 in fp8, without graphs": {"attention": "fa3-fp8", **EIGHT, "cuda_graph": None},
+    "fp8, FA3 in fp8, half the steps": {"attention": "fa3-fp8", **EIGHT, "cache": StepMaskConfig(mask=MASK)},
+}
+# What runs on a CPU too, for a dry run.
+DRY = {"attention": "sdpa", "compile": None, "cuda_graph": None, "linear": None, "vae": None}
+
+
+def torchao_fp8(pipe: FluxPipeline) -> None:
+    """What an expert writes by hand today, on the layers inside the blocks, as ours."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(
+        pipe.transformer,
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "blocks" in path,
+    )
+
+
+def cache_dit_mask(pipe: FluxPipeline) -> None:
+    """cache-dit with the same steps; it watches one block, which it computes on skipped steps too."""
+    import cache_dit
+
+    cache_dit.enable_cache(
+        pipe,
+        cache_config=cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            max_warmup_steps=6,
+            num_inference_steps=len(MASK),
+            steps_computation_mask=list(MASK),
+            steps_computation_policy="static",
+        ),
+    )
+
+
 def linear(
     pipe: FluxPipeline, note: Any, timed_first: Any, generate: Any, repeats: int, only: list[str] | None
 ) -> None:
@@ -118,16 +166,10 @@ def linear(
     if not cuda:
         return
     try:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+        torchao_fp8(pipe)
     except ImportError:
         print("torchao is not installed", flush=True)
         return
-    # What an expert writes by hand today, on the layers inside the blocks, as ours.
-    quantize_(
-        pipe.transformer,
-        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
-        filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "blocks" in path,
-    )
     for name, sections in {"torchao": {}, "torchao, compiled": {"compile": True}}.items():
         if only and name not in only:
             continue
@@ -153,9 +195,9 @@ def write(
     result["speed-up over stock"] = {
         name: round(stock / figure["seconds"], 3) for name, figure in result["variants"].items()
     }
-    name = ("flux-linear" if options.linear else "flux") + ("-dry-run" if options.tiny else "")
-    path = measure.write(name, result, options.out)
-    print(path.read_text())
+    name = "flux-linear" if options.linear else "flux" if size in (64, 1024) else f"flux-{size}"
+    name += "-dry-run" if options.tiny else ""
+    measure.write(name, result, options.out)
 
 
 def main() -> None:
@@ -165,7 +207,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--linear", action="store_true", help="low-bit linear layers, beside torchao's")
-    parser.add_argument("--only", nargs="*", help="of --linear, these variants; all if not given")
+    parser.add_argument("--rivals", action="store_true", help="torchao and cache-dit too")
+    parser.add_argument("--only", nargs="*", help="of ours, or of --linear, these variants; all if not given")
     parser.add_argument("--tiny", action="store_true", help="a small model: a dry run of the script")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result; benchmarks/results if not given")
     options = parser.parse_args()
@@ -223,29 +266,35 @@ def main() -> None:
         write(options, size, steps, dtype, figures, cold, differences, kernels)
         return
 
-    # Two passes over the compiled variants, so that none is always first on a cool card.
-    for _ in range(2):
-        accelerate(pipe, "lossless", compile=True)
-        timed_first("lossless")
-        note("lossless", measure.seconds(generate, options.repeats, warm=0))
-        kernels["lossless"] = stats(pipe).attention_kernels
-        for label, graphs in (("lossless, rewritten", None), ("lossless, rewritten, graphs", True)):
-            if pipe.transformer.device.type == "cuda":
-                accelerate(pipe, "lossless", compile={"rewrites": True}, cuda_graph=graphs)
-                timed_first(label)
-                note(label, measure.seconds(generate, options.repeats, warm=0))
-        accelerate(pipe, attention="sdpa", compile=True)
-        timed_first("lossless, sdpa")
-        note("lossless, sdpa", measure.seconds(generate, options.repeats, warm=0))
-        kernels["lossless, sdpa"] = stats(pipe).attention_kernels
+    cuda = pipe.transformer.device.type == "cuda"
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    timed_first("diffusers compile")
+    note("diffusers compile", measure.seconds(generate, options.repeats, warm=0))
+    # diffusers has no way back from compile_repeated_blocks.
+    for block in blocks:
+        block._compiled_call_impl = None
+    for name, sections in OURS.items():
+        if options.only and name not in options.only:
+            continue
+        accelerate(pipe, **(sections if cuda else {**sections, **DRY}))
+        timed_first(name)
+        note(name, measure.seconds(generate, options.repeats, warm=0))
+        kernels[name] = stats(pipe).attention_kernels
         restore(pipe)
+        torch.compiler.reset()
+        write(options, size, steps, dtype, figures, cold, differences, kernels)
+    if options.rivals and cuda:
+        torchao_fp8(pipe)
+        accelerate(pipe, attention="fa3")  # diffusers wants FlashAttention 3 by a name that no wheel has
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
-        timed_first("diffusers compile")
-        note("diffusers compile", measure.seconds(generate, options.repeats, warm=0))
-        # diffusers has no way back from compile_repeated_blocks.
-        for block in blocks:
-            block._compiled_call_impl = None
-
+        timed_first("torchao fp8, FA3, compiled")
+        note("torchao fp8, FA3, compiled", measure.seconds(generate, options.repeats, warm=0))
+        write(options, size, steps, dtype, figures, cold, differences, kernels)
+        cache_dit_mask(pipe)
+        timed_first("torchao fp8, FA3, compiled, cache-dit, half the steps")
+        note(
+            "torchao fp8, FA3, compiled, cache-dit, half the steps", measure.seconds(generate, options.repeats, warm=0)
+        )
     write(options, size, steps, dtype, figures, cold, differences, kernels)
 
 

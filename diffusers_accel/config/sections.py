@@ -145,7 +145,7 @@ class FuseConfig:
     """Linear layers that read one tensor (query, key and value, say) multiplied as one. `True` is short for it.
 
     Args:
-        ignore: Globs of layers; groups with one of them stay apart.
+        ignore: Globs of layers that stay apart.
     """
 
     ignore: tuple[str, ...] | None = None
@@ -165,8 +165,9 @@ class CompileConfig:
         dynamic: As in `torch.compile`; `None` turns a dimension dynamic once it changes.
         options: As in `torch.compile`, in the default mode: `{"coordinate_descent_tuning": True}` tries more cuts of
             every generated kernel, which takes minutes and gains a few percent.
-        rewrites: Rewrite a block's graph before inductor sees it: GELU within the product before it, and no
-            concatenation before a product. In 16 bits on CUDA; the same up to rounding.
+        rewrites: Rewrite a block's graph before inductor sees it, where its own fusion needs more passes over memory:
+            norms with modulation, QK-norm with rotation, GELU in a product, each with the rounding of a quantized layer
+            behind it. On CUDA; the same up to rounding. `None` means wherever inductor compiles.
 
     Raises:
         ConfigError: Options are given beside a mode, which stands for options itself; or rewrites for another backend.
@@ -177,9 +178,14 @@ class CompileConfig:
     fullgraph: bool = True
     dynamic: bool | None = None
     options: dict[str, Any] | None = None
-    rewrites: bool = False
+    rewrites: bool | None = None
 
     _shorthand: typing.ClassVar[str] = "mode"
+
+    @property
+    def rewriting(self) -> bool:
+        """Whether graphs are rewritten."""
+        return self.backend == "inductor" if self.rewrites is None else self.rewrites
 
     def validate(self) -> None:
         """Checks what types alone do not say."""

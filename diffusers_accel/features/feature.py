@@ -22,6 +22,9 @@ from ..core.step import StepClock
 from ..errors import Unsupported
 from ..models import Adapter
 
+# Devices whose graphs are worth rewriting: it saves passes over memory, in kernels made for GPUs.
+REWRITTEN_ON = ("cuda",)
+
 
 @dataclass(frozen=True)
 class Denoiser:
@@ -95,6 +98,11 @@ class Target:
     def compiled(self) -> bool:
         """Whether the denoisers' blocks are, or are to be, compiled."""
         return self.config is not None and self.config.compile is not None
+
+    def rewrites(self, denoiser: Denoiser) -> bool:
+        """Whether graphs of a denoiser's blocks are, or are to be, rewritten before they are compiled."""
+        compile = self.config.compile if self.config is not None else None
+        return compile is not None and compile.rewriting and denoiser.device.type in REWRITTEN_ON
 
     @property
     def blocks(self) -> int:

@@ -59,7 +59,7 @@ def check(target: Target, config: FuseConfig) -> Plan:
         for glob in config.ignore or ():
             if not any(_matches(denoiser, path, glob) for group in groups for path in group.paths):
                 raise Unsupported(f"fuse.ignore: {glob!r}", "it matches no projection.", "another glob.", str(denoiser))
-        wanted = _wanted(denoiser, groups, config)
+        wanted = _wanted(target, denoiser, groups, config)
         reasons = [(group, Stack.refusal(group.layers)) for group in wanted]
         fit = [group for group, reason in reasons if reason is None]
         left += [f"{denoiser.name}: {group} stay apart: {reason}." for group, reason in reasons if reason is not None]
@@ -78,7 +78,7 @@ def check(target: Target, config: FuseConfig) -> Plan:
 def edits(target: Target, config: FuseConfig) -> Iterator[Edit]:
     """One edit per group of layers."""
     for denoiser in target.denoisers:
-        for group in _wanted(denoiser, _groups(denoiser), config):
+        for group in _wanted(target, denoiser, _groups(denoiser), config):
             reason = Stack.refusal(group.layers)
             if reason is None:
                 try:
@@ -112,12 +112,28 @@ class _Stacked:
             swap.undo()
 
 
-def _wanted(denoiser: Denoiser, groups: list[_Group], config: FuseConfig) -> list[_Group]:
-    """The groups none of whose layers the user left out."""
-    globs = config.ignore or ()
-    return [
-        group for group in groups if not any(_matches(denoiser, path, glob) for path in group.paths for glob in globs)
-    ]
+def _wanted(target: Target, denoiser: Denoiser, groups: list[_Group], config: FuseConfig) -> list[_Group]:
+    """The groups without the layers that the user left out, and without those of 16 bits that do better apart."""
+    # In a rewritten graph an activation is part of a layer's own product, unless its result is to be rounded.
+    apart = denoiser.adapter.activated if target.rewrites(denoiser) else ()
+    found = []
+    for group in groups:
+        kept = [
+            place
+            for place, (path, layer) in enumerate(zip(group.paths, group.layers, strict=True))
+            if not any(_matches(denoiser, path, glob) for glob in config.ignore or ())
+            and not (path.rpartition(".")[2] in apart and type(layer) is nn.Linear and not _to_quantize(target))
+        ]
+        if len(kept) > 1:
+            found.append(
+                _Group(tuple(group.paths[place] for place in kept), tuple(group.places[place] for place in kept))
+            )
+    return found
+
+
+def _to_quantize(target: Target) -> bool:
+    """Whether layers are, or are to be, quantized."""
+    return target.config is not None and target.config.linear is not None
 
 
 def _matches(denoiser: Denoiser, path: str, glob: str) -> bool:

@@ -149,6 +149,7 @@ class Adapter:
             attention, in a form of those that `features/attention/seam.py` knows.
         projections: Groups of linear layers in a block, by their paths there, that read one tensor and are not all of
             one attention module.
+        activated: Names of those among them whose result goes through an activation at once.
         values_alone: Names of processors that, attending to their own stream, may ask for values alone.
         wide_ends: Numbers of first and of last blocks whose linear layers stay wide when the rest is quantized. What
             lies outside the blocks always does: NVIDIA ModelOpt's lists, which were found by measurement, agree on it.
@@ -174,6 +175,7 @@ class Adapter:
     cross_attention: tuple[str, ...] = ()
     folding: tuple[str, ...] = ()
     projections: tuple[tuple[str, ...], ...] = ()
+    activated: tuple[str, ...] = ()
     values_alone: tuple[str, ...] = ()
     wide_ends: tuple[int, int] = (0, 0)
     smallest_linear: int = 512

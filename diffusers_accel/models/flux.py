@@ -54,6 +54,7 @@ FLUX = Adapter(
     smallest_linear=0,
     folding=("FluxAttnProcessor",),
     projections=(("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),),
+    activated=("proj_mlp",),
     stacks=(
         Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
         Stack("single_transformer_blocks", ("encoder_hidden_states", "hidden_states")),

@@ -21,6 +21,7 @@ from diffusers_accel import (
     save_quantized,
     stats,
 )
+from diffusers_accel.features import feature
 from diffusers_accel.kernels.linear import Part
 
 # Layers of a tiny denoiser that are multiplied as one with others.
@@ -256,6 +257,25 @@ def test_what_is_asked_for():
     accelerate(pipe, fuse=True)  # diffusers has done it there
     assert not isinstance(pipe.transformer.blocks[0].attn1.to_q, Part)
     restore(pipe)
+
+
+def test_a_layer_that_stays_apart(monkeypatch):
+    """One that the user names; and in a rewritten graph the one whose activation its own product can do, unless its
+    result is to be rounded."""
+
+    def parts(**sections):
+        pipe = build("flux")
+        accelerate(pipe, **sections)
+        block = pipe.transformer.single_transformer_blocks[0]
+        return [isinstance(layer, Part) for layer in (block.proj_mlp, block.attn.to_q, block.attn.to_v)]
+
+    assert parts(fuse=True) == [True, True, True]
+    assert parts(fuse={"ignore": ["*.proj_mlp"]}) == [False, True, True]
+    monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
+    assert parts(fuse=True) == [True, True, True]
+    assert parts(fuse=True, compile=True) == [False, True, True]
+    assert parts(fuse=True, compile={"rewrites": False}) == [True, True, True]
+    assert parts(fuse=True, compile=True, linear={"algo": "int8", "smallest": 0}) == [True, True, True]
 
 
 def test_a_failure_changes_nothing(monkeypatch):

@@ -8,30 +8,45 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY, build
+from tiny import TINY, build, tensors
 
 from diffusers_accel import CompileConfig, accelerate
+from diffusers_accel.features import feature
 from diffusers_accel.features.compile import rewrites
 from diffusers_accel.kernels.linear.epilogue import linear_gelu, linear_of_parts
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """Rewrites on the CPU too, run by a backend that keeps the graphs; what operators are in them."""
-    monkeypatch.setattr(rewrites, "_KINDS", [("cpu", torch.float32)])
+def on_cpu(monkeypatch):
+    """Rewrites on the CPU too, of tiny models."""
+    monkeypatch.setattr(rewrites.graph, "KINDS", [("cpu", torch.float32)])
+    monkeypatch.setattr(rewrites.rows, "_NARROWEST", 1)
+    monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def seen(monkeypatch, on_cpu):
+    """Rewrites run by a backend that keeps the graphs; what operators are in them."""
     found: Counter[str] = Counter()
 
-    def backend(module, inputs):
+    def backend(module, inputs, **_):
         rewrites.Rewrites()(module.graph)
         module.recompile()
-        found.update(str(node.target) for node in module.graph.nodes if "diffusers_accel" in str(node.target))
+        found.update(node.target.name() for node in module.graph.nodes if "diffusers_accel" in str(node.target))
+        found.update(["rms_norm"] * len(module.graph.find_nodes(op="call_function", target=torch.rms_norm)))
         return module.forward
 
     torch._dynamo.register_backend(backend, name="rewritten")
-    torch.compiler.reset()
+    monkeypatch.setattr(CompileConfig, "rewriting", property(lambda self: True))
     yield found
     torch._dynamo.backends.registry._COMPILER_FNS.pop("rewritten")
-    torch.compiler.reset()
+
+
+def counted(seen, *names):
+    return tuple(seen[name if name == "rms_norm" else f"diffusers_accel::{name}"] for name in names)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +60,40 @@ def test_stock_blocks(name, gelu, parts, seen):
     stock = entry.run(pipe, steps=2)
     accelerate(pipe, compile=CompileConfig(backend="rewritten"))
     torch.testing.assert_close(entry.run(pipe, steps=2), stock, atol=1e-4, rtol=1e-4)
-    graphs = seen["diffusers_accel.linear_gelu.default"], seen["diffusers_accel.linear_of_parts.default"]
+    graphs = counted(seen, "linear_gelu", "linear_of_parts")
     assert graphs >= (gelu, parts) and bool(graphs[0]) == bool(gelu) and bool(graphs[1]) == bool(parts), seen
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "wan", "wan22", "qwen", "ltx2", "sd3"])
+def test_norms_and_rotations(name, seen):
+    """No norm of a block and no rotation is left: all are in a pass over rows or in the call of attention. (SD3's tiny
+    model has no QK-norm.)"""
+    entry, pipe = TINY[name], build(name)
+    stock = tensors(entry.run(pipe, steps=2))
+    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="rewritten"))
+    for found, expected in zip(tensors(entry.run(pipe, steps=2)), stock, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    normed, unprepared, left, rotations, norms = counted(
+        seen, "normed", "attention_unprepared", "attention", "rotate", "rms_norm"
+    )
+    assert normed >= 3 and not rotations and not norms, seen
+    assert (unprepared == 0 and left) if name == "sd3" else (unprepared and not left), seen
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "wan", "qwen", "ltx2"])
+def test_rounded_in_passing(name, kind, seen):
+    """What a norm or an activation gives to quantized layers alone is rounded there, once for all of them."""
+    entry, pipe = TINY[name], build(name)
+    accelerate(pipe, attention="sdpa", linear=kind)
+    eager = tensors(entry.run(pipe, steps=2))
+    accelerate(pipe, attention="sdpa", linear=kind, compile=CompileConfig(backend="rewritten"))
+    for found, expected in zip(tensors(entry.run(pipe, steps=2)), eager, strict=True):
+        # A value at a midpoint may be rounded the other way.
+        assert (found - expected).norm() < 0.05 * expected.norm()
+    layers = sum(type(module).__name__.startswith(kind.capitalize()) for module in pipe.transformer.modules())
+    alone, passing = counted(seen, "quantize_rows", "rounded_parts")
+    assert passing and alone + passing < layers, (seen, layers)
 
 
 def test_what_is_left_as_it_is(seen):
@@ -67,6 +114,22 @@ def test_what_is_left_as_it_is(seen):
     assert all(map(torch.equal, found, block(x))) and not seen
 
 
+def test_layers_of_another_library(seen):
+    """torchao's weights multiply themselves: their layers are left as they are."""
+    quantization = pytest.importorskip("torchao.quantization")
+    entry, pipe = TINY["flux"], build("flux")
+    quantization.quantize_(
+        pipe.transformer,
+        quantization.Int8WeightOnlyConfig(),
+        filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "blocks" in path,
+    )
+    stock = entry.run(pipe, steps=1)
+    accelerate(pipe, compile=CompileConfig(backend="rewritten"))
+    torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
+    gelu, parts, normed = counted(seen, "linear_gelu", "linear_of_parts", "normed")
+    assert not gelu and not parts and normed
+
+
 def test_operators():
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
@@ -80,9 +143,8 @@ def test_operators():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
-def test_inductor_takes_them(monkeypatch, tmp_path):
+def test_inductor_takes_them(monkeypatch, tmp_path, on_cpu):
     """As inductor's own pass, on the CPU, with its modes."""
-    monkeypatch.setattr(rewrites, "_KINDS", [("cpu", torch.float32)])
     ran = []
     monkeypatch.setattr(rewrites.Rewrites, "uuid", lambda self: "a test")
     stock_call = rewrites.Rewrites.__call__
@@ -92,7 +154,7 @@ def test_inductor_takes_them(monkeypatch, tmp_path):
     entry, pipe = TINY["wan"], build("wan")
     stock = entry.run(pipe, steps=1)
     for _ in range(2):
-        accelerate(pipe, compile=CompileConfig(rewrites=True))
+        accelerate(pipe, attention="sdpa", compile=True)
         torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
     assert len(ran) == 1, "accelerated again, it finds what was compiled"
     torch.compiler.reset()

@@ -32,6 +32,21 @@ FORMS = {
         for norm, rotate, shift in ((False, "", True), (True, "halves", False), (True, "neighbours", True))
     ],
     "attention.quantize._add": [{"D": 128, "G": 2, "ROWS": 16, "WIDTH": 512}],
+    "attention.prepare._prepare": [
+        {"NORM": norm, "ROTATE": rotate, "D": 128, "W": 32, "HEADS": 32}
+        for norm, rotate in (("head", "neighbours"), ("all", "halves"), ("", "neighbours"), ("all", ""))
+    ],
+    "elementwise.rows._normed": [
+        {"RESIDUAL": full, "GATE": full, "WEIGHT": not full, "BIAS": not full, "FACTOR": full, "PLUS_ONE": full,
+         "SHIFT": full, "RMS": not full, "ROUND": rounded, "INT8": int8, "WIDTH": 4096}
+        for full, rounded, int8 in ((True, False, False), (False, False, False), (True, True, False),
+                                    (True, True, True))
+    ],
+    "elementwise.rows._rounded_parts": [
+        {"A": one, "B": two, "INT8": int8, "A1": 2048, "A2": 1024, "B1": first, "B2": second}
+        for one, two, first, second, int8 in (("", "gelu_tanh", 8192, 4096, False), ("swiglu", "swiglu", 0, 0, True),
+                                              ("gelu", "silu", 4096, 0, False))
+    ],
     "linear.activations._rows": [{"INT8": int8, "ROWS": 2, "WIDTH": 4096} for int8 in (True, False)],
     "linear.activations._groups": [{"ROWS": 32, "WIDTH": 128}],
     "linear.activations._amax": [{"WIDTH": 4096}],
@@ -45,6 +60,8 @@ FORMS = {
 # Parameter -> its type in Triton, where it is not a float32's address, or a number.
 TYPES = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "qn_ptr", "kn_ptr", "x_ptr", "left_ptr", "right_ptr"), "*bf16"),
+    **dict.fromkeys(("y_ptr", "gate_ptr", "sum_ptr", "factor_ptr", "shift_ptr"), "*bf16"),
+    **dict.fromkeys(("a_ptr", "ag_ptr", "b_ptr", "bg_ptr", "qo_ptr", "ko_ptr"), "*bf16"),
     **dict.fromkeys(("eps", "fold", "logit_scale"), "fp32"),
     "packed_ptr": "*u8",
 }
@@ -54,6 +71,7 @@ OUTPUTS = {
     "_pack": {"out_ptr": "*u8"},
     "_widen": {"out_ptr": "*bf16", "scale_ptr": "*fp8e4nv"},
     "_add": {"out_ptr": "*bf16"},
+    "_prepare": dict.fromkeys(("qo_ptr", "ko_ptr"), "*bf16"),
 }
 
 
@@ -69,6 +87,8 @@ def main() -> None:
         kernel = getattr(importlib.import_module(f"diffusers_accel.kernels.{module}"), name)
         for constants in forms:
             outputs = OUTPUTS.get(name, {"out_ptr": "*i8" if constants.get("INT8") else "*fp8e4nv"})
+            if constants.get("ROUND") is False:
+                outputs = {"out_ptr": "*bf16"}
             if "INT8" in constants and name == "_round" and not constants["INT8"]:
                 outputs = dict.fromkeys(outputs, "*fp8e4nv")
             signature = {

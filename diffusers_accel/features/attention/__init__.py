@@ -22,7 +22,7 @@ from ...errors import Unsupported
 from ...kernels.attention import SITES, AttentionSite, Choice, Fastest, margin
 from ..feature import Denoiser, Plan, Target
 from . import kernels, layers
-from .seam import dispatcher_backend, rebound_class
+from .seam import calls_by_name, dispatcher_backend, rebound_class
 
 
 @dataclass
@@ -121,12 +121,14 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
             # Kernels that round query and key norm and rotate them in the same pass; for others the stock functions do
             # it then.
             folding = any(kernel.folds for choice in choices.values() for kernel in choice.kernels)
+            # Compiled graphs have them prepared in one launch, by a rewrite.
+            mark = target.rewrites(denoiser)
             # One class per stock class, so that all blocks share one compiled graph.
             classes: dict[type, type] = {}
             for layer in role.layers:
                 processor: Any = layer.module.processor
                 fold = folding and type(processor).__name__ in denoiser.adapter.folding
-                if hasattr(processor, "_attention_backend") and not fold:
+                if hasattr(processor, "_attention_backend") and not (fold or (mark and calls_by_name(processor))):
                     if owners[id(processor)] > 1:
                         processor = copy.copy(processor)
                         yield SetAttr(layer.module, "processor", processor)
@@ -134,7 +136,7 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
                 else:
                     kind = type(processor)
                     if kind not in classes:
-                        classes[kind] = rebound_class(kind, site, fold)
+                        classes[kind] = rebound_class(kind, site, fold, mark)
                     clone: Any = object.__new__(classes[kind])
                     vars(clone).update(vars(processor))
                     yield SetAttr(layer.module, "processor", clone)

@@ -25,7 +25,7 @@ from torch import nn
 
 from ...core.edits import Edit, SetItem
 from ...errors import Unsupported
-from ...kernels.attention import AttentionSite, Pending
+from ...kernels.attention import AttentionSite, Pending, rotate
 
 
 def dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:
@@ -97,9 +97,15 @@ class _Functional:
         return getattr(F, name)
 
 
-def rebound_class(stock: type, site: AttentionSite, fold: bool = False) -> type:
-    """A subclass of a stock processor that runs the stock code with its attention function bound to `site`; with
-    `fold`, query and key reach it with their norm and rotation still to be done."""
+def rebound_class(stock: type, site: AttentionSite, fold: bool = False, mark: bool = False) -> type:
+    """A subclass of a stock processor that runs the stock code with its attention function bound to `site`.
+
+    Args:
+        stock: Its class.
+        site: What attention enters.
+        fold: Let query and key reach it with their norm and rotation still to be done, in eager.
+        mark: Have rotations be operators that a rewrite finds, in compiled graphs.
+    """
     call = inspect.unwrap(stock.__call__)  # type: ignore[operator]
     code = call.__code__
 
@@ -138,8 +144,8 @@ def rebound_class(stock: type, site: AttentionSite, fold: bool = False) -> type:
     scope.pop("__name__", None)
     scope["dispatch_attention_fn"] = dispatched
     scope["F"] = _Functional(heads_first)
-    if fold:
-        code = _rotation_put_off(code, scope)
+    if fold or mark:
+        code = _rotation_put_off(code, scope, fold, mark)
     function = types.FunctionType(code, scope, call.__name__, call.__defaults__, call.__closure__)
     function.__kwdefaults__ = call.__kwdefaults__
     function.__annotations__ = dict(call.__annotations__)
@@ -210,6 +216,14 @@ def _interleaved(x: torch.Tensor, freqs: Any) -> _Known:
     return *freqs, False, 0
 
 
+def _complex(x: torch.Tensor, freqs_cis: Any, use_real: bool = True, use_real_unbind_dim: int = -1) -> _Known | None:
+    """Qwen-Image's: complex tables (sequence, head_dim / 2)."""
+    if use_real or x.ndim != 4:
+        return None
+    tables = torch.view_as_real(freqs_cis).repeat_interleave(2, dim=-2)
+    return tables[None, :, None, :, 0], tables[None, :, None, :, 1], False, 0
+
+
 def _split(x: torch.Tensor, freqs: Any) -> _Known | None:
     """LTX-2's by halves: tables (batch, heads, sequence, head_dim / 2), while the tensor's heads lie in its channels.
     Tables without heads split all channels into two halves."""
@@ -221,42 +235,45 @@ def _split(x: torch.Tensor, freqs: Any) -> _Known | None:
 
 _FORMS: dict[str, _Form] = {
     "apply_rotary_emb": _generic,
+    "apply_rotary_emb_qwen": _complex,
     "apply_interleaved_rotary_emb": _interleaved,
     "apply_split_rotary_emb": _split,
 }
 
 
-def _put_off(stock: Callable[..., Any], form: _Form) -> Callable[..., Any]:
-    """A stock rotation that returns `Pending` where its form is one that kernels know."""
+def _put_off(stock: Callable[..., Any], form: _Form, fold: bool, mark: bool) -> Callable[..., Any]:
+    """A stock rotation that returns `Pending`, or an operator in a compiled graph, where its form is one that kernels
+    know."""
 
     def put_off(x: Any, *args: Any, **kwargs: Any) -> Any:
         def apply(item: Any) -> Any:
             return stock(item, *args, **kwargs)
 
-        if torch.compiler.is_compiling():
-            return apply(x)
-        known = form(x, *args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        known = form(x, *args, **kwargs) if (mark if compiling else fold) else None
         if known is None:
             return apply(x)
         cos, sin, halves, heads = known
+        if compiling:
+            return rotate(x, cos, sin, halves, heads)
         return Pending.rotated(x, cos, sin, apply, halves, heads)
 
     return put_off
 
 
-def _rotation_put_off(code: types.CodeType, scope: dict[str, Any]) -> types.CodeType:
-    """A processor's code whose rotation returns `Pending`: a function of its module, one that it imports when it is
-    called, or one that it defines itself."""
+def _rotation_put_off(code: types.CodeType, scope: dict[str, Any], fold: bool, mark: bool) -> types.CodeType:
+    """A processor's code whose rotation is put off: a function of its module, one that it imports when it is called, or
+    one that it defines itself."""
     for name, form in _FORMS.items():
         if name in code.co_names and callable(scope.get(name)):
-            scope[name] = _put_off(scope[name], form)
+            scope[name] = _put_off(scope[name], form, fold, mark)
     if "apply_rotary_emb" in code.co_names and "apply_rotary_emb" not in scope:
-        scope["__builtins__"] = {**vars(builtins), "__import__": _importing}
+        scope["__builtins__"] = {**vars(builtins), "__import__": functools.partial(_importing, fold, mark)}
     constants = list(code.co_consts)
     own = next((item for item in constants if getattr(item, "co_name", None) == "apply_rotary_emb"), None)
     if own is None:
         return code
-    scope["_diffusers_accel_put_off"] = _put_off(types.FunctionType(own, scope), _own)
+    scope["_diffusers_accel_put_off"] = _put_off(types.FunctionType(own, scope), _own, fold, mark)
     constants[constants.index(own)] = _own_rotation.__code__
     return code.replace(co_consts=tuple(constants))
 
@@ -265,11 +282,13 @@ def _own_rotation(hidden_states: Any, freqs_cos: Any, freqs_sin: Any) -> Any:
     return _diffusers_accel_put_off(hidden_states, freqs_cos, freqs_sin)  # type: ignore[name-defined]  # noqa: F821
 
 
-def _importing(name: str, scope: Any = None, local: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+def _importing(
+    fold: bool, mark: bool, name: str, scope: Any = None, local: Any = None, fromlist: Any = (), level: int = 0
+) -> Any:
     """The import statement of a processor's code, which finds the rotation put off."""
     found = builtins.__import__(name, scope, local, fromlist, level)
     stock = getattr(found, "apply_rotary_emb", None)
     if "apply_rotary_emb" not in (fromlist or ()) or stock is None:
         return found
     names = {item: getattr(found, item) for item in fromlist}
-    return types.SimpleNamespace(**(names | {"apply_rotary_emb": _put_off(stock, _generic)}))
+    return types.SimpleNamespace(**(names | {"apply_rotary_emb": _put_off(stock, _generic, fold, mark)}))

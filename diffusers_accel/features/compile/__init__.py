@@ -52,7 +52,8 @@ def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
     for denoiser in target.denoisers:
         yield AddLayer(denoiser.module, target.rank("compile"), _with_room)
         for block in denoiser.adapter.blocks(denoiser.module):
-            yield AddLayer(block, target.rank("compile"), _compiled(block, config, shared))
+            rewrites = target.rewrites(denoiser)
+            yield AddLayer(block, target.rank("compile"), _compiled(block, config, shared, rewrites))
             if denoiser.adapter.static_arguments:
                 # Of equal rank and added later, so it runs outside the compiled forward.
                 yield AddLayer(block, target.rank("compile"), _read(denoiser.adapter.static_arguments))
@@ -77,7 +78,9 @@ def _read(names: tuple[str, ...]) -> Callable[..., Any]:
     return forward
 
 
-def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Callable[..., Any]]) -> Callable[..., Any]:
+def _compiled(
+    module: nn.Module, config: CompileConfig, shared: dict[type, Callable[..., Any]], rewrites: bool
+) -> Callable[..., Any]:
     """A layer that runs `module`'s forward compiled; `shared` holds the compiled forwards by class."""
     options: dict[str, Any] = {
         "backend": config.backend,
@@ -86,7 +89,7 @@ def _compiled(module: nn.Module, config: CompileConfig, shared: dict[type, Calla
         "mode": _mode(config),
         "options": dict(config.options) if config.options else None,
     }
-    if config.rewrites:
+    if rewrites:
         from .rewrites import REWRITES
 
         # A mode stands for options, and torch takes one or the other.

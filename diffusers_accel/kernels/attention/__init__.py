@@ -6,6 +6,7 @@ Importing this package registers the records and imports no kernel package. Wher
   `site.py`: the custom operator every call goes through.
 - Records: `torch_native.py`, `flash.py`, `others.py` (packages a user may have), `sage.py` (ours).
 - `pending.py`: query and key on their way to a kernel that does their QK-norm and rotary embedding itself.
+- `unprepared.py`: the same in compiled graphs; `prepare.py`: norm and rotation by themselves, in Triton.
 - Ours: `recipe.py` (what is rounded, and plain references); in Triton, imported by loaders only, `rows.py`,
   `quantize.py`, `low_bit.py`.
 """
@@ -18,6 +19,7 @@ from .pending import Pending
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
 from .site import SITES, AttentionSite
+from .unprepared import attention_unprepared, rotate
 
 __all__ = [
     "KERNELS",
@@ -32,8 +34,10 @@ __all__ = [
     "Inputs",
     "Pending",
     "Timings",
+    "attention_unprepared",
     "candidates",
     "margin",
     "recipes",
     "register_attention",
+    "rotate",
 ]

@@ -85,25 +85,30 @@ def load_head(
 
 
 @triton.jit
-def load_heads(
-    base, stride, rows, length, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
-    NORM: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """Rows of one head of Q or K as four quarters, float32 (rows, W) each, with QK-norm and rotary embedding applied;
-    and which of their values exist."""
+def load_parted(base, stride, rows, inside, D: tl.constexpr, W: tl.constexpr):
+    """Rows as four quarters, float32 (rows, W) each."""
     Q: tl.constexpr = D // 4
-    inside = (rows < length)[:, None] & (tl.arange(0, W) < Q)[None, :]
-    a = load_rows(base, stride, rows, inside, W, False)
-    b = load_rows(base + Q, stride, rows, inside, W, False)
-    c = load_rows(base + 2 * Q, stride, rows, inside, W, False)
-    d = load_rows(base + 3 * Q, stride, rows, inside, W, False)
-    if NORM:
-        weight = load_quarters(norm_ptr, D, W)
-        factor = tl.rsqrt(tl.sum(a * a + b * b + c * c + d * d, 1) * (1.0 / D) + eps)[:, None]
-        a *= factor * weight[0][None, :]
-        b *= factor * weight[1][None, :]
-        c *= factor * weight[2][None, :]
-        d *= factor * weight[3][None, :]
+    return (
+        load_rows(base, stride, rows, inside, W, False),
+        load_rows(base + Q, stride, rows, inside, W, False),
+        load_rows(base + 2 * Q, stride, rows, inside, W, False),
+        load_rows(base + 3 * Q, stride, rows, inside, W, False),
+    )
+
+
+@triton.jit
+def squares(x):
+    """The rows' sums of squares."""
+    return tl.sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3], 1)
+
+
+@triton.jit
+def turned(
+    x, rows, inside, cos_ptr, sin_ptr, table_stride, ROTATE: tl.constexpr, D: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """Quarters of rows with a rotary embedding applied: "neighbours", "halves" or "", see `record.Rotary`."""
+    Q: tl.constexpr = D // 4
+    a, b, c, d = x[0], x[1], x[2], x[3]
     if ROTATE != "":
         cos0 = _table(cos_ptr, table_stride, rows, inside, W)
         sin0 = _table(sin_ptr, table_stride, rows, inside, W)
@@ -119,7 +124,28 @@ def load_heads(
             c = _rotated(c, cos2, _table(sin_ptr + 2 * Q, table_stride, rows, inside, W))
             cos3 = _table(cos_ptr + 3 * Q, table_stride, rows, inside, W)
             d = _rotated(d, cos3, _table(sin_ptr + 3 * Q, table_stride, rows, inside, W))
-    return (a, b, c, d), inside
+    return (a, b, c, d)
+
+
+@triton.jit
+def load_heads(
+    base, stride, rows, length, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Rows of one head of Q or K as four quarters, float32 (rows, W) each, with QK-norm and rotary embedding applied;
+    and which of their values exist."""
+    inside = (rows < length)[:, None] & (tl.arange(0, W) < D // 4)[None, :]
+    x = load_parted(base, stride, rows, inside, D, W)
+    if NORM:
+        weight = load_quarters(norm_ptr, D, W)
+        factor = tl.rsqrt(squares(x) * (1.0 / D) + eps)[:, None]
+        x = (
+            x[0] * (factor * weight[0][None, :]),
+            x[1] * (factor * weight[1][None, :]),
+            x[2] * (factor * weight[2][None, :]),
+            x[3] * (factor * weight[3][None, :]),
+        )
+    return turned(x, rows, inside, cos_ptr, sin_ptr, table_stride, ROTATE, D, W), inside
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ...core.operators import operator
 from .choice import Choice, shape_class
 from .pending import pending, settled
 from .record import KERNELS, AttentionFunction, AttentionKernel, Call, Inputs
@@ -93,7 +94,11 @@ def _free_number() -> int:
     return next(number for number in range(len(SITES) + 1) if number not in SITES)
 
 
-@torch.library.custom_op("diffusers_accel::attention", mutates_args=())
+def _attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty((*query.shape[:3], value.shape[3]))
+
+
+@operator("attention", _attention_fake)
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -105,8 +110,3 @@ def _attention(
 ) -> torch.Tensor:
     out = SITES[site].run(Inputs(query, key, value, attn_mask, is_causal, scale))
     return out.contiguous()
-
-
-@_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-    return query.new_empty((*query.shape[:3], value.shape[3]))

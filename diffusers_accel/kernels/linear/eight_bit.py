@@ -1,7 +1,7 @@
 """The 8-bit layers: e4m3 with scales per row, per tensor or per block, and INT8 with scales per row.
 
-Activations are rounded as they come, row by row (`activations.py` in eager; under a compiler the same arithmetic in
-torch, which it fuses with what stands before). e4m3 products are torch's own (`F.scaled_mm`), INT8's is ours.
+Activations are rounded as they come, row by row (`activations.py`; in a compiled graph an operator, which a rewrite
+joins with what stands before it). e4m3 products are torch's own (`F.scaled_mm`), INT8's is ours.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...core.operators import operator
 from . import formats
 from .module import Apart, QuantizedLinear
 from .record import LINEARS, LinearKernel
+from .rounding import TYPES, quantize_rows
 
 
 def _scaled_mm(
@@ -66,13 +68,14 @@ def _scaled_mm_traced(
     )  # fmt: skip
 
 
-# The layout of a block's scales is told by a name in torch's function and guessed by the operator: that one is opaque.
-_scaled_mm_opaque = torch.library.custom_op("diffusers_accel::scaled_mm", _scaled_mm, mutates_args=())
-
-
-@_scaled_mm_opaque.register_fake
-def _(x: torch.Tensor, x_scale: Any, weight: torch.Tensor, weight_scale: Any, bias: Any, form: str) -> torch.Tensor:
+def _scaled_mm_fake(
+    x: torch.Tensor, x_scale: Any, weight: torch.Tensor, weight_scale: Any, bias: Any, form: str
+) -> torch.Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+
+
+# The layout of a block's scales is told by a name in torch's function and guessed by the operator: that one is opaque.
+_scaled_mm_opaque = operator("scaled_mm", _scaled_mm_fake)(_scaled_mm)
 
 
 def fp8_product(
@@ -81,7 +84,7 @@ def fp8_product(
     """(rows, depth), rounded to e4m3 row by row, times e4m3 (columns, depth) with a scale per row, transposed; plus a
     bias: (rows, columns) of the input's type."""
     if torch.compiler.is_compiling():
-        data, scale = formats.quantize_rows(x)
+        data, scale = quantize_rows(x, "e4m3")
     else:
         from . import activations
 
@@ -102,13 +105,16 @@ def _with_bias(
 
 class _EightBit(QuantizedLinear):
     form: str
+    rounding: ClassVar[str] = "e4m3"
 
     def dense(self) -> torch.Tensor:
         return formats.dequantize(self.weight_data, self.weight_scale)
 
     def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Activations as the format stores them, in plain torch."""
-        return formats.quantize_rows(x)
+        """Activations as the format stores them, in plain torch, or as an operator of a compiled graph."""
+        if torch.compiler.is_compiling():
+            return quantize_rows(x, self.rounding)
+        return formats.quantize_rows(x, TYPES[self.rounding])
 
     def fused(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same in one Triton kernel."""
@@ -239,13 +245,11 @@ class Int8Linear(_EightBit):
 
     kind = "int8"
     form = "int8 rows"
+    rounding = "int8"
 
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         data, scale = formats.in_slices(lambda part: formats.quantize_rows(part, torch.int8), weight)
         return {"weight_data": data, "weight_scale": scale}
-
-    def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return formats.quantize_rows(x, torch.int8)
 
     def fused(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         from . import activations
@@ -257,7 +261,13 @@ class Int8Linear(_EightBit):
         return _int8_product(data, scale, self.weight_data, self.weight_scale, self.bias, x.dtype)
 
 
-@torch.library.custom_op("diffusers_accel::int8_product", mutates_args=(), device_types="cuda")
+def _int8_product_fake(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: Any, bias: Any, dtype: Any
+) -> Any:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+@operator("int8_product", _int8_product_fake)
 def _int8_product(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -269,11 +279,6 @@ def _int8_product(
     from .products import int8_product
 
     return int8_product(x, x_scale, weight, weight_scale, bias, dtype)
-
-
-@_int8_product.register_fake
-def _(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, weight_scale: Any, bias: Any, dtype: Any) -> Any:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
 
 
 def _record(

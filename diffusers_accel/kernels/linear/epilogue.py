@@ -8,8 +8,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...core.operators import operator
 
-@torch.library.custom_op("diffusers_accel::linear_gelu", mutates_args=())
+
+def _linear_gelu_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@operator("linear_gelu", _linear_gelu_fake)
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """gelu(x @ weight.T + bias) in the tanh form.
 
@@ -24,12 +30,11 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-@linear_gelu.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _linear_of_parts_fake(parts: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return parts[0].new_empty((*parts[0].shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("diffusers_accel::linear_of_parts", mutates_args=())
+@operator("linear_of_parts", _linear_of_parts_fake)
 def linear_of_parts(parts: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """cat(parts, -1) @ weight.T + bias, one product for each part; sums are rounded to the type in between.
 
@@ -49,8 +54,3 @@ def linear_of_parts(parts: list[torch.Tensor], weight: torch.Tensor, bias: torch
         start += width
     assert found is not None
     return found.view(*parts[0].shape[:-1], weight.shape[0])
-
-
-@linear_of_parts.register_fake
-def _(parts: list[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return parts[0].new_empty((*parts[0].shape[:-1], weight.shape[0]))

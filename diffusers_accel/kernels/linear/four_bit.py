@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...core.operators import operator
 from ...core.platform import Device
 from . import formats
 from .eight_bit import fp8_product
@@ -28,7 +29,13 @@ RANK = 32
 _ROUNDS = 3
 
 
-@torch.library.custom_op("diffusers_accel::widen_nvfp4", mutates_args=(), device_types="cuda")
+def _widen_fake(
+    packed: torch.Tensor, block_scale: Any, global_scale: Any, dtype: torch.dtype, left: Any, right: Any
+) -> Any:
+    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype)
+
+
+@operator("widen_nvfp4", _widen_fake)
 def _widen(
     packed: torch.Tensor,
     block_scale: torch.Tensor,
@@ -40,11 +47,6 @@ def _widen(
     from .products import widen_nvfp4
 
     return widen_nvfp4(packed, block_scale, global_scale, dtype, left, right)
-
-
-@_widen.register_fake
-def _(packed: torch.Tensor, block_scale: Any, global_scale: Any, dtype: torch.dtype, left: Any, right: Any) -> Any:
-    return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=dtype)
 
 
 def _nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,17 +103,16 @@ class Nvfp4NativeLinear(Nvfp4Linear):
         return F.linear(formats.dequantize_nvfp4(*_nvfp4(x)), self.dense(), bias).to(x.dtype)
 
 
-@torch.library.custom_op("diffusers_accel::nvfp4_product", mutates_args=())
+def _nvfp4_product_fake(x: torch.Tensor, packed: torch.Tensor, block_scale: Any, global_scale: Any) -> torch.Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]))
+
+
+@operator("nvfp4_product", _nvfp4_product_fake)
 def _nvfp4_product(
     x: torch.Tensor, packed: torch.Tensor, block_scale: torch.Tensor, global_scale: torch.Tensor
 ) -> torch.Tensor:
     rounded, x_scale, x_global = _nvfp4(x)
     return native_product(rounded, x_scale, x_global, packed, block_scale, global_scale).to(x.dtype)
-
-
-@_nvfp4_product.register_fake
-def _(x: torch.Tensor, packed: torch.Tensor, block_scale: Any, global_scale: Any) -> torch.Tensor:
-    return x.new_empty((x.shape[0], packed.shape[0]))
 
 
 def native_product(

@@ -1,0 +1,93 @@
+"""Reading and changing a graph of torch functions: what every rewrite needs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+# Where, and of what types, rewritten code runs.
+KINDS = [("cuda", torch.bfloat16), ("cuda", torch.float16), ("cuda", torch.float32)]
+
+
+def is_call(node: Any, *targets: Callable[..., Any]) -> bool:
+    """Whether a node calls one of some functions."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def is_method(node: Any, *names: str) -> bool:
+    """Whether a node calls one of some methods."""
+    return isinstance(node, Node) and node.op == "call_method" and node.target in names
+
+
+def arguments(node: Any, *names: str, **defaults: Any) -> tuple[Any, ...]:
+    """A call's arguments by the names of its function's parameters, in their order; `None` where one is not given and
+    has no default here."""
+    given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return tuple(given.get(name) for name in names)
+
+
+def value(node: Any) -> Any:
+    """The tensor a node stands for, without its data; `None` for one of a class of its own (torchao's, say), whose
+    operations are that class's business."""
+    found = node.meta.get("example_value") if isinstance(node, Node) else None
+    return found if isinstance(found, torch.Tensor) and not is_traceable_wrapper_subclass(found) else None
+
+
+def fits(node: Any) -> bool:
+    """Whether a node's tensor is of a kind that rewritten code takes."""
+    found = value(node)
+    return found is not None and (found.device.type, found.dtype) in KINDS
+
+
+def only_user(node: Any) -> Any:
+    """The one node that reads this one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def put(graph: Graph, before: Any, target: Callable[..., Any], args: Sequence[Any], like: Any = None) -> Any:
+    """Calls a function before a node; what it returns is described by a tensor, or by a node it is like."""
+    with graph.inserting_before(before):
+        made = graph.call_function(target, tuple(args))
+    if isinstance(like, Node):
+        made.meta.update(like.meta)
+    elif like is not None:
+        made.meta["example_value"] = like
+    return made
+
+
+def item(graph: Graph, before: Any, source: Any, place: int, like: Any = None) -> Any:
+    """One of several values that a node returns."""
+    return put(graph, before, operator.getitem, (source, place), like)
+
+
+def view(graph: Graph, before: Any, source: Any, method: str, *args: Any) -> Any:
+    """A view of a node's tensor, by a method."""
+    with graph.inserting_before(before):
+        made = graph.call_method(method, (source, *args))
+    found = value(source)
+    if found is not None:
+        made.meta["example_value"] = getattr(found, method)(*args)
+    return made
+
+
+def replace(node: Any, by: Any) -> None:
+    """Puts another node in a node's place, and takes away what is not read any more."""
+    node.replace_all_uses_with(by)
+    drop(node)
+
+
+def drop(node: Any) -> None:
+    """Takes away a node that nothing reads, and then what only it read."""
+    if not isinstance(node, Node) or node._erased or node.users or node.op not in ("call_function", "call_method"):
+        return
+    if node.target is operator.setitem or str(node.target).endswith("_"):
+        return
+    sources = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in sources:
+        drop(source)

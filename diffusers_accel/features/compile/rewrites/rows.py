@@ -1,0 +1,275 @@
+"""Passes over rows in one: a sum, its norm and its modulation; an activation; and the rounding of either to 8 bits."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from ....kernels.elementwise import operators  # noqa: F401 - registers the operators
+from .canonical import cast
+from .graph import arguments, drop, fits, is_call, is_method, item, only_user, put, replace, value, view
+from .linear import GELU
+
+_ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
+_NORMS = (F.layer_norm, torch.layer_norm, torch.rms_norm)
+# A program takes a row, and holds it in registers; of short rows (a head's channels) that would be too many.
+_NARROWEST, _WIDEST = 512, 16384
+
+
+def rewrite(graph: Graph) -> None:
+    """Rewrites a graph in place."""
+    for target in _NORMS:
+        for node in graph.find_nodes(op="call_function", target=target):
+            _normed(graph, node)
+    for rounding in _roundings(graph):
+        _activated(graph, rounding)
+
+
+# --- rounding -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Rounding:
+    """Every rounding of one tensor to one type: the tensor, the type, and the nodes that round it."""
+
+    source: Any
+    kind: str
+    nodes: list[Any] = field(default_factory=list)
+
+    @property
+    def all(self) -> bool:
+        """Whether nothing else reads the tensor."""
+        views = {item.args[0] for item in self.nodes}
+        return all(user in views for user in self.source.users) and all(
+            user in self.nodes for one in views if one is not self.source for user in one.users
+        )
+
+    def answered(self, values: Any, scale: Any) -> None:
+        """Puts rounded values, (rows, columns), and their scales in place of all."""
+        for node in self.nodes:
+            for user in list(node.users):
+                replace(user, values if user.args[1] == 0 else scale)
+            drop(node)
+
+
+def _flat(node: Any) -> bool:
+    """Whether a view joins batch and sequence, and leaves the rest."""
+    if not is_method(node, "reshape", "view", "flatten"):
+        return False
+    found, before = value(node), value(node.args[0])
+    return (
+        found is not None and before is not None and found.ndim == 2 and before.ndim == 3
+        and found.shape[1] == before.shape[2]
+    )  # fmt: skip
+
+
+def _roundings(graph: Graph) -> list[_Rounding]:
+    found: dict[tuple[Any, str], _Rounding] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.diffusers_accel.quantize_rows.default):
+        x, kind = node.args
+        source = x.args[0] if _flat(x) else x
+        found.setdefault((source, kind), _Rounding(source, kind)).nodes.append(node)
+    return list(found.values())
+
+
+# --- norms ----------------------------------------------------------------------------------------------------------
+
+
+def _normed(graph: Graph, node: Any) -> None:
+    """A norm over the channels of (batch, sequence, channels), with what stands before and after it."""
+    rms = is_call(node, torch.rms_norm)
+    names = ("input", "normalized_shape", "weight", *(() if rms else ("bias",)), "eps")
+    x, shape, weight, *rest = arguments(node, *names, **({} if rms else {"eps": 1e-5}))
+    bias, eps = (None, rest[0]) if rms else rest
+    source = _narrower(x)
+    whole = value(source)
+    if whole is None or whole.ndim != 3 or len(shape) != 1 or eps is None or not fits(source):
+        return
+    if not _NARROWEST <= whole.shape[2] <= _WIDEST:
+        return
+    last, factor, plus_one, shift = _modulation(node, whole)
+    total = _sum(source, last)
+    rounding = next((found for found in _roundings(graph) if found.source is last and found.all), None)
+    kind = rounding.kind if rounding is not None else ""
+    base, y, gate = total if total is not None else (source, None, None)
+    dtype = value(last).dtype
+    vectors = [_narrower(item) if isinstance(item, Node) else None for item in (weight, bias)]
+    place = last.next
+    made = put(
+        graph, place, torch.ops.diffusers_accel.normed.default,
+        (base, y, gate, *vectors, factor, shift, float(eps), rms, plus_one, kind, dtype),
+    )  # fmt: skip
+    if total is not None:
+        summed = item(graph, place, made, 0, whole)
+        source.replace_all_uses_with(summed)
+        drop(source)
+    result = item(graph, place, made, 1, value(last))
+    if rounding is None:
+        replace(last, result)
+        return
+    rounding.answered(view(graph, place, result, "flatten", 0, 1), item(graph, place, made, 2))
+    for user in list(last.users):
+        drop(user)
+    drop(last)
+
+
+def _modulation(node: Any, whole: torch.Tensor) -> tuple[Any, Any, bool, Any]:
+    """The last node of a norm's modulation; what multiplies, whether 1 is to be added to that, and what is added."""
+    factor, plus_one, shift, last = None, False, None, node
+    last = _past_cast(last)
+    user = only_user(last)
+    if user is not None and is_call(user, *_MUL):
+        other = _other(user, last)
+        if _is_vector(other, whole):
+            factor, last = other, _past_cast(user)
+            plus_one, factor = _plus_one(factor)
+    user = only_user(last)
+    if user is not None and is_call(user, *_ADD) and len(user.args) == 2 and not user.kwargs:
+        other = _other(user, last)
+        if _is_vector(other, whole):
+            shift, last = other, _past_cast(user)
+    return last, factor, plus_one, shift
+
+
+def _plus_one(node: Any) -> tuple[bool, Any]:
+    if is_call(node, *_ADD) and len(node.args) == 2 and 1 in node.args and not node.kwargs:
+        inner = next(item for item in node.args if item != 1)
+        if isinstance(inner, Node):
+            return True, inner
+    return False, node
+
+
+def _sum(source: Any, last: Any) -> tuple[Any, Any, Any] | None:
+    """x, y and gate, where a norm is of x + gate * y, and that sum is not read before the norm is done."""
+    # Summed up in float32, say, and rounded to the stream's type.
+    total = source.args[0] if cast(source) is not None else source
+    whole = value(source)
+    assert whole is not None
+    if not is_call(total, *_ADD) or len(total.args) != 2 or total.kwargs:
+        return None
+    if total is not source and only_user(total) is not source:
+        return None
+    order = {node: place for place, node in enumerate(source.graph.nodes)}
+    norm = {node for node in order if order[source] < order[node] <= order[last]}
+    if any(user in norm and not _leads_to(user, last, norm) for user in source.users):
+        return None
+    sides = total.args
+    for first, second in (sides, sides[::-1]):
+        base, y, gate = _narrower(first), _narrower(second), None
+        if not isinstance(base, Node) or not isinstance(y, Node) or value(base) is None or value(y) is None:
+            continue
+        if is_call(y, *_MUL) and only_user(y) is not None:
+            one, other = (_narrower(item) for item in y.args)
+            if _is_vector(one, whole) and _is_whole(other, whole):
+                y, gate = other, one
+            elif _is_vector(other, whole) and _is_whole(one, whole):
+                y, gate = one, other
+            elif not _is_whole(y, whole):
+                continue
+        # Of a plain sum either side is the stream; a product among them is what is added to it.
+        if gate is None and is_call(base, *_MUL):
+            continue
+        if _is_whole(base, whole) and _is_whole(y, whole) and value(base).dtype == whole.dtype:
+            return base, y, gate
+    return None
+
+
+def _leads_to(node: Any, last: Any, within: set[Any]) -> bool:
+    """Whether all that comes of a node goes into the last one, within some nodes."""
+    return node is last or (
+        node in within and bool(node.users) and all(_leads_to(user, last, within) for user in node.users)
+    )
+
+
+def _is_whole(node: Any, whole: torch.Tensor) -> bool:
+    found = value(node)
+    return found is not None and found.shape == whole.shape
+
+
+def _is_vector(node: Any, whole: torch.Tensor) -> bool:
+    """Whether a tensor has one number for each channel, for all rows or for each."""
+    found = value(node)
+    if found is None or found.ndim != 3 or not found.is_floating_point():
+        return False
+    return all(one in (1, own) for one, own in zip(found.shape, whole.shape, strict=True)) and (
+        found.shape[2] == whole.shape[2]
+    )
+
+
+def _narrower(node: Any) -> Any:
+    """A tensor before changes of its type that lose nothing."""
+    while cast(node) is not None:
+        found, before = value(node), value(node.args[0])
+        if found is None or before is None or not before.is_floating_point() or before.itemsize > found.itemsize:
+            break
+        node = node.args[0]
+    return node
+
+
+def _past_cast(node: Any) -> Any:
+    user = only_user(node)
+    return user if user is not None and cast(user) is not None and fits(user) else node
+
+
+def _other(node: Any, one: Any) -> Any:
+    others = [item for item in node.args if item is not one]
+    return others[0] if len(others) == 1 else None
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+def _activated(graph: Graph, rounding: _Rounding) -> None:
+    """The rounding of one tensor, once for all that ask, together with the activation that made it."""
+    source, before = rounding.source, min(rounding.nodes)
+    parts = _parts(source) if rounding.all else None
+    if parts is not None:
+        tensors, gates, kinds = zip(*parts, strict=True)
+        made = put(
+            graph, before, torch.ops.diffusers_accel.rounded_parts.default,
+            (list(tensors), list(gates), ",".join(kinds), rounding.kind),
+        )  # fmt: skip
+    elif len(rounding.nodes) > 1:
+        first = min(rounding.nodes)
+        made = put(graph, before, first.target, first.args)
+    else:
+        return
+    sample = next((user for user in before.users if user.args[1] == 0), before)
+    rounding.answered(item(graph, before, made, 0, value(sample)), item(graph, before, made, 1))
+
+
+_Part = tuple[Any, Any, str]
+
+
+def _parts(source: Any) -> list[_Part] | None:
+    """Tensors side by side that a rounded one is made of, each with its gate and its activation."""
+    whole = value(source)
+    if whole is None or whole.ndim != 3 or not fits(source) or whole.shape[2] > _WIDEST:
+        return None
+    if not is_call(source, torch.cat):
+        found = _activation(source)
+        return None if found is None else [found]
+    nodes, dim = arguments(source, "tensors", "dim", dim=0)
+    if len(nodes) != 2 or dim not in (-1, 2):
+        return None
+    return [(_activation(node) if only_user(node) is source else None) or (node, None, "") for node in nodes]
+
+
+def _activation(node: Any) -> _Part | None:
+    if is_call(node, GELU):
+        x, approximate = arguments(node, "input", "approximate", approximate="none")
+        return x, None, "gelu_tanh" if approximate == "tanh" else "gelu"
+    if is_call(node, F.silu):
+        return node.args[0], None, "silu"
+    if is_call(node, *_MUL):
+        for one, other in (node.args, node.args[::-1]):
+            if is_call(one, F.silu) and only_user(one) is node and isinstance(other, Node):
+                x = one.args[0]
+                if value(other) is not None and value(x) is not None and value(x).shape == value(other).shape:
+                    return x, other, "swiglu"
+    return None

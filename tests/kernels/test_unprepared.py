@@ -1,0 +1,125 @@
+"""Query and key with their norm and rotation in one pass, against complex multiplication in float64."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from diffusers_accel.kernels.attention import KERNELS, SITES, AttentionSite, Fixed, attention_unprepared, rotate
+from diffusers_accel.kernels.attention.prepare import prepare
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(DEVICE)
+
+
+def tables(length, heads, dim, halves, seed=0):
+    """Cosines and sines, (1, length, heads, channels), and the angles."""
+    angles = random(1, length, heads, dim // 2, seed=seed)
+    wide = angles if halves else angles.repeat_interleave(2, -1)
+    return (wide.cos(), wide.sin()), angles
+
+
+def expected(x, weight, eps, angles, halves):
+    """Norm and rotation, spelled out in float64 and complex numbers."""
+    x = x.double()
+    if weight is not None:
+        dims = (-1,) if weight.numel() == x.shape[-1] else (-2, -1)
+        x = x / (x.pow(2).mean(dims, keepdim=True) + eps).sqrt() * weight.double().view(-1, x.shape[-1])
+    if angles is None:
+        return x
+    turn = torch.polar(torch.ones_like(angles.double()), angles.double())
+    pairs = torch.stack(x.chunk(2, -1), -1) if halves else x.unflatten(-1, (-1, 2))
+    found = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    return torch.cat(found.unbind(-1), -1) if halves else found.flatten(-2)
+
+
+@pytest.mark.parametrize("own_tables", [1, 3], ids=["shared tables", "tables by head"])
+@pytest.mark.parametrize("rotation", [None, "neighbours", "halves"])
+@pytest.mark.parametrize("norm", [None, "head", "all"])
+@pytest.mark.parametrize("dim", [16, 64, 128])
+def test_kernel(dim, norm, rotation, own_tables):
+    heads, kv_heads, eps = 3, 3 if norm == "all" or own_tables > 1 else 1, 1e-6
+    query, key = random(2, 9, heads * dim + 8), random(2, 5, kv_heads, dim)
+    query = query[..., 8:].unflatten(-1, (heads, dim))  # as a slice of a fused projection
+    halves = rotation == "halves"
+    weights = None
+    if norm is not None:
+        weights = tuple(random(dim * (count if norm == "all" else 1), seed=4) for count in (heads, kv_heads))
+    (q_tables, q_angles), (k_tables, k_angles) = (
+        tables(length, own_tables if count > 1 else 1, dim, halves, seed=length)
+        for length, count in ((9, heads), (5, kv_heads))
+    )
+    out = query.new_empty(query.shape), key.new_zeros(2, 7, kv_heads, dim)
+    turning = None if rotation is None else (*q_tables, *k_tables)
+    prepare(query, key, out[0], out[1][:, 1:6], weights, eps, turning, halves)
+    for found, x, which, angles in ((out[0], query, 0, q_angles), (out[1][:, 1:6], key, 1, k_angles)):
+        wanted = expected(x, weights and weights[which], eps, None if rotation is None else angles, halves)
+        torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=2e-5)
+    assert not out[1][:, 0].any() and not out[1][:, 6].any(), "nothing is written beside its place"
+
+
+@pytest.fixture
+def site():
+    """A site that runs SDPA."""
+    made = AttentionSite(lambda: Fixed(KERNELS.get("sdpa")), Counter())
+    SITES[made.number] = made
+    yield made
+    del SITES[made.number]
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("norm", ["", "head", "all"])
+@pytest.mark.parametrize("by_part", [False, True])
+def test_attention(site, by_part, norm, count, halves):
+    """One part or two, tables of each or of all, against attention in float64."""
+    heads, dim, eps, lengths = 2, 16, 1e-6, [6, 4][:count]
+    parts = {name: [random(2, length, heads, dim, seed=len(name)) for length in lengths] for name in ("query", "key")}
+    value = random(2, sum(lengths), heads, dim, seed=9)
+    width = {"": 0, "head": dim, "all": heads * dim}[norm]
+    weights = {name: [random(width, seed=place) for place in lengths] if norm else [] for name in parts}
+    made, ready = {}, {}
+    for name in parts:
+        whole, angles = tables(sum(lengths), 1, dim, halves, seed=len(name))
+        pieces = [item.split(lengths, 1) for item in whole]
+        made[name] = [item for pair in zip(*pieces, strict=True) for item in pair] if by_part else list(whole)
+        ready[name] = torch.cat(
+            [
+                expected(part, weights[name][place] if norm else None, eps, angle, halves)
+                for place, (part, angle) in enumerate(zip(parts[name], angles.split(lengths, 1), strict=True))
+            ],
+            1,
+        )
+    scores = torch.einsum("bqhd,bkhd->bhqk", ready["query"], ready["key"]) * dim**-0.5
+    wanted = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value.double())
+    args = (
+        parts["query"], parts["key"], value, [*weights["query"], *weights["key"]], eps, made["query"], made["key"],
+        halves, None, False, None, site.number,
+    )  # fmt: skip
+    torch.testing.assert_close(attention_unprepared(*args).double(), wanted, atol=2e-5, rtol=2e-5)
+    assert site.counts["sdpa"] == 1
+
+
+def test_rotate():
+    """With heads before the sequence, behind it, and in the channels."""
+    for halves in (False, True):
+        (cos, sin), angles = tables(5, 3, 16, halves)
+        x = random(2, 5, 3, 16)
+        wanted = expected(x, None, 0.0, angles, halves)
+        forms = {
+            "by token": (x, cos, sin, 0),
+            "by head": (x.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2), 0),
+            "in the channels": (x.flatten(2), cos.flatten(2), sin.flatten(2), 3),
+        }
+        for name, (item, one, other, heads) in forms.items():
+            found = rotate(item, one, other, halves, heads)
+            found = found.transpose(1, 2) if name == "by head" else found.reshape(x.shape)
+            torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+            torch.library.opcheck(rotate, (item, one, other, halves, heads))
