@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +20,17 @@ from diffusers_accel import (
     TeaCacheConfig,
     Unsupported,
     accelerate,
+    api,
     explain,
+    presets,
     register_attention,
     restore,
     stats,
     warmup,
 )
+from diffusers_accel.core.platform import Device
+from diffusers_accel.kernels.attention import KERNELS
+from diffusers_accel.policies.mask import scaled, steps_of
 
 SKIP_ALL = TeaCacheConfig(threshold=1e9, coefficients=(1.0, 0.0))
 
@@ -203,12 +209,54 @@ def test_presets_and_overrides(flux, tmp_path):
         assert stats(flux).attention_kernels == {"sdpa": 24}
 
 
-@pytest.mark.parametrize("preset", ["balanced", "fast"])
-def test_presets_leave_off_what_nobody_published(flux, preset):
-    explanation = explain(flux, preset)
-    assert explanation.ok and any("no TeaCache coefficients" in note for note in explanation.notes)
-    with pytest.warns(UserWarning, match="no TeaCache coefficients"):
-        accelerate(flux, preset)
+@pytest.mark.parametrize(("preset", "share"), [("balanced", 0.4), ("fast", 0.6)])
+def test_presets_skip_what_they_say(flux, preset, share):
+    """Without a GPU: exact attention, and steps skipped, whatever their number."""
+    target = api._target(flux)
+    config, notes = presets.resolve(preset, target)
+    assert config.attention.backend == "auto" and config.linear is None and config.cuda_graph is None and not notes
+    for steps in (24, 28, 50):
+        mask = steps_of(config.cache.mask) if isinstance(config.cache.mask, str) else config.cache.mask
+        assert 1 - sum(scaled(mask, steps)) / steps >= share
+    assert explain(flux, preset).ok
+    accelerate(flux, preset)
+    run(flux, steps=28)
+    assert stats(flux).steps_skipped / 28 >= share
+
+
+@pytest.mark.parametrize(("arch", "linear"), [((9, 0), "fp8"), ((8, 9), "fp8"), ((8, 0), "int8"), ((7, 5), None)])
+def test_presets_by_gpu(monkeypatch, arch, linear):
+    """The first of a preset's candidates that a GPU and the installed packages can have."""
+    target = api._target(build("flux").to(torch.bfloat16))
+    device = Device("cuda", "a GPU", arch)
+    target = replace(target, denoisers=tuple(replace(item, device=device) for item in target.denoisers))
+    for name in ("fa3-fp8", "sage-fp8", "sage"):
+        config, _ = presets.resolve("balanced", target)
+        found = config.attention.backend
+        usable = [item for item in ("fa3-fp8", "sage-fp8", "sage") if KERNELS.get(item).missing(device) is None]
+        assert found == (usable[0] if usable else "auto")
+        assert (config.linear and config.linear.algo) == linear and config.cuda_graph is not None
+        # The next round has the one after it.
+        record = replace(KERNELS.get(name), refusal=lambda: "is not wanted here.")
+        monkeypatch.setitem(KERNELS._records, name, record)
+
+
+def test_presets_of_guided_models():
+    """INT8 where guidance multiplies errors."""
+    device = Device("cuda", "a GPU", (9, 0))
+    for name, linear in (("flux", "fp8"), ("qwen", "int8"), ("wan", "int8"), ("ltx2", "int8")):
+        target = api._target(build(name).to(torch.bfloat16))
+        target = replace(target, denoisers=tuple(replace(item, device=device) for item in target.denoisers))
+        config, _ = presets.resolve("balanced", target)
+        assert config.linear.algo == linear and config.attention.backend != "fa3-fp8"
+
+
+def test_presets_leave_off_what_cannot_be_had(flux, monkeypatch):
+    monkeypatch.setattr(presets, "_fits", lambda target, section, value: section != "cache")
+    explanation = explain(flux, "fast")
+    assert explanation.ok and any("caching is off" in note for note in explanation.notes)
+    with pytest.warns(UserWarning, match="caching is off"):
+        accelerate(flux, "fast")
 
 
 def test_warmup_runs_every_size(flux):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import shutil
 from collections import Counter
 
@@ -13,6 +14,7 @@ from tiny import TINY, build, tensors
 from diffusers_accel import CompileConfig, accelerate
 from diffusers_accel.features import feature
 from diffusers_accel.features.compile import rewrites
+from diffusers_accel.kernels.linear import formats
 from diffusers_accel.kernels.linear.epilogue import linear_gelu, linear_of_parts
 
 
@@ -21,6 +23,7 @@ def on_cpu(monkeypatch):
     """Rewrites on the CPU too, of tiny models."""
     monkeypatch.setattr(rewrites.graph, "KINDS", [("cpu", torch.float32)])
     monkeypatch.setattr(rewrites.rows, "_NARROWEST", 1)
+    monkeypatch.setattr(rewrites.linear, "_LEAST", 1)
     monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
     torch.compiler.reset()
     yield
@@ -109,9 +112,49 @@ def test_what_is_left_as_it_is(seen):
         exact, plain = F.gelu(F.linear(x, weight, bias)), F.gelu(F.linear(x, weight), approximate="tanh")
         return product, F.gelu(product, approximate="tanh"), both, *wide, exact, plain
 
-    x = torch.randn(3, 4)
+    x = torch.randn(5, 4)
     found = torch.compile(block, backend="rewritten")(x)
     assert all(map(torch.equal, found, block(x))) and not seen
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen", "sd3"])
+def test_few_rows(name, seen):
+    """What modulates all tokens is made from one row, in every block: SiLU and product in one."""
+    entry, pipe = TINY[name], build(name)
+    stock = entry.run(pipe, steps=2)
+    accelerate(pipe, compile=CompileConfig(backend="rewritten"))
+    torch.testing.assert_close(entry.run(pipe, steps=2), stock, atol=1e-4, rtol=1e-4)
+    assert counted(seen, "narrow_linear")[0] >= 2
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_few_rows_of_8_bits(rows, on_cpu):
+    """A graph as Fp8Linear writes it on a GPU: a few rows are not rounded, more are."""
+    operators, graph = torch.ops.diffusers_accel, torch.fx.Graph()
+    x, weight, bias = torch.randn(rows, 32), torch.randn(48, 32), torch.randn(48)
+    data, scale = formats.quantize_rows(weight)
+    given = {"x": x, "data": data, "scale": scale, "bias": bias}
+    nodes = {name: graph.placeholder(name) for name in given}
+    for name, node in nodes.items():
+        node.meta["example_value"] = given[name]
+    silu = graph.call_function(F.silu, (nodes["x"],))
+    silu.meta["example_value"] = x
+    rounding = graph.call_function(operators.quantize_rows.default, (silu, "e4m3"))
+    values, scales = (graph.call_function(operator.getitem, (rounding, place)) for place in (0, 1))
+    transposed = [graph.call_method("t", (nodes[name],)) for name in ("data", "scale")]
+    product = graph.call_function(
+        torch._scaled_mm, (values, transposed[0], scales, transposed[1]), {"bias": nodes["bias"]}
+    )
+    product.meta["example_value"] = torch.empty(rows, 48)
+    graph.output(product)
+    rewrites.linear.rewrite(graph)
+    left = graph.find_nodes(op="call_function", target=torch._scaled_mm)
+    assert bool(left) == (rows > 4)
+    if not left:
+        found = torch.fx.GraphModule({}, graph)(**given)
+        expected = F.silu(x.double()) @ (data.double() * scale.double()).T + bias.double()
+        torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+        assert not graph.find_nodes(op="call_function", target=operators.quantize_rows.default)
 
 
 def test_layers_of_another_library(seen):
@@ -126,8 +169,8 @@ def test_layers_of_another_library(seen):
     stock = entry.run(pipe, steps=1)
     accelerate(pipe, compile=CompileConfig(backend="rewritten"))
     torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
-    gelu, parts, normed = counted(seen, "linear_gelu", "linear_of_parts", "normed")
-    assert not gelu and not parts and normed
+    left = counted(seen, "linear_gelu", "linear_of_parts", "narrow_linear")
+    assert not any(left) and counted(seen, "normed")[0]
 
 
 def test_operators():
@@ -138,8 +181,8 @@ def test_operators():
     torch.testing.assert_close(linear_of_parts([x, y], weight, bias), sums)
     tanh = 0.5 * sums * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (sums + 0.044715 * sums**3)))
     torch.testing.assert_close(linear_gelu(torch.cat([x, y], -1), weight, bias), tanh)
-    for operator, args in ((linear_of_parts, ([x, y], weight, bias)), (linear_gelu, (x, weight[:, :4], bias))):
-        torch.library.opcheck(operator, args)
+    for function, args in ((linear_of_parts, ([x, y], weight, bias)), (linear_gelu, (x, weight[:, :4], bias))):
+        torch.library.opcheck(function, args)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")

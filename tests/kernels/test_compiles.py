@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 FORMS = {
     "attention.quantize._reduce": [
         {"PER_HEAD": per_head, "NORM": norm, "ROTATE": rotate, "FIRST": 0, "STAGES": 3, "D": dim, "DP": 128,
-         "ROWS": 32, "SPLITS": 16}
+         "ROWS": 32, "SPLITS": 16, "SAMPLE": 4 if norm else 1}
         for per_head, norm, rotate, dim in ((True, False, "", 128), (False, True, "halves", 96),
                                             (True, True, "neighbours", 128))
     ],
@@ -52,6 +52,10 @@ FORMS = {
     "linear.activations._amax": [{"WIDTH": 4096}],
     "linear.activations._tensor": [{"WIDTH": 4096}],
     "linear.weights._pack": [{"ROWS": 16, "WIDTH": 256}],
+    "linear.products._narrow": [
+        {"SILU": silu, "SCALE": low, "BIAS": True, "WIDTH": 8, "DEPTH": 1024}
+        for silu, low in ((True, True), (False, False))
+    ],
     "linear.products._widen": [
         {"BY_ROW": by_row, "RANK": rank, "R": max(rank, 16), "ROWS": 32, "WIDTH": 128}
         for by_row, rank in ((False, 0), (True, 32))
@@ -87,6 +91,9 @@ def main() -> None:
         kernel = getattr(importlib.import_module(f"diffusers_accel.kernels.{module}"), name)
         for constants in forms:
             outputs = OUTPUTS.get(name, {"out_ptr": "*i8" if constants.get("INT8") else "*fp8e4nv"})
+            if name == "_narrow":
+                outputs = {"out_ptr": "*bf16", "weight_ptr": "*fp8e4nv" if constants["SCALE"] else "*bf16"}
+                outputs["bias_ptr"] = "*bf16"
             if constants.get("ROUND") is False:
                 outputs = {"out_ptr": "*bf16"}
             if "INT8" in constants and name == "_round" and not constants["INT8"]:

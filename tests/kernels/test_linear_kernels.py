@@ -10,6 +10,7 @@ from diffusers_accel.kernels.linear import formats
 pytest.importorskip("triton")
 
 from diffusers_accel.kernels.linear import activations, products, weights
+from diffusers_accel.kernels.linear.narrow import narrow_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -109,3 +110,24 @@ def test_widening(count, columns, rank):
         found = products.widen_nvfp4(*stored, torch.float16, left.half(), right.half())
         exact = expected.double() + left.half().double() @ right.half().double()
         torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("low", [False, True], ids=["as wide", "e4m3"])
+@pytest.mark.parametrize("shape", [(1, 16, 40), (3, 1200, 24), (4, 1024, 1), (2, 3072, 130)])
+def test_few_rows(shape, low, silu):
+    """Against float64, in Triton and in plain torch."""
+    count, depth, columns = shape
+    wide = torch.randn(columns, depth, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    x, bias = rows_of(count, depth, torch.float32), torch.linspace(-1, 1, columns).to(DEVICE)
+    data, scale = formats.quantize_rows(wide) if low else (wide, None)
+    weight = data.double() if scale is None else data.double() * scale.double()
+    given = x.double() * torch.sigmoid(x.double()) if silu else x.double()
+    for constant in (bias, None):
+        expected = given @ weight.T + (0.0 if constant is None else constant.double())
+        for function in (products.narrow_product, narrow_linear):
+            found = function(x, data, scale, constant, silu)
+            torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=1e-5)
+    # opcheck compares what it was given, which torch cannot do in e4m3.
+    tests = ("test_faketensor", "test_aot_dispatch_dynamic") if low else None
+    torch.library.opcheck(narrow_linear, (x, data, scale, bias, silu), **({"test_utils": tests} if tests else {}))

@@ -41,6 +41,8 @@ LOG2E = 1.4426950408889634
 _SPLITS = 16
 _REDUCE_ROWS, _REDUCE_WARPS, _REDUCE_STAGES = 32, 2, 3
 _ROWS, _ROUND_WARPS = 128, 4
+# Of so many keys one is looked at for their mean, where nothing else must be known of them.
+_KEY_SAMPLE = 4
 _HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 16, 4
 
 
@@ -50,9 +52,10 @@ def _reduce(
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, st_b, st_s, st_h,
     q_len, k_len, heads, kv_heads, eps,
     PER_HEAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, FIRST: tl.constexpr, STAGES: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """Program (split, batch x head, which): which = 0 is K, 1 is V, 2 is Q."""
+    """Program (split, batch x head, which): which = 0 is K, 1 is V, 2 is Q. Of K the first SAMPLE-th of each split is
+    looked at."""
     split, index, which = tl.program_id(0), tl.program_id(1), tl.program_id(2) + FIRST
     r, d = tl.arange(0, ROWS), tl.arange(0, DP)
     part = tl.cdiv(tl.cdiv(q_len if which == 2 else k_len, SPLITS), ROWS) * ROWS
@@ -72,6 +75,7 @@ def _reduce(
         b, h = (index // kv_heads).to(tl.int64), index % kv_heads
         last = tl.minimum(first + part, k_len)
         if which == 0:
+            last = tl.minimum(first + tl.cdiv(part, SAMPLE * ROWS) * ROWS, k_len)
             base, turn = k_ptr + b * sk_b + h * sk_h, b * st_b + h * st_h
             total = tl.zeros([ROWS, DP], tl.float32)
             high = tl.zeros([ROWS, DP], tl.float32)
@@ -81,10 +85,10 @@ def _reduce(
                     NORM, ROTATE, D, DP,
                 )  # fmt: skip
                 total += x
-                if PER_HEAD:
+                if PER_HEAD and not NORM:
                     high = tl.maximum(high, tl.abs(x))
             tl.store(ks_ptr + out + d, tl.sum(total, 0))
-            if PER_HEAD:
+            if PER_HEAD and not NORM:
                 tl.store(ka_ptr + index * SPLITS + split, tl.max(high))
         else:
             base = v_ptr + b * sv_b + h * sv_h
@@ -104,17 +108,17 @@ def _reduce(
 
 
 @triton.jit
-def _mean(ks_ptr, index, k_len, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """The keys' mean of one head, as quarters."""
+def _mean(ks_ptr, index, count, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
+    """The mean of one head's keys that were looked at, `count` of them, as quarters."""
     Q: tl.constexpr = D // 4
     w = tl.arange(0, DP // 4)
     at = ks_ptr + (index * SPLITS + tl.arange(0, SPLITS))[:, None] * DP + w[None, :]
     inside = (w < Q)[None, :]
     return (
-        tl.sum(tl.load(at, mask=inside, other=0.0), 0) / k_len,
-        tl.sum(tl.load(at + Q, mask=inside, other=0.0), 0) / k_len,
-        tl.sum(tl.load(at + 2 * Q, mask=inside, other=0.0), 0) / k_len,
-        tl.sum(tl.load(at + 3 * Q, mask=inside, other=0.0), 0) / k_len,
+        tl.sum(tl.load(at, mask=inside, other=0.0), 0) / count,
+        tl.sum(tl.load(at + Q, mask=inside, other=0.0), 0) / count,
+        tl.sum(tl.load(at + 2 * Q, mask=inside, other=0.0), 0) / count,
+        tl.sum(tl.load(at + 3 * Q, mask=inside, other=0.0), 0) / count,
     )
 
 
@@ -201,12 +205,12 @@ def _largest_part(part_ptr, index, SPLITS: tl.constexpr):
     return tl.max(tl.load(part_ptr + index * SPLITS + tl.arange(0, SPLITS)))
 
 
-@triton.jit(do_not_specialize=["q_len", "k_len"])
+@triton.jit(do_not_specialize=["q_len", "k_len", "k_seen"])
 def _round_per_head(
     q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, qa_ptr, ks_ptr, ka_ptr, vs_ptr,
     va_ptr, qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, vmean_ptr, shift_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, sqt_b, sqt_s, sqt_h, skt_b, skt_s, skt_h,
-    q_len, k_len, heads, kv_heads, eps, logit_scale,
+    q_len, k_len, k_seen, heads, kv_heads, eps, logit_scale,
     NORM: tl.constexpr, ROTATE: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +237,7 @@ def _round_per_head(
                 amax *= LONGER
             scale = bounded(scale_of(amax, 448.0))
             if SHIFT:
-                mean = _mean(ks_ptr, kv, k_len, D, DP, SPLITS)
+                mean = _mean(ks_ptr, kv, k_seen, D, DP, SPLITS)
             for tile in range(TILES):
                 rows = first + tile * ROWS + tl.arange(0, ROWS)
                 x, inside = load_heads(
@@ -251,9 +255,14 @@ def _round_per_head(
         b, h = (index // kv_heads).to(tl.int64), index % kv_heads
         if which == 2:
             base, turn = k_ptr + b * sk_b + h * sk_h, b * skt_b + h * skt_h
-            mean = _mean(ks_ptr, index, k_len, D, DP, SPLITS)
-            amax = _largest_part(ka_ptr, index, SPLITS) + tl.max(largest(mean))
-            scale = bounded(scale_of(amax * LONGER, 448.0))
+            mean = _mean(ks_ptr, index, k_seen, D, DP, SPLITS)
+            if NORM:
+                # As of the query; what is taken away may add its own length.
+                size = tl.sum(mean[0] * mean[0] + mean[1] * mean[1] + mean[2] * mean[2] + mean[3] * mean[3], 0)
+                amax = tl.max(largest(load_quarters(kn_ptr, D, W))) * D**0.5 + tl.sqrt(size)
+            else:
+                amax = (_largest_part(ka_ptr, index, SPLITS) + tl.max(largest(mean))) * LONGER
+            scale = bounded(scale_of(amax, 448.0))
             for tile in range(TILES):
                 rows = first + tile * ROWS + tl.arange(0, ROWS)
                 x, inside = load_heads(
@@ -388,7 +397,7 @@ def quantize(
     first = {"NORM": norm is not None, "ROTATE": _form(rotary)}
     _reduce[(_SPLITS, batch * heads, low + values)](
         query, key, value, weights[1], *tables[2:], nothing, k_sum, nothing, nothing, v_max, *strides, *turns[3:],
-        q_len, k_len, heads, kv_heads, eps, PER_HEAD=False, ROWS=_REDUCE_ROWS, SPLITS=_SPLITS,
+        q_len, k_len, heads, kv_heads, eps, PER_HEAD=False, ROWS=_REDUCE_ROWS, SPLITS=_SPLITS, SAMPLE=1,
         FIRST=0 if low else 1, STAGES=_REDUCE_STAGES, num_warps=_REDUCE_WARPS, **first, **shape,
     )  # fmt: skip
     mean = new(batch, kv_heads, padded) if low else nothing
@@ -411,6 +420,13 @@ def quantize(
         SHIFT=shifted is not None, ROWS=_ROWS, FIRST=0 if values else 1, num_warps=_ROUND_WARPS, **first, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, q_scale, k_scale, v_scale, shifted)
+
+
+def _seen(length: int, sample: int) -> int:
+    """How many keys the first launch looks at."""
+    part = triton.cdiv(triton.cdiv(length, _SPLITS), _REDUCE_ROWS) * _REDUCE_ROWS
+    each = triton.cdiv(part, sample * _REDUCE_ROWS) * _REDUCE_ROWS
+    return sum(max(0, min(each, length - split * part)) for split in range(_SPLITS))
 
 
 def _norm(norm: QKNorm | None, nothing: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
@@ -458,10 +474,13 @@ def quantize_per_head(
     strides = (*_strides(query), *_strides(key), *_strides(value))
     shape = {"D": dim, "DP": padded, "SPLITS": _SPLITS}
     first = {"NORM": norm is not None, "ROTATE": _form(rotary)}
-    # A normed query has a bound that is known without reading it.
+    # A normed query has a bound that is known without reading it, and so has a normed key. Any vector may be taken from
+    # the keys, so their mean can be that of a share of them, from all over the sequence.
+    sample = 1 if norm is None else _KEY_SAMPLE
     _reduce[(_SPLITS, batch * heads, 3 if norm is None else 2)](
         query, key, value, weights[1], *tables[2:], q_max, k_sum, k_max, v_sum, v_max, *strides, *turns[3:],
-        q_len, k_len, heads, kv_heads, eps, PER_HEAD=True, ROWS=_REDUCE_ROWS, FIRST=0, STAGES=_REDUCE_STAGES,
+        q_len, k_len, heads, kv_heads, eps, PER_HEAD=True, ROWS=_REDUCE_ROWS, FIRST=0, SAMPLE=sample,
+        STAGES=_REDUCE_STAGES,
         num_warps=_REDUCE_WARPS, **first, **shape,
     )  # fmt: skip
     kind = torch.float8_e4m3fn
@@ -471,8 +490,8 @@ def quantize_per_head(
     shifted = new(batch, heads, q_len) if shift else None
     _round_per_head[(triton.cdiv(max(q_len, k_len), _HEAD_ROWS * _HEAD_TILES), batch * heads, 3)](
         query, key, value, *weights, *tables, q_max, k_sum, k_max, v_sum, v_max, q, k, v, scales[0], scales[1],
-        scales[2], v_mean, scales if shifted is None else shifted, *strides, *turns, q_len, k_len, heads, kv_heads,
-        eps, scale, LEVELS=hadamard_levels(dim), SHIFT=shifted is not None, G=heads // kv_heads,
-        ROWS=_HEAD_ROWS, TILES=_HEAD_TILES, num_warps=_HEAD_WARPS, **first, **shape,
+        scales[2], v_mean, scales if shifted is None else shifted, *strides, *turns, q_len, k_len,
+        _seen(k_len, sample), heads, kv_heads, eps, scale, LEVELS=hadamard_levels(dim), SHIFT=shifted is not None,
+        G=heads // kv_heads, ROWS=_HEAD_ROWS, TILES=_HEAD_TILES, num_warps=_HEAD_WARPS, **first, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, scales[0], scales[1], scales[2], shifted, v_mean)

@@ -175,3 +175,42 @@ def widen_nvfp4(
 
 
 assert GROUP == 16  # `_widen` counts on it
+
+
+@triton.jit
+def _narrow(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, stride, columns, depth,
+    SILU: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Program (output features, row)."""
+    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    row = tl.program_id(1)
+    total = tl.zeros([WIDTH, DEPTH], tl.float32)
+    for start in range(0, depth, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        x = tl.load(x_ptr + row * stride + k, mask=k < depth, other=0.0).to(tl.float32)
+        if SILU:
+            x = x / (1.0 + tl.exp(-x))
+        inside = (n < columns)[:, None] & (k < depth)[None, :]
+        at = weight_ptr + n.to(tl.int64)[:, None] * depth + k[None, :]
+        total += tl.load(at, mask=inside, other=0.0).to(tl.float32) * x[None, :]
+    out = tl.sum(total, 1)
+    if SCALE:
+        out *= tl.load(scale_ptr + n, mask=n < columns, other=0.0)
+    if BIAS:
+        out += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * columns + n, out.to(out_ptr.dtype.element_ty), mask=n < columns)
+
+
+def narrow_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, silu: bool
+) -> torch.Tensor:
+    """See `narrow.narrow_linear`."""
+    x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
+    (rows, depth), columns = x.shape, weight.shape[0]
+    out = x.new_empty((rows, columns))
+    _narrow[(triton.cdiv(columns, 8), rows)](
+        x, weight, x if scale is None else scale, x if bias is None else bias, out, x.stride(0), columns, depth,
+        SILU=silu, SCALE=scale is not None, BIAS=bias is not None, WIDTH=8, DEPTH=1024, num_warps=8,
+    )  # fmt: skip
+    return out

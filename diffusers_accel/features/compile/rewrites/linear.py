@@ -1,16 +1,25 @@
-"""Rewrites around 16-bit products: what their epilogue can do, and operands that need not be laid side by side."""
+"""Rewrites around products: what a 16-bit one's epilogue can do, operands that need not be laid side by side, and
+products of a few rows, which are made for no matrix unit.
+"""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Graph
 
-from ....kernels.linear import epilogue  # noqa: F401 - registers the operators
-from .graph import arguments, fits, is_call, put, replace, value
+from ....kernels.linear import (  # noqa: F401 - registers the operators
+    epilogue,
+    narrow,
+)
+from .graph import arguments, fits, is_call, is_method, put, replace, value
 
 LINEAR, GELU = torch._C._nn.linear, torch._C._nn.gelu
+# Weights of fewer numbers cost no more than their launch, whatever multiplies them.
+_LEAST = 1 << 20
 
 
 def rewrite(graph: Graph) -> None:
@@ -18,7 +27,10 @@ def rewrite(graph: Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=GELU):
         _activated(graph, node)
     for node in graph.find_nodes(op="call_function", target=LINEAR):
-        _of_parts(graph, node)
+        if not _narrow(graph, node):
+            _of_parts(graph, node)
+    for node in graph.find_nodes(op="call_function", target=torch._scaled_mm):
+        _narrow_of_8_bits(graph, node)
 
 
 def _activated(graph: Graph, node: Any) -> None:
@@ -29,6 +41,51 @@ def _activated(graph: Graph, node: Any) -> None:
     x, weight, bias = arguments(source, "input", "weight", "bias")
     if bias is not None and value(weight) is not None:
         replace(node, put(graph, node, torch.ops.diffusers_accel.linear_gelu.default, (x, weight, bias), node))
+
+
+def _narrow(graph: Graph, node: Any) -> bool:
+    """linear(silu(x)) of a few rows, or without the SiLU."""
+    x, weight, bias = arguments(node, "input", "weight", "bias")
+    if not _few(x) or not _fits(node) or not _large(weight) or value(weight).dtype != value(x).dtype:
+        return False
+    source, silu = _before_silu(x)
+    replace(
+        node,
+        put(graph, node, torch.ops.diffusers_accel.narrow_linear.default, (source, weight, None, bias, silu), node),
+    )
+    return True
+
+
+def _narrow_of_8_bits(graph: Graph, node: Any) -> None:
+    """The same of a weight of 8 bits with a scale per row: its activations need no rounding."""
+    data, weight, _, scale = node.args[:4]
+    rounding: Any = data.args[0] if is_call(data, operator.getitem) else None
+    if not is_call(rounding, torch.ops.diffusers_accel.quantize_rows.default):
+        return
+    x = rounding.args[0]
+    if not _few(x) or not fits(node) or value(node).dtype != value(x).dtype:
+        return
+    if not is_method(weight, "t") or not is_method(scale, "t") or not _large(weight.args[0]):
+        return
+    source, silu = _before_silu(x)
+    args = (source, weight.args[0], scale.args[0], node.kwargs.get("bias"), silu)
+    replace(node, put(graph, node, torch.ops.diffusers_accel.narrow_linear.default, args, node))
+
+
+def _few(x: Any) -> bool:
+    """Whether a tensor has few rows, whose number is known."""
+    found = value(x)
+    return found is not None and found.ndim == 2 and isinstance(found.shape[0], int) and found.shape[0] <= narrow.MOST
+
+
+def _large(weight: Any) -> bool:
+    return value(weight) is not None and value(weight).numel() >= _LEAST
+
+
+def _before_silu(x: Any) -> tuple[Any, bool]:
+    """A tensor before SiLU, which costs next to nothing to do again for another layer."""
+    source = x.args[0] if is_method(x, "reshape") and value(x.args[0]).shape == value(x).shape else x
+    return (source.args[0], True) if is_call(source, F.silu) else (x, False)
 
 
 def _of_parts(graph: Graph, node: Any) -> None:
