@@ -113,7 +113,8 @@ def test_what_is_left_as_it_is(seen):
         return product, F.gelu(product, approximate="tanh"), both, *wide, exact, plain
 
     x = torch.randn(5, 4)
-    found = torch.compile(block, backend="rewritten")(x)
+    with torch.no_grad():
+        found = torch.compile(block, backend="rewritten")(x)
     assert all(map(torch.equal, found, block(x))) and not seen
 
 
@@ -171,6 +172,29 @@ def test_layers_of_another_library(seen):
     torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
     left = counted(seen, "linear_gelu", "linear_of_parts", "narrow_linear")
     assert not any(left) and counted(seen, "normed")[0]
+
+
+def test_gradients(seen):
+    """Where they are recorded, blocks run as stock code has them; attention's own operator says that it cannot."""
+    pipe = build("wan")
+    given = {
+        "hidden_states": torch.randn(1, 16, 2, 4, 4, requires_grad=True),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 16, pipe.transformer.config.text_dim),
+    }
+
+    def gradient():
+        out = pipe.transformer(**given, return_dict=False)[0]
+        return torch.autograd.grad(out.square().sum(), given["hidden_states"])[0]
+
+    stock = gradient()
+    accelerate(pipe, compile=CompileConfig(backend="rewritten"))
+    torch.testing.assert_close(gradient(), stock, atol=1e-4, rtol=1e-4)
+    assert not any(name.startswith("diffusers_accel") for name in seen)
+    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="rewritten"))
+    with pytest.raises(RuntimeError, match=r"attention\.default is for inference"):
+        gradient()
+    assert {name for name in seen if name.startswith("diffusers_accel")} == {"diffusers_accel::attention"}
 
 
 def test_operators():

@@ -250,7 +250,9 @@ def _put_off(stock: Callable[..., Any], form: _Form, fold: bool, mark: bool) -> 
             return stock(item, *args, **kwargs)
 
         compiling = torch.compiler.is_compiling()
-        known = form(x, *args, **kwargs) if (mark if compiling else fold) else None
+        # The operator knows no gradient.
+        wanted = (mark and not torch.is_grad_enabled()) if compiling else fold
+        known = form(x, *args, **kwargs) if wanted else None
         if known is None:
             return apply(x)
         cos, sin, halves, heads = known

@@ -22,6 +22,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
@@ -32,7 +33,9 @@ class Rewrites(CustomGraphPass):
     """All rewrites, in the form of inductor's `pre_grad_custom_pass`."""
 
     def __call__(self, graph: Graph) -> None:
-        """Rewrites a graph in place."""
+        """Rewrites a graph in place; where gradients are recorded, which our operators know nothing of, it stays."""
+        if torch.is_grad_enabled():
+            return
         for rewrite in (canonical.rewrite, attention.rewrite, linear.rewrite, rows.rewrite):
             rewrite(graph)
         graph.lint()
