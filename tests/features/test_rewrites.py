@@ -197,6 +197,31 @@ def test_gradients(seen):
     assert {name for name in seen if name.startswith("diffusers_accel")} == {"diffusers_accel::attention"}
 
 
+def test_what_is_written_to_in_place(seen):
+    """A pass is done where the last of its parts stood: what it reads may not have changed by then."""
+    scale, shift, weight, bias = torch.randn(1, 1, 8), torch.randn(1, 1, 8), torch.randn(8, 16), torch.randn(8)
+
+    def norm(x, y):
+        found = F.layer_norm(x, (8,))
+        x[:, 1:] += 1.0
+        return found * (1 + scale) + shift, F.layer_norm(x + y, (8,))
+
+    def product(x, y):
+        both = torch.cat([x, y], -1)
+        x.mul_(2.0)
+        found = F.linear(both, weight, bias)
+        gelu = F.linear(x, weight[:, :8], bias)
+        x.add_(1.0)
+        return found, F.gelu(gelu, approximate="tanh")
+
+    for function in (norm, product):
+        x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+        expected = function(x.clone(), y)
+        with torch.no_grad():
+            found = torch.compile(function, backend="rewritten")(x, y)
+        torch.testing.assert_close(found, expected)
+
+
 def test_operators():
     torch.manual_seed(0)
     x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)

@@ -42,11 +42,12 @@ class _Operand:
 
 def rewrite(graph: Graph) -> None:
     """Rewrites a graph in place."""
+    changed = graphs.written(graph)
     for node in graph.find_nodes(op="call_function", target=torch.ops.diffusers_accel.attention.default):
-        _joined(graph, node)
+        _joined(graph, node, changed)
 
 
-def _joined(graph: Graph, node: Any) -> None:
+def _joined(graph: Graph, node: Any, changed: set[Any]) -> None:
     query, key, value_, mask, causal, scale, site = node.args
     operands = [_operand(item) for item in (query, key)]
     if any(item is None or not item.parts for item in operands):
@@ -66,6 +67,8 @@ def _joined(graph: Graph, node: Any) -> None:
     if len(set(turned)) > 1 or len({item.halves for item in parts}) > 1:
         return
     if parts[0].norm is None and not turned[0]:
+        return
+    if any(graphs.root(part.source) in changed for part in parts):
         return
     dim, heads = whole.shape[-1], [whole.shape[2], value(key).shape[2]]
     if dim % 8 or dim > 256 or not all(isinstance(count, int) for count in heads):

@@ -81,6 +81,37 @@ def replace(node: Any, by: Any) -> None:
     drop(node)
 
 
+# Methods that may return a view of what they are called on.
+_VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "permute", "t", "chunk", "split", "unbind",
+    "unsqueeze", "squeeze", "expand", "contiguous", "to", "narrow", "view_as", "detach", "float", "type_as",
+}  # fmt: skip
+
+
+def root(node: Any) -> Any:
+    """What a node's tensor may be a view of."""
+    while isinstance(node, Node) and node.args and isinstance(node.args[0], Node):
+        if not (is_method(node, *_VIEWS) or is_call(node, operator.getitem)):
+            break
+        node = node.args[0]
+    return node
+
+
+def written(graph: Graph) -> set[Any]:
+    """What is written to in place: nothing that reads it may be moved."""
+    found = set()
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or not node.args:
+            continue
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        in_place = name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul")
+        if in_place or (name.endswith("_") and not name.endswith("__")):
+            found.add(root(node.args[0]))
+        if "out" in node.kwargs:
+            found.add(root(node.kwargs["out"]))
+    return found
+
+
 def drop(node: Any) -> None:
     """Takes away a node that nothing reads, and then what only it read."""
     if not isinstance(node, Node) or node._erased or node.users or node.op not in ("call_function", "call_method"):

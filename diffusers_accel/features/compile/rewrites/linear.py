@@ -15,7 +15,7 @@ from ....kernels.linear import (  # noqa: F401 - registers the operators
     epilogue,
     narrow,
 )
-from .graph import arguments, fits, is_call, is_method, put, replace, value
+from .graph import arguments, fits, is_call, is_method, put, replace, root, value, written
 
 LINEAR, GELU = torch._C._nn.linear, torch._C._nn.gelu
 # Weights of fewer numbers cost no more than their launch, whatever multiplies them.
@@ -24,13 +24,22 @@ _LEAST = 1 << 20
 
 def rewrite(graph: Graph) -> None:
     """Rewrites a graph in place."""
-    for node in graph.find_nodes(op="call_function", target=GELU):
+    changed = written(graph)
+
+    def still(node: Any) -> bool:
+        """Whether what a node reads, and what that is made of, stays what it was."""
+        read = node.all_input_nodes
+        return not any(
+            root(each) in changed for each in (*read, *(one for item in read for one in item.all_input_nodes))
+        )
+
+    for node in filter(still, graph.find_nodes(op="call_function", target=GELU)):
         _activated(graph, node)
-    for node in graph.find_nodes(op="call_function", target=LINEAR):
+    for node in filter(still, graph.find_nodes(op="call_function", target=LINEAR)):
         if not _narrow(graph, node):
             _of_parts(graph, node)
     for node in graph.find_nodes(op="call_function", target=torch._scaled_mm):
-        _narrow_of_8_bits(graph, node)
+        _narrow_of_8_bits(graph, node, changed)
 
 
 def _activated(graph: Graph, node: Any) -> None:
@@ -56,7 +65,7 @@ def _narrow(graph: Graph, node: Any) -> bool:
     return True
 
 
-def _narrow_of_8_bits(graph: Graph, node: Any) -> None:
+def _narrow_of_8_bits(graph: Graph, node: Any, changed: set[Any]) -> None:
     """The same of a weight of 8 bits with a scale per row: its activations need no rounding."""
     data, weight, _, scale = node.args[:4]
     rounding: Any = data.args[0] if is_call(data, operator.getitem) else None
@@ -68,6 +77,8 @@ def _narrow_of_8_bits(graph: Graph, node: Any) -> None:
     if not is_method(weight, "t") or not is_method(scale, "t") or not _large(weight.args[0]):
         return
     source, silu = _before_silu(x)
+    if root(source) in changed:
+        return
     args = (source, weight.args[0], scale.args[0], node.kwargs.get("bias"), silu)
     replace(node, put(graph, node, torch.ops.diffusers_accel.narrow_linear.default, args, node))
 

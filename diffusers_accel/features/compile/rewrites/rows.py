@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from ....kernels.elementwise import operators  # noqa: F401 - registers the operators
 from .canonical import cast
-from .graph import arguments, drop, fits, is_call, is_method, item, only_user, put, replace, value, view
+from .graph import arguments, drop, fits, is_call, is_method, item, only_user, put, replace, root, value, view, written
 from .linear import GELU
 
 _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
@@ -23,11 +23,12 @@ _NARROWEST, _WIDEST = 512, 16384
 
 def rewrite(graph: Graph) -> None:
     """Rewrites a graph in place."""
+    changed = written(graph)
     for target in _NORMS:
         for node in graph.find_nodes(op="call_function", target=target):
-            _normed(graph, node)
+            _normed(graph, node, changed)
     for rounding in _roundings(graph):
-        _activated(graph, rounding)
+        _activated(graph, rounding, changed)
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def _roundings(graph: Graph) -> list[_Rounding]:
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
-def _normed(graph: Graph, node: Any) -> None:
+def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
     """A norm over the channels of (batch, sequence, channels), with what stands before and after it."""
     rms = is_call(node, torch.rms_norm)
     names = ("input", "normalized_shape", "weight", *(() if rms else ("bias",)), "eps")
@@ -99,6 +100,8 @@ def _normed(graph: Graph, node: Any) -> None:
     base, y, gate = total if total is not None else (source, None, None)
     dtype = value(last).dtype
     vectors = [_narrower(item) if isinstance(item, Node) else None for item in (weight, bias)]
+    if any(root(each) in changed for each in (base, y, gate, factor, shift, *vectors)):
+        return
     place = last.next
     made = put(
         graph, place, torch.ops.diffusers_accel.normed.default,
@@ -205,7 +208,9 @@ def _narrower(node: Any) -> Any:
     """A tensor before changes of its type that lose nothing."""
     while cast(node) is not None:
         found, before = value(node), value(node.args[0])
-        if found is None or before is None or not before.is_floating_point() or before.itemsize > found.itemsize:
+        if found is None or before is None or not before.is_floating_point():
+            break
+        if before.itemsize > found.itemsize or (before.itemsize == found.itemsize and before.dtype != found.dtype):
             break
         node = node.args[0]
     return node
@@ -224,11 +229,13 @@ def _other(node: Any, one: Any) -> Any:
 # --- activations ----------------------------------------------------------------------------------------------------
 
 
-def _activated(graph: Graph, rounding: _Rounding) -> None:
+def _activated(graph: Graph, rounding: _Rounding, changed: set[Any]) -> None:
     """The rounding of one tensor, once for all that ask, together with the activation that made it."""
     source, before = rounding.source, min(rounding.nodes)
     parts = _parts(source) if rounding.all else None
-    if parts is not None:
+    if root(source) in changed:
+        return
+    if parts is not None and not any(root(each) in changed for part in parts for each in part[:2]):
         tensors, gates, kinds = zip(*parts, strict=True)
         made = put(
             graph, before, torch.ops.diffusers_accel.rounded_parts.default,
