@@ -300,7 +300,7 @@ def _resolve(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[
         if isinstance(config, Path) or Path(config).suffix in (".yaml", ".yml", ".json"):
             base = AccelConfig.from_dict(read_yaml(config))
         else:
-            base, notes = presets.resolve(config, target)
+            return presets.resolve(config, target, sections)
     else:
         raise ConfigError(
             f"config: expected a preset's name, a file, an AccelConfig, a mapping or None, got {type(config).__name__}."

@@ -10,12 +10,13 @@ packages can have is taken. A preset chooses; it never refuses. What is left off
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import AccelConfig, StepMaskConfig
 from .errors import ConfigError, Unsupported, nearest
-from .features import attention, cache, graphs, linear
+from .features import attention, cache, compile, graphs, linear
 from .features.feature import Target
 
 
@@ -98,41 +99,52 @@ PRESETS: dict[str, dict[str, Choice]] = {
 }
 
 # What can say whether a pipeline can have a section.
-_FEATURES: dict[str, Any] = {"attention": attention, "linear": linear, "cuda_graph": graphs, "cache": cache}
+_FEATURES: dict[str, Any] = {
+    "attention": attention, "linear": linear, "compile": compile, "cuda_graph": graphs, "cache": cache,
+}  # fmt: skip
 
 
-def resolve(name: str, target: Target) -> tuple[AccelConfig, tuple[str, ...]]:
+def resolve(
+    name: str, target: Target, overrides: Mapping[str, Any] | None = None
+) -> tuple[AccelConfig, tuple[str, ...]]:
     """The configuration of a preset for this pipeline, and notes on what it left off.
 
+    Args:
+        name: Of the preset.
+        target: The pipeline.
+        overrides: Sections that the user names: the preset says nothing of them, and has nothing that they exclude.
+
     Raises:
-        ConfigError: There is no preset of that name.
+        ConfigError: There is no preset of that name, or an override cannot be read.
     """
     if name not in PRESETS:
         raise ConfigError(f"There is no preset {name!r}. {nearest(name, PRESETS)}")
     on_gpu = all(denoiser.device.type == "cuda" for denoiser in target.denoisers)
     guided = any(denoiser.adapter.guidance != "embedded" for denoiser in target.denoisers)
+    overrides = dict(overrides or {})
     sections: dict[str, Any] = {}
     notes = []
     for section, choice in PRESETS[name].items():
+        if section in overrides:
+            continue
         candidates = choice.guided if guided and choice.guided is not None else choice.candidates
         candidates = candidates if on_gpu or not choice.gpu else ()
-        fit = next((value for value in candidates if _fits(target, section, value)), None)
+        fit = next((value for value in candidates if _fits(target, section, value, overrides)), None)
         if fit is not None:
             sections[section] = fit
         elif choice.otherwise:
             notes.append(f"preset {name!r}: {choice.otherwise}")
-    sections.setdefault("attention", "auto")
-    return AccelConfig.from_dict(sections), tuple(notes)
+    return AccelConfig.from_dict({"attention": "auto", **sections, **overrides}), tuple(notes)
 
 
-def _fits(target: Target, section: str, value: Any) -> bool:
-    """Whether a pipeline can have a section."""
-    feature = _FEATURES.get(section)
-    if feature is None:
-        return True
-    config = AccelConfig.from_dict({section: value})
+def _fits(target: Target, section: str, value: Any, overrides: Mapping[str, Any]) -> bool:
+    """Whether a pipeline can have a section, beside those that the user names."""
+    config = AccelConfig.from_dict({**overrides, section: value})
+    judged = replace(target, config=config)
     try:
-        feature.check(replace(target, config=config), getattr(config, section))
+        for name in (section, *overrides):
+            if name in _FEATURES and getattr(config, name) is not None:
+                _FEATURES[name].check(judged, getattr(config, name))
     except Unsupported:
         return False
     return True

@@ -251,8 +251,23 @@ def test_presets_of_guided_models():
         assert config.linear.algo == linear and config.attention.backend != "fa3-fp8"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "left_off"),
+    [({"cache": "pab"}, {"compile", "cuda_graph"}), ({"compile": "reduce-overhead"}, {"cuda_graph"}), ({}, set())],
+)
+def test_presets_give_way_to_the_user(overrides, left_off):
+    """What a section of the user's excludes is left off, not refused."""
+    target = api._target(build("flux"))
+    device = Device("cuda", "a GPU", (9, 0))
+    target = replace(target, denoisers=tuple(replace(item, device=device) for item in target.denoisers))
+    config, _ = presets.resolve("lossless", target, overrides)
+    on = {name for name in ("attention", "compile", "cuda_graph") if getattr(config, name) is not None}
+    assert on == {"attention", "compile", "cuda_graph"} - left_off
+    assert all(getattr(config, name) is not None for name in overrides)
+
+
 def test_presets_leave_off_what_cannot_be_had(flux, monkeypatch):
-    monkeypatch.setattr(presets, "_fits", lambda target, section, value: section != "cache")
+    monkeypatch.setattr(presets, "_fits", lambda target, section, value, overrides: section != "cache")
     explanation = explain(flux, "fast")
     assert explanation.ok and any("caching is off" in note for note in explanation.notes)
     with pytest.warns(UserWarning, match="caching is off"):
