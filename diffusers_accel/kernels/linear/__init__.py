@@ -6,7 +6,9 @@ Importing this package registers the records and imports no kernel package. Wher
 - `stacked.py`: several layers as one product.
 - `record.py`: what a linear kernel is, and `register_linear`.
 - `eight_bit.py`, `four_bit.py`: the layers. `others.py`: those of packages a user may have.
-- In Triton, imported only when a layer runs on a CUDA device: `activations.py`, `products.py`.
+- Operators that rewrites of compiled graphs find or put there: `rounding.py` (activations, row by row), `epilogue.py`
+  (GELU in a product, a product of parts), `narrow.py` (a few rows).
+- In Triton, imported only when a layer runs on a CUDA device: `activations.py`, `products.py`, `weights.py`.
 """
 
 from __future__ import annotations
