@@ -128,6 +128,36 @@ def test_few_rows(name, seen):
     assert counted(seen, "narrow_linear")[0] >= 2
 
 
+def test_processors_with_weights(seen):
+    """FLUX's IP-Adapter processor is a module with weights of its own, which stay where they are."""
+    width = text = 32
+    projection = {
+        "proj.weight": torch.randn(4 * text, 24) / 5,
+        "proj.bias": torch.zeros(4 * text),
+        "norm.weight": torch.ones(text),
+        "norm.bias": torch.zeros(text),
+    }
+    layers = {
+        f"{index}.to_{name}_ip.{kind}": torch.randn(width, text) / 3 if kind == "weight" else torch.zeros(width)
+        for index in range(3)
+        for name in "kv"
+        for kind in ("weight", "bias")
+    }
+    entry, pipe = TINY["flux"], build("flux")
+    pipe.transformer._load_ip_adapter_weights({"image_proj": projection, "ip_adapter": layers})
+    processor, names = pipe.transformer.transformer_blocks[0].attn.processor, set(pipe.transformer.state_dict())
+    given = {"ip_adapter_image_embeds": [torch.randn(1, 1, 24)]}
+    given["negative_ip_adapter_image_embeds"] = [torch.zeros(1, 1, 24)]
+    stock = entry.run(pipe, steps=2, **given)
+    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="rewritten"))
+    assert pipe.transformer.transformer_blocks[0].attn.processor is processor
+    assert set(pipe.transformer.state_dict()) == names
+    torch.testing.assert_close(entry.run(pipe, steps=2, **given), stock, atol=1e-4, rtol=1e-4)
+    assert counted(seen, "normed")[0] and counted(seen, "attention_unprepared")[0], (
+        "single-stream blocks have stock ones"
+    )
+
+
 @pytest.mark.parametrize("rows", [2, 5])
 def test_few_rows_of_8_bits(rows, on_cpu):
     """A graph as Fp8Linear writes it on a GPU: a few rows are not rounded, more are."""

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ...config import AttentionConfig
 from ...core.edits import AddLayer, Edit, SetAttr, SetItem
 from ...errors import Unsupported
@@ -128,7 +130,8 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
             for layer in role.layers:
                 processor: Any = layer.module.processor
                 fold = folding and type(processor).__name__ in denoiser.adapter.folding
-                if hasattr(processor, "_attention_backend") and not (fold or (mark and calls_by_name(processor))):
+                marked = mark and calls_by_name(processor) and not isinstance(processor, nn.Module)
+                if hasattr(processor, "_attention_backend") and not (fold or marked):
                     if owners[id(processor)] > 1:
                         processor = copy.copy(processor)
                         yield SetAttr(layer.module, "processor", processor)
