@@ -228,13 +228,26 @@ def test_gradients(seen):
 
 
 def test_what_is_written_to_in_place(seen):
-    """A pass is done where the last of its parts stood: what it reads may not have changed by then."""
+    """A pass is done where the last of its parts stood: what it reads may not have changed by then, nor be made from
+    what the pass gives."""
     scale, shift, weight, bias = torch.randn(1, 1, 8), torch.randn(1, 1, 8), torch.randn(8, 16), torch.randn(8)
 
     def norm(x, y):
         found = F.layer_norm(x, (8,))
         x[:, 1:] += 1.0
         return found * (1 + scale) + shift, F.layer_norm(x + y, (8,))
+
+    def spelled_out(x, y):
+        factor = torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + 1e-6)
+        found = x * factor
+        last = found * scale[0, 0]
+        x.mul_(3.0)
+        return last, x
+
+    def from_the_sum(x, y):
+        total = x + y
+        factor = total.mean(1, keepdim=True)
+        return F.layer_norm(total, (8,)) * (1 + factor) + shift, total
 
     def product(x, y):
         both = torch.cat([x, y], -1)
@@ -244,7 +257,7 @@ def test_what_is_written_to_in_place(seen):
         x.add_(1.0)
         return found, F.gelu(gelu, approximate="tanh")
 
-    for function in (norm, product):
+    for function in (norm, spelled_out, from_the_sum, product):
         x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
         expected = function(x.clone(), y)
         with torch.no_grad():

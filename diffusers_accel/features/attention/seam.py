@@ -220,8 +220,8 @@ def _complex(x: torch.Tensor, freqs_cis: Any, use_real: bool = True, use_real_un
     """Qwen-Image's: complex tables (sequence, head_dim / 2)."""
     if use_real or x.ndim != 4:
         return None
-    tables = torch.view_as_real(freqs_cis).repeat_interleave(2, dim=-2)
-    return tables[None, :, None, :, 0], tables[None, :, None, :, 1], False, 0
+    cos, sin = (item.repeat_interleave(2, dim=-1) for item in torch.view_as_real(freqs_cis).unbind(-1))
+    return cos[None, :, None], sin[None, :, None], False, 0
 
 
 def _split(x: torch.Tensor, freqs: Any) -> _Known | None:

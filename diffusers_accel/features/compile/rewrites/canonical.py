@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from .graph import arguments, fits, is_call, is_method, only_user, put, replace, value
+from .graph import arguments, fits, is_call, is_method, only_user, put, replace, root, value, written
 
 _CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
@@ -17,12 +17,13 @@ _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
 
 def rewrite(graph: Graph) -> None:
     """Rewrites a graph in place."""
+    changed = written(graph)
     for node in list(graph.nodes):
         if node.op in ("call_method", "call_function"):
-            _simplified(graph, node)
+            _simplified(graph, node, changed)
     for node in list(graph.nodes):
         if is_call(node, torch.rsqrt):
-            _rms_norm(graph, node)
+            _rms_norm(graph, node, changed)
 
 
 def cast(node: Any) -> torch.dtype | None:
@@ -38,7 +39,7 @@ def cast(node: Any) -> torch.dtype | None:
     return None
 
 
-def _simplified(graph: Graph, node: Any) -> None:
+def _simplified(graph: Graph, node: Any, changed: set[Any]) -> None:
     kind = cast(node)
     if kind is not None:
         source = node.args[0]
@@ -62,11 +63,11 @@ def _simplified(graph: Graph, node: Any) -> None:
         before = value(source)
         if found is not None and before is not None and before.device == found.device:
             replace(node, source)
-    elif is_method(node, "repeat_interleave") and node.args[1:] == (1,):
-        replace(node, node.args[0])
+    elif is_method(node, "repeat_interleave") and node.args[1:] == (1,) and not {node, root(node.args[0])} & changed:
+        replace(node, node.args[0])  # a copy, which nobody could tell from it
 
 
-def _rms_norm(graph: Graph, rsqrt: Any) -> None:
+def _rms_norm(graph: Graph, rsqrt: Any, changed: set[Any]) -> None:
     """x * rsqrt(mean(x^2) + eps), with or without a weight, as `rms_norm`."""
     total = rsqrt.args[0]
     if not is_call(total, *_ADD) or len(total.args) != 2:
@@ -81,7 +82,7 @@ def _rms_norm(graph: Graph, rsqrt: Any) -> None:
     x = power.args[0]
     x = x.args[0] if cast(x) is not None else x
     product = only_user(rsqrt)
-    if not fits(x) or not is_call(product, *_MUL) or product is None:
+    if not fits(x) or root(x) in changed or not is_call(product, *_MUL) or product is None:
         return
     one, other = product.args
     left = other if one is rsqrt else one

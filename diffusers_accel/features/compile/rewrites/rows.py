@@ -94,7 +94,7 @@ def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
     if not _NARROWEST <= whole.shape[2] <= _WIDEST:
         return
     last, factor, plus_one, shift = _modulation(node, whole)
-    total = _sum(source, last)
+    total = _sum(source, node, last)
     rounding = next((found for found in _roundings(graph) if found.source is last and found.all), None)
     kind = rounding.kind if rounding is not None else ""
     base, y, gate = total if total is not None else (source, None, None)
@@ -147,8 +147,8 @@ def _plus_one(node: Any) -> tuple[bool, Any]:
     return False, node
 
 
-def _sum(source: Any, last: Any) -> tuple[Any, Any, Any] | None:
-    """x, y and gate, where a norm is of x + gate * y, and that sum is not read before the norm is done."""
+def _sum(source: Any, node: Any, last: Any) -> tuple[Any, Any, Any] | None:
+    """x, y and gate, where a norm is of x + gate * y, and until the norm is done nothing else reads that sum."""
     # Summed up in float32, say, and rounded to the stream's type.
     total = source.args[0] if cast(source) is not None else source
     whole = value(source)
@@ -157,10 +157,10 @@ def _sum(source: Any, last: Any) -> tuple[Any, Any, Any] | None:
         return None
     if total is not source and only_user(total) is not source:
         return None
-    order = {node: place for place, node in enumerate(source.graph.nodes)}
-    norm = {node for node in order if order[source] < order[node] <= order[last]}
-    if any(user in norm and not _leads_to(user, last, norm) for user in source.users):
-        return None
+    order = {each: place for place, each in enumerate(source.graph.nodes)}
+    for user in source.users:
+        if order[user] <= order[last] and user is not node and not (cast(user) is not None and only_user(user) is node):
+            return None  # a modulation made from the sum itself, say
     sides = total.args
     for first, second in (sides, sides[::-1]):
         base, y, gate = _narrower(first), _narrower(second), None
@@ -180,13 +180,6 @@ def _sum(source: Any, last: Any) -> tuple[Any, Any, Any] | None:
         if _is_whole(base, whole) and _is_whole(y, whole) and value(base).dtype == whole.dtype:
             return base, y, gate
     return None
-
-
-def _leads_to(node: Any, last: Any, within: set[Any]) -> bool:
-    """Whether all that comes of a node goes into the last one, within some nodes."""
-    return node is last or (
-        node in within and bool(node.users) and all(_leads_to(user, last, within) for user in node.users)
-    )
 
 
 def _is_whole(node: Any, whole: torch.Tensor) -> bool:
