@@ -56,7 +56,7 @@ _FA3, _SAGE_FP8, _SAGE = ({"backend": name, "cross_attention": "auto"} for name 
 _ATTENTION = Choice(
     (_FA3, _SAGE_FP8, _SAGE),
     "1.3 to 1.5x where attention is long; FlashAttention 3 in fp8 is faster, and at 51 dB by itself on flux-shapes; "
-    "Q and K in INT8 are 4 to 6 dB better on wan-shapes (training captions), where fp8 breaks single pictures off",
+    "Q and K in INT8 are 5 to 6 dB better on wan-shapes (training captions), where fp8 breaks single pictures off",
     guided=(_SAGE_FP8, _SAGE),
     gpu=True,
 )
