@@ -71,6 +71,16 @@ def check(target: Target, config: FuseConfig) -> Plan:
                 str(denoiser),
             )
         modules += len(fit)
+        names = sorted(
+            {
+                path.rpartition(".")[2]
+                for group in groups
+                for path in group.paths
+                if _activated(target, denoiser, group, path)
+            }
+        )
+        if names:
+            notes.append(f"{denoiser.name}: {', '.join(names)} stay apart: their own product does the activation.")
         notes.append(f"{denoiser.name}: {len(fit)} products instead of {sum(len(group.paths) for group in fit)}.")
     return Plan("layers that read one tensor are multiplied as one", modules, tuple(notes), tuple(left))
 
@@ -114,15 +124,13 @@ class _Stacked:
 
 def _wanted(target: Target, denoiser: Denoiser, groups: list[_Group], config: FuseConfig) -> list[_Group]:
     """The groups without the layers that the user left out, and without those of 16 bits that do better apart."""
-    # In a rewritten graph an activation is part of a layer's own product, unless its result is to be rounded.
-    apart = denoiser.adapter.activated if target.rewrites(denoiser) else ()
     found = []
     for group in groups:
         kept = [
             place
-            for place, (path, layer) in enumerate(zip(group.paths, group.layers, strict=True))
+            for place, path in enumerate(group.paths)
             if not any(_matches(denoiser, path, glob) for glob in config.ignore or ())
-            and not (path.rpartition(".")[2] in apart and type(layer) is nn.Linear and not _to_quantize(target))
+            and not _activated(target, denoiser, group, path)
         ]
         if len(kept) > 1:
             found.append(
@@ -131,9 +139,12 @@ def _wanted(target: Target, denoiser: Denoiser, groups: list[_Group], config: Fu
     return found
 
 
-def _to_quantize(target: Target) -> bool:
-    """Whether layers are, or are to be, quantized."""
-    return target.config is not None and target.config.linear is not None
+def _activated(target: Target, denoiser: Denoiser, group: _Group, path: str) -> bool:
+    """Whether an activation is part of a layer's own product, in a rewritten graph, unless its result is rounded."""
+    if path.rpartition(".")[2] not in denoiser.adapter.activated or not target.rewrites(denoiser):
+        return False
+    quantized = target.config is not None and target.config.linear is not None
+    return type(group.layers[group.paths.index(path)]) is nn.Linear and not quantized
 
 
 def _matches(denoiser: Denoiser, path: str, glob: str) -> bool:

@@ -274,6 +274,9 @@ def test_a_layer_that_stays_apart(monkeypatch):
     monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
     assert parts(fuse=True) == [True, True, True]
     assert parts(fuse=True, compile=True) == [False, True, True]
+    said = "proj_mlp stay apart: their own product"
+    assert said in str(explain(build("flux"), fuse=True, compile=True))
+    assert said not in str(explain(build("flux"), fuse=True))
     assert parts(fuse=True, compile={"rewrites": False}) == [True, True, True]
     assert parts(fuse=True, compile=True, linear={"algo": "int8", "smallest": 0}) == [True, True, True]
 
