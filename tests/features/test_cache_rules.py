@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import TINY, build, same
+from tiny.flux import load_ip_adapter
 
 from diffusers_accel import (
     CompileConfig,
@@ -396,21 +397,8 @@ def test_ip_adapter():
     """FLUX's IP-Adapter attends to a picture within the blocks: stock when all is computed, and on a skipped step what
     it did is part of the residual, with the picture of this request."""
     torch.manual_seed(0)
-    width, text = 32, 32
-    projection = {
-        "proj.weight": torch.randn(4 * text, 24) / 5,
-        "proj.bias": torch.zeros(4 * text),
-        "norm.weight": torch.ones(text),
-        "norm.bias": torch.zeros(text),
-    }
-    layers = {
-        f"{index}.to_{name}_ip.{kind}": torch.randn(width, text) / 3 if kind == "weight" else torch.zeros(width)
-        for index in range(3)
-        for name in "kv"
-        for kind in ("weight", "bias")
-    }
     pipe = build("flux")
-    pipe.transformer._load_ip_adapter_weights({"image_proj": projection, "ip_adapter": layers})
+    load_ip_adapter(pipe)
     pictures = [[torch.randn(1, 1, 24)] for _ in range(2)]
 
     def run(picture):

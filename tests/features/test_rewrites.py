@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import TINY, build, tensors
+from tiny.flux import load_ip_adapter
 
 from diffusers_accel import CompileConfig, accelerate
 from diffusers_accel.features import feature
@@ -130,21 +131,8 @@ def test_few_rows(name, seen):
 
 def test_processors_with_weights(seen):
     """FLUX's IP-Adapter processor is a module with weights of its own, which stay where they are."""
-    width = text = 32
-    projection = {
-        "proj.weight": torch.randn(4 * text, 24) / 5,
-        "proj.bias": torch.zeros(4 * text),
-        "norm.weight": torch.ones(text),
-        "norm.bias": torch.zeros(text),
-    }
-    layers = {
-        f"{index}.to_{name}_ip.{kind}": torch.randn(width, text) / 3 if kind == "weight" else torch.zeros(width)
-        for index in range(3)
-        for name in "kv"
-        for kind in ("weight", "bias")
-    }
     entry, pipe = TINY["flux"], build("flux")
-    pipe.transformer._load_ip_adapter_weights({"image_proj": projection, "ip_adapter": layers})
+    load_ip_adapter(pipe)
     processor, names = pipe.transformer.transformer_blocks[0].attn.processor, set(pipe.transformer.state_dict())
     given = {"ip_adapter_image_embeds": [torch.randn(1, 1, 24)]}
     given["negative_ip_adapter_image_embeds"] = [torch.zeros(1, 1, 24)]

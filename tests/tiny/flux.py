@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .components import (
     NEGATIVE,
     PROMPT,
@@ -137,3 +139,21 @@ ENTRIES = [
     _entry("flux-control", "FluxControlPipeline", _call(control_image=_image), in_channels=32),
     _entry("flux-controlnet", "FluxControlNetPipeline", _call(control_image=_image, controlnet_conditioning_scale=0.6)),
 ]
+
+
+def load_ip_adapter(pipe) -> None:
+    """Gives the tiny FLUX an IP-Adapter with random weights, for image embeddings of 24 channels."""
+    width, text = 32, 32
+    projection = {
+        "proj.weight": torch.randn(4 * text, 24) / 5,
+        "proj.bias": torch.zeros(4 * text),
+        "norm.weight": torch.ones(text),
+        "norm.bias": torch.zeros(text),
+    }
+    layers = {
+        f"{index}.to_{name}_ip.{kind}": torch.randn(width, text) / 3 if kind == "weight" else torch.zeros(width)
+        for index in range(3)
+        for name in "kv"
+        for kind in ("weight", "bias")
+    }
+    pipe.transformer._load_ip_adapter_weights({"image_proj": projection, "ip_adapter": layers})
