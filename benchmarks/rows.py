@@ -49,7 +49,7 @@ def passes(name: str) -> dict[str, tuple[Callable[[int | None], Any], Function, 
 
     def norm(kind: str, residual: bool) -> Callable[[int | None], Any]:
         made = operators._normed_empty(x, y if residual else None, kind, x.dtype)
-        given = (x, y if residual else None, gate if residual else None, None, None, factor, shift)
+        given = (x, y if residual else None, [gate] if residual else [], None, None, [factor], [shift])
         return lambda warps: rows.normed(*given, 1e-6, False, True, *made, warps)
 
     def plain_norm(kind: str, residual: bool) -> Any:

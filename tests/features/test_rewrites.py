@@ -40,6 +40,11 @@ def seen(monkeypatch, on_cpu):
         rewrites.Rewrites()(module.graph)
         module.recompile()
         found.update(node.target.name() for node in module.graph.nodes if "diffusers_accel" in str(node.target))
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.diffusers_accel.normed.default):
+            vectors = (node.args[place] for place in (2, 5, 6))
+            found["normed, a vector a row"] += any(
+                len(given) == 1 and given[0].meta["example_value"].shape[1] > 1 for given in vectors
+            )
         found.update(["rms_norm"] * len(module.graph.find_nodes(op="call_function", target=torch.rms_norm)))
         return module.forward
 
@@ -82,6 +87,18 @@ def test_norms_and_rotations(name, seen):
     )
     assert normed >= 3 and not rotations and not norms, seen
     assert (unprepared == 0 and left) if name == "sd3" else (unprepared and not left), seen
+
+
+@pytest.mark.parametrize("name", ["wan-ti2v", "ltx2-i2v"])
+def test_modulations_of_every_token(name, seen):
+    """Where every token has a time step of its own, the sum of its embedding and the block's table is never laid down:
+    the passes read both."""
+    entry, pipe = TINY[name], build(name)
+    stock = tensors(entry.run(pipe, steps=2))
+    accelerate(pipe, compile=CompileConfig(backend="rewritten"))
+    for found, expected in zip(tensors(entry.run(pipe, steps=2)), stock, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert counted(seen, "normed")[0] >= 2 and not seen["normed, a vector a row"], seen
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])

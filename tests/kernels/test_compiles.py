@@ -37,10 +37,9 @@ FORMS = {
         for norm, rotate in (("head", "neighbours"), ("all", "halves"), ("", "neighbours"), ("all", ""))
     ],
     "elementwise.rows._normed": [
-        {"RESIDUAL": full, "GATE": full, "WEIGHT": not full, "BIAS": not full, "FACTOR": full, "PLUS_ONE": full,
-         "SHIFT": full, "RMS": not full, "ROUND": rounded, "INT8": int8, "WIDTH": 4096}
-        for full, rounded, int8 in ((True, False, False), (False, False, False), (True, True, False),
-                                    (True, True, True))
+        {"RESIDUAL": vectors > 0, "GATE": vectors, "WEIGHT": not vectors, "BIAS": not vectors, "FACTOR": vectors,
+         "PLUS_ONE": vectors > 0, "SHIFT": vectors, "RMS": not vectors, "ROUND": rounded, "INT8": int8, "WIDTH": 4096}
+        for vectors, rounded, int8 in ((1, False, False), (0, False, False), (2, True, False), (1, True, True))
     ],
     "elementwise.rows._rounded_parts": [
         {"A": one, "B": two, "INT8": int8, "A1": 2048, "A2": 1024, "B1": first, "B2": second}

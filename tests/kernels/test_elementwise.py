@@ -20,9 +20,8 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 def float64(x, y, gate, weight, bias, factor, shift, eps, rms, plus_one):
     """The definition, written out."""
-    x, y, gate, weight, bias, factor, shift = (
-        None if item is None else item.double() for item in (x, y, gate, weight, bias, factor, shift)
-    )
+    x, y, weight, bias = (None if item is None else item.double() for item in (x, y, weight, bias))
+    gate, factor, shift = (sum(each.double() for each in item) if item else None for item in (gate, factor, shift))
     total = x if y is None else x + (y if gate is None else gate * y)
     centred = total if rms else total - total.mean(-1, keepdim=True)
     out = centred / (centred.pow(2).mean(-1, keepdim=True) + eps).sqrt()
@@ -39,6 +38,10 @@ CASES = {
     "modulated": {"factor": (2, 1, 96), "shift": (2, 1, 96), "plus_one": True},
     "modulated by row": {"factor": (2, 5, 96), "shift": (1, 5, 96)},
     "residual": {"y": (2, 5, 96), "factor": (1, 1, 96)},
+    "modulated by row and table": {
+        "y": (2, 5, 96), "gate": ((2, 5, 96), (1, 1, 96)), "factor": ((1, 5, 96), (2, 1, 96)),
+        "shift": ((2, 5, 96), (2, 1, 96)), "plus_one": True,
+    },
     "gated": {"y": (2, 5, 96), "gate": (2, 1, 96), "factor": (2, 1, 96), "shift": (1, 1, 96), "rms": True},
 }
 
@@ -46,11 +49,14 @@ CASES = {
 def case(name, dtype=torch.float32):
     given = CASES[name]
     x = random(2, 7, 100, dtype=dtype)[:, 1:6, 2:98]  # rows that do not lie next to each other
-    names = ("y", "gate", "weight", "bias", "factor", "shift")
-    tensors = [
-        random(*given[key], dtype=dtype, seed=index) if key in given else None for index, key in enumerate(names)
-    ]
-    return [x, *tensors], (1e-6, given.get("rms", False), given.get("plus_one", False))
+    single = ("y", "weight", "bias")
+    tensors = {key: random(*given[key], dtype=dtype, seed=len(key)) if key in given else None for key in single}
+    for index, key in enumerate(("gate", "factor", "shift")):
+        shapes = given.get(key, ())
+        shapes = (shapes,) if shapes and isinstance(shapes[0], int) else shapes
+        tensors[key] = [random(*one, dtype=dtype, seed=10 * index + place) for place, one in enumerate(shapes)]
+    order = ("y", "gate", "weight", "bias", "factor", "shift")
+    return [x, *(tensors[key] for key in order)], (1e-6, given.get("rms", False), given.get("plus_one", False))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -72,7 +78,7 @@ def test_normed_kernel(name, dtype, kind):
     total, expected = float64(*tensors, *constants)
     if tensors[1] is not None and dtype == torch.float16:  # the stream is rounded before its norm
         rounded = total.to(dtype)
-        total, expected = rounded, float64(rounded, None, None, *tensors[3:], *constants)[1]
+        total, expected = rounded, float64(rounded, None, [], *tensors[3:], *constants)[1]
     made = operators._normed_empty(tensors[0], tensors[1], kind, dtype)
     rows.normed(*tensors, *constants, *made)
     if tensors[1] is not None:

@@ -18,8 +18,8 @@ def _fits(x: torch.Tensor) -> bool:
 
 
 def _normed_fake(
-    x: torch.Tensor, y: torch.Tensor | None, gate: torch.Tensor | None, weight: torch.Tensor | None,
-    bias: torch.Tensor | None, factor: torch.Tensor | None, shift: torch.Tensor | None, eps: float, rms: bool,
+    x: torch.Tensor, y: torch.Tensor | None, gate: list[torch.Tensor], weight: torch.Tensor | None,
+    bias: torch.Tensor | None, factor: list[torch.Tensor], shift: list[torch.Tensor], eps: float, rms: bool,
     plus_one: bool, kind: str, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     return _normed_empty(x, y, kind, dtype)
@@ -29,11 +29,11 @@ def _normed_fake(
 def normed(
     x: torch.Tensor,
     y: torch.Tensor | None,
-    gate: torch.Tensor | None,
+    gate: list[torch.Tensor],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    factor: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    factor: list[torch.Tensor],
+    shift: list[torch.Tensor],
     eps: float,
     rms: bool,
     plus_one: bool,
@@ -46,7 +46,8 @@ def normed(
     Args:
         x: (batch, sequence, channels).
         y: Like `x`; nothing is added if `None`.
-        gate: Multiplies `y`: (batch or 1, sequence or 1, channels), as are `factor` and `shift`.
+        gate: What multiplies `y`, as are `factor` and `shift`: nothing, a tensor (batch or 1, sequence or 1, channels), or
+            the sum of one and another (batch or 1, 1, channels): an embedding of every row and a block's own table.
         weight: (channels,), as is `bias`: the norm's own.
         bias: See there.
         factor: Multiplies the norm.
@@ -67,10 +68,11 @@ def normed(
 
         rows.normed(x, y, gate, weight, bias, factor, shift, eps, rms, plus_one, total, out, scale)
         return total, out, scale
-    s = x
+    s = x.float()
     if y is not None:
-        total = s = (x.float() + (y.float() if gate is None else y.float() * gate.float())).to(x.dtype)
-    s = s.float()
+        s = s + (y.float() * _summed(gate) if gate else y.float())
+        total = s.to(x.dtype)
+        s = total.float()
     weight, bias = (None if item is None else item.float() for item in (weight, bias))
     if rms:
         s = s * (s.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
@@ -78,14 +80,19 @@ def normed(
         s = s if bias is None else s + bias
     else:
         s = F.layer_norm(s, s.shape[-1:], weight, bias, eps)
-    if factor is not None:
-        s = s * (1 + factor.float() if plus_one else factor.float())
-    if shift is not None:
-        s = s + shift.float()
+    if factor:
+        s = s * (1 + _summed(factor) if plus_one else _summed(factor))
+    if shift:
+        s = s + _summed(shift)
     if not kind:
         return total, s.to(dtype), scale
     values, scale = formats.quantize_rows(s.flatten(0, 1), TYPES[kind])
     return total, values.view(s.shape), scale
+
+
+def _summed(vectors: list[torch.Tensor]) -> torch.Tensor:
+    first, *others = (item.float() for item in vectors)
+    return first + others[0] if others else first
 
 
 def _normed_empty(

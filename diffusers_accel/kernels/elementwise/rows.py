@@ -28,15 +28,25 @@ def _scale_of(amax, INT8: tl.constexpr):
     return tl.where(scale < _TINY, 1.0, scale)
 
 
+@triton.jit
+def _summed(pointer, other, c, inside, COUNT: tl.constexpr):
+    """One vector, or the sum of two."""
+    x = _vector(pointer, c, inside)
+    if COUNT == 2:
+        x += _vector(other, c, inside)
+    return x
+
+
 @triton.jit(do_not_specialize=["length"])
 def _normed(
-    x_ptr, y_ptr, gate_ptr, sum_ptr, weight_ptr, bias_ptr, factor_ptr, shift_ptr, out_ptr, scale_ptr,
-    sx_b, sx_s, sy_b, sy_s, sg_b, sg_s, sf_b, sf_s, sh_b, sh_s, length, columns, eps,
+    x_ptr, y_ptr, sum_ptr, weight_ptr, bias_ptr, gate_ptr, gate2_ptr, factor_ptr, factor2_ptr, shift_ptr, shift2_ptr,
+    out_ptr, scale_ptr,
+    sx_b, sx_s, sy_b, sy_s, sg_b, sg_s, sg2_b, sf_b, sf_s, sf2_b, sh_b, sh_s, sh2_b, length, columns, eps,
     RESIDUAL: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, FACTOR: tl.constexpr,
     PLUS_ONE: tl.constexpr, SHIFT: tl.constexpr, RMS: tl.constexpr, ROUND: tl.constexpr, INT8: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, batch)."""
+    """Program (row, batch). GATE, FACTOR, SHIFT: of how many vectors each is the sum."""
     row, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, WIDTH)
     inside = c < columns
@@ -44,13 +54,13 @@ def _normed(
     x = _vector(x_ptr + b * sx_b + row * sx_s, c, inside)
     # All is asked for before the first sum waits for all threads.
     if FACTOR:
-        factor = _vector(factor_ptr + b * sf_b + row * sf_s, c, inside)
+        factor = _summed(factor_ptr + b * sf_b + row * sf_s, factor2_ptr + b * sf2_b, c, inside, FACTOR)
     if SHIFT:
-        shift = _vector(shift_ptr + b * sh_b + row * sh_s, c, inside)
+        shift = _summed(shift_ptr + b * sh_b + row * sh_s, shift2_ptr + b * sh2_b, c, inside, SHIFT)
     if RESIDUAL:
         y = _vector(y_ptr + b * sy_b + row * sy_s, c, inside)
         if GATE:
-            y *= _vector(gate_ptr + b * sg_b + row * sg_s, c, inside)
+            y *= _summed(gate_ptr + b * sg_b + row * sg_s, gate2_ptr + b * sg2_b, c, inside, GATE)
         total = (x + y).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, total, mask=inside)
         x = total.to(tl.float32)
@@ -178,11 +188,11 @@ def _warps(width: int) -> int:
 def normed(
     x: torch.Tensor,
     y: torch.Tensor | None,
-    gate: torch.Tensor | None,
+    gate: list[torch.Tensor],
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    factor: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    factor: list[torch.Tensor],
+    shift: list[torch.Tensor],
     eps: float,
     rms: bool,
     plus_one: bool,
@@ -193,17 +203,20 @@ def normed(
 ) -> None:
     """Writes what `operators.normed` returns: `total`, `out` and `scale`, contiguous. `warps` of a program are those
     measured (`benchmarks/rows.py --tiles`), if not given."""
-    x = _dense(x)
-    y, gate, factor, shift = (None if item is None else _dense(item) for item in (y, gate, factor, shift))
+    x, y = _dense(x), None if y is None else _dense(y)
     batch, length, columns = x.shape
     width = triton.next_power_of_2(columns)
-    optional = [x if item is None else item for item in (y, gate, total, weight, bias, factor, shift)]
+    vectors, strides = [], []
+    for given in (gate, factor, shift):
+        one, other = (*map(_dense, given), None, None)[:2]
+        vectors += [x if one is None else one, x if other is None else other]
+        strides += [*_places(one), _places(other)[0]]
+    optional = [x if item is None else item for item in (y, total, weight, bias)]
     _normed[(length, batch)](
-        x, *optional, out, scale, x.stride(0), x.stride(1), *_places(y), *_places(gate), *_places(factor),
-        *_places(shift), length, columns, eps, RESIDUAL=y is not None, GATE=gate is not None,
-        WEIGHT=weight is not None, BIAS=bias is not None, FACTOR=factor is not None, PLUS_ONE=plus_one,
-        SHIFT=shift is not None, RMS=rms, ROUND=out.itemsize == 1, INT8=out.dtype == torch.int8, WIDTH=width,
-        num_warps=warps or _warps(width),
+        x, *optional, *vectors, out, scale, x.stride(0), x.stride(1), *_places(y), *strides, length, columns, eps,
+        RESIDUAL=y is not None, GATE=len(gate), WEIGHT=weight is not None, BIAS=bias is not None, FACTOR=len(factor),
+        PLUS_ONE=plus_one, SHIFT=len(shift), RMS=rms, ROUND=out.itemsize == 1, INT8=out.dtype == torch.int8,
+        WIDTH=width, num_warps=warps or _warps(width),
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
     if not _NARROWEST <= whole.shape[2] <= _WIDEST:
         return
     last, factor, plus_one, shift = _modulation(node, whole)
-    total = _sum(source, node, last)
+    total = _sum(source, node, last, changed)
     rounding = next((found for found in _roundings(graph) if found.source is last and found.all), None)
     kind = rounding.kind if rounding is not None else ""
     base, y, gate = total if total is not None else (source, None, None)
@@ -102,10 +102,15 @@ def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
     vectors = [_narrower(item) if isinstance(item, Node) else None for item in (weight, bias)]
     if any(root(each) in changed for each in (base, y, gate, factor, shift, *vectors)):
         return
+    sums = [_of_table(each, changed) for each in (gate, factor, shift)]
     place = last.next
+    gates, factors, shifts = (
+        [] if each is None else [each] if found is None else [_selected(graph, place, one, found) for one in found.of]
+        for each, found in zip((gate, factor, shift), sums, strict=True)
+    )
     made = put(
         graph, place, torch.ops.diffusers_accel.normed.default,
-        (base, y, gate, *vectors, factor, shift, float(eps), rms, plus_one, kind, dtype),
+        (base, y, gates, *vectors, factors, shifts, float(eps), rms, plus_one, kind, dtype),
     )  # fmt: skip
     if total is not None:
         summed = item(graph, place, made, 0, whole)
@@ -139,6 +144,48 @@ def _modulation(node: Any, whole: torch.Tensor) -> tuple[Any, Any, bool, Any]:
     return last, factor, plus_one, shift
 
 
+@dataclass
+class _OfTable:
+    """A vector for each row as a piece of a sum: that of every row's embedding and of a block's table, both
+    (batch or 1, sequence or 1, pieces, channels). Its sum would have to be laid down in memory for each piece."""
+
+    of: tuple[Any, Any]
+    piece: int
+
+
+def _of_table(node: Any, changed: set[Any]) -> _OfTable | None:
+    """How a vector for each row is such a piece; `None` if it is not."""
+    node = _narrower(node)
+    found = value(node)
+    if found is None or found.ndim != 3 or found.shape[1] == 1:
+        return None
+    if is_method(node, "squeeze") and node.args[1:] == (2,):
+        node = node.args[0]
+    if not is_call(node, operator.getitem) or not isinstance(node.args[1], int):
+        return None
+    split, piece = node.args
+    total = split.args[0] if is_method(split, "chunk", "unbind") else None
+    whole = value(total)
+    if whole is None or whole.ndim != 4 or not is_call(total, *_ADD) or len(total.args) != 2 or total.kwargs:
+        return None
+    pieces, dim = (split.args[1], split.args[2:]) if is_method(split, "chunk") else (whole.shape[2], split.args[1:])
+    if (dim or (split.kwargs.get("dim"),))[0] not in (2, -2) or pieces != whole.shape[2]:
+        return None
+    sides = [_narrower(item) for item in total.args]
+    if not all(isinstance(item, Node) and fits(item) and value(item).ndim == 4 for item in sides):
+        return None
+    sides.sort(key=lambda item: -value(item).shape[1])
+    large, small = sides
+    if any(root(item) in changed or value(item).shape[2:] != whole.shape[2:] for item in sides):
+        return None
+    return _OfTable((large, small), piece) if value(small).shape[1] == 1 else None
+
+
+def _selected(graph: Graph, before: Any, source: Any, found: _OfTable) -> Any:
+    """A piece of one side of such a sum: a view."""
+    return view(graph, before, source, "select", 2, found.piece)
+
+
 def _plus_one(node: Any) -> tuple[bool, Any]:
     if is_call(node, *_ADD) and len(node.args) == 2 and 1 in node.args and not node.kwargs:
         inner = next(item for item in node.args if item != 1)
@@ -147,7 +194,7 @@ def _plus_one(node: Any) -> tuple[bool, Any]:
     return False, node
 
 
-def _sum(source: Any, node: Any, last: Any) -> tuple[Any, Any, Any] | None:
+def _sum(source: Any, node: Any, last: Any, changed: set[Any]) -> tuple[Any, Any, Any] | None:
     """x, y and gate, where a norm is of x + gate * y, and until the norm is done nothing else reads that sum."""
     # Summed up in float32, say, and rounded to the stream's type.
     total = source.args[0] if cast(source) is not None else source
@@ -168,6 +215,8 @@ def _sum(source: Any, node: Any, last: Any) -> tuple[Any, Any, Any] | None:
             continue
         if is_call(y, *_MUL) and only_user(y) is not None:
             one, other = (_narrower(item) for item in y.args)
+            if _of_table(other, changed) is not None:  # both may have a number for each channel of each row
+                one, other = other, one
             if _is_vector(one, whole) and _is_whole(other, whole):
                 y, gate = other, one
             elif _is_vector(other, whole) and _is_whole(one, whole):
