@@ -1,9 +1,9 @@
 """What a user waits for before the first image: `accelerate` itself, and the first request of a fresh process.
 
-FLUX.1-dev's shape with random weights. Every configuration is run in two processes, one after the other: the first finds
-no compiled code on disk (`disk cold`), the second what the first has left (`disk warm`). Making the weights is not
-counted. The first image includes compilation, timing of attention kernels where none is on record, and recording CUDA
-graphs.
+FLUX.1-dev's shape with random weights. Every configuration is run in two processes, one after the other: the first
+finds no compiled code on disk (`disk cold`), the second what the first has left (`disk warm`). Making the weights is
+not counted. The first image includes compilation, timing of attention kernels where none is on record, and recording
+CUDA graphs.
 
     python benchmarks/cold_start.py                # benchmarks/results/cold-start.json
     python benchmarks/cold_start.py --tiny --device cpu
@@ -43,7 +43,11 @@ def child(options: argparse.Namespace) -> dict[str, float]:
     arguments = {
         "prompt_embeds": torch.randn(1, 512, config.joint_attention_dim, device=options.device, dtype=dtype),
         "pooled_prompt_embeds": torch.randn(1, config.pooled_projection_dim, device=options.device, dtype=dtype),
-        **{"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": 3.5, "output_type": "pt"},
+        "height": size,
+        "width": size,
+        "num_inference_steps": steps,
+        "guidance_scale": 3.5,
+        "output_type": "pt",
     }
     found = {}
     sections = dict(CONFIGURATIONS[options.child])
@@ -77,8 +81,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in options.only or CONFIGURATIONS:
         with tempfile.TemporaryDirectory() as folder:
-            caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "DIFFUSERS_ACCEL_CACHE": "own"}
-            places = {**os.environ, **{variable: f"{folder}/{each}" for variable, each in caches.items()}}
+            variables = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "DIFFUSERS_ACCEL_CACHE")
+            places = {**os.environ, **{each: f"{folder}/{each}" for each in variables}}
             for disk in ("disk cold", "disk warm"):
                 command = [sys.executable, __file__, "--child", name, "--device", options.device]
                 run = subprocess.run(

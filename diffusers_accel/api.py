@@ -185,6 +185,8 @@ def stats(pipe: Any) -> Stats:
         weight_bytes_after=_weight_bytes(session.target),
         graphs_captured=sum(graphs.captured for graphs in session.target.graphs),
         graph_replays=sum(graphs.replays for graphs in session.target.graphs),
+        modulations_ahead=sum(each.layers for each in session.target.modulations),
+        modulations_missed=sum(each.missed for each in session.target.modulations),
     )
 
 

@@ -77,6 +77,8 @@ class Stats:
         weight_bytes_after: The same now.
         graphs_captured: CUDA graphs held.
         graph_replays: CUDA graphs replayed in the last request.
+        modulations_ahead: Layers whose products of all steps were made before the last request's first.
+        modulations_missed: Products of those layers that were made all the same, their input being another.
     """
 
     requests: int = 0
@@ -93,6 +95,8 @@ class Stats:
     weight_bytes_after: int = 0
     graphs_captured: int = 0
     graph_replays: int = 0
+    modulations_ahead: int = 0
+    modulations_missed: int = 0
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         rows = [
@@ -117,6 +121,9 @@ class Stats:
         rows.append(["denoiser weights", f"{before:.1f} MiB before, {after:.1f} MiB now"])
         if self.graphs_captured:
             rows.append(["CUDA graphs", f"{self.graphs_captured} captured, {self.graph_replays} replays"])
+        if self.modulations_ahead:
+            missed = f", {self.modulations_missed} products made anew" if self.modulations_missed else ""
+            rows.append(["modulations", f"{self.modulations_ahead} layers, all steps at once{missed}"])
         return ["last request", ""], rows
 
     def __str__(self) -> str:

@@ -73,6 +73,8 @@ class Target:
         phases: What features do otherwise from step to step within a block, as values to compare.
         graphs: Of each denoiser: what holds its CUDA graphs, with how many are `captured` and the last request's
             `replays`.
+        modulations: Of each denoiser: what holds its modulations of all steps, with the number of `layers` and the last
+            request's `missed`.
         attention_broadcasts: `"computed"` and `"reused"` -> attention outputs of the last request, under PAB.
         cache_bytes: (denoiser, branch) -> bytes that step caching keeps between steps.
         cache_guarded: (denoiser, branch) -> what a cache's guard found in the last request.
@@ -89,6 +91,7 @@ class Target:
     looked_at: set[tuple[str, int]] = field(default_factory=set)
     phases: list[Callable[[], Hashable]] = field(default_factory=list)
     graphs: list[Any] = field(default_factory=list)
+    modulations: list[Any] = field(default_factory=list)
     attention_broadcasts: Counter[str] = field(default_factory=Counter)
     cache_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
     cache_guarded: dict[tuple[str, str], Any] = field(default_factory=dict)

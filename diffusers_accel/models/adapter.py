@@ -122,6 +122,23 @@ def grid_of_ids(ids: torch.Tensor) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+@dataclass(frozen=True)
+class Modulation:
+    """Linear layers whose products the time step and the prompt alone decide.
+
+    Attributes:
+        embedding: Path of the module that makes their common input, called with the timestep first.
+        layers: Paths, within a block, of the layers that read SiLU of it.
+        timestep: The timestep as that module is given it, from the scheduler's and the type of the activations.
+        of_prompt: Whether the embedding depends on the prompt, and so on the branch.
+    """
+
+    embedding: str
+    layers: tuple[str, ...]
+    timestep: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+    of_prompt: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """Data about a denoiser class.
@@ -150,6 +167,7 @@ class Adapter:
         projections: Groups of linear layers in a block, by their paths there, that read one tensor and are not all of
             one attention module.
         activated: Names of those among them whose result goes through an activation at once.
+        modulation: Layers that modulate all tokens of a step alike, where they are many.
         values_alone: Names of processors that, attending to their own stream, may ask for values alone.
         wide_ends: Numbers of first and of last blocks whose linear layers stay wide when the rest is quantized. What
             lies outside the blocks always does: NVIDIA ModelOpt's lists, which were found by measurement, agree on it.
@@ -176,6 +194,7 @@ class Adapter:
     folding: tuple[str, ...] = ()
     projections: tuple[tuple[str, ...], ...] = ()
     activated: tuple[str, ...] = ()
+    modulation: Modulation | None = None
     values_alone: tuple[str, ...] = ()
     wide_ends: tuple[int, int] = (0, 0)
     smallest_linear: int = 512

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow, grid_of_ids, unpacked
+from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, grid_of_ids, unpacked
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
@@ -55,6 +55,11 @@ FLUX = Adapter(
     folding=("FluxAttnProcessor",),
     projections=(("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),),
     activated=("proj_mlp",),
+    modulation=Modulation(
+        "time_text_embed",
+        ("norm1.linear", "norm1_context.linear", "norm.linear"),
+        lambda timestep, dtype: timestep.to(dtype) / 1000 * 1000,
+    ),
     stacks=(
         Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
         Stack("single_transformer_blocks", ("encoder_hidden_states", "hidden_states")),

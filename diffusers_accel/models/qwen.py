@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow, unpacked
+from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, unpacked
 
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
 
@@ -64,6 +64,12 @@ QWEN = Adapter(
     classes=("QwenImageTransformer2DModel",),
     smallest_linear=0,
     wide_ends=(2, 2),
+    modulation=Modulation(
+        "time_text_embed",
+        ("img_mod.1", "txt_mod.1"),
+        lambda timestep, dtype: timestep.to(dtype) / 1000,
+        of_prompt=False,
+    ),
     stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     block_signal=_signal,
     rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},

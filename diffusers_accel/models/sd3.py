@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Adapter, Stack
+from .adapter import Adapter, Modulation, Stack
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -27,5 +27,8 @@ SD3 = Adapter(
     guidance="batched",
     branches=("cond_uncond",),
     special_branch=_special_branch,
+    modulation=Modulation(
+        "time_text_embed", ("norm1.linear", "norm1_context.linear"), lambda timestep, dtype: timestep
+    ),
     block_signal=_signal,
 )

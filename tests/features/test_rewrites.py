@@ -17,6 +17,7 @@ from diffusers_accel.features import feature
 from diffusers_accel.features.compile import rewrites
 from diffusers_accel.kernels.linear import formats
 from diffusers_accel.kernels.linear.epilogue import linear_gelu, linear_of_parts
+from diffusers_accel.kernels.linear.rounding import TYPES
 
 
 @pytest.fixture
@@ -163,28 +164,32 @@ def test_processors_with_weights(seen):
     )
 
 
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
 @pytest.mark.parametrize("rows", [2, 5])
-def test_few_rows_of_8_bits(rows, on_cpu):
-    """A graph as Fp8Linear writes it on a GPU: a few rows are not rounded, more are."""
+def test_few_rows_of_8_bits(rows, kind, on_cpu):
+    """A graph as Fp8Linear or Int8Linear writes it on a GPU: a few rows are not rounded, more are."""
     operators, graph = torch.ops.diffusers_accel, torch.fx.Graph()
     x, weight, bias = torch.randn(rows, 32), torch.randn(48, 32), torch.randn(48)
-    data, scale = formats.quantize_rows(weight)
+    data, scale = formats.quantize_rows(weight, TYPES[kind])
     given = {"x": x, "data": data, "scale": scale, "bias": bias}
     nodes = {name: graph.placeholder(name) for name in given}
     for name, node in nodes.items():
         node.meta["example_value"] = given[name]
     silu = graph.call_function(F.silu, (nodes["x"],))
     silu.meta["example_value"] = x
-    rounding = graph.call_function(operators.quantize_rows.default, (silu, "e4m3"))
+    rounding = graph.call_function(operators.quantize_rows.default, (silu, kind))
     values, scales = (graph.call_function(operator.getitem, (rounding, place)) for place in (0, 1))
-    transposed = [graph.call_method("t", (nodes[name],)) for name in ("data", "scale")]
-    product = graph.call_function(
-        torch._scaled_mm, (values, transposed[0], scales, transposed[1]), {"bias": nodes["bias"]}
-    )
+    target = torch._scaled_mm if kind == "e4m3" else operators.int8_product.default
+    if kind == "e4m3":
+        transposed = [graph.call_method("t", (nodes[name],)) for name in ("data", "scale")]
+        product = graph.call_function(target, (values, transposed[0], scales, transposed[1]), {"bias": nodes["bias"]})
+    else:
+        args = (values, scales, nodes["data"], nodes["scale"], nodes["bias"], torch.float32)
+        product = graph.call_function(target, args)
     product.meta["example_value"] = torch.empty(rows, 48)
     graph.output(product)
     rewrites.linear.rewrite(graph)
-    left = graph.find_nodes(op="call_function", target=torch._scaled_mm)
+    left = graph.find_nodes(op="call_function", target=target)
     assert bool(left) == (rows > 4)
     if not left:
         found = torch.fx.GraphModule({}, graph)(**given)

@@ -55,6 +55,9 @@ FORMS = {
         {"SILU": silu, "SCALE": low, "BIAS": True, "WIDTH": 8, "DEPTH": 1024}
         for silu, low in ((True, True), (False, False))
     ],
+    "linear.products._known": [
+        {"SCALE": low, "BIAS": low, "WIDTH": 32, "DEPTH": 256, "WHOLE": 4096} for low in (True, False)
+    ],
     "linear.products._widen": [
         {"BY_ROW": by_row, "RANK": rank, "R": max(rank, 16), "ROWS": 32, "WIDTH": 128}
         for by_row, rank in ((False, 0), (True, 32))
@@ -90,9 +93,10 @@ def main() -> None:
         kernel = getattr(importlib.import_module(f"diffusers_accel.kernels.{module}"), name)
         for constants in forms:
             outputs = OUTPUTS.get(name, {"out_ptr": "*i8" if constants.get("INT8") else "*fp8e4nv"})
-            if name == "_narrow":
+            if name in ("_narrow", "_known"):
                 outputs = {"out_ptr": "*bf16", "weight_ptr": "*fp8e4nv" if constants["SCALE"] else "*bf16"}
-                outputs["bias_ptr"] = "*bf16"
+                outputs |= dict.fromkeys(("bias_ptr", "rows_ptr", "products_ptr"), "*bf16")
+                outputs |= dict.fromkeys(("step_ptr", "missed_ptr"), "*i32")
             if constants.get("ROUND") is False:
                 outputs = {"out_ptr": "*bf16"}
             if "INT8" in constants and name == "_round" and not constants["INT8"]:

@@ -39,8 +39,11 @@ CASES = {
     "modulated by row": {"factor": (2, 5, 96), "shift": (1, 5, 96)},
     "residual": {"y": (2, 5, 96), "factor": (1, 1, 96)},
     "modulated by row and table": {
-        "y": (2, 5, 96), "gate": ((2, 5, 96), (1, 1, 96)), "factor": ((1, 5, 96), (2, 1, 96)),
-        "shift": ((2, 5, 96), (2, 1, 96)), "plus_one": True,
+        "y": (2, 5, 96),
+        "gate": ((2, 5, 96), (1, 1, 96)),
+        "factor": ((1, 5, 96), (2, 1, 96)),
+        "shift": ((2, 5, 96), (2, 1, 96)),
+        "plus_one": True,
     },
     "gated": {"y": (2, 5, 96), "gate": (2, 1, 96), "factor": (2, 1, 96), "shift": (1, 1, 96), "rms": True},
 }

@@ -10,6 +10,7 @@ from diffusers_accel.kernels.linear import formats
 pytest.importorskip("triton")
 
 from diffusers_accel.kernels.linear import activations, products, weights
+from diffusers_accel.kernels.linear.known import Known, KnownInputs, known_of, publish
 from diffusers_accel.kernels.linear.narrow import narrow_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,3 +132,52 @@ def test_few_rows(shape, low, silu):
     # opcheck compares what it was given, which torch cannot do in e4m3.
     tests = ("test_faketensor", "test_aot_dispatch_dynamic") if low else None
     torch.library.opcheck(narrow_linear, (x, data, scale, bias, silu), **({"test_utils": tests} if tests else {}))
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["as wide", "e4m3"])
+@pytest.mark.parametrize("plain", [True, False], ids=["operator", "kernel"])
+def test_known_products(plain, low):
+    """Products made beforehand are taken for the input they were made for, in its own step, and for no other."""
+    depth, columns = 200, 40
+    wide = torch.randn(columns, depth, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    data, scale = formats.quantize_rows(wide) if low else (wide, None)
+    weight = data.double() if scale is None else data.double() * scale.double()
+    bias = torch.linspace(-1, 1, columns).to(DEVICE)
+    rows = torch.randn(3, 2, depth, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    inputs = KnownInputs(rows)
+    owners = [Known(inputs, torch.full((32, 2, columns), 7.0).to(DEVICE))]  # what nobody could have multiplied
+    publish({data.data_ptr(): owners[0]})
+
+    def call(x, silu=True):
+        if plain or not silu:
+            return narrow_linear(x, data, scale, bias, silu)
+        return products.known_product(x, data, scale, bias, owners[0])
+
+    def taken(x):
+        before, found = int(inputs.missed), call(x)
+        if torch.equal(found, torch.full_like(found, 7.0)):
+            return int(inputs.missed) == before
+        exact = x.double() * torch.sigmoid(x.double()) @ weight.T + bias.double()
+        torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=1e-5)
+        assert int(inputs.missed) == before + 1
+        return False
+
+    inputs.take(rows)
+    assert not taken(rows[1])  # nobody has said which step it is
+    inputs.at(1)
+    assert taken(rows[1]) and taken(rows[1].clone()) and not taken(rows[0])
+    other = rows[1].clone()
+    other[1, -1] += 1e-6
+    found, before = call(other), call(rows[1])
+    # A program takes one row: the first is what it was.
+    assert plain or torch.equal(found[0], before[0])
+    assert not torch.equal(found[1], before[1])
+    torch.testing.assert_close(call(rows[1], silu=False).double(), rows[1].double() @ weight.T + bias.double(),
+                               atol=1e-3, rtol=1e-5)  # fmt: skip
+    inputs.at(3)
+    assert not taken(rows[1])  # beyond the request's last step
+    inputs.take(rows[:1])
+    inputs.at(1)
+    assert not taken(rows[1])  # of a longer request before it
+    owners.clear()
+    assert known_of(data) is None

@@ -17,6 +17,7 @@ from ...core.chain import Chain
 from ...core.edits import AddLayer, Edit
 from ...errors import Unsupported
 from ..feature import Plan, Target
+from .modulation import Modulations
 
 _RECOMPILE_LIMIT = 64
 
@@ -51,6 +52,14 @@ def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
     shared: dict[type, Callable[..., Any]] = {}
     for denoiser in target.denoisers:
         yield AddLayer(denoiser.module, target.rank("compile"), _with_room)
+        modulation = denoiser.adapter.modulation
+        if modulation is not None and target.rewrites(denoiser):
+            made = Modulations(target, denoiser, modulation)
+            target.modulations.append(made)
+            target.phases.append(made.buffers)
+            yield AddLayer(
+                denoiser.module.get_submodule(modulation.embedding), target.rank("compile"), made.around_embedding
+            )
         for block in denoiser.adapter.blocks(denoiser.module):
             rewrites = target.rewrites(denoiser)
             yield AddLayer(block, target.rank("compile"), _compiled(block, config, shared, rewrites))

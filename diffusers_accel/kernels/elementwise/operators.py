@@ -46,8 +46,9 @@ def normed(
     Args:
         x: (batch, sequence, channels).
         y: Like `x`; nothing is added if `None`.
-        gate: What multiplies `y`, as are `factor` and `shift`: nothing, a tensor (batch or 1, sequence or 1, channels), or
-            the sum of one and another (batch or 1, 1, channels): an embedding of every row and a block's own table.
+        gate: Multiplies `y`. Of no tensor; of one, (batch or 1, sequence or 1, channels); or of that and another,
+            (batch or 1, 1, channels), whose sum it is: an embedding of every row and a block's own table, say. So are
+            `factor` and `shift`.
         weight: (channels,), as is `bias`: the norm's own.
         bias: See there.
         factor: Multiplies the norm.

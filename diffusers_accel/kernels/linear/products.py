@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..rounding import to_e4m3
 from .formats import GROUP
+from .known import Known
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -178,17 +179,15 @@ assert GROUP == 16  # `_widen` counts on it
 
 
 @triton.jit
-def _narrow(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, stride, columns, depth,
+def _row_product(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, n, columns, depth,
     SILU: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (output features, row)."""
-    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    row = tl.program_id(1)
+    """Output features `n` of one row."""
     total = tl.zeros([WIDTH, DEPTH], tl.float32)
     for start in range(0, depth, DEPTH):
         k = start + tl.arange(0, DEPTH)
-        x = tl.load(x_ptr + row * stride + k, mask=k < depth, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + k, mask=k < depth, other=0.0).to(tl.float32)
         if SILU:
             x = x / (1.0 + tl.exp(-x))
         inside = (n < columns)[:, None] & (k < depth)[None, :]
@@ -199,7 +198,48 @@ def _narrow(
         out *= tl.load(scale_ptr + n, mask=n < columns, other=0.0)
     if BIAS:
         out += tl.load(bias_ptr + n, mask=n < columns, other=0.0).to(tl.float32)
+    return out
+
+
+@triton.jit
+def _narrow(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, stride, columns, depth,
+    SILU: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Program (output features, row)."""
+    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    row = tl.program_id(1)
+    out = _row_product(
+        x_ptr + row * stride, weight_ptr, scale_ptr, bias_ptr, n, columns, depth, SILU, SCALE, BIAS, WIDTH, DEPTH
+    )
     tl.store(out_ptr + row * columns + n, out.to(out_ptr.dtype.element_ty), mask=n < columns)
+
+
+@triton.jit
+def _known(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, step_ptr, rows_ptr, products_ptr, missed_ptr, stride, columns,
+    depth, SCALE: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Program (output features, row). The row is compared with that of the step at hand; what was made from the same is
+    copied. WHOLE holds a row."""
+    n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    row, rows = tl.program_id(1), tl.num_programs(1)
+    x_ptr += row * stride
+    step = tl.load(step_ptr)
+    at = step.to(tl.int64) * rows + row
+    other = step < 0
+    if step >= 0:
+        k = tl.arange(0, WHOLE)
+        x = tl.load(x_ptr + k, mask=k < depth, other=0.0)
+        own = tl.load(rows_ptr + at * depth + k, mask=k < depth, other=0.0)
+        other = tl.sum((x != own).to(tl.int32), 0) > 0
+    if other:
+        out = _row_product(x_ptr, weight_ptr, scale_ptr, bias_ptr, n, columns, depth, True, SCALE, BIAS, WIDTH, DEPTH)
+        tl.store(out_ptr + row * columns + n, out.to(out_ptr.dtype.element_ty), mask=n < columns)
+        tl.atomic_add(missed_ptr, 1, mask=(tl.program_id(0) == 0) & (row == 0))
+    else:
+        found = tl.load(products_ptr + at * columns + n, mask=n < columns, other=0.0)
+        tl.store(out_ptr + row * columns + n, found, mask=n < columns)
 
 
 def narrow_product(
@@ -212,5 +252,20 @@ def narrow_product(
     _narrow[(triton.cdiv(columns, 8), rows)](
         x, weight, x if scale is None else scale, x if bias is None else bias, out, x.stride(0), columns, depth,
         SILU=silu, SCALE=scale is not None, BIAS=bias is not None, WIDTH=8, DEPTH=1024, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def known_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, known: Known
+) -> torch.Tensor:
+    """`narrow_product` with SiLU, copied from what is known of it where `x` is what that was made from."""
+    x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
+    (rows, depth), columns, inputs = x.shape, weight.shape[0], known.inputs
+    out = x.new_empty((rows, columns))
+    _known[(triton.cdiv(columns, 32), rows)](
+        x, weight, x if scale is None else scale, x if bias is None else bias, out, inputs.step, inputs.rows,
+        known.products, inputs.missed, x.stride(0), columns, depth, SCALE=scale is not None, BIAS=bias is not None,
+        WIDTH=32, DEPTH=256, WHOLE=triton.next_power_of_2(depth), num_warps=8,
     )  # fmt: skip
     return out

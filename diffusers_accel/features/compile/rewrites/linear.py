@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.fx import Graph
 
 from ....kernels.linear import (  # noqa: F401 - registers the operators
+    eight_bit,
     epilogue,
     narrow,
 )
@@ -38,8 +39,9 @@ def rewrite(graph: Graph) -> None:
     for node in filter(still, graph.find_nodes(op="call_function", target=LINEAR)):
         if not _narrow(graph, node):
             _of_parts(graph, node)
-    for node in graph.find_nodes(op="call_function", target=torch._scaled_mm):
-        _narrow_of_8_bits(graph, node, changed)
+    for target in (torch._scaled_mm, torch.ops.diffusers_accel.int8_product.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            _narrow_of_8_bits(graph, node, changed)
 
 
 def _activated(graph: Graph, node: Any) -> None:
@@ -67,19 +69,24 @@ def _narrow(graph: Graph, node: Any) -> bool:
 
 def _narrow_of_8_bits(graph: Graph, node: Any, changed: set[Any]) -> None:
     """The same of a weight of 8 bits with a scale per row: its activations need no rounding."""
-    data, weight, _, scale = node.args[:4]
+    if is_call(node, torch._scaled_mm):
+        data, weight, _, scale = node.args[:4]
+        bias = node.kwargs.get("bias")
+        if not is_method(weight, "t") or not is_method(scale, "t"):
+            return
+        weight, scale = weight.args[0], scale.args[0]
+    else:
+        data, _, weight, scale, bias, _ = node.args
     rounding: Any = data.args[0] if is_call(data, operator.getitem) else None
     if not is_call(rounding, torch.ops.diffusers_accel.quantize_rows.default):
         return
     x = rounding.args[0]
     if not _few(x) or not fits(node) or value(node).dtype != value(x).dtype:
         return
-    if not is_method(weight, "t") or not is_method(scale, "t") or not _large(weight.args[0]):
-        return
     source, silu = _before_silu(x)
-    if root(source) in changed:
+    if not _large(weight) or root(source) in changed:
         return
-    args = (source, weight.args[0], scale.args[0], node.kwargs.get("bias"), silu)
+    args = (source, weight, scale, bias, silu)
     replace(node, put(graph, node, torch.ops.diffusers_accel.narrow_linear.default, args, node))
 
 

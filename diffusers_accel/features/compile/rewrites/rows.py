@@ -163,8 +163,8 @@ def _of_table(node: Any, changed: set[Any]) -> _OfTable | None:
         node = node.args[0]
     if not is_call(node, operator.getitem) or not isinstance(node.args[1], int):
         return None
-    split, piece = node.args
-    total = split.args[0] if is_method(split, "chunk", "unbind") else None
+    split: Any = node.args[0]
+    total: Any = split.args[0] if is_method(split, "chunk", "unbind") else None
     whole = value(total)
     if whole is None or whole.ndim != 4 or not is_call(total, *_ADD) or len(total.args) != 2 or total.kwargs:
         return None
@@ -178,7 +178,7 @@ def _of_table(node: Any, changed: set[Any]) -> _OfTable | None:
     large, small = sides
     if any(root(item) in changed or value(item).shape[2:] != whole.shape[2:] for item in sides):
         return None
-    return _OfTable((large, small), piece) if value(small).shape[1] == 1 else None
+    return _OfTable((large, small), node.args[1]) if value(small).shape[1] == 1 else None
 
 
 def _selected(graph: Graph, before: Any, source: Any, found: _OfTable) -> Any:

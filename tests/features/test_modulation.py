@@ -1,0 +1,120 @@
+"""Modulations of all steps made before the first: that they are found, and that nothing else is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny import TINY, build, tensors
+
+from diffusers_accel import CompileConfig, StepMaskConfig, accelerate, restore, stats
+from diffusers_accel.features import feature
+from diffusers_accel.features.compile import rewrites
+from diffusers_accel.kernels.linear import known, narrow
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Rewritten graphs on the CPU; how often they asked for a product, and how often something was known of it."""
+    monkeypatch.setattr(rewrites.graph, "KINDS", [("cpu", torch.float32)])
+    monkeypatch.setattr(rewrites.rows, "_NARROWEST", 1)
+    monkeypatch.setattr(rewrites.linear, "_LEAST", 1)
+    monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
+    monkeypatch.setattr(CompileConfig, "rewriting", property(lambda self: True))
+    found: Counter[str] = Counter()
+
+    def known_of(weight):
+        answer = known.known_of(weight)
+        found["asked"] += 1
+        found["known"] += answer is not None
+        return answer
+
+    monkeypatch.setattr(narrow, "known_of", known_of)
+
+    def backend(module, inputs, **_):
+        rewrites.Rewrites()(module.graph)
+        module.recompile()
+        return module.forward
+
+    torch.compiler.reset()
+    torch._dynamo.register_backend(backend, name="rewritten")
+    yield found
+    torch._dynamo.backends.registry._COMPILER_FNS.pop("rewritten")
+    torch.compiler.reset()
+
+
+REWRITTEN = CompileConfig(backend="rewritten")
+
+
+def close(found, expected, tolerance=1e-4):
+    for one, other in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["flux", "flux-schnell", "flux-img2img", "qwen", "sd3"])
+def test_every_product_is_known(name, asked):
+    """In two requests of one length, with different prompts, and in a longer one."""
+    entry, pipe, other = TINY[name], build(name), build(name)
+    accelerate(pipe, compile=REWRITTEN)
+    for steps, prompt in ((4, {}), (4, {"prompt": "another"}), (40, {})):
+        asked.clear()
+        close(entry.run(pipe, steps=steps, **prompt), entry.run(other, steps=steps, **prompt))
+        found = stats(pipe)
+        assert found.modulations_ahead and not found.modulations_missed
+        assert asked["known"] == asked["asked"] >= found.modulations_ahead
+    assert "modulations" in str(stats(pipe))
+    restore(pipe)
+    asked.clear()
+    assert all(map(torch.equal, tensors(entry.run(pipe, steps=4)), tensors(entry.run(other, steps=4)))) and not asked
+
+
+def test_weights_that_change_between_requests(asked):
+    entry, pipe, other = TINY["flux"], build("flux"), build("flux")
+    accelerate(pipe, compile=REWRITTEN)
+    entry.run(pipe, steps=3)
+    with torch.no_grad():
+        for each in (pipe, other):
+            each.transformer.transformer_blocks[0].norm1.linear.weight.mul_(1.5)
+    close(entry.run(pipe, steps=3), entry.run(other, steps=3))
+    assert not stats(pipe).modulations_missed
+
+
+def test_prompts_that_differ_by_branch(asked):
+    """FLUX.1 embeds the prompt: what is known is the first branch's, and the second's is multiplied."""
+    entry, pipe, other = TINY["flux-true-cfg"], build("flux-true-cfg"), build("flux-true-cfg")
+    accelerate(pipe, compile=REWRITTEN)
+    close(entry.run(pipe, steps=3), entry.run(other, steps=3))
+    found = stats(pipe)
+    assert found.modulations_missed == 3 * found.modulations_ahead
+
+
+def test_embeddings_that_somebody_changes(asked):
+    """What is known is found by the input itself, not by the step."""
+    entry, pipe, other = TINY["flux"], build("flux"), build("flux")
+    accelerate(pipe, compile=REWRITTEN)
+
+    for each in (pipe, other):
+        inner = each.transformer.forward
+
+        def forward(*args, inner=inner, each=each, **kwargs):
+            timestep = kwargs["timestep"] * (1.0 if float(kwargs["timestep"]) > 0.9 else 0.9)
+            return inner(*args, **{**kwargs, "timestep": timestep})
+
+        each.transformer.forward = forward
+    close(entry.run(pipe, steps=3), entry.run(other, steps=3))
+    found = stats(pipe)
+    assert found.modulations_missed == 2 * found.modulations_ahead
+
+
+def test_with_a_cache_and_quantized_layers(asked):
+    """Steps that are skipped ask for nothing; weights of 8 bits are widened, as they are for a few rows."""
+    entry, pipe = TINY["flux"], build("flux")
+    mask = StepMaskConfig(mask=(1, 1, 0, 1, 0, 1))
+    accelerate(pipe, linear="fp8", cache=mask)
+    eager = entry.run(pipe, steps=6)
+    accelerate(pipe, linear="fp8", cache=mask, compile=REWRITTEN)
+    found = entry.run(pipe, steps=6)
+    assert (found - eager).norm() < 0.05 * eager.norm()
+    # On the CPU, quantized layers are multiplied as their reference says, in no product of a few rows.
+    assert stats(pipe).modulations_ahead and not stats(pipe).modulations_missed
