@@ -26,7 +26,7 @@ from diffusers_accel import Unsupported, accelerate, restore
 # Kinds by the kernels' names: the first that matches.
 KINDS = (
     ("attention", r"flash|fmha|sdpa|_attention$|FlashAttn"),
-    ("fused passes", r"^_normed$|^_rounded_parts$|^_prepare$"),
+    ("fused passes", r"^_normed$|^_rounded_parts$|^_prepare$|^_narrow$|^_known$"),
     ("quantize", r"_rows|_round|_reduce$|_combine|_amax$|_tensor$|_groups$|_add$|to_float8|scaled_mm_quant"),
     ("gemm", r"gemm|nvjet|cutlass|xmma|cublas|_int8$|splitK|device_kernel"),
     ("copy", r"Memcpy|Memset|copy|CatArray|triton_poi_fused_(clone|cat)"),
@@ -41,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "exact, rewritten": {"attention": "auto", **REWRITTEN},
     "exact, rewritten, graphs": {"attention": "auto", "cuda_graph": True, **REWRITTEN},
     "exact, fused, rewritten": {"attention": "auto", "fuse": True, **REWRITTEN},
+    "exact, fused, rewritten, graphs": {"attention": "auto", "fuse": True, "cuda_graph": True, **REWRITTEN},
+    "exact, rewritten, not compiled": {"attention": "auto", "compile": {"backend": "eager", "rewrites": True}},
     "fp8, compiled": {"attention": "auto", "linear": "fp8", "compile": {"rewrites": False}},
     "fp8, rewritten": {"attention": "auto", "linear": "fp8", **REWRITTEN},
     "fp8, fa3-fp8": {"attention": "fa3-fp8", "linear": "fp8"},
@@ -54,6 +56,10 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "8-bit": {
         "attention": {"backend": "fa3-fp8", "cross_attention": "auto"}, "linear": {"plan": {"*blocks.*": "fp8"}},
         **REWRITTEN,
+    },
+    "8-bit, graphs": {
+        "attention": {"backend": "fa3-fp8", "cross_attention": "auto"}, "linear": {"plan": {"*blocks.*": "fp8"}},
+        "cuda_graph": True, **REWRITTEN,
     },
 }  # fmt: skip
 
@@ -94,7 +100,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder for the result")
     options = parser.parse_args()
     model = MODELS[options.model]
-    pipe, arguments = build(model, options.layers), inputs(model)
+    pipe = build(model, options.layers)
+    arguments = inputs(model, pipe)
 
     def forward() -> torch.Tensor:
         with torch.no_grad():

@@ -195,11 +195,19 @@ def build(model: Model, layers: int | None = None) -> Any:
     return pipe
 
 
-def inputs(model: Model) -> dict[str, Any]:
-    """Arguments of one forward."""
+def inputs(model: Model, pipe: Any = None) -> dict[str, Any]:
+    """Arguments of one forward; of a pipeline, that of the middle one of 28 steps, which its scheduler is set to: what
+    is made once a request is then made once."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
-    return model.inputs(random)
+    found = model.inputs(random)
+    if pipe is not None:
+        pipe.scheduler.set_timesteps(28, device="cuda")
+        pipe.scheduler.set_begin_index(14)
+        given = found["timestep"]
+        if given.is_floating_point() and given.numel() == 1:  # as FLUX.1's and Qwen-Image's pipelines make it
+            found["timestep"] = pipe.scheduler.timesteps[14].expand(1).to(given.dtype) / 1000
+    return found

@@ -50,7 +50,17 @@ FEATURES: dict[str, ModuleType] = {
 }
 
 # Layers from the inside to the outside; a layer's rank is its place here, whatever order the edits come in.
-ORDER = ("compile", "attention layer", "graph", "cache gate", "graph kind", "cache decision", "vae", "request")
+ORDER = (
+    "compile",
+    "attention layer",
+    "graph",
+    "cache gate",
+    "graph kind",
+    "cache decision",
+    "vae",
+    "whole graph",
+    "request",
+)
 
 # Where pipelines keep their denoisers.
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")

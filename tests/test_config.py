@@ -54,7 +54,6 @@ def test_frozen_and_keyword_only():
         ({"warmup": {"resolutions": ["480 by 832"]}}, "'<height>x<width>'"),
         ({"warmup": {"num_frames": [81.5]}}, "warmup.num_frames"),
         ({"warmup": {"num_inference_steps": 0}}, "1 or more"),
-        ({"compile": {"backend": "eager", "rewrites": True}}, "inductor's alone"),
         ({"cuda_graph": {"limit": 0}}, "cuda_graph.limit: 1 or more"),
         ([1], "mapping"),
     ],

@@ -167,10 +167,11 @@ class CompileConfig:
             every generated kernel, which takes minutes and gains a few percent.
         rewrites: Rewrite a block's graph before inductor sees it, where its own fusion needs more passes over memory:
             norms with modulation, QK-norm with rotation, GELU in a product, each with the rounding of a quantized layer
-            behind it. On CUDA; the same up to rounding. `None` means wherever inductor compiles.
+            behind it. On CUDA; the same up to rounding. `None` means wherever inductor compiles; with
+            `backend="eager"` and `True` there is nothing to compile, and what is not rewritten runs as stock code does.
 
     Raises:
-        ConfigError: Options are given beside a mode, which stands for options itself; or rewrites for another backend.
+        ConfigError: Options are given beside a mode, which stands for options itself.
     """
 
     mode: str = "default"
@@ -191,8 +192,6 @@ class CompileConfig:
         """Checks what types alone do not say."""
         if self.options and self.mode not in ("auto", "default"):
             raise ConfigError(f"compile: options or mode={self.mode!r}, not both: a mode stands for options itself.")
-        if self.rewrites and self.backend != "inductor":
-            raise ConfigError(f"compile: rewrites are inductor's alone, not backend={self.backend!r}'s.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +202,17 @@ class CudaGraphConfig:
 
     Args:
         limit: Kinds of calls (sizes, batches, lengths of prompts) that are recorded; others run without graphs.
+        vae: Record the VAE's decoder too, as a whole. Video decoders that work in chunks cannot be recorded.
+        text_encoders: Record the text encoders too, each as a whole. Language models that return their cache of keys
+            and values run as they are.
 
     Raises:
         ConfigError: The limit is below 1.
     """
 
     limit: int = 8
+    vae: bool = False
+    text_encoders: bool = False
 
     _shorthand: typing.ClassVar[str | None] = None
     _switch: typing.ClassVar[bool] = True

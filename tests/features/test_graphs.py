@@ -355,3 +355,62 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(Unsupported, match="it runs on cpu"):
         accelerate(pipe, cuda_graph=True)
     assert "it runs on cpu" in str(explain(pipe, cuda_graph=True))
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "ltx2"])
+def test_whole_modules(name):
+    """The VAE's decoder and the text encoders too: what a pipeline keeps of one call is not overwritten by the next."""
+    entry, pipe, other = TINY[name], build(name), build(name)
+    options = CudaGraphConfig(vae=True, text_encoders=True)
+    accelerate(pipe, attention="sdpa", cuda_graph=options)
+    before = stats(pipe).graphs_captured
+    for prompt in ("one", "two", "three", "four"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if name == "ltx2":  # Gemma returns its cache of keys and values
+                warnings.filterwarnings("ignore", "cuda_graph: text_encoder is .* returns something besides tensors")
+            found = entry.run(pipe, steps=2, prompt=prompt)
+        assert same(found, entry.run(other, steps=2, prompt=prompt)), prompt
+    wholes = [graphs for graphs in _target(pipe).graphs if hasattr(graphs, "around")]
+    assert before == 0 and any(whole.captured and whole.replays for whole in wholes)
+    assert wholes[0].name == "vae.decoder" and wholes[0].captured == 1
+    restore(pipe)
+    assert same(entry.run(pipe, steps=2), entry.run(other, steps=2))
+
+
+def _target(pipe):
+    return vars(pipe)["_diffusers_accel_session"].target
+
+
+def test_whole_modules_that_stay_as_they_are(monkeypatch):
+    """A new size, weights that moved, what cannot be recorded, and what can be played by nobody."""
+    pipe, other = build("flux"), build("flux")
+    accelerate(pipe, attention="sdpa", cuda_graph=CudaGraphConfig(vae=True, limit=2))
+    vae = next(graphs for graphs in _target(pipe).graphs if hasattr(graphs, "around"))
+    latents = [torch.randn(1, 4, 4 + size, 8) for size in range(3)]
+    with torch.no_grad():
+        for latent in (*latents[:2], *latents[:2]):
+            assert torch.equal(pipe.vae.decode(latent).sample, other.vae.decode(latent).sample)
+        assert vae.captured == 2
+        with pytest.warns(UserWarning, match="2 kinds of calls are recorded already"):
+            pipe.vae.decode(latents[2])
+        weight = pipe.vae.decoder.conv_in.weight
+        weight.data = weight.data * 2  # in another place
+        other.vae.decoder.conv_in.weight.data *= 2
+        assert torch.equal(pipe.vae.decode(latents[0]).sample, other.vae.decode(latents[0]).sample)
+        assert vae.captured == 0
+
+        def refuses(self, function):
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+        monkeypatch.setattr(TapeRecorder, "record", refuses)
+        with pytest.warns(
+            UserWarning, match=r"vae.decoder is run without graphs: it cannot be recorded \(operation not"
+        ):
+            found = pipe.vae.decode(latents[0]).sample
+        assert torch.equal(found, other.vae.decode(latents[0]).sample)
+    video = build("wan")
+    with pytest.raises(Unsupported, match="keeps what earlier chunks"):
+        accelerate(video, cuda_graph=CudaGraphConfig(vae=True))
+    with pytest.raises(Unsupported, match="none is loaded"):
+        accelerate(build("flux2"), cuda_graph=CudaGraphConfig(text_encoders=True))

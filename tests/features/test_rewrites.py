@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY, build, tensors
+from tiny import TINY, build, same, tensors
 from tiny.flux import load_ip_adapter
 
 from diffusers_accel import CompileConfig, accelerate
@@ -116,6 +116,25 @@ def test_rounded_in_passing(name, kind, seen):
     layers = sum(type(module).__name__.startswith(kind.capitalize()) for module in pipe.transformer.modules())
     alone, passing = counted(seen, "quantize_rows", "rounded_parts")
     assert passing and alone + passing < layers, (seen, layers)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_other_backends(backend, monkeypatch, on_cpu):
+    """Where they are asked for, rewritten graphs run without inductor."""
+    entry, pipe, made = TINY["flux"], build("flux"), Counter()
+    put = rewrites.rows.put
+
+    def counted(graph, before, target, *args):
+        made[str(target)] += 1
+        return put(graph, before, target, *args)
+
+    monkeypatch.setattr(rewrites.rows, "put", counted)
+    stock = entry.run(pipe, steps=2)
+    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend=backend))
+    assert same(entry.run(pipe, steps=2), stock) and not made
+    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend=backend, rewrites=True))
+    torch.testing.assert_close(entry.run(pipe, steps=2), stock, atol=1e-4, rtol=1e-4)
+    assert made["diffusers_accel.normed.default"] >= 3
 
 
 def test_what_is_left_as_it_is(seen):

@@ -98,7 +98,11 @@ def _compiled(
         "mode": _mode(config),
         "options": dict(config.options) if config.options else None,
     }
-    if rewrites:
+    if rewrites and config.backend != "inductor":
+        from .rewrites import rewritten
+
+        options["backend"] = rewritten(config.backend)
+    elif rewrites:
         from .rewrites import REWRITES
 
         # A mode stands for options, and torch takes one or the other.

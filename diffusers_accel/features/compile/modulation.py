@@ -80,19 +80,17 @@ class Modulations:
         self, first: int, inner: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[KnownInputs, dict[int, Known]] | None:
         """Makes the products of all steps from this one on; `None` where that cannot be done, or does not pay."""
-        given, schedule, layers = args[0], self.target.clock.timesteps, self._layers()
+        given, schedule, dtype = args[0], self.target.clock.timesteps, self.denoiser.dtype
         if not isinstance(given, torch.Tensor) or given.ndim != 1 or len(given) > MOST or len(schedule) - first < 2:
             return None
         rows = []
         for timestep in schedule[first:]:
-            timestep = self.modulation.timestep(timestep.to(given.device), self.denoiser.dtype).to(given.dtype)
+            timestep = self.modulation.timestep(timestep.to(given.device), dtype).to(given.dtype)
             rows.append(inner(timestep.expand(given.shape), *args[1:], **kwargs))
         if not isinstance(rows[0], torch.Tensor) or rows[0].ndim != 2:
             return None
         found = torch.stack([rows[0]] * first + rows)
-        layers = [
-            layer for layer in layers if layer.in_features == found.shape[-1] and _stored(layer).device == found.device
-        ]
+        layers = self._layers(dtype, found)
         if not layers:
             return None
         inputs, before = self._room(found)
@@ -126,8 +124,8 @@ class Modulations:
         self._sets[form] = (KnownInputs(rows), {})
         return self._sets[form]
 
-    def _layers(self) -> list[Any]:
-        """The layers whose weights a rewritten graph gives to a product of a few rows."""
+    def _layers(self, dtype: torch.dtype, rows: torch.Tensor) -> list[Any]:
+        """The layers whose weights a rewritten graph gives to a product of a few rows, and that take such rows."""
         found = []
         for block in self.denoiser.adapter.blocks(self.denoiser.module):
             for path in self.modulation.layers:
@@ -136,8 +134,10 @@ class Modulations:
                 except AttributeError:
                     continue
                 layer = getattr(layer, "base_layer", layer)  # beneath a LoRA
-                plain = type(layer) is nn.Linear and layer.weight.dtype == self.denoiser.dtype
-                if plain or getattr(layer, "kind", None) in _NARROW:
+                plain = type(layer) is nn.Linear and layer.weight.dtype == dtype
+                if not plain and getattr(layer, "kind", None) not in _NARROW:
+                    continue
+                if layer.in_features == rows.shape[-1] and _stored(layer).device == rows.device:
                     found.append(layer)
         return found
 

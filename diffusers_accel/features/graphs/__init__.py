@@ -14,18 +14,24 @@ looked at when a request begins: if one has moved, or an adapter's scale has cha
 
 - `segments.py`: what a segment is made of.
 - `graphs.py`: a denoiser's graphs.
+- `whole.py`: the VAE's decoder and text encoders, if asked for: a graph for a whole forward.
+- `state.py`: what a graph depends on besides its inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import nn
+
 from ...config import CudaGraphConfig
 from ...core.edits import AddLayer, Edit
 from ...core.graphs import RECORDERS
 from ...errors import Unsupported
+from ...models.adapter import parameter_names
 from ..feature import Plan, Target, refuse_offloaded
 from .graphs import Graphs
+from .whole import Whole
 
 # inductor modes that record graphs of their own.
 _OWN_GRAPHS = ("reduce-overhead", "max-autotune")
@@ -57,15 +63,54 @@ def check(target: Target, config: CudaGraphConfig) -> Plan:
             raise Unsupported(
                 "cuda_graph", "its weights move between devices.", "cuda_graph=None, or no offloading.", str(denoiser)
             )
+    others = [name for name, _ in _wholes(target, config)]
     return Plan(
-        f"runs of blocks, for up to {config.limit} kinds of calls",
-        target.blocks,
+        f"{', '.join(['runs of blocks', *others])}, for up to {config.limit} kinds of calls",
+        target.blocks + len(others),
         ("The first two calls of a kind are run as they are; warmup(pipe) makes them beforehand.",),
     )
 
 
+def _wholes(target: Target, config: CudaGraphConfig) -> list[tuple[str, nn.Module]]:
+    """The other modules whose forward is recorded as a whole, and their names.
+
+    Raises:
+        Unsupported: There are none of those asked for, or one cannot be recorded.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    if config.vae:
+        vae = getattr(target.pipe, "vae", None)
+        decoder = getattr(vae, "decoder", None)
+        if not isinstance(decoder, nn.Module):
+            raise Unsupported("cuda_graph.vae", "there is no VAE with a decoder.", "cuda_graph.vae=False.")
+        if "feat_cache" in parameter_names(decoder):
+            raise Unsupported(
+                "cuda_graph.vae", "its decoder keeps what earlier chunks of a video left.", "cuda_graph.vae=False.",
+                type(vae).__name__,
+            )  # fmt: skip
+        found.append(("vae.decoder", decoder))
+    if config.text_encoders:
+        encoders = [
+            (name, module)
+            for name, module in target.pipe.components.items()
+            if name.startswith("text_encoder") and isinstance(module, nn.Module)
+        ]
+        if not encoders:
+            raise Unsupported("cuda_graph.text_encoders", "none is loaded.", "cuda_graph.text_encoders=False.")
+        found += encoders
+    for name, module in found:
+        if any("_hf_hook" in vars(part) for part in module.modules()):
+            raise Unsupported("cuda_graph", "its weights move between devices.", "leave it out.", name)
+    return found
+
+
 def edits(target: Target, config: CudaGraphConfig) -> Iterator[Edit]:
-    """One layer around each denoiser, which tells kinds of calls apart, and one around each block."""
+    """One layer around each denoiser, which tells kinds of calls apart, and one around each block; one around each
+    other module."""
+    for name, module in _wholes(target, config):
+        whole = Whole(target, name, module, config.limit)
+        target.graphs.append(whole)
+        yield AddLayer(module, target.rank("whole graph"), whole.around)
     for denoiser in target.denoisers:
         graphs = Graphs(target, denoiser, config)
         target.graphs.append(graphs)

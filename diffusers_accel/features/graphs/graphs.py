@@ -17,7 +17,8 @@ from ...core.step import Mode
 from ...models import Stack
 from ...models.adapter import parameter_names
 from ..feature import Denoiser, Target
-from .segments import CONSTANTS, Call, Kind, Running, Segment, Source, form_of, run, source_of
+from .segments import Call, Kind, Running, Segment, Source, form_of, run, source_of
+from .state import adapter_of, call_form, state_of
 
 # Where the form of an output has a tensor.
 _TENSOR = object()
@@ -223,12 +224,12 @@ class Graphs:
         if step.request != self._request:
             self._request, self.replays = step.request, 0
             self._look_at_weights()
-        elif any(_adapter(module) != state for module, state in self._adapters):
+        elif any(adapter_of(module) != state for module, state in self._adapters):
             self._look_at_weights()  # a callback may change an adapter's scale between two steps
         if self._why is not None:
             return None
         modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self.denoiser.device.type)
-        key = (_form(args), _form(kwargs), modes, tuple(phase() for phase in self.target.phases))
+        key = (call_form(args), call_form(kwargs), modes, tuple(phase() for phase in self.target.phases))
         kind = self.kinds.get(key)
         if kind is None:
             if len(self.kinds) >= self.config.limit:
@@ -239,21 +240,11 @@ class Graphs:
 
     def _look_at_weights(self) -> None:
         """Drops everything recorded if a weight has moved or an adapter has changed; finds what forbids recording."""
-        self._why, self._adapters, found = None, [], []
-        for path, module in self.denoiser.module.named_modules():
-            hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-            if "_hf_hook" in vars(module) or any("offload" in name for name in hooks):
-                self._why = "its weights are offloaded"
-            if path and (module._forward_hooks or module._forward_pre_hooks):
-                self._why = f"{path} has hooks, which a graph would not call"
-            tensors = (*module._parameters.values(), *module._buffers.values())
-            found.append((id(module), module.training, *(_address(item) for item in tensors if item is not None)))
-            if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
-                self._adapters.append((module, _adapter(module)))
-        weights = (*found, *(state for _, state in self._adapters))
-        if weights != self._weights or self._why is not None:
+        state = state_of(self.denoiser.module)
+        self._why, self._adapters = state.why, state.adapters
+        if state.weights != self._weights or self._why is not None:
             self.kinds.clear()
-            self._pool, self._weights = None, weights
+            self._pool, self._weights = None, state.weights
         if self._why is not None:
             self._say(self._why)
 
@@ -268,29 +259,3 @@ def _changed(denoiser: Denoiser, what: str) -> str:
         f"cuda_graph: {denoiser} went through its blocks with {what}, though it was called alike; a graph would be "
         "wrong. Instead: cuda_graph=None for this model."
     )
-
-
-def _adapter(module: Any) -> tuple[str, ...]:
-    """What a LoRA layer does besides its weights."""
-    names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
-    return tuple(str(getattr(module, name, None)) for name in names)
-
-
-def _address(item: torch.Tensor) -> int:
-    try:
-        return item.data_ptr()
-    except RuntimeError:  # a tensor that is made of others
-        return id(item)
-
-
-def _form(value: Any) -> Hashable:
-    """What tells kinds of calls apart."""
-    if isinstance(value, torch.Tensor):
-        return (tuple(value.shape), value.stride(), value.dtype, str(value.device))
-    if isinstance(value, Mapping):
-        return tuple((key, _form(item)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return (type(value).__name__, *(_form(item) for item in value))
-    if isinstance(value, CONSTANTS):
-        return (type(value).__name__, value)
-    return (type(value).__name__, id(value))

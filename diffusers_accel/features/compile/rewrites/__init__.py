@@ -19,12 +19,14 @@ The graph is torch's own, before any decomposition, so the patterns are those th
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from . import attention, canonical, linear, rows
 
@@ -53,3 +55,16 @@ def _version() -> str:
 
 # One for all: compiled code is found again by the very object it was compiled with.
 REWRITES = Rewrites()
+
+
+@cache
+def rewritten(backend: str) -> Callable[..., Any]:
+    """Another backend of `torch.compile` than inductor, which has a place for rewrites itself, behind them: `"eager"`
+    runs a rewritten graph as it is."""
+
+    def compiled(module: GraphModule, inputs: list[Any], **options: Any) -> Any:
+        REWRITES(module.graph)
+        module.recompile()
+        return torch._dynamo.lookup_backend(backend)(module, inputs, **options)  # type: ignore[operator]
+
+    return compiled
