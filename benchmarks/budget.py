@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def main() -> None:
     arguments = inputs(model, pipe)
 
     def forward() -> torch.Tensor:
-        with torch.no_grad():
+        named = getattr(pipe.transformer, "cache_context", None)
+        with torch.no_grad(), named("cond") if named is not None else nullcontext():
             return pipe.transformer(**arguments, return_dict=False)[0]
 
     found: dict[str, Any] = {}

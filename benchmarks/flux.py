@@ -181,7 +181,7 @@ def linear(
 
 def write(
     options: argparse.Namespace, size: int, steps: int, dtype: torch.dtype, figures: Any, cold: Any, differences: Any,
-    kernels: Any,
+    kernels: Any, modulations: Any,
 ) -> None:  # fmt: skip
     """The result file, and the same on the screen."""
     result = {
@@ -190,6 +190,7 @@ def write(
         "first call, compilation included, seconds": cold,
         "psnr against stock, dB": differences,
         "attention kernels of one request": kernels,
+        "modulations of one request": modulations,
     }
     stock = result["variants"]["stock"]["seconds"]
     result["speed-up over stock"] = {
@@ -239,6 +240,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     cold: dict[str, float] = {}
     kernels: dict[str, Any] = {}
+    modulations: dict[str, Any] = {}
 
     def note(name: str, times: list[float]) -> None:
         figures.setdefault(name, []).extend(times)
@@ -263,7 +265,7 @@ def main() -> None:
 
     if options.linear:
         linear(pipe, note, timed_first, generate, options.repeats, options.only)
-        write(options, size, steps, dtype, figures, cold, differences, kernels)
+        write(options, size, steps, dtype, figures, cold, differences, kernels, modulations)
         return
 
     cuda = pipe.transformer.device.type == "cuda"
@@ -279,23 +281,25 @@ def main() -> None:
         accelerate(pipe, **(sections if cuda else {**sections, **DRY}))
         timed_first(name)
         note(name, measure.seconds(generate, options.repeats, warm=0))
-        kernels[name] = stats(pipe).attention_kernels
+        seen = stats(pipe)
+        kernels[name] = seen.attention_kernels
+        modulations[name] = {"layers, all steps at once": seen.modulations_ahead, "missed": seen.modulations_missed}
         restore(pipe)
         torch.compiler.reset()
-        write(options, size, steps, dtype, figures, cold, differences, kernels)
+        write(options, size, steps, dtype, figures, cold, differences, kernels, modulations)
     if options.rivals and cuda:
         torchao_fp8(pipe)
         accelerate(pipe, attention="fa3")  # diffusers wants FlashAttention 3 by a name that no wheel has
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
         timed_first("torchao fp8, FA3, compiled")
         note("torchao fp8, FA3, compiled", measure.seconds(generate, options.repeats, warm=0))
-        write(options, size, steps, dtype, figures, cold, differences, kernels)
+        write(options, size, steps, dtype, figures, cold, differences, kernels, modulations)
         cache_dit_mask(pipe)
         timed_first("torchao fp8, FA3, compiled, cache-dit, half the steps")
         note(
             "torchao fp8, FA3, compiled, cache-dit, half the steps", measure.seconds(generate, options.repeats, warm=0)
         )
-    write(options, size, steps, dtype, figures, cold, differences, kernels)
+    write(options, size, steps, dtype, figures, cold, differences, kernels, modulations)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, MutableMapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from .chain import Chain, Layer
-from .platform import moved
+from .platform import moved, parked
 
 
 class Edit(Protocol):
@@ -113,6 +114,7 @@ class ParkWeight:
     module: nn.Module
     successor: nn.Module
     keep: bool
+    _moving: Future[None] | None = field(default=None, init=False)
 
     @property
     def lasting(self) -> str | None:
@@ -120,9 +122,21 @@ class ParkWeight:
 
     def apply(self) -> None:
         weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
-        weight.data = moved(weight.data, torch.device("cpu")) if self.keep else weight.data.new_empty(0)
+        if not self.keep:
+            weight.data = weight.data.new_empty(0)
+        elif weight.device.type == "cuda":
+            self._moving = parked(weight)
+        else:
+            weight.data = moved(weight.data, torch.device("cpu"))
+
+    def finish(self) -> None:
+        """Waits until the weight lies where it is to stay."""
+        if self._moving is not None:
+            self._moving.result()
+            self._moving = None
 
     def undo(self) -> None:
+        self.finish()
         weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
         if self.keep:
             there = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
@@ -183,6 +197,9 @@ class Journal:
             for edit in edits:
                 edit.apply()
                 self._applied.append(edit)
+            for edit in self._applied:
+                if isinstance(edit, ParkWeight):
+                    edit.finish()
         except BaseException:
             self.undo()
             raise

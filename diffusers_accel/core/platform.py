@@ -6,6 +6,8 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -87,3 +89,36 @@ def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     staged.copy_(x)
     return staged.clone() if device.type == "cpu" else staged.to(device)
+
+
+# Copies from page-locked to ordinary memory, beside the transfers from the GPU; and how many may wait for it.
+_PARKING = ThreadPoolExecutor(1, "diffusers_accel-parking")
+_WAITING = threading.BoundedSemaphore(4)
+
+
+def parked(x: torch.Tensor) -> Future[None]:
+    """Moves a tensor's data from a GPU to the host, as `moved` does, its two copies beside those of other tensors.
+    Meanwhile the tensor has its shape, and values that are not to be read.
+
+    Returns:
+        What ends when the data is there.
+    """
+    _WAITING.acquire()
+    try:
+        staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        staged.copy_(x.data, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record(torch.cuda.current_stream(x.device))
+        x.data = staged
+    except BaseException:
+        _WAITING.release()
+        raise
+
+    def move() -> None:
+        try:
+            there.synchronize()
+            x.data = staged.clone()
+        finally:
+            _WAITING.release()
+
+    return _PARKING.submit(move)

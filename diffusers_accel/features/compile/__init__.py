@@ -6,7 +6,11 @@ The compiled function is the innermost layer around a block, so caches, gates an
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,10 +49,34 @@ def check(target: Target, config: CompileConfig) -> Plan:
     return Plan(action, target.blocks, left=left if wrapped else ())
 
 
+def prepare(target: Target, config: CompileConfig) -> None:
+    """Begins to import inductor: a second or more, while other features move weights."""
+    if not _off(target, config) and config.backend == "inductor":
+        _inductor()
+
+
+@cache
+def _inductor() -> Future[None]:
+    """The import of what the first compilation would import otherwise, while somebody waits for a picture."""
+
+    def load() -> None:
+        # Names of torch's own; one that is not there is imported when it is needed, if ever.
+        for name in ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
+            with suppress(ImportError):
+                importlib.import_module(name)
+
+    pool = ThreadPoolExecutor(1, "diffusers_accel-import")
+    found = pool.submit(load)
+    pool.shutdown(wait=False)
+    return found
+
+
 def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
     """One layer per block, and one around each denoiser."""
     if _off(target, config):
         return
+    if config.backend == "inductor":
+        _inductor().result()
     shared: dict[type, Callable[..., Any]] = {}
     for denoiser in target.denoisers:
         yield AddLayer(denoiser.module, target.rank("compile"), _with_room)
