@@ -108,7 +108,7 @@ OURS: dict[str, dict[str, Any]] = {
 DRY = {"attention": "sdpa", "compile": None, "cuda_graph": None, "linear": None, "vae": None}
 
 
-def torchao_fp8(pipe: FluxPipeline) -> None:
+def torchao_fp8(pipe: Any) -> None:
     """What an expert writes by hand today, on the layers inside the blocks, as ours."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
@@ -119,7 +119,7 @@ def torchao_fp8(pipe: FluxPipeline) -> None:
     )
 
 
-def cache_dit_mask(pipe: FluxPipeline) -> None:
+def cache_dit_mask(pipe: Any, mask: tuple[int, ...], warmup: int) -> None:
     """cache-dit with the same steps; it watches one block, which it computes on skipped steps too."""
     import cache_dit
 
@@ -127,9 +127,9 @@ def cache_dit_mask(pipe: FluxPipeline) -> None:
         pipe,
         cache_config=cache_dit.DBCacheConfig(
             Fn_compute_blocks=1,
-            max_warmup_steps=6,
-            num_inference_steps=len(MASK),
-            steps_computation_mask=list(MASK),
+            max_warmup_steps=warmup,
+            num_inference_steps=len(mask),
+            steps_computation_mask=list(mask),
             steps_computation_policy="static",
         ),
     )
@@ -294,7 +294,7 @@ def main() -> None:
         timed_first("torchao fp8, FA3, compiled")
         note("torchao fp8, FA3, compiled", measure.seconds(generate, options.repeats, warm=0))
         write(options, size, steps, dtype, figures, cold, differences, kernels, modulations)
-        cache_dit_mask(pipe)
+        cache_dit_mask(pipe, MASK, warmup=6)
         timed_first("torchao fp8, FA3, compiled, cache-dit, half the steps")
         note(
             "torchao fp8, FA3, compiled, cache-dit, half the steps", measure.seconds(generate, options.repeats, warm=0)
