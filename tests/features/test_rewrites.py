@@ -74,7 +74,7 @@ def test_stock_blocks(name, gelu, parts, seen):
     assert graphs >= (gelu, parts) and bool(graphs[0]) == bool(gelu) and bool(graphs[1]) == bool(parts), seen
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "wan", "wan22", "qwen", "ltx2", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "wan", "wan22", "qwen", "ltx2", "sd3", "cosmos", "cosmos-predict25"])
 def test_norms_and_rotations(name, seen):
     """No norm of a block and no rotation is left: all are in a pass over rows or in the call of attention. (SD3's tiny
     model has no QK-norm.)"""

@@ -16,20 +16,22 @@ FORMS = {
     "attention.quantize._reduce": [
         {"PER_HEAD": per_head, "NORM": norm, "ROTATE": rotate, "FIRST": 0, "STAGES": 3, "D": dim, "DP": 128,
          "ROWS": 32, "SPLITS": 16, "SAMPLE": 4 if norm else 1}
-        for per_head, norm, rotate, dim in ((True, False, "", 128), (False, True, "halves", 96),
-                                            (True, True, "neighbours", 128))
+        for per_head, norm, rotate, dim in ((True, "", "", 128), (False, "head", "halves", 96),
+                                            (True, "head", "neighbours", 128), (True, "all", "neighbours", 128))
     ],
+    "attention.norm._factors": [{"D": 128, "DP": 128, "HEADS": 16, "TOKENS": 4}],
     "attention.quantize._combine": [{"MEAN": True, "VALUES": True, "D": 96, "DP": 128, "SPLITS": 16}],
     "attention.quantize._round": [
         {"NORM": norm, "ROTATE": rotate, "LEVELS": 3, "INT8": int8, "KB": 64, "SHIFT": shift, "D": 128, "DP": 128,
          "ROWS": 128, "FIRST": 0}
-        for norm, rotate, int8, shift in ((False, "", True, True), (True, "halves", False, False),
-                                          (True, "neighbours", True, False))
+        for norm, rotate, int8, shift in (("", "", True, True), ("head", "halves", False, False),
+                                          ("head", "neighbours", True, False), ("all", "neighbours", True, True))
     ],
     "attention.quantize._round_per_head": [
         {"NORM": norm, "ROTATE": rotate, "LEVELS": 3, "SHIFT": shift, "G": 2, "D": 128, "DP": 128, "ROWS": 32,
          "TILES": 16, "SPLITS": 16}
-        for norm, rotate, shift in ((False, "", True), (True, "halves", False), (True, "neighbours", True))
+        for norm, rotate, shift in (("", "", True), ("head", "halves", False), ("head", "neighbours", True),
+                                    ("all", "neighbours", False))
     ],
     "attention.quantize._add": [{"D": 128, "G": 2, "ROWS": 16, "WIDTH": 512}],
     "attention.prepare._prepare": [

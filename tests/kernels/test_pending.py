@@ -70,10 +70,10 @@ def test_a_recipe_rotates_in_passing(backend, name, length, dim, form):
     assert exact.cosine(found, exact.attention(query, key, value)[0]) < 0.9
 
 
-def norms(dim):
-    """Weights of a trained model's kind: around one, a few much larger or near zero."""
+def norms(dim, heads=1):
+    """Weights of a trained model's kind: around one, a few much larger or near zero; over `heads` at once."""
     generator = torch.Generator().manual_seed(5)
-    weights = [1 + 0.3 * torch.randn(dim, generator=generator) for _ in range(2)]
+    weights = [1 + 0.3 * torch.randn(heads * dim, generator=generator) for _ in range(2)]
     for weight in weights:
         weight[3], weight[7] = 6.0, 0.01
     return QKNorm(*(weight.to(DEVICE, torch.float16) for weight in weights), eps=1e-5)
@@ -81,24 +81,29 @@ def norms(dim):
 
 def normed(x, weight, eps):
     x = x.double()
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    dims = -1 if weight.numel() == x.shape[-1] else (-2, -1)
+    return x / (x.square().mean(dims, keepdim=True) + eps).sqrt() * weight.double().view(-1, x.shape[-1])
 
 
 @pytest.mark.parametrize("backend", ["sage", "sage-fp8", "sage-fp8/fp8-1-128-1"])
 @pytest.mark.parametrize(
-    ("length", "dim", "form"),
+    ("length", "dim", "form", "over_all"),
     [
-        (70, 64, None),
-        (33, 96, "neighbours"),
-        (5, 80, "halves"),
-        (33, 64, "neighbours per head"),
-        (5, 96, "halves per head"),
+        (70, 64, None, False),
+        (33, 96, "neighbours", False),
+        (5, 80, "halves", False),
+        (33, 64, "neighbours per head", False),
+        (5, 96, "halves per head", False),
+        (33, 64, "neighbours", True),
+        (70, 64, "halves per head", True),
     ],
 )
-def test_a_recipe_norms_in_passing(backend, length, dim, form):
+def test_a_recipe_norms_in_passing(backend, length, dim, form, over_all):
     pytest.importorskip("triton")
-    query, key, value = inputs(length, dim, kv_heads=4 if "per head" in str(form) else 2)
-    norm = norms(dim)
+    # Heads of another size, which a norm over each of them would not see.
+    query, key, value = inputs(length, dim, kv_heads=4 if over_all or "per head" in str(form) else 2)
+    query[:, :, 1] *= 3
+    norm = norms(dim, 4 if over_all else 1)
     rotary, turn_query, turn_key = rotary_of(form, length, dim) if form else (None, None, None)
     found = KERNELS.get(backend).load()(Inputs(10 * query, key / 10, value, rotary=rotary, norm=norm))
     query, key = normed(10 * query, norm.query, norm.eps), normed(key / 10, norm.key, norm.eps)
@@ -115,8 +120,9 @@ def close_to_e4m3(found, scale, expected):
 
 @pytest.mark.parametrize(
     ("dim", "wide", "form"),
-    [(64, 64, "halves per head"), (96, 96, "halves"), (80, 96, "neighbours"), (80, 96, "halves")],
-)
+    [(64, 64, "halves per head"), (96, 96, "halves"), (80, 96, "neighbours"), (80, 96, "halves"),
+     (64, 64, "neighbours, all")],
+)  # fmt: skip
 def test_scales_per_head_norm_and_rotate_in_passing(dim, wide, form):
     pytest.importorskip("triton")
     from diffusers_accel.kernels.attention.flash import padded
@@ -124,7 +130,9 @@ def test_scales_per_head_norm_and_rotate_in_passing(dim, wide, form):
     from diffusers_accel.kernels.attention.recipe import hadamard
 
     query, key, value = inputs(dim=dim, kv_heads=4)
-    norm = norms(dim)
+    form, _, over_all = form.partition(", ")
+    query[:, :, 1] *= 3
+    norm = norms(dim, 4 if over_all else 1)
     rotary, turn_query, turn_key = rotary_of(form, 70, dim)
     given = padded(Inputs(query, key, value, rotary=rotary, norm=norm), wide)
     data = quantize_per_head(given.query, given.key, given.value, 0.125, rotary=given.rotary, norm=given.norm)

@@ -9,7 +9,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from diffusers_accel.kernels.attention import KERNELS, SITES, AttentionSite, Fixed, attention_unprepared, rotate
+from diffusers_accel.kernels.attention import (
+    KERNELS,
+    SITES,
+    AttentionKernel,
+    AttentionSite,
+    Fixed,
+    Inputs,
+    attention_unprepared,
+    rotate,
+)
 from diffusers_accel.kernels.attention.prepare import prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,3 +132,47 @@ def test_rotate():
             found = found.transpose(1, 2) if name == "by head" else found.reshape(x.shape)
             torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
             torch.library.opcheck(rotate, (item, one, other, halves, heads))
+
+
+@pytest.mark.parametrize(
+    ("dim", "norm", "kv_heads", "left"),
+    [(64, "head", 2, True), (64, "all", 4, True), (64, "all", 2, False), (16, "all", 4, False)],
+)
+def test_what_is_left_to_a_kernel(dim, norm, kv_heads, left):
+    """Norms over a head, and over all heads where query and key have equally many of a size that needs no padding."""
+    seen = []
+
+    def folding(inputs):
+        seen.append(inputs.norm)
+        query, key = inputs.query, inputs.key
+        if inputs.norm is not None:
+            turn = inputs.rotary
+            eps = inputs.norm.eps
+            query, key = (
+                expected(x, weight, eps, torch.atan2(table[1], table[0])[..., ::2], False)
+                for x, weight, table in (
+                    (query, inputs.norm.query, turn.query), (key, inputs.norm.key, turn.key),
+                )
+            )  # fmt: skip
+        return KERNELS.get("sdpa").load()(Inputs(query.float(), key.float(), inputs.value))
+
+    kernel = AttentionKernel(name="folding", load=lambda: folding, folds=True)
+    made = AttentionSite(lambda: Fixed(kernel), Counter())
+    SITES[made.number] = made
+    query, key, value = random(1, 6, 4, dim), random(1, 6, kv_heads, dim, seed=1), random(1, 6, kv_heads, dim, seed=2)
+    weights = [random(dim if norm == "head" else heads * dim, seed=heads) for heads in (4, kv_heads)]
+    whole, angles = tables(6, 1, dim, False)
+    try:
+        found = attention_unprepared(
+            [query], [key], value, weights, 1e-6, list(whole), list(whole), False, None, False, None, made.number
+        )
+    finally:
+        del SITES[made.number]
+    ready = [expected(x, weight, 1e-6, angles, False) for x, weight in zip((query, key), weights, strict=True)]
+    groups = 4 // kv_heads
+    ready[1], wide = ready[1].repeat_interleave(groups, 2), value.double().repeat_interleave(groups, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", *ready) * dim**-0.5
+    torch.testing.assert_close(
+        found.double(), torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), wide), atol=2e-5, rtol=2e-5
+    )
+    assert (seen[0] is not None) == left

@@ -12,9 +12,11 @@ Where a kernel folds QK-norm and rotation, the stock code also finds functions t
 
 from __future__ import annotations
 
-import builtins
+import ast
 import functools
+import importlib
 import inspect
+import textwrap
 import types
 from collections.abc import Callable
 from typing import Any
@@ -145,7 +147,7 @@ def rebound_class(stock: type, site: AttentionSite, fold: bool = False, mark: bo
     scope["dispatch_attention_fn"] = dispatched
     scope["F"] = _Functional(heads_first)
     if fold or mark:
-        code = _rotation_put_off(code, scope, fold, mark)
+        code = _rotation_put_off(call, scope, fold, mark)
     function = types.FunctionType(code, scope, call.__name__, call.__defaults__, call.__closure__)
     function.__kwdefaults__ = call.__kwdefaults__
     function.__annotations__ = dict(call.__annotations__)
@@ -233,8 +235,9 @@ def _split(x: torch.Tensor, freqs: Any) -> _Known | None:
     return cos, sin, True, freqs[0].shape[1]
 
 
+_ROTATION = "apply_rotary_emb"
 _FORMS: dict[str, _Form] = {
-    "apply_rotary_emb": _generic,
+    _ROTATION: _generic,
     "apply_rotary_emb_qwen": _complex,
     "apply_interleaved_rotary_emb": _interleaved,
     "apply_split_rotary_emb": _split,
@@ -263,16 +266,17 @@ def _put_off(stock: Callable[..., Any], form: _Form, fold: bool, mark: bool) -> 
     return put_off
 
 
-def _rotation_put_off(code: types.CodeType, scope: dict[str, Any], fold: bool, mark: bool) -> types.CodeType:
+def _rotation_put_off(call: types.FunctionType, scope: dict[str, Any], fold: bool, mark: bool) -> types.CodeType:
     """A processor's code whose rotation is put off: a function of its module, one that it imports when it is called, or
     one that it defines itself."""
+    code = call.__code__
+    if _ROTATION in code.co_names and _ROTATION not in scope:
+        code = _import_outside(call, code, scope)
     for name, form in _FORMS.items():
         if name in code.co_names and callable(scope.get(name)):
             scope[name] = _put_off(scope[name], form, fold, mark)
-    if "apply_rotary_emb" in code.co_names and "apply_rotary_emb" not in scope:
-        scope["__builtins__"] = {**vars(builtins), "__import__": functools.partial(_importing, fold, mark)}
     constants = list(code.co_consts)
-    own = next((item for item in constants if getattr(item, "co_name", None) == "apply_rotary_emb"), None)
+    own = next((item for item in constants if getattr(item, "co_name", None) == _ROTATION), None)
     if own is None:
         return code
     scope["_diffusers_accel_put_off"] = _put_off(types.FunctionType(own, scope), _own, fold, mark)
@@ -284,13 +288,29 @@ def _own_rotation(hidden_states: Any, freqs_cos: Any, freqs_sin: Any) -> Any:
     return _diffusers_accel_put_off(hidden_states, freqs_cos, freqs_sin)  # type: ignore[name-defined]  # noqa: F821
 
 
-def _importing(
-    fold: bool, mark: bool, name: str, scope: Any = None, local: Any = None, fromlist: Any = (), level: int = 0
-) -> Any:
-    """The import statement of a processor's code, which finds the rotation put off."""
-    found = builtins.__import__(name, scope, local, fromlist, level)
-    stock = getattr(found, "apply_rotary_emb", None)
-    if "apply_rotary_emb" not in (fromlist or ()) or stock is None:
-        return found
-    names = {item: getattr(found, item) for item in fromlist}
-    return types.SimpleNamespace(**(names | {"apply_rotary_emb": _put_off(stock, _generic, fold, mark)}))
+def _import_outside(function: types.FunctionType, code: types.CodeType, scope: dict[str, Any]) -> types.CodeType:
+    """The code of a processor that imports its rotation when it is called, with the import done beforehand: the name is
+    a global one then, which can be bound anew, and which Dynamo follows. As it was where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return code
+    definition: Any = tree.body[0]
+    imports = [
+        (body, node)
+        for parent in ast.walk(definition)
+        for body in (getattr(parent, "body", None), getattr(parent, "orelse", None))
+        if isinstance(body, list)
+        for node in body
+        if isinstance(node, ast.ImportFrom) and [(item.name, item.asname) for item in node.names] == [(_ROTATION, None)]
+    ]
+    for body, node in imports:
+        name = "." * node.level + (node.module or "")
+        scope[_ROTATION] = getattr(importlib.import_module(name, function.__globals__.get("__package__")), _ROTATION)
+        body[body.index(node)] = ast.copy_location(ast.Pass(), node)
+    if not imports:
+        return code
+    definition.decorator_list = []
+    ast.increment_lineno(tree, code.co_firstlineno - 1)
+    module = compile(tree, code.co_filename, "exec", dont_inherit=True)
+    return next(item for item in module.co_consts if getattr(item, "co_name", None) == function.__name__)

@@ -25,7 +25,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..rounding import to_e4m3
-from .quantize import LOG2E, padded_dim, quantize
+from .norm import padded_dim
+from .quantize import LOG2E, quantize
 from .recipe import Recipe
 from .record import QKNorm, Rotary
 

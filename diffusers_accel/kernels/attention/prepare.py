@@ -34,7 +34,7 @@ def _token(
         x = turned(x, h, inside, cos_ptr, sin_ptr, table_stride, ROTATE, D, W)
     else:
         x, inside = load_heads(
-            base, stride, h, heads, norm_ptr, eps, cos_ptr, sin_ptr, table_stride, NORM == "head", ROTATE, D, W
+            base, stride, h, heads, norm_ptr, norm_ptr, eps, cos_ptr, sin_ptr, table_stride, NORM, ROTATE, D, W
         )
     at = out + h[:, None] * D + tl.arange(0, W)[None, :]
     kind: tl.constexpr = out.dtype.element_ty

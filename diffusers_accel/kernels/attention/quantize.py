@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..rounding import store_rounded
+from .norm import asked_norm, padded_dim, strides_of
 from .recipe import Recipe, hadamard_levels
 from .record import QKNorm, Rotary
 from .rows import (
@@ -48,7 +49,7 @@ _HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 16, 4
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _reduce(
-    q_ptr, k_ptr, v_ptr, kn_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, vs_ptr, va_ptr,
+    q_ptr, k_ptr, v_ptr, kn_ptr, kf_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, vs_ptr, va_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, st_b, st_s, st_h,
     q_len, k_len, heads, kv_heads, eps,
     PER_HEAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, FIRST: tl.constexpr, STAGES: tl.constexpr,
@@ -77,18 +78,19 @@ def _reduce(
         if which == 0:
             last = tl.minimum(first + tl.cdiv(part, SAMPLE * ROWS) * ROWS, k_len)
             base, turn = k_ptr + b * sk_b + h * sk_h, b * st_b + h * st_h
+            weight = kn_ptr + (h * D if NORM == "all" else 0)
             total = tl.zeros([ROWS, DP], tl.float32)
             high = tl.zeros([ROWS, DP], tl.float32)
             for start in tl.range(first, last, ROWS, num_stages=STAGES):
                 x = load_head(
-                    base, sk_s, start + r, k_len, kn_ptr, eps, cos_ptr + turn, sin_ptr + turn, st_s,
-                    NORM, ROTATE, D, DP,
+                    base, sk_s, start + r, k_len, weight, kf_ptr + b * k_len, eps, cos_ptr + turn, sin_ptr + turn,
+                    st_s, NORM, ROTATE, D, DP,
                 )  # fmt: skip
                 total += x
-                if PER_HEAD and not NORM:
+                if PER_HEAD and NORM == "":
                     high = tl.maximum(high, tl.abs(x))
             tl.store(ks_ptr + out + d, tl.sum(total, 0))
-            if PER_HEAD and not NORM:
+            if PER_HEAD and NORM == "":
                 tl.store(ka_ptr + index * SPLITS + split, tl.max(high))
         else:
             base = v_ptr + b * sv_b + h * sv_h
@@ -140,7 +142,7 @@ def _combine(
 
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _round(
-    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, mean_ptr,
+    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qf_ptr, kf_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, mean_ptr,
     qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, shift_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, sqt_b, sqt_s, sqt_h, skt_b, skt_s, skt_h,
     q_len, k_len, heads, kv_heads, eps, fold, logit_scale,
@@ -158,9 +160,11 @@ def _round(
         if block * ROWS < q_len:
             b, h = (index // heads).to(tl.int64), index % heads
             base, turn = q_ptr + b * sq_b + h * sq_h, b * sqt_b + h * sqt_h
+            weight = qn_ptr + (h * D if NORM == "all" else 0)
             x, inside = load_heads(
-                base, sq_s, rows, q_len, qn_ptr, eps, qcos_ptr + turn, qsin_ptr + turn, sqt_s, NORM, ROTATE, D, W
-            )
+                base, sq_s, rows, q_len, weight, qf_ptr + b * q_len, eps, qcos_ptr + turn, qsin_ptr + turn, sqt_s,
+                NORM, ROTATE, D, W,
+            )  # fmt: skip
             at = index.to(tl.int64) * q_len + rows
             if SHIFT:
                 mean = load_quarters(mean_ptr + (b * kv_heads + h // (heads // kv_heads)) * DP, D, W)
@@ -174,9 +178,11 @@ def _round(
         if which == 1:
             if block * ROWS < k_len:
                 base, turn = k_ptr + b * sk_b + h * sk_h, b * skt_b + h * skt_h
+                weight = kn_ptr + (h * D if NORM == "all" else 0)
                 x, inside = load_heads(
-                    base, sk_s, rows, k_len, kn_ptr, eps, kcos_ptr + turn, ksin_ptr + turn, skt_s, NORM, ROTATE, D, W
-                )
+                    base, sk_s, rows, k_len, weight, kf_ptr + b * k_len, eps, kcos_ptr + turn, ksin_ptr + turn, skt_s,
+                    NORM, ROTATE, D, W,
+                )  # fmt: skip
                 x = spread(without(x, load_quarters(mean_ptr + index * DP, D, W), inside), LEVELS)
                 scale = scale_of(tl.max(tl.max(largest(x), 1).reshape(ROWS // KB, KB), 1), LARGEST)
                 each = tl.broadcast_to((1.0 / scale)[:, None], (ROWS // KB, KB)).reshape(ROWS)
@@ -207,15 +213,16 @@ def _largest_part(part_ptr, index, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "k_seen"])
 def _round_per_head(
-    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, qa_ptr, ks_ptr, ka_ptr, vs_ptr,
-    va_ptr, qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, vmean_ptr, shift_ptr,
+    q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qf_ptr, kf_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, qa_ptr, ks_ptr,
+    ka_ptr, vs_ptr, va_ptr, qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, vmean_ptr, shift_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, sqt_b, sqt_s, sqt_h, skt_b, skt_s, skt_h,
-    q_len, k_len, k_seen, heads, kv_heads, eps, logit_scale,
+    q_len, k_len, k_seen, heads, kv_heads, normed, eps, logit_scale,
     NORM: tl.constexpr, ROTATE: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """e4m3 with one scale per key head, outputs (batch, sequence, heads, head_dim); which = 0 is Q, 1 V, 2 K. A program
-    takes several tiles of rows: means and scales are found once for all of them."""
+    takes several tiles of rows: means and scales are found once for all of them. `normed`: over how many channels the
+    norm is."""
     block, index, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     W: tl.constexpr = DP // 4
     # What subtraction and mixing can make of the largest value is bounded, not measured: e4m3 has exponents to spare,
@@ -227,9 +234,10 @@ def _round_per_head(
             b, h = (index // heads).to(tl.int64), index % heads
             kv = b * kv_heads + h // G
             base, turn = q_ptr + b * sq_b + h * sq_h, b * sqt_b + h * sqt_h
-            if NORM:
+            weight = qn_ptr + (h * D if NORM == "all" else 0)
+            if NORM != "":
                 # A normed row is no longer than this, and neither rotation nor mixing lengthens it.
-                amax = tl.max(largest(load_quarters(qn_ptr, D, W))) * D**0.5
+                amax = tl.max(largest(load_quarters(weight, D, W))) * tl.sqrt(normed * 1.0)
             else:
                 amax = 0.0
                 for member in tl.static_range(G):
@@ -241,8 +249,9 @@ def _round_per_head(
             for tile in range(TILES):
                 rows = first + tile * ROWS + tl.arange(0, ROWS)
                 x, inside = load_heads(
-                    base, sq_s, rows, q_len, qn_ptr, eps, qcos_ptr + turn, qsin_ptr + turn, sqt_s, NORM, ROTATE, D, W
-                )
+                    base, sq_s, rows, q_len, weight, qf_ptr + b * q_len, eps, qcos_ptr + turn, qsin_ptr + turn, sqt_s,
+                    NORM, ROTATE, D, W,
+                )  # fmt: skip
                 if SHIFT:
                     shift = times(x, mean) * logit_scale
                     tl.store(shift_ptr + index.to(tl.int64) * q_len + rows, shift, mask=rows < q_len)
@@ -256,18 +265,20 @@ def _round_per_head(
         if which == 2:
             base, turn = k_ptr + b * sk_b + h * sk_h, b * skt_b + h * skt_h
             mean = _mean(ks_ptr, index, k_seen, D, DP, SPLITS)
-            if NORM:
+            weight = kn_ptr + (h * D if NORM == "all" else 0)
+            if NORM != "":
                 # As of the query; what is taken away may add its own length.
                 size = tl.sum(mean[0] * mean[0] + mean[1] * mean[1] + mean[2] * mean[2] + mean[3] * mean[3], 0)
-                amax = tl.max(largest(load_quarters(kn_ptr, D, W))) * D**0.5 + tl.sqrt(size)
+                amax = tl.max(largest(load_quarters(weight, D, W))) * tl.sqrt(normed * 1.0) + tl.sqrt(size)
             else:
                 amax = (_largest_part(ka_ptr, index, SPLITS) + tl.max(largest(mean))) * LONGER
             scale = bounded(scale_of(amax, 448.0))
             for tile in range(TILES):
                 rows = first + tile * ROWS + tl.arange(0, ROWS)
                 x, inside = load_heads(
-                    base, sk_s, rows, k_len, kn_ptr, eps, kcos_ptr + turn, ksin_ptr + turn, skt_s, NORM, ROTATE, D, W
-                )
+                    base, sk_s, rows, k_len, weight, kf_ptr + b * k_len, eps, kcos_ptr + turn, ksin_ptr + turn, skt_s,
+                    NORM, ROTATE, D, W,
+                )  # fmt: skip
                 x = spread(without(x, mean, inside), LEVELS)
                 at = (b * k_len + rows) * kv_heads + h
                 store_heads(ko_ptr + at * D, x, 1.0 / (scale * LONGER), inside, False, D // 4, W)
@@ -350,16 +361,8 @@ class Quantized:
     value_mean: torch.Tensor | None = None
 
 
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
-
-
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def padded_dim(head_dim: int) -> int:
-    return max(64, triton.next_power_of_2(head_dim))
 
 
 def quantize(
@@ -389,15 +392,16 @@ def quantize(
     low, values = recipe.qk is not None, recipe.pv is not None
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     nothing = new(1)
-    (weights, eps), (tables, turns) = _norm(norm, nothing), _tables(rotary, nothing)
+    asked, (tables, turns) = asked_norm(norm, query, key, nothing), _tables(rotary, nothing)
     k_sum = new(batch, kv_heads, _SPLITS, padded) if low else nothing
     v_max = new(batch, kv_heads, _SPLITS, padded) if values else nothing
-    strides = (*_strides(query), *_strides(key), *_strides(value))
+    strides = (*strides_of(query), *strides_of(key), *strides_of(value))
     shape = {"D": dim, "DP": padded}
-    first = {"NORM": norm is not None, "ROTATE": _form(rotary)}
+    first = {"NORM": asked.kind, "ROTATE": _form(rotary)}
     _reduce[(_SPLITS, batch * heads, low + values)](
-        query, key, value, weights[1], *tables[2:], nothing, k_sum, nothing, nothing, v_max, *strides, *turns[3:],
-        q_len, k_len, heads, kv_heads, eps, PER_HEAD=False, ROWS=_REDUCE_ROWS, SPLITS=_SPLITS, SAMPLE=1,
+        query, key, value, asked.weights[1], asked.factors[1], *tables[2:], nothing, k_sum, nothing, nothing,
+        v_max, *strides, *turns[3:],
+        q_len, k_len, heads, kv_heads, asked.eps, PER_HEAD=False, ROWS=_REDUCE_ROWS, SPLITS=_SPLITS, SAMPLE=1,
         FIRST=0 if low else 1, STAGES=_REDUCE_STAGES, num_warps=_REDUCE_WARPS, **first, **shape,
     )  # fmt: skip
     mean = new(batch, kv_heads, padded) if low else nothing
@@ -414,8 +418,8 @@ def quantize(
     k_scale = new(batch, kv_heads, triton.cdiv(k_len, recipe.k_block)) if low else nothing
     shifted = new(batch, heads, q_len) if shift and low else None
     _round[(triton.cdiv(max(q_len if low else 0, v_len), _ROWS), batch * heads, 2 * low + values)](
-        query, key, value, *weights, *tables, mean, q, k, v, q_scale, k_scale, v_scale,
-        nothing if shifted is None else shifted, *strides, *turns, q_len, k_len, heads, kv_heads, eps,
+        query, key, value, *asked.weights, *asked.factors, *tables, mean, q, k, v, q_scale, k_scale, v_scale,
+        nothing if shifted is None else shifted, *strides, *turns, q_len, k_len, heads, kv_heads, asked.eps,
         scale * LOG2E, scale, LEVELS=hadamard_levels(dim), INT8=recipe.qk == "int8", KB=recipe.k_block or _ROWS,
         SHIFT=shifted is not None, ROWS=_ROWS, FIRST=0 if values else 1, num_warps=_ROUND_WARPS, **first, **shape,
     )  # fmt: skip
@@ -427,10 +431,6 @@ def _seen(length: int, sample: int) -> int:
     part = triton.cdiv(triton.cdiv(length, _SPLITS), _REDUCE_ROWS) * _REDUCE_ROWS
     each = triton.cdiv(part, sample * _REDUCE_ROWS) * _REDUCE_ROWS
     return sum(max(0, min(each, length - split * part)) for split in range(_SPLITS))
-
-
-def _norm(norm: QKNorm | None, nothing: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
-    return ((nothing, nothing), 0.0) if norm is None else ((norm.query, norm.key), norm.eps)
 
 
 def _tables(rotary: Rotary | None, nothing: torch.Tensor) -> tuple[list[torch.Tensor], list[int]]:
@@ -470,16 +470,17 @@ def quantize_per_head(
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     q_max, k_max, v_max = new(batch, heads, _SPLITS), new(batch, kv_heads, _SPLITS), new(batch, kv_heads, _SPLITS)
     k_sum, v_sum = new(batch, kv_heads, _SPLITS, padded), new(batch, kv_heads, _SPLITS, padded)
-    (weights, eps), (tables, turns) = _norm(norm, k_sum), _tables(rotary, k_sum)
-    strides = (*_strides(query), *_strides(key), *_strides(value))
+    asked, (tables, turns) = asked_norm(norm, query, key, k_sum), _tables(rotary, k_sum)
+    strides = (*strides_of(query), *strides_of(key), *strides_of(value))
     shape = {"D": dim, "DP": padded, "SPLITS": _SPLITS}
-    first = {"NORM": norm is not None, "ROTATE": _form(rotary)}
+    first = {"NORM": asked.kind, "ROTATE": _form(rotary)}
     # A normed query has a bound that is known without reading it, and so has a normed key. Any vector may be taken from
     # the keys, so their mean can be that of a share of them, from all over the sequence.
     sample = 1 if norm is None else _KEY_SAMPLE
     _reduce[(_SPLITS, batch * heads, 3 if norm is None else 2)](
-        query, key, value, weights[1], *tables[2:], q_max, k_sum, k_max, v_sum, v_max, *strides, *turns[3:],
-        q_len, k_len, heads, kv_heads, eps, PER_HEAD=True, ROWS=_REDUCE_ROWS, FIRST=0, SAMPLE=sample,
+        query, key, value, asked.weights[1], asked.factors[1], *tables[2:], q_max, k_sum, k_max, v_sum, v_max,
+        *strides, *turns[3:],
+        q_len, k_len, heads, kv_heads, asked.eps, PER_HEAD=True, ROWS=_REDUCE_ROWS, FIRST=0, SAMPLE=sample,
         STAGES=_REDUCE_STAGES,
         num_warps=_REDUCE_WARPS, **first, **shape,
     )  # fmt: skip
@@ -489,9 +490,10 @@ def quantize_per_head(
     scales, v_mean = new(3, batch, kv_heads), new(batch, kv_heads, dim)
     shifted = new(batch, heads, q_len) if shift else None
     _round_per_head[(triton.cdiv(max(q_len, k_len), _HEAD_ROWS * _HEAD_TILES), batch * heads, 3)](
-        query, key, value, *weights, *tables, q_max, k_sum, k_max, v_sum, v_max, q, k, v, scales[0], scales[1],
-        scales[2], v_mean, scales if shifted is None else shifted, *strides, *turns, q_len, k_len,
-        _seen(k_len, sample), heads, kv_heads, eps, scale, LEVELS=hadamard_levels(dim), SHIFT=shifted is not None,
+        query, key, value, *asked.weights, *asked.factors, *tables, q_max, k_sum, k_max, v_sum, v_max, q, k, v,
+        *scales, v_mean, scales if shifted is None else shifted, *strides, *turns, q_len, k_len,
+        _seen(k_len, sample), heads, kv_heads, asked.channels, asked.eps, scale, LEVELS=hadamard_levels(dim),
+        SHIFT=shifted is not None,
         G=heads // kv_heads, ROWS=_HEAD_ROWS, TILES=_HEAD_TILES, num_warps=_HEAD_WARPS, **first, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, scales[0], scales[1], scales[2], shifted, v_mean)

@@ -42,7 +42,8 @@ class Rotary:
 
 @dataclass(frozen=True)
 class QKNorm:
-    """An RMS norm over each head's channels: weights of query and key, (head_dim,), and epsilon."""
+    """An RMS norm over each head's channels or over those of all heads, of which query and key have equally many:
+    weights of query and key, (head_dim,) or (heads * head_dim,), and epsilon."""
 
     query: torch.Tensor
     key: torch.Tensor

@@ -56,16 +56,20 @@ def _table(base, stride, rows, inside, W: tl.constexpr):
 
 @triton.jit
 def load_head(
-    base, stride, rows, length, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
+    base, stride, rows, length, norm_ptr, factor_ptr, eps, cos_ptr, sin_ptr, table_stride,
     NORM: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
 ):  # fmt: skip
     """Rows of one head of K in one piece, float32 (rows, DP), with QK-norm and rotary embedding applied, to be read
-    again later. ROTATE: "neighbours", "halves" or "", see `record.Rotary`."""
+    again later. NORM: "head" over its channels, "all" over those of all heads, with the rows' factors at `factor_ptr`,
+    or "". ROTATE: "neighbours", "halves" or "", see `record.Rotary`."""
     d = tl.arange(0, DP)
     inside = (rows < length)[:, None] & (d < D)[None, :]
     x = load_rows(base, stride, rows, inside, DP, True)
-    if NORM:
-        factor = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / D) + eps)[:, None]
+    if NORM != "":
+        if NORM == "all":
+            factor = tl.load(factor_ptr + rows, mask=rows < length, other=0.0)[:, None]
+        else:
+            factor = tl.rsqrt(tl.sum(x * x, 1) * (1.0 / D) + eps)[:, None]
         x *= factor * tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     if ROTATE == "neighbours":
         cos = _table(cos_ptr, table_stride, rows, inside, DP)
@@ -75,7 +79,7 @@ def load_head(
         other = tl.where(d < D // 2, d + D // 2, d - D // 2)
         at = rows.to(tl.int64)[:, None]
         y = tl.load(base + at * stride + other[None, :], mask=inside, other=0.0).to(tl.float32)
-        if NORM:
+        if NORM != "":
             y *= factor * tl.load(norm_ptr + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
         column = tl.where(d < D // 2, d, other)[None, :]
         cos = tl.load(cos_ptr + at * table_stride + column, mask=inside, other=0.0)
@@ -129,16 +133,19 @@ def turned(
 
 @triton.jit
 def load_heads(
-    base, stride, rows, length, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
+    base, stride, rows, length, norm_ptr, factor_ptr, eps, cos_ptr, sin_ptr, table_stride,
     NORM: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Rows of one head of Q or K as four quarters, float32 (rows, W) each, with QK-norm and rotary embedding applied;
-    and which of their values exist."""
+    and which of their values exist. NORM and ROTATE as in `load_head`."""
     inside = (rows < length)[:, None] & (tl.arange(0, W) < D // 4)[None, :]
     x = load_parted(base, stride, rows, inside, D, W)
-    if NORM:
+    if NORM != "":
         weight = load_quarters(norm_ptr, D, W)
-        factor = tl.rsqrt(squares(x) * (1.0 / D) + eps)[:, None]
+        if NORM == "all":
+            factor = tl.load(factor_ptr + rows, mask=rows < length, other=0.0)[:, None]
+        else:
+            factor = tl.rsqrt(squares(x) * (1.0 / D) + eps)[:, None]
         x = (
             x[0] * (factor * weight[0][None, :]),
             x[1] * (factor * weight[1][None, :]),

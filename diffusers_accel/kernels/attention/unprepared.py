@@ -110,9 +110,12 @@ class _Both:
 
     def pending(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Query and key for a site: with what they lack put off, where a kernel could do it in passing."""
-        dim = self.parts[0][0].shape[-1]
+        (query, *others), key = self.parts[0], self.parts[1][0]
+        heads, dim = query.shape[-2:]
         by_head = all(weight.numel() == dim for weights in self.norms for weight in weights)
-        if len(self.parts[0]) > 1 or not by_head:
+        # Over all heads only where the quantizers need no padding, and a head of the key belongs to one of the query.
+        over_all = dim in (64, 128) and heads == key.shape[-2]
+        if others or not (by_head or over_all):
             return self.prepared()
         both = functools.cache(self.prepared)
 
