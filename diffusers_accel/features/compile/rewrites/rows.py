@@ -59,13 +59,13 @@ class _Rounding:
 
 
 def _flat(node: Any) -> bool:
-    """Whether a view joins batch and sequence, and leaves the rest."""
+    """Whether a view joins batch and sequence, if there are both, and leaves the rest."""
     if not is_method(node, "reshape", "view", "flatten"):
         return False
     found, before = value(node), value(node.args[0])
     return (
-        found is not None and before is not None and found.ndim == 2 and before.ndim == 3
-        and found.shape[1] == before.shape[2]
+        found is not None and before is not None and found.ndim == 2 and before.ndim in (2, 3)
+        and found.shape[1] == before.shape[-1]
     )  # fmt: skip
 
 
@@ -82,16 +82,17 @@ def _roundings(graph: Graph) -> list[_Rounding]:
 
 
 def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
-    """A norm over the channels of (batch, sequence, channels), with what stands before and after it."""
+    """A norm over the channels of (batch, sequence, channels), or of packed sequences (tokens, channels), with what
+    stands before and after it."""
     rms = is_call(node, torch.rms_norm)
     names = ("input", "normalized_shape", "weight", *(() if rms else ("bias",)), "eps")
     x, shape, weight, *rest = arguments(node, *names, **({} if rms else {"eps": 1e-5}))
     bias, eps = (None, rest[0]) if rms else rest
     source = _narrower(x)
     whole = value(source)
-    if whole is None or whole.ndim != 3 or len(shape) != 1 or eps is None or not fits(source):
+    if whole is None or whole.ndim not in (2, 3) or len(shape) != 1 or eps is None or not fits(source):
         return
-    if not _NARROWEST <= whole.shape[2] <= _WIDEST:
+    if not _NARROWEST <= whole.shape[-1] <= _WIDEST:
         return
     last, factor, plus_one, shift = _modulation(node, whole)
     total = _sum(source, node, last, changed)
@@ -108,22 +109,36 @@ def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
         [] if each is None else [each] if found is None else [_selected(graph, place, one, found) for one in found.of]
         for each, found in zip((gate, factor, shift), sums, strict=True)
     )
+    batched = (_batched(graph, place, each) for each in (base, y))
     made = put(
         graph, place, torch.ops.diffusers_accel.normed.default,
-        (base, y, gates, *vectors, factors, shifts, float(eps), rms, plus_one, kind, dtype),
+        (*batched, gates, *vectors, factors, shifts, float(eps), rms, plus_one, kind, dtype),
     )  # fmt: skip
     if total is not None:
-        summed = item(graph, place, made, 0, whole)
+        summed = _like(graph, place, made, 0, whole)
         source.replace_all_uses_with(summed)
         drop(source)
-    result = item(graph, place, made, 1, value(last))
     if rounding is None:
-        replace(last, result)
+        replace(last, _like(graph, place, made, 1, value(last)))
         return
+    rounded = next(user for node in rounding.nodes for user in node.users if user.args[1] == 0)
+    result = item(graph, place, made, 1, value(rounded).view(whole.shape if whole.ndim == 3 else (1, *whole.shape)))
     rounding.answered(view(graph, place, result, "flatten", 0, 1), item(graph, place, made, 2))
     for user in list(last.users):
         drop(user)
     drop(last)
+
+
+def _batched(graph: Graph, before: Any, node: Any) -> Any:
+    """A tensor with a batch of one in front, if it has none."""
+    return view(graph, before, node, "unsqueeze", 0) if node is not None and value(node).ndim == 2 else node
+
+
+def _like(graph: Graph, before: Any, made: Any, place: int, found: torch.Tensor) -> Any:
+    """One of an operator's results, in the form of a tensor that may have no batch."""
+    if found.ndim == 3:
+        return item(graph, before, made, place, found)
+    return view(graph, before, item(graph, before, made, place, found[None]), "squeeze", 0)
 
 
 def _modulation(node: Any, whole: torch.Tensor) -> tuple[Any, Any, bool, Any]:
@@ -279,9 +294,10 @@ def _activated(graph: Graph, rounding: _Rounding, changed: set[Any]) -> None:
         return
     if parts is not None and not any(root(each) in changed for part in parts for each in part[:2]):
         tensors, gates, kinds = zip(*parts, strict=True)
+        batched = ([_batched(graph, before, each) for each in items] for items in (tensors, gates))
         made = put(
             graph, before, torch.ops.diffusers_accel.rounded_parts.default,
-            (list(tensors), list(gates), ",".join(kinds), rounding.kind),
+            (*batched, ",".join(kinds), rounding.kind),
         )  # fmt: skip
     elif len(rounding.nodes) > 1:
         first = min(rounding.nodes)
@@ -298,13 +314,13 @@ _Part = tuple[Any, Any, str]
 def _parts(source: Any) -> list[_Part] | None:
     """Tensors side by side that a rounded one is made of, each with its gate and its activation."""
     whole = value(source)
-    if whole is None or whole.ndim != 3 or not fits(source) or whole.shape[2] > _WIDEST:
+    if whole is None or whole.ndim not in (2, 3) or not fits(source) or whole.shape[-1] > _WIDEST:
         return None
     if not is_call(source, torch.cat):
         found = _activation(source)
         return None if found is None else [found]
     nodes, dim = arguments(source, "tensors", "dim", dim=0)
-    if len(nodes) != 2 or dim not in (-1, 2):
+    if len(nodes) != 2 or dim not in (-1, whole.ndim - 1):
         return None
     return [(_activation(node) if only_user(node) is source else None) or (node, None, "") for node in nodes]
 
