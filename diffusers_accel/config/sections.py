@@ -167,8 +167,10 @@ class CompileConfig:
             every generated kernel, which takes minutes and gains a few percent.
         rewrites: Rewrite a block's graph before inductor sees it, where its own fusion needs more passes over memory:
             norms with modulation, QK-norm with rotation, GELU in a product, each with the rounding of a quantized layer
-            behind it. On CUDA; the same up to rounding. `None` means wherever inductor compiles; with
-            `backend="eager"` and `True` there is nothing to compile, and what is not rewritten runs as stock code does.
+            behind it. What modulates tokens by the time step and the prompt alone is made for all steps at once
+            (FLUX.1, Qwen-Image, SD3), in up to 0.15 GB for 32 steps. On CUDA; the same up to rounding. `None` means
+            wherever inductor compiles; with `backend="eager"` and `True` there is nothing to compile, and what is not
+            rewritten runs as stock code does.
 
     Raises:
         ConfigError: Options are given beside a mode, which stands for options itself.

@@ -136,7 +136,10 @@ class ParkWeight:
             self._moving = None
 
     def undo(self) -> None:
-        self.finish()
+        if self._moving is not None:
+            # If it failed, the weight lies in page-locked memory, whole.
+            self._moving.exception()
+            self._moving = None
         weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
         if self.keep:
             there = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)

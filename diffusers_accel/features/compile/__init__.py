@@ -60,9 +60,9 @@ def _inductor() -> Future[None]:
     """The import of what the first compilation would import otherwise, while somebody waits for a picture."""
 
     def load() -> None:
-        # Names of torch's own; one that is not there is imported when it is needed, if ever.
+        # Names of torch's own: whatever is wrong with one is said when it is needed, if it ever is.
         for name in ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
-            with suppress(ImportError):
+            with suppress(Exception):
                 importlib.import_module(name)
 
     pool = ThreadPoolExecutor(1, "diffusers_accel-import")

@@ -4,7 +4,7 @@ Some models make what modulates their tokens anew in every block (FLUX.1, Qwen-I
 time step and the prompt: products of one row, which read up to a third of the model's weights once a step. When a
 request's first embedding is made, those of its other steps are too, by the stock module itself, and the layers'
 products of all of them at once. Rewritten graphs look them up (`kernels/linear/known.py`), after comparing their input
-on the GPU.
+on the GPU. Weights are read when a request begins: one that is written to in place before it ends counts from the next.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from ..feature import Denoiser, Target
 
 # Kinds of quantized layers that a rewritten graph multiplies without rounding a few rows.
 _NARROW = ("fp8", "int8")
+# Of more steps the products would take much memory: 32 steps of FLUX.1 take 67 MB, of Qwen-Image 142.
+_MOST_STEPS = 128
 
 
 class Modulations:
@@ -41,7 +43,8 @@ class Modulations:
         # By the form of the embedding: CUDA graphs of several batch sizes know their buffers by their addresses.
         self._sets: dict[Hashable, tuple[KnownInputs, dict[int, Known]]] = {}
         self._current: tuple[KnownInputs, dict[int, Known]] | None = None
-        self._left: Any = None
+        # Kept for the call at hand, whose graphs still have their addresses.
+        self._outgrown: Any = None
         self._branch: tuple[int, str] | None = None
 
     @property
@@ -67,7 +70,8 @@ class Modulations:
         branch = (step.request, step.branch)
         if self._branch is None or self._branch[0] != branch[0]:
             self._branch = branch
-            self._at(None)
+            for inputs, _ in self._sets.values():
+                inputs.at(None)
             self._current = self._ahead(step.step, inner, args, kwargs)
         self._at(step.step if branch == self._branch or not self.modulation.of_prompt else None)
         return inner(*args, **kwargs)
@@ -81,7 +85,9 @@ class Modulations:
     ) -> tuple[KnownInputs, dict[int, Known]] | None:
         """Makes the products of all steps from this one on; `None` where that cannot be done, or does not pay."""
         given, schedule, dtype = args[0], self.target.clock.timesteps, self.denoiser.dtype
-        if not isinstance(given, torch.Tensor) or given.ndim != 1 or len(given) > MOST or len(schedule) - first < 2:
+        if not isinstance(given, torch.Tensor) or given.ndim != 1 or len(given) > MOST:
+            return None
+        if not 2 <= len(schedule) - first <= len(schedule) <= _MOST_STEPS:
             return None
         rows = []
         for timestep in schedule[first:]:
@@ -117,10 +123,9 @@ class Modulations:
         if kept is not None and kept[0].fits(rows):
             return kept
         if kept is not None:
-            # Graphs that know the smaller buffers are not played any more after this call, of which they find nothing
-            # known there.
+            # Graphs that know the smaller buffers are played in this call for the last time, and find nothing there.
             self._generation += 1
-            self._left = kept
+            self._outgrown = kept
         self._sets[form] = (KnownInputs(rows), {})
         return self._sets[form]
 
