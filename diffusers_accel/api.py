@@ -98,8 +98,6 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     resolved, notes = _resolve(target, config, sections)
     target.config = resolved
     plans = [feature.check(target, section) for _, feature, section in _active(resolved)]
-    for _, feature, section in _active(resolved):
-        getattr(feature, "prepare", _nothing)(target, section)
     session = vars(pipe).get(_SESSION)
     if session is not None:
         restore(pipe)
@@ -298,10 +296,6 @@ def _active(config: AccelConfig) -> Iterable[tuple[str, Feature, Any]]:
         section = getattr(config, name, None)
         if section is not None or name == "request":
             yield name, feature, section  # type: ignore[misc]
-
-
-def _nothing(target: Target, section: Any) -> None:
-    pass
 
 
 def _resolve(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:

@@ -140,9 +140,6 @@ class Feature(Protocol):
         """The edits, each applied as it is yielded."""
         ...
 
-    # A feature may have `prepare(target, config)` besides: it begins, on another thread, what takes long and touches
-    # nothing of the pipeline, before the first edit of any feature.
-
 
 def refuse_offloaded(feature: str, denoiser: Denoiser) -> None:
     """Group and sequential offloading hold on to the weights they know: whoever changes weights must come first.

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -49,34 +47,17 @@ def check(target: Target, config: CompileConfig) -> Plan:
     return Plan(action, target.blocks, left=left if wrapped else ())
 
 
-def prepare(target: Target, config: CompileConfig) -> None:
-    """Begins to import inductor: a second or more, while other features move weights."""
-    if not _off(target, config) and config.backend == "inductor":
-        _inductor()
-
-
-@cache
-def _inductor() -> Future[None]:
-    """The import of what the first compilation would import otherwise, while somebody waits for a picture."""
-
-    def load() -> None:
-        # Names of torch's own: whatever is wrong with one is said when it is needed, if it ever is.
-        for name in ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
-            with suppress(Exception):
-                importlib.import_module(name)
-
-    pool = ThreadPoolExecutor(1, "diffusers_accel-import")
-    found = pool.submit(load)
-    pool.shutdown(wait=False)
-    return found
-
-
 def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
     """One layer per block, and one around each denoiser."""
     if _off(target, config):
         return
-    if config.backend == "inductor":
-        _inductor().result()
+    if config.backend == "inductor" and (target.config is None or target.config.linear is None):
+        # What the first compilation would import otherwise, while somebody waits for a picture. Where weights are
+        # quantized and moved, `accelerate` takes its time already. The names are torch's own: whatever is wrong with
+        # one is said when it is needed, if it ever is.
+        for name in ("torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
+            with suppress(Exception):
+                importlib.import_module(name)
     shared: dict[type, Callable[..., Any]] = {}
     for denoiser in target.denoisers:
         yield AddLayer(denoiser.module, target.rank("compile"), _with_room)
