@@ -414,3 +414,26 @@ def test_whole_modules_that_stay_as_they_are(monkeypatch):
         accelerate(video, cuda_graph=CudaGraphConfig(vae=True))
     with pytest.raises(Unsupported, match="none is loaded"):
         accelerate(build("flux2"), cuda_graph=CudaGraphConfig(text_encoders=True))
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    """Too little memory for the second of FLUX's two segments, say: this request goes on, and so do later ones."""
+    entry, pipe = TINY["flux"], build("flux")
+    stock, record, seen = entry.run(pipe, steps=STEPS), TapeRecorder.record, []
+
+    def refuses(self, function):
+        seen.append(1)
+        if len(seen) > 1:
+            function()
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return record(self, function)
+
+    monkeypatch.setattr(TapeRecorder, "record", refuses)
+    accelerate(pipe, attention="sdpa", cuda_graph=True)
+    with pytest.warns(UserWarning, match=r"a call cannot be recorded \(CUDA out of memory.\)"):
+        assert same(entry.run(pipe, steps=STEPS), stock)
+    calls = stats(pipe).attention_kernels
+    assert stats(pipe).graphs_captured == 0 and len(seen) == 2
+    accelerate(pipe, attention="sdpa")
+    entry.run(pipe, steps=STEPS)
+    assert stats(pipe).attention_kernels == calls

@@ -18,7 +18,7 @@ from ...models import Stack
 from ...models.adapter import parameter_names
 from ..feature import Denoiser, Target
 from .segments import Call, Kind, Running, Segment, Source, form_of, run, source_of
-from .state import adapter_of, call_form, state_of
+from .state import adapter_of, call_form, first_line, state_of
 
 # Where the form of an output has a tensor.
 _TENSOR = object()
@@ -172,12 +172,17 @@ class Graphs:
         tensors = {id(item): item for item in leaves if isinstance(item, torch.Tensor)}
         inputs = list(tensors.values())
         segment = kind.segments.get(head)
-        if segment is None:
-            segment = kind.segments[head] = self._record(leaves, form, list(tensors), inputs, calls)
-        elif segment.form != form or not segment.recording.fits(inputs):
+        if segment is None and kind.why is None:
+            try:
+                segment = kind.segments[head] = self._record(leaves, form, list(tensors), inputs, calls)
+            except RuntimeError as error:  # too little memory, or something that cannot be recorded
+                kind.why = f"a call cannot be recorded ({first_line(error)})"
+                kind.segments.clear()
+                self._say(kind.why)
+        elif segment is not None and (segment.form != form or not segment.recording.fits(inputs)):
             kind.why = "what its blocks are given changes from step to step"
             self._say(kind.why)
-        if kind.why is not None:
+        if segment is None or kind.why is not None:
             return run(calls, given)
         outputs = iter(segment.recording(inputs))
         self.target.attention_calls.update(segment.attention)
@@ -196,14 +201,16 @@ class Graphs:
         def function(static: list[torch.Tensor]) -> list[torch.Tensor]:
             given = [static[places[id(item)]] if isinstance(item, torch.Tensor) else item for item in leaves]
             before = Counter(counts)
-            found, structure = pytree.tree_flatten(run(calls, pytree.tree_unflatten(given, form[0])))
+            try:
+                found, structure = pytree.tree_flatten(run(calls, pytree.tree_unflatten(given, form[0])))
+            finally:
+                # Calls are counted when they are played.
+                made.clear()
+                made.update(counts)
+                made.subtract(before)
+                counts.clear()
+                counts.update(before)
             result[:] = structure, [_TENSOR if isinstance(item, torch.Tensor) else item for item in found]
-            # Calls are counted when they are played.
-            made.clear()
-            made.update(counts)
-            made.subtract(before)
-            counts.clear()
-            counts.update(before)
             return [item for item in found if isinstance(item, torch.Tensor)]
 
         if self._pool is None:

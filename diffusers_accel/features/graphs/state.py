@@ -62,6 +62,11 @@ def _address(item: torch.Tensor) -> int:
         return id(item)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def call_form(value: Any) -> Hashable:
     """What tells kinds of calls apart."""
     if isinstance(value, torch.Tensor):

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ...core.graphs import RECORDERS, Recording
 from ..feature import Target
 from .segments import CONSTANTS
-from .state import call_form, state_of
+from .state import call_form, first_line, state_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Whole:
             except RuntimeError as error:
                 del self._kinds[key]
                 self._refused.add(key)
-                self._say(f"it cannot be recorded ({str(error).splitlines()[0]})")
+                self._say(f"it cannot be recorded ({first_line(error)})")
                 return inner(*args, **kwargs)
         outputs = iter([item.clone() for item in played.recording(tensors)])
         self.replays += 1
