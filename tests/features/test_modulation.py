@@ -9,18 +9,12 @@ import torch
 from tiny import TINY, build, tensors
 
 from diffusers_accel import CompileConfig, StepMaskConfig, accelerate, restore, stats
-from diffusers_accel.features import feature
-from diffusers_accel.features.compile import rewrites
 from diffusers_accel.kernels.linear import known, narrow
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def asked(monkeypatch, on_cpu):
     """Rewritten graphs on the CPU; how often they asked for a product, and how often something was known of it."""
-    monkeypatch.setattr(rewrites.graph, "KINDS", [("cpu", torch.float32)])
-    monkeypatch.setattr(rewrites.rows, "_NARROWEST", 1)
-    monkeypatch.setattr(rewrites.linear, "_LEAST", 1)
-    monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
     found: Counter[str] = Counter()
 
     def known_of(weight):
@@ -30,9 +24,7 @@ def asked(monkeypatch):
         return answer
 
     monkeypatch.setattr(narrow, "known_of", known_of)
-    torch.compiler.reset()
-    yield found
-    torch.compiler.reset()
+    return found
 
 
 REWRITTEN = CompileConfig(backend="eager", rewrites=True)

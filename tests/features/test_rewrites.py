@@ -13,23 +13,10 @@ from tiny import TINY, build, same, tensors
 from tiny.flux import load_ip_adapter
 
 from diffusers_accel import CompileConfig, LinearConfig, accelerate
-from diffusers_accel.features import feature
 from diffusers_accel.features.compile import rewrites
 from diffusers_accel.kernels.linear import formats
 from diffusers_accel.kernels.linear.epilogue import linear_gelu, linear_of_parts
 from diffusers_accel.kernels.linear.rounding import TYPES
-
-
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """Rewrites on the CPU too, of tiny models."""
-    monkeypatch.setattr(rewrites.graph, "KINDS", [("cpu", torch.float32)])
-    monkeypatch.setattr(rewrites.rows, "_NARROWEST", 1)
-    monkeypatch.setattr(rewrites.linear, "_LEAST", 1)
-    monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture
