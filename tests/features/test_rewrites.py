@@ -18,6 +18,8 @@ from diffusers_accel.kernels.linear import formats
 from diffusers_accel.kernels.linear.epilogue import linear_gelu, linear_of_parts
 from diffusers_accel.kernels.linear.rounding import TYPES
 
+COUNTED = CompileConfig(backend="counting rewritten graphs", rewrites=True)
+
 
 @pytest.fixture
 def seen(monkeypatch, on_cpu):
@@ -35,9 +37,9 @@ def seen(monkeypatch, on_cpu):
         found.update(["rms_norm"] * len(module.graph.find_nodes(op="call_function", target=torch.rms_norm)))
         return module.forward
 
-    torch._dynamo.register_backend(backend, name="counting")
+    torch._dynamo.register_backend(backend, name=COUNTED.backend)
     yield found
-    torch._dynamo.backends.registry._COMPILER_FNS.pop("counting")
+    torch._dynamo.backends.registry._COMPILER_FNS.pop(COUNTED.backend)
     rewrites.rewritten.cache_clear()
 
 
@@ -54,7 +56,7 @@ def test_stock_blocks(name, gelu, parts, seen):
     its exact form, FLUX.2 a gated one."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=2)
-    accelerate(pipe, compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, compile=COUNTED)
     torch.testing.assert_close(entry.run(pipe, steps=2), stock, atol=1e-4, rtol=1e-4)
     graphs = counted(seen, "linear_gelu", "linear_of_parts")
     assert graphs >= (gelu, parts) and bool(graphs[0]) == bool(gelu) and bool(graphs[1]) == bool(parts), seen
@@ -66,7 +68,7 @@ def test_norms_and_rotations(name, seen):
     model has no QK-norm.)"""
     entry, pipe = TINY[name], build(name)
     stock = tensors(entry.run(pipe, steps=2))
-    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, attention="sdpa", compile=COUNTED)
     for found, expected in zip(tensors(entry.run(pipe, steps=2)), stock, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     normed, unprepared, left, rotations, norms = counted(
@@ -80,7 +82,7 @@ def test_packed_sequences(seen):
     """Cosmos3's streams have no batch: their norms, with the sums before them, are passes all the same."""
     entry, pipe = TINY["cosmos3"], build("cosmos3")
     stock = tensors(entry.run(pipe, steps=2))
-    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, attention="sdpa", compile=COUNTED)
     for found, expected in zip(tensors(entry.run(pipe, steps=2)), stock, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     # Two before attention and two after, and four of the heads, which are too short at real sizes.
@@ -93,7 +95,7 @@ def test_modulations_of_every_token(name, seen):
     the passes read both."""
     entry, pipe = TINY[name], build(name)
     stock = tensors(entry.run(pipe, steps=2))
-    accelerate(pipe, compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, compile=COUNTED)
     for found, expected in zip(tensors(entry.run(pipe, steps=2)), stock, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert counted(seen, "normed")[0] >= 2 and not seen["normed, a vector a row"], seen
@@ -107,7 +109,7 @@ def test_rounded_in_passing(name, kind, seen):
     layers = LinearConfig(algo=kind, smallest=0)
     accelerate(pipe, attention="sdpa", linear=layers)
     eager = tensors(entry.run(pipe, steps=2))
-    accelerate(pipe, attention="sdpa", linear=layers, compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, attention="sdpa", linear=layers, compile=COUNTED)
     for found, expected in zip(tensors(entry.run(pipe, steps=2)), eager, strict=True):
         # A value at a midpoint may be rounded the other way.
         assert (found - expected).norm() < 0.05 * expected.norm()
@@ -150,7 +152,7 @@ def test_what_is_left_as_it_is(seen):
 
     x = torch.randn(5, 4)
     with torch.no_grad():
-        found = torch.compile(block, backend=rewrites.rewritten("counting"))(x)
+        found = torch.compile(block, backend=rewrites.rewritten(COUNTED.backend))(x)
     assert all(map(torch.equal, found, block(x))) and not +seen - Counter(graphs=1)
 
 
@@ -159,7 +161,7 @@ def test_few_rows(name, seen):
     """What modulates all tokens is made from one row, in every block: SiLU and product in one."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=2)
-    accelerate(pipe, compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, compile=COUNTED)
     torch.testing.assert_close(entry.run(pipe, steps=2), stock, atol=1e-4, rtol=1e-4)
     assert counted(seen, "narrow_linear")[0] >= 2
 
@@ -172,7 +174,7 @@ def test_processors_with_weights(seen):
     given = {"ip_adapter_image_embeds": [torch.randn(1, 1, 24)]}
     given["negative_ip_adapter_image_embeds"] = [torch.zeros(1, 1, 24)]
     stock = entry.run(pipe, steps=2, **given)
-    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, attention="sdpa", compile=COUNTED)
     assert pipe.transformer.transformer_blocks[0].attn.processor is processor
     assert set(pipe.transformer.state_dict()) == names
     torch.testing.assert_close(entry.run(pipe, steps=2, **given), stock, atol=1e-4, rtol=1e-4)
@@ -225,7 +227,7 @@ def test_layers_of_another_library(seen):
         filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "blocks" in path,
     )
     stock = entry.run(pipe, steps=1)
-    accelerate(pipe, compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, compile=COUNTED)
     torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
     left = counted(seen, "linear_gelu", "linear_of_parts", "narrow_linear")
     assert not any(left) and counted(seen, "normed")[0]
@@ -245,10 +247,10 @@ def test_gradients(seen):
         return torch.autograd.grad(out.square().sum(), given["hidden_states"])[0]
 
     stock = gradient()
-    accelerate(pipe, compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, compile=COUNTED)
     torch.testing.assert_close(gradient(), stock, atol=1e-4, rtol=1e-4)
     assert not any(name.startswith("diffusers_accel") for name in seen)
-    accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="counting", rewrites=True))
+    accelerate(pipe, attention="sdpa", compile=COUNTED)
     with pytest.raises(RuntimeError, match=r"attention\.default is for inference"):
         gradient()
     assert {name for name in seen if name.startswith("diffusers_accel")} == {"diffusers_accel::attention"}
@@ -288,7 +290,7 @@ def test_what_is_written_to_in_place(seen):
         x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
         expected = function(x.clone(), y)
         with torch.no_grad():
-            found = torch.compile(function, backend=rewrites.rewritten("counting"))(x, y)
+            found = torch.compile(function, backend=rewrites.rewritten(COUNTED.backend))(x, y)
         torch.testing.assert_close(found, expected)
 
 
