@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import TINY, build, tensors
 
-from diffusers_accel import CompileConfig, StepMaskConfig, accelerate, restore, stats
+from diffusers_accel import CompileConfig, StepMaskConfig, accelerate, explain, restore, stats
 from diffusers_accel.kernels.linear import known, narrow
 
 
@@ -39,6 +39,8 @@ def close(found, expected, tolerance=1e-4):
 def test_every_product_is_known(name, asked):
     """In two requests of one length, with different prompts, and in a longer one."""
     entry, pipe, other = TINY[name], build(name), build(name)
+    assert "modulations of all steps" in str(explain(pipe, compile=REWRITTEN))
+    assert "modulations" not in str(explain(pipe, compile=CompileConfig(backend="eager")))
     accelerate(pipe, compile=REWRITTEN)
     for steps, prompt in ((4, {}), (4, {"prompt": "another"}), (40, {})):
         asked.clear()

@@ -44,7 +44,9 @@ def check(target: Target, config: CompileConfig) -> Plan:
     )
     left = (f"{wrapped} blocks carry another hook: it is compiled with them, each alone, graph breaks allowed.",)
     action = f"{names} with {config.backend}, mode {_mode(config) or 'default'}"
-    return Plan(action, target.blocks, left=left if wrapped else ())
+    ahead = [str(each) for each in target.denoisers if each.adapter.modulation is not None and target.rewrites(each)]
+    notes = tuple(f"{name}: modulations of all steps are made before a request's first." for name in ahead)
+    return Plan(action, target.blocks, notes, left=left if wrapped else ())
 
 
 def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
