@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         LinearConfig,
         MagCacheConfig,
         PABConfig,
+        ParallelConfig,
         PolicyConfig,
         SeaCacheConfig,
         StepMaskConfig,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
         VAEConfig,
         WarmupConfig,
     )
-    from .errors import AccelError, ConfigError, NotAccelerated, Unsupported
+    from .errors import AccelError, ConfigError, NotAccelerated, RanksDiffer, Unsupported
     from .kernels.attention import register_attention
     from .kernels.linear import register_linear
     from .policies import register_policy
@@ -60,6 +61,7 @@ _HOMES = {
         "LinearConfig",
         "MagCacheConfig",
         "PABConfig",
+        "ParallelConfig",
         "PolicyConfig",
         "SeaCacheConfig",
         "StepMaskConfig",
@@ -71,7 +73,7 @@ _HOMES = {
     "checkpoints.loading": ("from_pretrained",),
     "checkpoints.modelopt": ("CheckpointError",),
     "checkpoints.saving": ("save_quantized",),
-    "errors": ("AccelError", "ConfigError", "NotAccelerated", "Unsupported"),
+    "errors": ("AccelError", "ConfigError", "NotAccelerated", "RanksDiffer", "Unsupported"),
     "kernels.attention": ("register_attention",),
     "kernels.linear": ("register_linear",),
     "policies": ("register_policy",),
@@ -96,7 +98,9 @@ __all__ = [
     "MagCacheConfig",
     "NotAccelerated",
     "PABConfig",
+    "ParallelConfig",
     "PolicyConfig",
+    "RanksDiffer",
     "SeaCacheConfig",
     "StepMaskConfig",
     "TaylorSeerConfig",

@@ -22,13 +22,13 @@ import torch
 from torch import nn
 
 from . import presets
-from .config import AccelConfig, read_yaml
+from .config import AccelConfig, AttentionConfig, read_yaml
 from .core.chain import Chain
 from .core.edits import Journal
 from .core.platform import describe
 from .core.step import Mode, StepClock
 from .errors import ConfigError, NotAccelerated, Unsupported
-from .features import attention, cache, compile, fuse, graphs, linear, request, vae
+from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
 from .features.feature import Denoiser, Feature, Plan, Target
 from .kernels.linear import kind_of, modules_of
 from .models import adapter_for
@@ -41,6 +41,7 @@ Pipe = TypeVar("Pipe")
 FEATURES: dict[str, ModuleType] = {
     "linear": linear,
     "fuse": fuse,
+    "parallel": parallel,
     "attention": attention,
     "compile": compile,
     "cuda_graph": graphs,
@@ -55,8 +56,13 @@ ORDER = (
     "attention layer",
     "graph",
     "cache gate",
+    "division of a block",
     "graph kind",
+    "division",
     "cache decision",
+    "samples",
+    "guidance",
+    "agreement",
     "vae",
     "whole graph",
     "request",
@@ -299,7 +305,16 @@ def _active(config: AccelConfig) -> Iterable[tuple[str, Feature, Any]]:
 
 
 def _resolve(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
-    """The configuration meant by what a user wrote, and notes from a preset."""
+    """The configuration meant by what a user wrote, and notes on what was left off or put in."""
+    meant, notes = _meant(target, config, sections)
+    if meant.parallel is not None and meant.parallel.sequence > 1 and meant.attention is None:
+        # Somebody must carry attention between ranks.
+        meant = dataclasses.replace(meant, attention=AttentionConfig(backend="sdpa"))
+        notes = (*notes, "attention='sdpa', which carries a sequence that ranks share; name a faster one.")
+    return meant, notes
+
+
+def _meant(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
     if config is None:
         base, notes = (AccelConfig(), ()) if sections else presets.resolve("lossless", target)

@@ -30,6 +30,10 @@ class ConfigError(AccelError, ValueError):
     """A configuration that cannot be read: an unknown key, a wrong type, a missing or malformed file."""
 
 
+class RanksDiffer(AccelError):
+    """Processes that share a request were given different ones."""
+
+
 class NotAccelerated(AccelError):
     """`restore`, `stats` or `warmup` was called with a pipeline that `accelerate` has not touched."""
 

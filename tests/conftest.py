@@ -23,3 +23,14 @@ def _fresh_compiler():
     """Compiled code of one test must not be found by another."""
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Ranks that work together, by how many they are."""
+    from ranks import Pool
+
+    made = {size: Pool(size) for size in (2, 4)}
+    yield made
+    for pool in made.values():
+        pool.close()

@@ -3,7 +3,8 @@
 A section accepts its class, a mapping of its fields, or a shorthand string for the common case. Everything here is
 plain data: it imports nothing of the package but its errors, holds no run-time state, and round-trips through YAML.
 
-- `sections.py`, `cache.py`: the classes. `accel.py`: the whole. `reading.py`: from what a user may write to them.
+- `sections.py`, `cache.py`, `parallel.py`: the classes. `accel.py`: the whole. `reading.py`: from what a user may write
+  to them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .cache import (
     TaylorSeerConfig,
     TeaCacheConfig,
 )
+from .parallel import ParallelConfig
 from .reading import read_yaml
 from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig, WarmupConfig
 
@@ -46,6 +48,7 @@ __all__ = [
     "LinearConfig",
     "MagCacheConfig",
     "PABConfig",
+    "ParallelConfig",
     "PolicyConfig",
     "SeaCacheConfig",
     "StepMaskConfig",

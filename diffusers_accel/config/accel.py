@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, nearest
 from .cache import CACHE_CONFIGS, CacheConfig, PABConfig
+from .parallel import ParallelConfig
 from .reading import plain, read_yaml, section_of
 from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig, WarmupConfig
 
@@ -28,6 +29,7 @@ class AccelConfig:
     compile: CompileConfig | None = field(default=None, metadata={"section": CompileConfig})
     cuda_graph: CudaGraphConfig | None = field(default=None, metadata={"section": CudaGraphConfig})
     cache: CacheConfig | PABConfig | None = field(default=None, metadata={"section": CACHE_CONFIGS})
+    parallel: ParallelConfig | None = field(default=None, metadata={"section": ParallelConfig})
     vae: VAEConfig | None = field(default=None, metadata={"section": VAEConfig})
     warmup: WarmupConfig | None = field(default=None, metadata={"section": WarmupConfig})
 

@@ -71,6 +71,8 @@ class Target:
         looked_at: (denoiser, id of a block) whose input some feature looks at from outside the block, besides each
             stack's first.
         phases: What features do otherwise from step to step within a block, as values to compare.
+        transports: (denoiser, last part of an attention module's name) -> what carries its calls, where a sequence is
+            divided among ranks.
         graphs: Of each denoiser: what holds its CUDA graphs, with how many are `captured` and the last request's
             `replays`.
         modulations: Of each denoiser: what holds its modulations of all steps, with the number of `layers` and the last
@@ -90,6 +92,7 @@ class Target:
     config: AccelConfig | None = None
     looked_at: set[tuple[str, int]] = field(default_factory=set)
     phases: list[Callable[[], Hashable]] = field(default_factory=list)
+    transports: dict[tuple[str, str], Callable[..., torch.Tensor]] = field(default_factory=dict)
     graphs: list[Any] = field(default_factory=list)
     modulations: list[Any] = field(default_factory=list)
     attention_broadcasts: Counter[str] = field(default_factory=Counter)

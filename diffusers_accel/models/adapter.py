@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .sequence import SequencePlan
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -172,6 +174,7 @@ class Adapter:
         wide_ends: Numbers of first and of last blocks whose linear layers stay wide when the rest is quantized. What
             lies outside the blocks always does: NVIDIA ModelOpt's lists, which were found by measurement, agree on it.
         smallest_linear: Linear layers with no more input or output features than this stay wide.
+        sequence: How its tokens may be divided among ranks; `None` if nobody has said.
         default: Whether this is a default adapter, for a class nobody described.
     """
 
@@ -198,6 +201,7 @@ class Adapter:
     values_alone: tuple[str, ...] = ()
     wide_ends: tuple[int, int] = (0, 0)
     smallest_linear: int = 512
+    sequence: SequencePlan | None = None
     default: bool = False
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
+from .sequence import Along, Attends, SequencePlan
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -22,12 +23,27 @@ def _row(checkpoint: Checkpoint) -> str | None:
     return "cosmos-1.0" if checkpoint.pipeline.startswith(("CosmosTextToWorld", "CosmosVideoToWorld")) else None
 
 
+_OWN = ("hidden_states",)
+
+_SEQUENCE = SequencePlan(
+    streams={"hidden_states": 1},
+    attention={"attn1": Attends(_OWN, _OWN), "attn2": Attends(_OWN, ())},
+    arguments={
+        "image_rotary_emb": Along(0, _OWN),
+        "embedded_timestep": Along(1, _OWN, ndim=3),
+        "temb": Along(1, _OWN, ndim=3),
+        "extra_pos_emb": Along(1, _OWN),
+        "controlnet_residual": Along(1, _OWN),
+    },
+)
+
 COSMOS = Adapter(
     classes=("CosmosTransformer3DModel",),
     folding=("CosmosAttnProcessor2_0", "CosmosAttnProcessor2_5"),
     cross_attention=("attn2",),
     stacks=(Stack("transformer_blocks", ("hidden_states",)),),
     block_signal=_signal,
+    sequence=_SEQUENCE,
     rows={
         "cosmos-1.0": TeaCacheRow(
             (271.156237, -91.9775607, 2.2443725, 2.08355751, 0.14177633),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Stack
+from .sequence import Along, Attends, SequencePlan
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -25,10 +26,19 @@ def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[tor
     return [item if item.ndim == 5 else item.unsqueeze(0) for item in made]
 
 
+# The few tokens of the understanding stream attend causally, and to themselves alone: every rank has them all.
+_SEQUENCE = SequencePlan(
+    streams={"gen_seq": 0},
+    attention={"self_attn": Attends(("gen_seq",), ("gen_seq",), shared=True)},
+    arguments={"rotary_emb": (None, None, Along(0, ("gen_seq",)), Along(0, ("gen_seq",)))},
+    gathered=("gen_seq",),
+)
+
 COSMOS3 = Adapter(
     classes=("Cosmos3OmniTransformer",),
     stacks=(Stack("layers", ("und_seq", "gen_seq")),),
     block_signal=_signal,
+    sequence=_SEQUENCE,
     denoised=("vision_tokens", "sound_tokens", "action_tokens"),
     latents=_latents,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, grid_of_ids, unpacked
+from .sequence import Along, Attends, SequencePlan
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
@@ -49,6 +50,19 @@ _MAG_ROWS = {
     ),
 }  # fmt: skip
 
+_JOINT = ("encoder_hidden_states", "hidden_states")
+
+_SEQUENCE = SequencePlan(
+    streams={"encoder_hidden_states": 1, "hidden_states": 1},
+    attention={"attn": Attends(_JOINT, _JOINT)},
+    arguments={"image_rotary_emb": Along(0, _JOINT)},
+    inputs={
+        "controlnet_block_samples": Along(1, ("hidden_states",)),
+        "controlnet_single_block_samples": Along(1, ("hidden_states",)),
+    },
+    gathered_before="norm_out",
+)
+
 FLUX = Adapter(
     classes=("FluxTransformer2DModel",),
     smallest_linear=0,
@@ -65,6 +79,7 @@ FLUX = Adapter(
         Stack("single_transformer_blocks", ("encoder_hidden_states", "hidden_states")),
     ),
     guidance="embedded",
+    sequence=_SEQUENCE,
     block_signal=_signal,
     rows={
         "flux.1-dev": TeaCacheRow(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow, grid_of_ids, unpacked
+from .sequence import Along, Attends, SequencePlan
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -28,6 +29,16 @@ def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[tor
     return [unpacked(arguments["hidden_states"], grid, packed // 4)]
 
 
+_JOINT = ("encoder_hidden_states", "hidden_states")
+
+_SEQUENCE = SequencePlan(
+    streams={"encoder_hidden_states": 1, "hidden_states": 1},
+    attention={"attn": Attends(_JOINT, _JOINT)},
+    arguments={"image_rotary_emb": Along(0, _JOINT)},
+    joined={"single_transformer_blocks": _JOINT},
+    refused={"kv_cache": "keys and values of reference pictures are kept whole"},
+)
+
 FLUX2 = Adapter(
     classes=("Flux2Transformer2DModel",),
     smallest_linear=0,
@@ -37,6 +48,7 @@ FLUX2 = Adapter(
         Stack("single_transformer_blocks", ("hidden_states",)),
     ),
     guidance="embedded",
+    sequence=_SEQUENCE,
     block_signal=_signal,
     rows={
         "flux.2-dev": TeaCacheRow((104.58236, -6.87605554, -0.0861659379, 0.0537600252), 0.2, "TensorRT-LLM VisualGen")

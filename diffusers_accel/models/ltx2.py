@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Stack
+from .sequence import Along, Attends, SequencePlan
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -29,6 +30,39 @@ def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[tor
     return [video.movedim(-1, 1)]
 
 
+_VIDEO, _AUDIO = ("hidden_states",), ("audio_hidden_states",)
+
+
+def _tables(streams: tuple[str, ...]) -> list[Along]:
+    """Rotary tables, of all channels at once or by head."""
+    return [Along(1, streams, ndim=3), Along(2, streams, ndim=4)]
+
+
+# Where every token has a time step of its own (image to video), so has what modulates it.
+_SEQUENCE = SequencePlan(
+    streams={"hidden_states": 1, "audio_hidden_states": 1},
+    attention={
+        "attn1": Attends(_VIDEO, _VIDEO),
+        "audio_attn1": Attends(_AUDIO, _AUDIO),
+        "attn2": Attends(_VIDEO, ()),
+        "audio_attn2": Attends(_AUDIO, ()),
+        "audio_to_video_attn": Attends(_VIDEO, _AUDIO),
+        "video_to_audio_attn": Attends(_AUDIO, _VIDEO),
+    },
+    arguments={
+        "video_rotary_emb": _tables(_VIDEO),
+        "audio_rotary_emb": _tables(_AUDIO),
+        "ca_video_rotary_emb": _tables(_VIDEO),
+        "ca_audio_rotary_emb": _tables(_AUDIO),
+        **{name: Along(1, _VIDEO, ndim=3) for name in ("temb", "temb_ca_scale_shift", "temb_ca_gate")},
+        **{
+            name: Along(1, _AUDIO, ndim=3) for name in ("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate")
+        },
+    },
+    gathered=("hidden_states", "audio_hidden_states"),
+    refused={"video_self_attention_mask": "its mask over pairs of tokens is made for a whole sequence"},
+)
+
 LTX2 = Adapter(
     classes=("LTX2VideoTransformer3DModel",),
     smallest_linear=0,
@@ -40,6 +74,7 @@ LTX2 = Adapter(
     guidance="batched",
     branches=("cond_uncond", "uncond_stg", "uncond_modality"),
     block_signal=_signal,
+    sequence=_SEQUENCE,
     denoised=("hidden_states", "audio_hidden_states"),
     grid=_grid,
     latents=_latents,

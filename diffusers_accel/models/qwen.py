@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, unpacked
+from .sequence import Along, Attends, SequencePlan
 
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
 
@@ -60,6 +61,20 @@ _MAG_ROWS = {
     ),
 }  # fmt: skip
 
+_TEXT, _IMAGE = ("encoder_hidden_states",), ("hidden_states",)
+
+_SEQUENCE = SequencePlan(
+    streams={"encoder_hidden_states": 1, "hidden_states": 1},
+    attention={"attn": Attends(_TEXT + _IMAGE, _TEXT + _IMAGE)},
+    arguments={
+        "image_rotary_emb": (Along(0, _IMAGE), Along(0, _TEXT)),
+        "encoder_hidden_states_mask": Along(1, _TEXT),
+        "modulate_index": Along(1, _IMAGE),
+    },
+    inputs={"controlnet_block_samples": Along(1, _IMAGE)},
+    gathered_before="norm_out",
+)
+
 QWEN = Adapter(
     classes=("QwenImageTransformer2DModel",),
     smallest_linear=0,
@@ -72,6 +87,7 @@ QWEN = Adapter(
     ),
     stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     block_signal=_signal,
+    sequence=_SEQUENCE,
     rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},
     mag_rows=_MAG_ROWS,
     row=_row,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Modulation, Stack
+from .sequence import Along, Attends, SequencePlan
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -21,10 +22,21 @@ def _special_branch(arguments: Mapping[str, Any]) -> str | None:
     return "skip_layers" if arguments.get("skip_layers") is not None else None
 
 
+# Its blocks join the picture first, then the text.
+_JOINT = ("hidden_states", "encoder_hidden_states")
+
+_SEQUENCE = SequencePlan(
+    streams={"encoder_hidden_states": 1, "hidden_states": 1},
+    attention={"attn": Attends(_JOINT, _JOINT), "attn2": Attends(("hidden_states",), ("hidden_states",))},
+    inputs={"block_controlnet_hidden_states": Along(1, ("hidden_states",))},
+    gathered_before="norm_out",
+)
+
 SD3 = Adapter(
     classes=("SD3Transformer2DModel",),
     stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     guidance="batched",
+    sequence=_SEQUENCE,
     branches=("cond_uncond",),
     special_branch=_special_branch,
     modulation=Modulation(

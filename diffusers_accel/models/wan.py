@@ -6,11 +6,13 @@ before the first step, without reading anything back from the device.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow
+from .sequence import Along, Attends, SequencePlan
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
@@ -140,6 +142,20 @@ MAG_ROWS = {
     ),
 }  # fmt: skip
 
+_OWN = ("hidden_states",)
+
+# `temb` of four dimensions is a modulation of every token (Wan2.2 TI2V).
+_SEQUENCE = SequencePlan(
+    streams={"hidden_states": 1},
+    attention={"attn1": Attends(_OWN, _OWN), "attn2": Attends(_OWN, ())},
+    arguments={"rotary_emb": Along(1, _OWN), "temb": Along(1, _OWN, ndim=4)},
+)
+
+# What the blocks beside the main ones find is added after each of these, the last one among them.
+_VACE_SEQUENCE = replace(
+    _SEQUENCE, streams={"hidden_states": 1, "control_hidden_states": 1}, gathered_before="norm_out"
+)
+
 WAN = Adapter(
     classes=("WanTransformer3DModel",),
     smallest_linear=0,
@@ -148,6 +164,7 @@ WAN = Adapter(
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     timestep_signal=_signal,
+    sequence=_SEQUENCE,
     rows=ROWS,
     mag_rows=MAG_ROWS,
     row=_row,
@@ -164,6 +181,7 @@ WAN_VACE = Adapter(
     stacks=(Stack("blocks", ("hidden_states",)),),
     side_stacks=(Stack("vace_blocks", ("control_hidden_states",)),),
     timestep_signal=_signal,
+    sequence=_VACE_SEQUENCE,
     rows=ROWS,
     mag_rows=MAG_ROWS,
 )

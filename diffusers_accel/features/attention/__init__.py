@@ -115,14 +115,18 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
             by_block = {layer.block: choices[name] for layer, name in zip(role.layers, role.backends, strict=True)}
             # What `by_block` holds for a module outside the blocks is under None.
             select = _selector(target, config, place, by_block, dense)
-            site = AttentionSite(select, target.attention_calls)
+            transport = target.transports.get((denoiser.name, role.name.rpartition(".")[2]))
+            site = AttentionSite(select, target.attention_calls, transport)
             yield SetItem(SITES, site.number, site)
             member, registrations = dispatcher_backend(site)
             if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
                 yield from registrations
+            # What travels between ranks is normed and rotated first.
             # Kernels that round query and key norm and rotate them in the same pass; for others the stock functions do
             # it then.
-            folding = any(kernel.folds for choice in choices.values() for kernel in choice.kernels)
+            folding = transport is None and any(
+                kernel.folds for choice in choices.values() for kernel in choice.kernels
+            )
             # Compiled graphs have them prepared in one launch, by a rewrite.
             mark = target.rewrites(denoiser)
             # One class per stock class, so that all blocks share one compiled graph.

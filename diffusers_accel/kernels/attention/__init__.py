@@ -19,6 +19,7 @@ from .pending import Pending
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
 from .site import SITES, AttentionSite
+from .transport import Layout, Transport
 from .unprepared import attention_unprepared, rotate
 
 __all__ = [
@@ -32,8 +33,10 @@ __all__ = [
     "Fastest",
     "Fixed",
     "Inputs",
+    "Layout",
     "Pending",
     "Timings",
+    "Transport",
     "attention_unprepared",
     "candidates",
     "margin",

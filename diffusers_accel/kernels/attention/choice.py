@@ -128,6 +128,8 @@ def shape_class(inputs: Inputs, call: Call) -> str:
         parts.append(f"mask-{call.mask}")
     if call.causal:
         parts.append("causal")
+    if call.lse:
+        parts.append("lse")
     if call.grouped:
         parts.append(f"groups{query.shape[2] // key.shape[2]}")
     return " ".join(parts)

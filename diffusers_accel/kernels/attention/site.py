@@ -29,16 +29,29 @@ class AttentionSite:
     Args:
         select: Returns the choice in force for the call that is being made (by step and layer).
         counts: Kernel name -> calls; shared with the pipeline's statistics.
+        transport: What carries calls whose sequence several ranks have among them, given the call and what computes
+            one on this rank.
     """
 
-    def __init__(self, select: Callable[[], Choice], counts: Counter[str]):
-        self.select, self.counts = select, counts
+    def __init__(
+        self, select: Callable[[], Choice], counts: Counter[str], transport: Callable[..., torch.Tensor] | None = None
+    ):
+        self.select, self.counts, self.transport = select, counts, transport
         self.number = _free_number()
         self._functions: dict[str, AttentionFunction] = {}
         self._warned: set[str] = set()
 
     def run(self, inputs: Inputs) -> torch.Tensor:
         """Attention by the kernel that is chosen and can take the call; query and key may be `Pending`."""
+        if self.transport is not None:
+            # What travels is what attention works on.
+            inputs = replace(inputs, query=settled(inputs.query), key=settled(inputs.key))
+            return self.transport(inputs, self.here)
+        out: torch.Tensor = self.here(inputs)
+        return out
+
+    def here(self, inputs: Inputs) -> Any:
+        """The same on this rank alone; with the logsumexp, if that is asked for."""
         folded = inputs
         query, key = inputs.query, inputs.key
         to_do = pending(query, key)
@@ -46,7 +59,7 @@ class AttentionSite:
             rotary, norm = to_do
             folded = replace(inputs, query=query.plain(), key=key.plain(), rotary=rotary, norm=norm)  # type: ignore
 
-        def run(kernel: AttentionKernel) -> torch.Tensor:
+        def run(kernel: AttentionKernel) -> Any:
             if to_do is not None and kernel.folds:
                 return self._function(kernel)(folded)
             return self._function(kernel)(replace(inputs, query=settled(query), key=settled(key)))

@@ -15,12 +15,36 @@ HALF = (torch.bfloat16, torch.float16)
 EIGHTS = tuple(range(8, 257, 8))
 
 
-def scaled_dot_product(x: Inputs) -> torch.Tensor:
-    """`F.scaled_dot_product_attention` in our layout: (batch, sequence, heads, head_dim) in and out."""
+def scaled_dot_product(x: Inputs) -> Any:
+    """`F.scaled_dot_product_attention` in our layout: (batch, sequence, heads, head_dim) in and out. The LSE, which the
+    public function does not give, comes from operators behind it."""
+    if x.return_lse:
+        return _with_lse(x.ungrouped())
     out = F.scaled_dot_product_attention(
         *x.heads_first, attn_mask=x.attn_mask, is_causal=x.is_causal, scale=x.scale, enable_gqa=x.grouped
     )
     return out.transpose(1, 2)
+
+
+def _with_lse(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    query, key, value = x.heads_first
+    mask = x.attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    if query.device.type == "cpu":
+        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        mask = None if mask is None else mask.to(query.dtype)
+        out, lse = operator(query, key, value, 0.0, x.is_causal, attn_mask=mask, scale=x.scale)
+        return out.transpose(1, 2), lse
+    if mask is not None:
+        # Its rows must begin at multiples of 16 bytes.
+        columns = -(-mask.shape[-1] // 16) * 16
+        room = mask.new_empty((*query.shape[:3], columns), dtype=query.dtype)[..., : mask.shape[-1]]
+        mask = room.copy_(mask)
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, mask, True, 0.0, x.is_causal, scale=x.scale
+    )
+    return found[0].transpose(1, 2), found[1][..., : query.shape[2]]
 
 
 def _forced(backend: str, with_lse: Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]) -> AttentionFunction:
@@ -103,7 +127,7 @@ def _flex(compiled: bool = True) -> AttentionFunction:
     return attention
 
 
-KERNELS.add("sdpa", AttentionKernel(name="sdpa", load=lambda: scaled_dot_product, shortest=0))
+KERNELS.add("sdpa", AttentionKernel(name="sdpa", load=lambda: scaled_dot_product, shortest=0, lse=True))
 KERNELS.add(
     "cudnn",
     AttentionKernel(

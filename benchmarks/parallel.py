@@ -1,0 +1,171 @@
+"""Several GPUs on one request: FLUX.1-dev's shape (1024x1024, 28 steps) and Wan2.1 1.3B's (480x832, 81 frames, 12 steps
+under guidance: 24 forwards), random weights, latents. Every way to divide the work, beside one GPU and diffusers' own
+Ulysses, in one run.
+
+What travels is read off the profiler: the share of a request's time in which a kernel of NCCL runs, and how much of
+that nothing else runs beside. Its kernels wait for the other ranks too.
+
+    torchrun --nproc-per-node 2 benchmarks/parallel.py flux       # benchmarks/results/parallel-flux-2.json
+    torchrun --nproc-per-node 2 benchmarks/parallel.py wan
+    torchrun --nproc-per-node 2 benchmarks/parallel.py wan --tiny --device cpu    # a dry run of the script
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flux
+import measure
+import torch
+import torch.distributed as dist
+import wan
+
+from diffusers_accel import ParallelConfig, accelerate, restore, stats
+from diffusers_accel.core.mesh import begin
+
+LOSSLESS: dict[str, Any] = {"attention": "auto", "fuse": True, "compile": True, "cuda_graph": True}
+
+
+def ways(ranks: int, guided: bool) -> dict[str, ParallelConfig]:
+    """Ways to divide a request among so many ranks."""
+    found = {"ulysses": ParallelConfig(ulysses=ranks), "ring": ParallelConfig(ring=ranks)}
+    if ranks == 2:
+        found["attn2d 2 x 1"] = ParallelConfig(attn2d=(2, 1))
+        found["attn2d 1 x 2"] = ParallelConfig(attn2d=(1, 2))
+    if ranks == 4:
+        found["attn2d 2 x 2"] = ParallelConfig(attn2d=(2, 2))
+        found["ulysses 2, ring 2"] = ParallelConfig(ulysses=2, ring=2)
+    if guided:
+        found["cfg 2" if ranks == 2 else "cfg 2, ulysses 2"] = ParallelConfig(cfg=2, ulysses=ranks // 2)
+    return found
+
+
+def spans(generate: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of one request on the GPU: all of it, with a kernel of NCCL running, and with nothing else."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        generate()
+        measure.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    others, nccl = [], []
+    for event in kernels:
+        # The whole of NCCL's calls is marked too, without being a kernel.
+        if event.name.startswith("nccl:"):
+            continue
+        part = (event.time_range.start, event.time_range.end)
+        (nccl if "nccl" in event.name.lower() else others).append(part)
+    both = _length(nccl + others)
+    return {
+        "all": round(both / 1000, 2),
+        "nccl": round(_length(nccl) / 1000, 2),
+        "nccl alone": round((both - _length(others)) / 1000, 2),
+    }
+
+
+def _length(parts: list[tuple[float, float]]) -> float:
+    """Time that intervals cover."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(parts):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=["flux", "wan"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="these variants alone")
+    parser.add_argument("--tiny", action="store_true", help="a small model: a dry run of the script")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result; benchmarks/results if not given")
+    options = parser.parse_args()
+    cuda = options.device == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    begin(options.device)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    pipe: Any = (flux if options.work == "flux" else wan).build(options.device, dtype, options.tiny)
+    torch.manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=options.device, dtype=dtype)
+
+    if options.work == "flux":
+        size = 64 if options.tiny else 1024
+        call: dict[str, Any] = {
+            "prompt_embeds": random(1, 512, pipe.transformer.config.joint_attention_dim),
+            "pooled_prompt_embeds": random(1, 768), "height": size, "width": size, "num_inference_steps": 28,
+            "guidance_scale": 3.5,
+        }  # fmt: skip
+        described, forwards = f"FLUX.1-dev shape, {size}x{size}, 28 steps", 28
+    else:
+        height, width, frames = (32, 32, 5) if options.tiny else (480, 832, 81)
+        call = {
+            name: random(1, 512, pipe.transformer.config.text_dim)
+            for name in ("prompt_embeds", "negative_prompt_embeds")
+        }
+        call |= {"height": height, "width": width, "num_frames": frames, "num_inference_steps": wan.STEPS,
+                 "guidance_scale": 5.0}  # fmt: skip
+        described, forwards = f"Wan2.1 1.3B shape, {height}x{width}, {frames} frames, {wan.STEPS} steps", 2 * wan.STEPS
+
+    def generate(**changed: Any) -> torch.Tensor:
+        generator = torch.Generator(options.device).manual_seed(0)
+        return pipe(**{**call, **changed}, generator=generator, output_type="latent")[0]
+
+    found: dict[str, Any] = {}
+    reference = generate().float()
+    assert torch.isfinite(reference).all(), "the random model's output must be finite"
+
+    def measured(name: str, profiled: bool = True) -> None:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        out = generate().float()
+        measure.synchronize()
+        first = time.perf_counter() - start
+        dist.barrier()
+        figure = measure.summary(measure.seconds(generate, options.repeats, warm=1))
+        figure["forward, ms"] = round(1000 * figure["seconds"] / forwards, 1)
+        figure["first request, seconds"] = round(first, 2)
+        figure["relative difference to stock"] = float((out - reference).norm() / reference.norm())
+        if cuda:
+            figure["peak memory, GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if cuda and profiled:
+            figure["a request on the GPU, ms"] = spans(generate)
+        if vars(pipe).get("_diffusers_accel_session"):
+            figure["attention kernels of one request"] = stats(pipe).attention_kernels
+        found[name] = figure
+        if rank:
+            return
+        print(name, figure, flush=True)
+        result = f"parallel-{options.work}-{ranks}" + ("-dry-run" if options.tiny else "")
+        work = f"{described}, {dtype}, latents, {ranks} GPUs, every rank timed alone: rank 0's figures"
+        measure.write(result, {"work": work, "ranks": ranks, "variants": found}, options.out)
+
+    variants: dict[str, ParallelConfig | None] = {"one GPU": None, **ways(ranks, options.work == "wan")}
+    sections = LOSSLESS if cuda else {"attention": "sdpa"}
+    for name, division in variants.items():
+        if options.only and name not in options.only:
+            continue
+        accelerate(pipe, **sections, parallel=division)
+        measured(name, profiled=division is not None)
+        restore(pipe)
+        torch.compiler.reset()
+    name = "diffusers' Ulysses" + (", compiled" if options.work == "flux" else "")
+    if cuda and (not options.only or name in options.only):
+        from diffusers import ContextParallelConfig
+
+        pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+        if options.work == "flux":  # Wan's blocks do not compile so
+            pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        measured(name)
+
+
+if __name__ == "__main__":
+    main()

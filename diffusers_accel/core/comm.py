@@ -1,0 +1,147 @@
+"""Collectives among the ranks of one group, as this package uses them: shards may differ in length, and none is padded.
+
+A length is divided among ranks as `torch.tensor_split` does it: the first ranks have one more where it does not divide.
+Every rank knows everybody's share without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Newer torch has another name for it, and warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def shares(length: int, ranks: int) -> list[int]:
+    """How many of `length` each rank has."""
+    whole, more = divmod(length, ranks)
+    return [whole + (rank < more) for rank in range(ranks)]
+
+
+class Group:
+    """Some of the ranks, in order.
+
+    Args:
+        handle: The process group; `None` for a rank alone.
+        ranks: Their global ranks.
+        rank: Which of them this process is, from 0.
+    """
+
+    def __init__(self, handle: Any, ranks: Sequence[int], rank: int):
+        self.handle, self.ranks, self.rank = handle, tuple(ranks), rank
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return len(self.ranks)
+
+    def part(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's share of a tensor that all ranks have whole; a view."""
+        counts = shares(x.shape[dim], self.size)
+        return x.narrow(dim, sum(counts[: self.rank]), counts[self.rank])
+
+    def exchange(
+        self, sends: Sequence[Sequence[torch.Tensor]], like: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[torch.Tensor]]:
+        """All to all, in one message from each rank to each: the n-th of `sends` goes to the n-th rank.
+
+        Args:
+            sends: Tensors for each rank, all of one type.
+            like: The shapes of what each rank sends here.
+
+        Returns:
+            What each rank sent, parts of one buffer.
+        """
+        if self.size == 1:
+            return [list(sends[0])]
+        counts = [[item.numel() for item in items] for items in sends]
+        flat = sends[0][0].new_empty(sum(map(sum, counts)))
+        # Straight into the buffer, whatever the strides: one pass.
+        for place, item in zip(
+            flat.split([count for each in counts for count in each]), (item for items in sends for item in items),
+            strict=True,
+        ):  # fmt: skip
+            place.view(item.shape).copy_(item)
+        sizes = [[_count(shape) for shape in shapes] for shapes in like]
+        found = flat.new_empty(sum(map(sum, sizes)))
+        dist.all_to_all_single(found, flat, list(map(sum, sizes)), list(map(sum, counts)), group=self.handle)
+        parts = iter(found.split([size for each in sizes for size in each]))
+        return [[next(parts).view(*shape) for shape in shapes] for shapes in like]
+
+    def gather(self, x: torch.Tensor, dim: int, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Everybody's shard.
+
+        Args:
+            x: This rank's.
+            dim: The dimension in which they may differ.
+            lengths: Of each rank's shard in that dimension; as long as this rank's if `None`.
+        """
+        if self.size == 1:
+            return [x]
+        lengths = [x.shape[dim]] * self.size if lengths is None else lengths
+        most = max(lengths)
+        # Along the first dimension, so that what comes from each rank lies in one piece; the longest decides.
+        moved = x.movedim(dim, 0)
+        sent = moved.contiguous()
+        if len(moved) < most:
+            sent = torch.cat([sent, sent.new_zeros((most - len(moved), *sent.shape[1:]))])
+        found = sent.new_empty((self.size * most, *sent.shape[1:]))
+        _all_gather(found, sent, group=self.handle)
+        return [found[rank * most : rank * most + length].movedim(0, dim) for rank, length in enumerate(lengths)]
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of everybody's tensor; `x` is written to."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.handle)
+        return x
+
+    def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        """`x` with the values that the `source`-th rank has; it is written to."""
+        if self.size > 1:
+            dist.broadcast(x, self.ranks[source], group=self.handle)
+        return x
+
+    def pass_on(self, tensors: Sequence[torch.Tensor], like: Sequence[Sequence[int]]) -> tuple[list[torch.Tensor], Any]:
+        """Begins to send tensors to the next rank and to receive the previous one's.
+
+        Args:
+            tensors: What the next rank is to have.
+            like: The shapes of what the previous rank sends.
+
+        Returns:
+            What comes, and a function to be called before it is read or `tensors` are written to.
+        """
+        following = self.ranks[(self.rank + 1) % self.size]
+        previous = self.ranks[(self.rank - 1) % self.size]
+        found = [item.new_empty(tuple(shape)) for item, shape in zip(tensors, like, strict=True)]
+        work = []
+        for tag, (item, place) in enumerate(zip(tensors, found, strict=True)):
+            work.append(dist.P2POp(dist.isend, item.contiguous(), following, self.handle, tag))
+            work.append(dist.P2POp(dist.irecv, place, previous, self.handle, tag))
+        requests = dist.batch_isend_irecv(work)
+
+        def wait() -> None:
+            for request in requests:
+                request.wait()
+
+        return found, wait
+
+    def objects(self, value: Any) -> list[Any]:
+        """Everybody's value, for small things that Python must know. Waits for the device where the group has no
+        other way than through it."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.handle)
+        return found
+
+
+def _count(shape: Sequence[int]) -> int:
+    found = 1
+    for size in shape:
+        found *= size
+    return found

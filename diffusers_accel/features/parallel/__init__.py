@@ -1,0 +1,215 @@
+"""Parallel: several ranks share one request, and each ends with the whole result.
+
+Every rank runs the same script with the same pipeline. What is divided: branches of guidance and samples of a batch
+(`guidance.py`), a sequence of tokens (`division.py`, with `kernels/attention/transport.py` for attention), a VAE's
+picture (`vae/`). Scheduler and text encoders run on every rank alike, so ranks must be given the same:
+`agreement.py` sees to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ...config import ParallelConfig
+from ...core.edits import AddLayer, Edit, SetAttr
+from ...core.mesh import Mesh, begin, launched
+from ...errors import Unsupported
+from ...kernels.attention import KERNELS, Transport
+from ..feature import Denoiser, Plan, Target
+from . import vae
+from .agreement import Agreement, same_random_numbers
+from .division import Division
+from .guidance import Guidance, Samples
+
+_LAUNCH = "start it with `torchrun --nproc-per-node N script.py`, N the product of the numbers in `parallel`."
+
+
+def check(target: Target, config: ParallelConfig) -> Plan:
+    """Who would do what.
+
+    Raises:
+        Unsupported: There are not as many processes as the numbers make, a model's tokens or heads cannot be divided,
+            or what is asked for beside it does not know of several ranks.
+    """
+    world = launched()
+    if world is None:
+        raise Unsupported("parallel", "no launcher says which of several processes this is.", _LAUNCH)
+    needed = 1
+    for size in config.sizes.values():
+        needed *= size
+    if needed != world:
+        raise Unsupported("parallel", f"{config.product}, and there are {world} processes.", _LAUNCH)
+    _refuse_neighbours(target, config)
+    actions, notes = [], []
+    if config.dp > 1:
+        actions.append(f"samples of a batch on {config.dp}")
+        notes.append(f"Requests of fewer than {config.dp} samples gain nothing from dp.")
+    if config.cfg > 1:
+        actions.append(f"branches of guidance on {config.cfg}")
+        embedded = [str(item) for item in target.denoisers if item.adapter.guidance == "embedded"]
+        if embedded:
+            notes.append(f"{', '.join(embedded)} calls several branches only with true guidance (a negative prompt).")
+    if config.vae > 1:
+        actions.append(_vae(target, config, world))
+    if config.sequence > 1:
+        _refuse_kernels(target, config)
+        for denoiser in target.denoisers:
+            _refuse_undivided(denoiser, config)
+        ways = [f"{name} {size}" for name, size in (("ulysses", config.ulysses), ("ring", config.ring)) if size > 1]
+        if config.attn2d != (1, 1):
+            ways.append(f"attn2d {config.attn2d[0]} x {config.attn2d[1]}")
+        actions.append(f"a sequence on {config.sequence} ({', '.join(ways)})")
+    return Plan("; ".join(actions) or "one rank", target.blocks if config.sequence > 1 else 0, tuple(notes))
+
+
+def _refuse_neighbours(target: Target, config: ParallelConfig) -> None:
+    """Refuses features that would let ranks go different ways."""
+    others = target.config
+    cache = others.cache if others is not None else None
+    if (
+        cache is not None
+        and config.sequence > 1
+        and not all(item.adapter.timestep_signal is not None or _told_beforehand(cache) for item in target.denoisers)
+    ):
+        raise Unsupported(
+            "parallel",
+            f"cache={cache.kind!r} decides by what a rank sees of a sequence, so ranks would part.",
+            "a cache that is told its steps ('mask', 'magcache'), or parallel without ulysses, ring and attn2d.",
+        )
+    for denoiser in target.denoisers:
+        if any("_hf_hook" in vars(module) for module in denoiser.module.modules()):
+            raise Unsupported(
+                "parallel",
+                "its weights move between devices.",
+                "no offloading: ranks share the work, not the weights.",
+                str(denoiser),
+            )
+
+
+def _vae(target: Target, config: ParallelConfig, world: int) -> str:
+    """What is done with the VAE, in words; refuses what cannot be."""
+    module, others = getattr(target.pipe, "vae", None), target.config
+    if world % config.vae:
+        raise Unsupported("parallel.vae", f"{config.vae} does not divide {world} processes.", "a divisor of them.")
+    if module is None:
+        raise Unsupported("parallel.vae", "there is no VAE.", "parallel without vae.")
+    if others is not None and others.vae is not None and others.vae.compile:
+        raise Unsupported("parallel.vae", "a compiled decoder cannot exchange rows.", "vae.compile=False.")
+    if others is not None and others.cuda_graph is not None and others.cuda_graph.vae:
+        raise Unsupported("parallel.vae", "a recorded decoder cannot exchange rows.", "cuda_graph.vae=False.")
+    reason = vae.refuse(module, config.vae_dim)
+    if reason is not None:
+        instead = "vae.disable_tiling()." if getattr(module, "use_tiling", False) else "parallel without vae."
+        raise Unsupported("parallel.vae", reason, instead, type(module).__name__)
+    return f"the VAE's {config.vae_dim} on {config.vae}"
+
+
+def _refuse_kernels(target: Target, config: ParallelConfig) -> None:
+    """Refuses kernels whose partial results cannot be merged."""
+    attention = target.config.attention if target.config is not None else None
+    if attention is None or not config.partial:
+        return
+    named = (attention.backend, attention.self_attention, attention.dense_backend, *(attention.layers or {}).values())
+    for name in named:
+        if name not in (None, "auto") and name in KERNELS and not KERNELS.get(name).lse:
+            raise Unsupported(
+                f"attention={name!r}",
+                "it returns no logsumexp, by which ring and attn2d merge what ranks have found.",
+                f"one of {', '.join(repr(name) for name in KERNELS if KERNELS.get(name).lse)}, or ulysses alone.",
+            )
+
+
+def _told_beforehand(cache: object) -> bool:
+    return getattr(cache, "kind", "") in ("mask", "magcache", "pab")
+
+
+def _refuse_undivided(denoiser: Denoiser, config: ParallelConfig) -> None:
+    """Refuses models whose tokens or heads cannot be divided so."""
+    plan, feature = denoiser.adapter.sequence, "parallel"
+    instead = "parallel with cfg and dp alone."
+    if plan is None:
+        raise Unsupported(feature, "no adapter says how its tokens may be divided.", instead, str(denoiser))
+    for path, module in denoiser.module.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is None:
+            continue
+        if "IPAdapter" in type(processor).__name__:
+            raise Unsupported(feature, f"{path} attends to an IP-Adapter's pictures too.", instead, str(denoiser))
+        heads = next(
+            (getattr(module, name) for name in ("heads", "num_attention_heads") if hasattr(module, name)), None
+        )
+        attends = plan.attention.get(path.rpartition(".")[2])
+        if attends is not None and attends.keys and isinstance(heads, int) and heads < config.ulysses:
+            raise Unsupported(
+                feature, f"{path} has {heads} heads, which ulysses={config.ulysses} cannot divide.",
+                f"ulysses={heads} or less, with ring for the rest.", str(denoiser),
+            )  # fmt: skip
+
+
+def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
+    """The process group and mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
+    device = target.denoisers[0].device.type
+    begin(device)
+    mesh = Mesh(config.sizes, device)
+    everyone = mesh.everyone()
+    _refuse_one_gpu(target, mesh)
+    agreement = Agreement(target, everyone, mesh)
+    if hasattr(target.pipe, "check_inputs"):
+        yield AddLayer(target.pipe, target.rank("request"), same_random_numbers(everyone, device), "check_inputs")
+    if everyone.rank:
+        # One bar is enough.
+        bar = vars(target.pipe).get("_progress_bar_config") or {}
+        yield SetAttr(target.pipe, "_progress_bar_config", {**bar, "disable": True})
+    if config.vae > 1:
+        yield from vae.edits(target.pipe.vae, mesh.neighbours(config.vae), config.vae_dim, target.rank("vae"))
+    for denoiser in target.denoisers:
+        yield AddLayer(denoiser.module, target.rank("agreement"), agreement.around_denoiser(denoiser))
+        if config.cfg > 1:
+            guidance = Guidance(target, denoiser, mesh.group("cfg"))
+            yield AddLayer(denoiser.module, target.rank("guidance"), guidance.around_denoiser)
+        if config.dp > 1:
+            samples = Samples(denoiser, mesh.group("dp"))
+            yield AddLayer(denoiser.module, target.rank("samples"), samples.around_denoiser)
+        if config.sequence > 1:
+            yield from _divided(target, denoiser, mesh)
+
+
+def _divided(target: Target, denoiser: Denoiser, mesh: Mesh) -> Iterator[Edit]:
+    """Layers around one denoiser and its blocks, and its transports."""
+    adapter, plan = denoiser.adapter, denoiser.adapter.sequence
+    assert plan is not None
+    division = Division(denoiser, plan, mesh.sequence())
+    transport = Transport(
+        mesh.sequence(), mesh.group("ulysses"), mesh.group("ring"), mesh.group("column"), mesh.group("row")
+    )
+    for name, attends in plan.attention.items():
+        target.transports[denoiser.name, name] = division.transport(attends, transport)
+    yield AddLayer(denoiser.module, target.rank("division"), division.around_denoiser)
+    for stack in (*adapter.side_stacks, *adapter.stacks):
+        blocks = stack.blocks(denoiser.module)
+        for block in blocks:
+            last = stack is adapter.stacks[-1] and block is blocks[-1]
+            yield AddLayer(block, target.rank("division of a block"), division.around_block(stack, block, last))
+    if plan.gathered_before is not None:
+        module = denoiser.module.get_submodule(plan.gathered_before)
+        yield AddLayer(module, target.rank("division of a block"), division.before_module)
+
+
+def _refuse_one_gpu(target: Target, mesh: Mesh) -> None:
+    """Refuses ranks of one machine that put their models on one GPU."""
+    if mesh.device != "cuda":
+        return
+    device = next(target.denoisers[0].module.parameters()).device
+    identity = str(torch.cuda.get_device_properties(device).uuid)
+    torch.cuda.set_device(device)
+    seen = mesh.everyone().objects(identity)
+    twins = [rank for rank, other in enumerate(seen) if other == identity]
+    if len(twins) > 1:
+        raise Unsupported(
+            "parallel",
+            f"the pipelines of ranks {twins} are on one GPU, {device}.",
+            "`torchrun --virtual-local-rank ...`, which shows each process a GPU of its own, or "
+            "torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before the pipeline is moved.",
+        )

@@ -1,0 +1,133 @@
+"""A VAE's decoder and encoder divided among ranks, each with a strip of the picture's rows or columns.
+
+All ranks begin with the same whole latents (or pictures), compute a strip each, and end with the same whole result. It
+is what one rank computes, borders included, because what looks beyond a strip is given what it would see there:
+
+- A convolution gets its halo, the neighbours' nearest rows, and stock padding at the picture's own borders only: one
+  exchange each, with both neighbours at once. A convolution that keeps frames from chunk to chunk keeps those of the
+  strip; their halo comes with that of the new frames.
+- A group norm gets mean and variance of the whole picture, merged from those of the strips as in Chan, Golub and
+  LeVeque (1979): as precise as computed at once.
+- Attention over the picture gets everybody's keys and values; each rank has only its own queries.
+
+Everything else in these VAEs acts on one pixel, on one place over time, or on patches that lie within one strip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from ....core.comm import Group, shares
+from ....core.edits import AddLayer, Edit
+from ....errors import Unsupported
+from . import kinds, layers
+from .kinds import kind
+from .strips import Strips
+
+FEATURE = "parallel.vae"
+# Where they are in (batch, channels, height, width) and in (batch, channels, frames, height, width).
+AXES = {"height": -2, "width": -1}
+
+
+def refuse(vae: Any, dim: str = "height") -> str | None:
+    """Why a VAE cannot be divided along `"height"` or `"width"`; `None` if it can. Pure."""
+    if kind(vae) not in kinds.VAES:
+        return f"only {', '.join(kinds.VAES)} are known to divide into strips."
+    if getattr(vae, "use_tiling", False):
+        return "tiling is on, and tiles are not divided among ranks."
+    return kinds.undivided(vae, AXES[dim])
+
+
+def edits(vae: Any, group: Group, dim: str, rank: int) -> Iterator[Edit]:
+    """Divides a VAE's `decode` and `encode`; nothing in a group of one.
+
+    From then on all ranks of the group must call them together, with the same tensors. A call raises `Unsupported`, on
+    every rank and before anything is computed, if there are fewer rows (or columns) than ranks need, if a picture's do
+    not make whole latents, or if tiling has been switched on.
+
+    Args:
+        vae: The stock VAE.
+        group: The ranks, in the order of their strips.
+        dim: `"height"` or `"width"`.
+        rank: Place of the layers among others around the same methods.
+
+    Raises:
+        Unsupported: `refuse` has a reason.
+    """
+    _refuse(vae, refuse(vae, dim))
+    if group.size == 1:
+        return
+    strips = Strips(group, AXES[dim])
+    halos = kinds.halos(vae, strips.axis)
+    for module in vae.modules():
+        if module in halos:
+            function = partial(layers.convolution, strips, module, halos[module])
+            yield AddLayer(module, rank, function, "_conv_forward")
+        elif kind(module) in kinds.NORMS:
+            yield AddLayer(module, rank, partial(layers.group_norm, strips, module))
+        elif kind(module) in kinds.ATTENTIONS and kind(getattr(module, "processor", None)) not in kinds.TEMPORAL:
+            yield AddLayer(module, rank, partial(layers.attention, strips))
+    # A strip must have what a neighbour needs of it where the picture is smallest, which is at the latents' size.
+    least = max((max(halo.before, halo.after) for halo in halos.values()), default=1)
+    methods = _Methods(vae, strips, dim, least)
+    yield AddLayer(vae, rank, methods.decode, "decode")
+    yield AddLayer(vae, rank, methods.encode, "encode")
+
+
+class _Methods:
+    """The layers around a VAE's own methods."""
+
+    def __init__(self, vae: Any, strips: Strips, dim: str, least: int):
+        self.vae, self.strips, self.dim, self.least = vae, strips, dim, least
+        self.stride = kinds.stride(vae, strips.axis)
+
+    def decode(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Decodes a strip of the latents and gathers the samples."""
+        z, args = (args[0], args[1:]) if args else (kwargs.pop("z"), ())
+        with self.strips.dividing(z, self._counts(z, "latent ", 1)) as strip:
+            result = inner(strip, *args, **kwargs)
+            if isinstance(result, tuple):
+                return (self._whole(result[0]), *result[1:])
+            return dataclasses.replace(result, sample=self._whole(result.sample))
+
+    def encode(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Encodes a strip of the pictures and gathers what their distribution is made of."""
+        x, args = (args[0], args[1:]) if args else (kwargs.pop("x"), ())
+        with self.strips.dividing(x, self._counts(x, "", self.stride)) as strip:
+            result = inner(strip, *args, **kwargs)
+            plain = isinstance(result, tuple)
+            found = result[0] if plain else result.latent_dist
+            whole = type(found)(self._whole(found.parameters))
+            return (whole, *result[1:]) if plain else dataclasses.replace(result, latent_dist=whole)
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor:
+        return self.strips.whole(x, self.strips.axis)
+
+    def _counts(self, x: torch.Tensor, what: str, unit: int) -> list[int]:
+        """Of how many rows each rank's strip consists, in whole units."""
+        if getattr(self.vae, "use_tiling", False):
+            _refuse(self.vae, refuse(self.vae, self.dim))
+        length, ranks = x.shape[self.strips.axis], self.strips.group.size
+        counts = [unit * share for share in shares(length // unit, ranks)]
+        reason = None
+        if length % unit:
+            reason = f"a {what}{self.dim} of {length} is no multiple of {unit}, which make one of the latents."
+        elif min(counts) < self.least * unit:
+            reason = (
+                f"a {what}{self.dim} of {length} is too little for {ranks} ranks with {self.least * unit} or more each."
+            )
+        if reason is not None:
+            other = next(name for name in AXES if name != self.dim)
+            raise Unsupported(FEATURE, reason, f"another size, {other} divided, or fewer ranks.", kind(self.vae))
+        return counts
+
+
+def _refuse(vae: Any, reason: str | None) -> None:
+    if reason is not None:
+        tiled = getattr(vae, "use_tiling", False)
+        raise Unsupported(FEATURE, reason, "vae.disable_tiling()." if tiled else f"no {FEATURE}.", kind(vae))

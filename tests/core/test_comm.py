@@ -1,0 +1,49 @@
+"""Collectives and the mesh, on real processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import communicate
+
+from diffusers_accel.core.comm import shares
+
+
+def test_shares_are_tensor_splits():
+    for length in range(9):
+        for ranks in (1, 2, 3, 4):
+            assert shares(length, ranks) == [len(part) for part in torch.arange(length).tensor_split(ranks)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("length", [8, 7, 3])
+def test_collectives(pools, size, length):
+    whole = torch.arange(2.0 * length * 3).view(2, length, 3)
+    shards = whole.tensor_split(size, 1)
+    for rank, found in enumerate(pools[size].run(communicate.collectives, length)):
+        assert torch.equal(found["mine"], shards[rank])
+        assert torch.equal(found["gathered"], whole)
+        assert torch.equal(found["exchanged"], whole * (rank + 1))
+        assert torch.equal(found["turned"], whole.mT)
+        assert torch.equal(found["passed"], shards[rank - 1])
+        assert found["summed"].tolist() == [sum(range(size))] * 3
+        assert found["told"].item() == size - 1
+        assert found["objects"] == [{"rank": other} for other in range(size)]
+
+
+def test_places(pools):
+    found = pools[4].run(communicate.places, {"cfg": 2, "ulysses": 2})
+    for rank, (place, groups, sequence, number) in enumerate(found):
+        assert (place["cfg"], place["ulysses"]) == divmod(rank, 2)
+        assert groups["ulysses"] == sequence == (rank - rank % 2, rank - rank % 2 + 1)
+        assert groups["cfg"] == (rank % 2, rank % 2 + 2)
+        assert groups["dp"] == (rank,)
+        assert number == rank % 2
+    found = pools[4].run(communicate.places, {"row": 2, "column": 2})
+    for rank, (place, groups, sequence, number) in enumerate(found):
+        assert (place["row"], place["column"]) == divmod(rank, 2)
+        # A group along an axis holds those that differ in it.
+        assert groups["column"] == (rank - rank % 2, rank - rank % 2 + 1)
+        assert groups["row"] == (rank % 2, rank % 2 + 2)
+        assert sequence == (0, 1, 2, 3)
+        assert number == rank

@@ -1,0 +1,120 @@
+"""A VAE divided among ranks decodes and encodes what the stock VAE does, and is the stock VAE again afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from ranks import decode
+
+from diffusers_accel.core.comm import Group
+from diffusers_accel.core.edits import Journal
+from diffusers_accel.errors import Unsupported
+from diffusers_accel.features.parallel import vae as parallel_vae
+
+# In float32: sums in another order, and norms over a few channels that are nearly zero here and there.
+CLOSE = 1e-5
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dim", ["height", "width"])
+@pytest.mark.parametrize("name", decode.VAES)
+def test_same_as_stock(pools, name, dim, size):
+    for found, restored in pools[size].run(decode.errors, name, dim):
+        assert len(found) == (6 if size == 2 else 4) and restored
+        assert max(found.values()) < CLOSE, found
+
+
+@pytest.mark.parametrize("name", ["deep kl", "wan"])
+def test_exact_in_double(pools, name):
+    """Nothing but the order of sums is different. Wan's upsampling rounds to float32 in between."""
+    for found, _ in pools[2].run(decode.errors, name, "height", torch.float64):
+        assert max(found.values()) < (1e-7 if name == "wan" else 1e-13), found
+
+
+@pytest.mark.parametrize("name", ["kl", "wan", "ltx2"])
+def test_halos_matter(pools, name):
+    for found in pools[2].run(decode.broken, name):
+        assert min(found.values()) > 100 * CLOSE, found
+
+
+def test_ways_to_call(pools):
+    for found in pools[2].run(decode.ways):
+        assert max(found.values()) < CLOSE, found
+
+
+def test_bfloat16(pools):
+    """As far from float32 as the stock VAE is: statistics of norms are kept in float32."""
+    for stock, found in pools[2].run(decode.halves):
+        assert found < 1.2 * stock, (found, stock)
+
+
+def test_refused_calls(pools):
+    for few, odd, tiled in pools[2].run(decode.refused):
+        assert "a latent height of 1 is too little for 2 ranks" in few and "AutoencoderKL" in few
+        assert "a height of 9 is no multiple of 2" in odd
+        assert "tiling is on" in tiled and "disable_tiling" in tiled
+
+
+def tiling(vae):
+    vae.enable_tiling()
+
+
+def processor(vae):
+    vae.decoder.mid_block.attentions[0].set_processor(AttnProcessor())
+
+
+def circular(vae):
+    vae.decoder.conv_in.padding_mode = "circular"
+
+
+def shrinking(vae):
+    vae.decoder.conv_in.padding = (0, 0)
+
+
+def foreign(vae):
+    vae.decoder.conv_act = torch.nn.Softmax2d()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (tiling, "tiling is on"),
+        (processor, "AttnProcessor"),
+        (circular, "decoder.conv_in pads"),
+        (shrinking, "decoder.conv_in makes a picture of another size"),
+        (foreign, "decoder.conv_act is a Softmax2d"),
+    ],
+)
+def test_refused_vaes(change, reason):
+    vae = decode.build("kl")
+    assert parallel_vae.refuse(vae) is None
+    change(vae)
+    assert reason in parallel_vae.refuse(vae)
+    with pytest.raises(Unsupported, match=reason):
+        Journal().apply(parallel_vae.edits(vae, Group(None, (0, 1), 0), "height", 0))
+    assert not set(vars(vae)) & {"decode", "encode"}
+
+
+def test_refused_classes():
+    from diffusers import AutoencoderKLLTX2Video, AutoencoderTiny
+
+    assert "AutoencoderKLWan" in parallel_vae.refuse(AutoencoderTiny())
+    noisy = AutoencoderKLLTX2Video(
+        block_out_channels=(8,),
+        decoder_block_out_channels=(8,),
+        layers_per_block=(1,),
+        decoder_layers_per_block=(1, 1),
+        spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,),
+        decoder_inject_noise=(True, True),
+        downsample_type=("spatial",),
+        upsample_residual=(False,),
+        upsample_factor=(1,),
+        latent_channels=4,
+    )
+    assert "adds noise" in parallel_vae.refuse(noisy)
+
+
+def test_alone():
+    assert list(parallel_vae.edits(decode.build("kl"), Group(None, (0,), 0), "height", 0)) == []

@@ -1,0 +1,98 @@
+"""Processes that work together over Gloo, for tests of what several ranks do.
+
+A pool of ranks is started once and asked many times: `pool.run(function, ...)` calls the function in each with the same
+arguments and returns what each gave. Functions are found by name, so they stand in a module beside this one. A rank
+that raises ends the call with its error, and the pool; the next call starts another.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+SECONDS = 240
+
+
+class RankFailed(AssertionError):
+    """What a rank raised."""
+
+
+class Pool:
+    """`size` ranks of one process group."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+
+    def _start(self) -> None:
+        # The server that ranks are forked from looks for modules where a new process does.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ranks.beforehand"])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, port, there), daemon=True)
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)` returns in each rank."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        found: list[Any] = [None] * self.size
+        # Whoever has an error has it first; the others may be waiting for it in vain.
+        waiting = dict(enumerate(self._pipes))
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting.values()), timeout=SECONDS)
+            if not ready:
+                self.close()
+                raise RankFailed(f"ranks {sorted(waiting)} gave no answer within {SECONDS} s")
+            for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+                try:
+                    fine, value = waiting.pop(rank).recv()
+                except EOFError:
+                    fine, value = False, "it ended"
+                if not fine:
+                    self.close()
+                    raise RankFailed(f"rank {rank}: {value}")
+                found[rank] = value
+        return found
+
+    def close(self) -> None:
+        """Ends the ranks."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,13 @@
+"""Loaded once in the process that ranks are forked from: what all must have alike. Tokenizers that are trained in
+memory come out otherwise in every process."""
+
+from __future__ import annotations
+
+import torch
+from tiny.components import clip_tokenizer, qwen_tokenizer
+
+import diffusers_accel.api  # noqa: F401
+
+torch.set_num_threads(1)
+clip_tokenizer()
+qwen_tokenizer()

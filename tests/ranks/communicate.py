@@ -1,0 +1,41 @@
+"""What a rank does in tests of `core/comm.py` and `core/mesh.py`."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusers_accel.core.comm import shares
+from diffusers_accel.core.mesh import Mesh, begin
+
+
+def collectives(length):
+    """Every collective on shards of a known tensor; returns what came."""
+    begin("cpu")
+    mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, "cpu")
+    group = mesh.group("ulysses")
+    whole = torch.arange(2.0 * length * 3).view(2, length, 3)
+    counts = shares(length, group.size)
+    mine = group.part(whole, 1)
+    gathered = torch.cat(group.gather(mine, 1, counts), 1)
+    # Two tensors in one message, one of them with other strides.
+    sends = [[mine * (rank + 1), mine.mT] for rank in range(group.size)]
+    found = group.exchange(sends, [[(2, count, 3), (2, 3, count)] for count in counts])
+    exchanged, turned = torch.cat([pair[0] for pair in found], 1), torch.cat([pair[1] for pair in found], 2)
+    previous = (group.rank - 1) % group.size
+    (passed,), wait = group.pass_on([mine], [(2, counts[previous], 3)])
+    wait()
+    summed = group.sum(torch.full((3,), float(group.rank)))
+    told = group.broadcast(torch.full((1,), float(group.rank)), group.size - 1)
+    return {
+        "mine": mine, "gathered": gathered, "exchanged": exchanged, "turned": turned, "passed": passed,
+        "summed": summed, "told": told,
+        "objects": group.objects({"rank": group.rank}),
+    }  # fmt: skip
+
+
+def places(sizes):
+    """Where a rank is in a mesh, and with whom."""
+    begin("cpu")
+    mesh = Mesh(sizes, "cpu")
+    groups = {axis: mesh.group(axis).ranks for axis in mesh.sizes}
+    return mesh.place, groups, mesh.sequence().ranks, mesh.sequence().rank
