@@ -100,7 +100,7 @@ def read_wanted(config: Path | None, preset: str | None, settings: Sequence[str]
         CommandError: --config and --preset are both given, or a setting is not KEY=VALUE.
         ConfigError: The file, the preset's name or a key is wrong.
     """
-    assignments = tuple(map(_assignment, settings or ()))
+    assignments = tuple(map(assignment, settings or ()))
     if config is not None and preset is not None:
         raise CommandError("--config and --preset exclude each other. Give one of them, and change it with --set.")
     if config is not None:
@@ -138,7 +138,7 @@ def assign(config: AccelConfig, assignments: Sequence[tuple[str, Any]]) -> Accel
     return AccelConfig.from_dict(values)
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
     return key_value(text, "--set", "attention.backend=sdpa")
 
 

@@ -20,6 +20,7 @@ import typer
 from numpy.typing import NDArray
 
 from .. import api, demo
+from ..config import AccelConfig
 from .common import (
     CommandError,
     ConfigOption,
@@ -29,12 +30,15 @@ from .common import (
     PresetOption,
     SetOption,
     accelerated,
+    assign,
+    assignment,
     key_value,
     load_model,
     one_line,
     read_device,
     read_wanted,
 )
+from .launch import first, in_workers, read_parallel
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_ENDINGS = (".mp4", ".gif")
@@ -65,6 +69,14 @@ def run(
     config: ConfigOption = None,
     preset: PresetOption = None,
     settings: SetOption = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAYS",
+            help="Several processes, which are started here: cfg=2,ulysses=2 takes four (and as many GPUs).",
+            show_default=False,
+        ),
+    ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
@@ -101,7 +113,14 @@ def run(
         diffusers-accel run flux-shapes --prompt "a large red circle in the center, on a plain gray background"
 
         diffusers-accel run Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a fox" --preset balanced --output fox.mp4
+
+        diffusers-accel run Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a fox" --parallel cfg=2,ulysses=2
     """
+    if parallel is not None:
+        preset = preset or (None if config is not None or settings else "lossless")
+        ways = read_parallel(parallel)
+        in_workers(assign(AccelConfig(), [assignment(way) for way in ways]))
+        settings = [*(settings or ()), *ways]
     wanted = read_wanted(config, preset, settings)
     where = read_device(device)
     extra = dict(key_value(text, "--call", "true_cfg_scale=4.0") for text in call or ())
@@ -138,6 +157,8 @@ def run(
             raise
         raise CommandError(f"{type(pipe).__name__} needs ftfy: pip install ftfy") from error
     seconds = time.perf_counter() - begin
+    if not first():
+        return
     files = save(result, target, fps)
 
     typer.echo(str(api.stats(pipe)))

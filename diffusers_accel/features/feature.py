@@ -73,6 +73,7 @@ class Target:
         phases: What features do otherwise from step to step within a block, as values to compare.
         transports: (denoiser, last part of an attention module's name) -> what carries its calls, where a sequence is
             divided among ranks.
+        summed: Adds up a tensor over all ranks that share a sequence; `None` where none is shared.
         graphs: Of each denoiser: what holds its CUDA graphs, with how many are `captured` and the last request's
             `replays`.
         modulations: Of each denoiser: what holds its modulations of all steps, with the number of `layers` and the last
@@ -93,6 +94,7 @@ class Target:
     looked_at: set[tuple[str, int]] = field(default_factory=set)
     phases: list[Callable[[], Hashable]] = field(default_factory=list)
     transports: dict[tuple[str, str], Callable[..., torch.Tensor]] = field(default_factory=dict)
+    summed: Callable[[torch.Tensor], torch.Tensor] | None = None
     graphs: list[Any] = field(default_factory=list)
     modulations: list[Any] = field(default_factory=list)
     attention_broadcasts: Counter[str] = field(default_factory=Counter)

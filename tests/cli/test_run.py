@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from PIL import Image, ImageSequence
 
 from diffusers_accel.cli import run as run_module
 from diffusers_accel.cli.common import CommandError
+from diffusers_accel.cli.launch import read_parallel
 
 IMAGE = ("--prompt", "a red fox", "--height", 32, "--width", 32, "--steps", 2, "--call", "max_sequence_length=16")
 VIDEO = (*IMAGE, "--num-frames", 5)
@@ -153,3 +157,22 @@ def test_refused_feature(refused, folders, tmp_path):
 
 def test_unreadable_image(refused, folders, tmp_path):
     assert "--image" in refused("run", folders / "flux-shapes", *IMAGE, "--image", tmp_path / "none.png")
+
+
+def test_ranks_are_started_and_one_of_them_saves(run, folders, tmp_path):
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    run("flux-shapes", *IMAGE, "--output", files[0])
+    command = [sys.executable, "-m", "diffusers_accel", "run", folders / "flux-shapes", "--device", "cpu", *IMAGE]
+    command += ["--parallel", "ulysses=2", "--output", files[1]]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved ") == 1 and stat(done.stdout, "steps computed") == "2"
+    one, two = (np.asarray(Image.open(file)).astype(int) for file in files)
+    # float32 in another order of summation, rounded to 8 bits.
+    assert one.std() > 0 and abs(one - two).max() <= 1
+
+
+def test_ways_to_divide_are_read():
+    assert read_parallel("cfg=2, attn2d=2x2") == ["parallel.cfg=2", "parallel.attn2d=[2,2]"]
+    with pytest.raises(CommandError, match="write what is divided among how many"):
+        read_parallel("ulysses")

@@ -30,7 +30,7 @@ def request(name, configuration, steps=2, calls=None, recorded=False):
     pipe, entry, calls = build(name), TINY[name], calls or {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if "cache" in configuration:
+        if {"cache", "linear"} & set(configuration):
             accelerate(pipe, **{**configuration, "parallel": None})
             expected = tensors(entry.run(pipe, steps=steps, **calls))
             restore(pipe)

@@ -1,6 +1,7 @@
 """What a caching rule may watch, and how its change is measured: on the device, read back once per step at most.
 
-A watch looks either before the denoiser runs (`at_entry`), or before its first block that may be skipped.
+A watch looks either before the denoiser runs (`at_entry`), or before its first block that may be skipped. Where ranks
+share a sequence, each sees its part of what is watched between blocks: changes are those of all parts together.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from .lanes import Lane, Streams, relative
 Arguments = Mapping[str, Any]
 # What was seen, to compare the next with, and its relative change; None if there is nothing to compare it with.
 Seen = tuple[Any, float | None]
+# As in `Target`.
+Summed = Callable[[torch.Tensor], torch.Tensor] | None
 # Makes the watch of one denoiser.
 WatchFactory = Callable[[Target, Denoiser], "Watch"]
 
@@ -73,7 +76,7 @@ class ModulatedInput(Watch):
         """See `Watch.look`."""
         assert self.denoiser.adapter.block_signal is not None
         seen = self.conditional(self.denoiser.adapter.block_signal(block, arguments), step)
-        return seen, change(seen, lane.signal)
+        return seen, change(seen, lane.signal, self.target.summed)
 
 
 class ScheduledSignal(Watch):
@@ -123,7 +126,7 @@ class FirstResidual(Watch):
         if now is None or begin is None or now.shape != begin.shape:
             return None, None
         seen = self.conditional(now - begin, step)
-        return seen, change(seen, lane.signal)
+        return seen, change(seen, lane.signal, self.target.summed)
 
 
 class Latents(Watch):
@@ -160,7 +163,7 @@ class Latents(Watch):
         if any(one.shape != other.shape for one, other in zip(seen, before, strict=True)):
             return seen, None
         changes = [relative(one, other) for one, other in zip(seen, before, strict=True)]
-        return seen, float(torch.stack(changes).mean())
+        return seen, _agreed(torch.stack(changes).mean(), self.target.summed)
 
     def filtered(self, latents: torch.Tensor, noise: float) -> torch.Tensor:
         """Latents (batch, channels, *space) with the frequencies kept that are signal at this share of noise."""
@@ -191,7 +194,7 @@ class Foretold(Watch):
         moved = _moved(seen, before)
         if moved is None or outputs is None or k is None:
             return seen, None
-        return seen, float(foretold(k, moved, _size(outputs)))
+        return seen, _agreed(foretold(k, moved, _size(outputs)), self.target.summed)
 
     def computed(self, lane: Lane, outputs: list[torch.Tensor]) -> None:
         """k, from what changed since the last step that was computed."""
@@ -218,11 +221,23 @@ def main_stream(streams: Streams) -> torch.Tensor | None:
     return streams["hidden_states"] if "hidden_states" in streams else list(streams.values())[-1]
 
 
-def change(signal: torch.Tensor, previous: torch.Tensor | None) -> float | None:
+def change(signal: torch.Tensor, previous: torch.Tensor | None, summed: Summed = None) -> float | None:
     """The relative change since the previous signal, read from the device; `None` if there is none to compare with."""
     if previous is None or previous.shape != signal.shape:
         return None
-    return float(relative(signal, previous))
+    if summed is None:
+        return float(relative(signal, previous))
+    sizes = [item.abs().sum(dtype=torch.float32) for item in (signal - previous, previous)]
+    moved, size = summed(torch.stack(sizes)).tolist()
+    return float(moved / size)
+
+
+def _agreed(value: torch.Tensor, summed: Summed) -> float:
+    """What ranks that see the same have found: their mean, should one have rounded otherwise."""
+    if summed is None:
+        return float(value)
+    total, ranks = summed(torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])).tolist()
+    return float(total / ranks)
 
 
 def _along_steps(signals: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:

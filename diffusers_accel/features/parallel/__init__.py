@@ -48,6 +48,8 @@ def check(target: Target, config: ParallelConfig) -> Plan:
         notes.append(f"Requests of fewer than {config.dp} samples gain nothing from dp.")
     if config.cfg > 1:
         actions.append(f"branches of guidance on {config.cfg}")
+        if target.config is not None and target.config.cache is not None:
+            notes.append("With cfg, a cache decides for each rank's branches by themselves.")
         embedded = [str(item) for item in target.denoisers if item.adapter.guidance == "embedded"]
         if embedded:
             notes.append(f"{', '.join(embedded)} calls several branches only with true guidance (a negative prompt).")
@@ -68,15 +70,11 @@ def _refuse_neighbours(target: Target, config: ParallelConfig) -> None:
     """Refuses features that would let ranks go different ways."""
     others = target.config
     cache = others.cache if others is not None else None
-    if (
-        cache is not None
-        and config.sequence > 1
-        and not all(item.adapter.timestep_signal is not None or _told_beforehand(cache) for item in target.denoisers)
-    ):
+    if config.sequence > 1 and getattr(cache, "guard", False):
         raise Unsupported(
             "parallel",
-            f"cache={cache.kind!r} decides by what a rank sees of a sequence, so ranks would part.",
-            "a cache that is told its steps ('mask', 'magcache'), or parallel without ulysses, ring and attn2d.",
+            "a cache's guard looks at what one rank has of a sequence, so ranks would part.",
+            "cache.guard=0, or parallel without ulysses, ring and attn2d.",
         )
     for denoiser in target.denoisers:
         if any("_hf_hook" in vars(module) for module in denoiser.module.modules()):
@@ -119,10 +117,6 @@ def _refuse_kernels(target: Target, config: ParallelConfig) -> None:
                 "it returns no logsumexp, by which ring and attn2d merge what ranks have found.",
                 f"one of {', '.join(repr(name) for name in KERNELS if KERNELS.get(name).lse)}, or ulysses alone.",
             )
-
-
-def _told_beforehand(cache: object) -> bool:
-    return getattr(cache, "kind", "") in ("mask", "magcache", "pab")
 
 
 def _refuse_undivided(denoiser: Denoiser, config: ParallelConfig) -> None:
@@ -181,6 +175,7 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh) -> Iterator[Edit]:
     adapter, plan = denoiser.adapter, denoiser.adapter.sequence
     assert plan is not None
     division = Division(denoiser, plan, mesh.sequence())
+    target.summed = division.group.sum
     transport = Transport(
         mesh.sequence(), mesh.group("ulysses"), mesh.group("ring"), mesh.group("column"), mesh.group("row")
     )

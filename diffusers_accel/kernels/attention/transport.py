@@ -236,8 +236,12 @@ def _partial(x: Inputs, attend: Attend) -> _Partial:
     if 0 in (length, x.key.shape[1]):
         out = x.query.new_zeros((batch, length, heads, x.value.shape[3]))
         return out, torch.full((batch, heads, length), float("-inf"), device=out.device)
-    found: _Partial = attend(x)
-    return found
+    out, lse = attend(x)
+    if x.attn_mask is not None:
+        # Kernels differ in what they return for a row that sees none of these keys.
+        hidden = ~x.attn_mask if x.attn_mask.dtype == torch.bool else x.attn_mask == float("-inf")
+        lse = lse.masked_fill(hidden.all(-1), float("-inf"))
+    return out, lse
 
 
 class _Merged:
@@ -251,7 +255,7 @@ class _Merged:
     def add(self, part: _Partial) -> None:
         """Takes an output (batch, sequence, heads, head_dim) and its logsumexp (batch, heads, sequence)."""
         out, lse = part[0].float(), part[1].float().transpose(1, 2).unsqueeze(-1)
-        # A row that saw no key has no weight, whatever a kernel writes for it.
+        # What is there has no weight, and may be no number.
         out = out.masked_fill(lse == float("-inf"), 0.0)
         if self._sum is None or self._lse is None:
             self._sum, self._lse = out, lse

@@ -1,0 +1,68 @@
+"""Several processes for one command: it is run again in workers of torch's elastic launcher, each a rank."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import uuid
+
+import torch
+import typer
+
+from ..config import AccelConfig
+from ..core.mesh import launched
+from .common import CommandError
+
+
+def read_parallel(text: str) -> list[str]:
+    """`"cfg=2,attn2d=2x2"` as settings: `["parallel.cfg=2", "parallel.attn2d=[2,2]"]`.
+
+    Raises:
+        CommandError: It is not of that form.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(name and value for name, _, value in (part.partition("=") for part in parts)):
+        raise CommandError(f"--parallel {text}: write what is divided among how many, as in cfg=2,ulysses=2.")
+    # Rows and columns of a grid.
+    return ["parallel." + re.sub(r"=(\d+)x(\d+)$", r"=[\1,\2]", part) for part in parts]
+
+
+def in_workers(config: AccelConfig) -> None:
+    """Ends this process with workers' result, unless it is one of them. A worker on GPUs takes its own.
+
+    Raises:
+        CommandError: There are fewer GPUs here than ranks are asked for.
+    """
+    if config.parallel is None:
+        return
+    if launched() is not None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    ranks = math.prod(config.parallel.sizes.values())
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < ranks:
+        raise CommandError(
+            f"--parallel: {config.parallel.product} ranks, and this machine has {gpus} GPUs. On several machines, "
+            "start the command itself by torchrun on each."
+        )
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    launch = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.2,
+    )  # fmt: skip
+    try:
+        elastic_launch(launch, sys.executable)("-m", "diffusers_accel", *sys.argv[1:])
+    except ChildFailedError as error:
+        # The worker has said why.
+        raise typer.Exit(2) from error
+    raise typer.Exit(0)
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks and saves."""
+    return int(os.environ.get("RANK", "0")) == 0 or launched() is None

@@ -1,0 +1,78 @@
+"""Ulysses, Ring and Attention2D on real processes, against attention of the whole sequence in float64."""
+
+from __future__ import annotations
+
+import exact
+import pytest
+import torch
+from ranks import attend
+
+WAYS = {
+    "ulysses": (2, {"ulysses": 2}),
+    "ring": (2, {"ring": 2}),
+    "rows": (2, {"row": 2}),
+    "columns": (2, {"column": 2}),
+    "ulysses of 4": (4, {"ulysses": 4}),
+    "ring of 4": (4, {"ring": 4}),
+    "grid": (4, {"row": 2, "column": 2}),
+    "ulysses in a ring": (4, {"ring": 2, "ulysses": 2}),
+    "ulysses in a column": (4, {"row": 2, "ulysses": 2}),
+}
+
+
+def check(pools, way, queries, keys, mask=None, heads=6, kv_heads=6, shared=0, local_mask=False):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(queries), heads), (shared + sum(keys), kv_heads), (shared + sum(keys), kv_heads)]
+    query, key, value = (torch.randn(2, length, count, 16, generator=generator) for length, count in shapes)
+    expected, _ = exact.attention(query, key, value, mask)
+    size, sizes = WAYS[way]
+    found = torch.full_like(query, float("nan"))
+    for rows, out in pools[size].run(
+        attend.attend, sizes, query, key, value, mask, (queries, keys), shared, local_mask
+    ):
+        found[:, rows] = out
+    # float32 against float64: sums of some sixty terms.
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_stream(pools, way):
+    check(pools, way, [37], [37])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_streams_and_other_keys(pools, way):
+    check(pools, way, [13, 30], [7, 22])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_that_do_not_divide(pools, way):
+    check(pools, way, [20], [20], heads=5, kv_heads=5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_grouped_heads_and_shared_keys(pools, way, kv_heads):
+    check(pools, way, [21], [21], heads=8, kv_heads=kv_heads, shared=9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["keys", "own keys", "pairs", "heads"])
+def test_masks(pools, way, kind):
+    shape = {"keys": (2, 1, 1, 29), "own keys": (2, 1, 1, 29), "pairs": (2, 1, 43, 29), "heads": (1, 6, 43, 29)}[kind]
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[..., 3] = True  # no row without a key
+    check(pools, way, [13, 30], [7, 22], mask, local_mask=kind == "own keys")
+
+
+@pytest.mark.parametrize("way", ["ring of 4", "grid", "ulysses of 4"])
+def test_fewer_keys_than_ranks(pools, way):
+    check(pools, way, [17], [3])
+
+
+@pytest.mark.parametrize("way", ["ring of 4", "grid"])
+def test_ranks_that_see_no_key(pools, way):
+    """A mask that leaves the keys of one rank alone."""
+    mask = torch.zeros(1, 1, 1, 20, dtype=torch.bool)
+    mask[..., 6:9] = True
+    check(pools, way, [20], [20], mask)

@@ -1,0 +1,46 @@
+"""What a rank does in tests of attention over a divided sequence."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusers_accel.core.comm import shares
+from diffusers_accel.core.mesh import Mesh, begin
+from diffusers_accel.kernels.attention import KERNELS, Inputs, Layout, Transport
+
+
+def attend(sizes, query, key, value, mask, streams, shared, local_mask):
+    """This rank's rows of attention, as the places they have in the whole and the values.
+
+    Args:
+        sizes: Of the mesh.
+        query: Whole, as are the next two: (batch, sequence, heads, head_dim), keys that all have in front.
+        key: See there.
+        value: See there.
+        mask: Over whole sequences, streams one after another, or `None`.
+        streams: Lengths of the query's streams, and of the key's.
+        shared: How many keys all have.
+        local_mask: Whether a rank is given the mask of its own keys alone.
+    """
+    begin("cpu")
+    mesh = Mesh(sizes, "cpu")
+    everyone = mesh.sequence()
+    groups = (mesh.group(axis) for axis in ("ulysses", "ring", "column", "row"))
+    transport = Transport(everyone, *groups)
+
+    def own(lengths):
+        found, start = [], 0
+        for length in lengths:
+            counts = shares(length, everyone.size)
+            begins = start + sum(counts[: everyone.rank])
+            found += range(begins, begins + counts[everyone.rank])
+            start += length
+        return torch.tensor(found, dtype=torch.long)
+
+    rows, columns = own(streams[0]), own(streams[1])
+    kept = torch.cat([torch.arange(shared), columns + shared])
+    if mask is not None and local_mask:
+        mask = mask[..., columns]
+    layout = Layout(tuple(streams[0]), tuple(streams[1]), shared)
+    inputs = Inputs(query[:, rows], key[:, kept], value[:, kept], mask)
+    return rows, transport.attend(inputs, layout, KERNELS.get("sdpa").load())
