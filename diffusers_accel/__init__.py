@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .kernels.linear import register_linear
     from .policies import register_policy
     from .quality.calibrate import calibrate
+    from .workers import WorkerFailed, launch
 
 __version__ = "0.1.0"
 
@@ -78,6 +79,7 @@ _HOMES = {
     "kernels.linear": ("register_linear",),
     "policies": ("register_policy",),
     "quality.calibrate": ("calibrate",),
+    "workers": ("WorkerFailed", "launch"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -108,10 +110,12 @@ __all__ = [
     "Unsupported",
     "VAEConfig",
     "WarmupConfig",
+    "WorkerFailed",
     "accelerate",
     "calibrate",
     "explain",
     "from_pretrained",
+    "launch",
     "register_attention",
     "register_linear",
     "register_policy",

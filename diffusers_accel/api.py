@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from . import presets
-from .config import AccelConfig, AttentionConfig, read_yaml
+from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
 from .core.chain import Chain
 from .core.edits import Journal
 from .core.platform import describe
@@ -288,6 +288,23 @@ def resolve(
         TypeError: `pipe` is not a diffusers pipeline.
     """
     return _resolve(_target(pipe), config, sections)
+
+
+def resolve_parallel(config: Any, sections: Mapping[str, Any]) -> ParallelConfig | None:
+    """What a configuration says of ranks, before there is a pipeline. No preset says anything of them.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+    """
+    if "parallel" in sections:
+        return AccelConfig.from_dict({"parallel": sections["parallel"]}).parallel
+    if isinstance(config, AccelConfig):
+        return config.parallel
+    if isinstance(config, Mapping):
+        return AccelConfig.from_dict(config).parallel
+    if isinstance(config, (str, Path)) and Path(config).suffix in (".yaml", ".yml", ".json"):
+        return AccelConfig.from_yaml(config).parallel
+    return None
 
 
 def _session(pipe: Any, what: str) -> Session:

@@ -15,7 +15,7 @@ FLOORS = [
     {"checkpoints", "features"},
     {"reporting", "presets"},
     {"api"},
-    {"demo"},
+    {"demo", "workers"},
     {"quality"},
     {"cli", "serve"},
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
@@ -41,8 +40,7 @@ def in_workers(config: AccelConfig) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
-    ranks = math.prod(config.parallel.sizes.values())
-    gpus = torch.cuda.device_count()
+    ranks, gpus = config.parallel.ranks, torch.cuda.device_count()
     if 0 < gpus < ranks:
         raise CommandError(
             f"--parallel: {config.parallel.product} ranks, and this machine has {gpus} GPUs. On several machines, "

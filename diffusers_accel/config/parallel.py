@@ -55,13 +55,18 @@ class ParallelConfig:
         return {axis: size for axis, size in {**found, "ulysses": self.ulysses}.items() if size > 1}
 
     @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+        return math.prod(self.sizes.values())
+
+    @property
     def product(self) -> str:
         """The number of ranks, spelled out."""
         named = {"cfg": self.cfg, "ulysses": self.ulysses, "ring": self.ring, "dp": self.dp}
         parts = [f"{name} {size}" for name, size in named.items() if size > 1]
         if math.prod(self.attn2d) > 1:
             parts.append(f"attn2d {self.attn2d[0]} x {self.attn2d[1]}")
-        return f"{' x '.join(parts) or 'everything 1'} = {math.prod(self.sizes.values())}"
+        return f"{' x '.join(parts) or 'everything 1'} = {self.ranks}"
 
     def validate(self) -> None:
         """Checks what types alone do not say."""

@@ -36,10 +36,7 @@ def check(target: Target, config: ParallelConfig) -> Plan:
     world = launched()
     if world is None:
         raise Unsupported("parallel", "no launcher says which of several processes this is.", _LAUNCH)
-    needed = 1
-    for size in config.sizes.values():
-        needed *= size
-    if needed != world:
+    if config.ranks != world:
         raise Unsupported("parallel", f"{config.product}, and there are {world} processes.", _LAUNCH)
     _refuse_neighbours(target, config)
     actions, notes = [], []
@@ -149,7 +146,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     mesh = Mesh(config.sizes, device)
     everyone = mesh.everyone()
     _refuse_one_gpu(target, mesh)
-    agreement = Agreement(target, everyone, mesh)
+    agreement = Agreement(target, everyone)
     if hasattr(target.pipe, "check_inputs"):
         yield AddLayer(target.pipe, target.rank("request"), same_random_numbers(everyone, device), "check_inputs")
     if everyone.rank:

@@ -1,0 +1,199 @@
+"""Ranks for a process that is none itself: a notebook, or a server.
+
+`launch` starts a worker for each rank. Each loads the pipeline, accelerates it and waits; what comes back is called as
+the pipeline is, and gives what rank 0 returns. A worker that raises or dies ends all of them within seconds, and the
+call raises what it said.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .api import accelerate, resolve_parallel
+from .config import AccelConfig
+from .errors import AccelError, Unsupported
+
+
+class WorkerFailed(AccelError):
+    """A worker of `launch` raised, or died; all of them have been ended."""
+
+
+class Launched:
+    """A pipeline in several processes; call it as the pipeline is called. Made by `launch`.
+
+    It ends with `close()`, at the end of a `with` statement, or with this process.
+    """
+
+    def __init__(self, ranks: int, load: Any, options: Mapping[str, Any], config: Any, sections: Mapping[str, Any]):
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+        for rank in range(ranks):
+            here, there = context.Pipe()
+            place = (rank, ranks, port)
+            arguments = (place, there, load, dict(options), config, dict(sections))
+            process = context.Process(target=_work, args=arguments, daemon=True, name=f"rank {rank}")
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+        self._answers()
+
+    @property
+    def ranks(self) -> int:
+        """How many workers there are; 0 once they have ended."""
+        return len(self._processes)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pipeline returns for these arguments, tensors on the CPU.
+
+        Raises:
+            WorkerFailed: A worker raised, or died; there are none any more.
+        """
+        if not self._processes:
+            raise WorkerFailed("launch: its workers have ended. Call launch(...) again.")
+        for pipe in self._pipes:
+            pipe.send((args, kwargs))
+        return self._answers()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _answers(self) -> Any:
+        """Rank 0's answer, once all have given theirs."""
+        found: Any = None
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        try:
+            while waiting:
+                for pipe in multiprocessing.connection.wait(list(waiting)):
+                    rank = waiting.pop(pipe)
+                    try:
+                        fine, value = self._pipes[rank].recv()
+                    except EOFError:
+                        self._processes[rank].join(5)
+                        raise WorkerFailed(f"rank {rank} died (exit code {self._processes[rank].exitcode}).") from None
+                    if not fine:
+                        raise WorkerFailed(f"rank {rank} raised:\n{value}")
+                    found = value if rank == 0 else found
+        except BaseException:
+            # The others may wait for that one for ever.
+            self.close()
+            raise
+        return found
+
+
+def launch(
+    pipeline: str | Path | Callable[..., Any],
+    config: str | AccelConfig | Mapping[str, Any] | Path | None = None,
+    load: Mapping[str, Any] | None = None,
+    **sections: Any,
+) -> Launched:
+    """Starts the ranks that `parallel` asks for, each with an accelerated pipeline on a GPU of its own.
+
+    Args:
+        pipeline: A folder or Hugging Face id for `DiffusionPipeline.from_pretrained`, or a function that returns a
+            stock pipeline; a worker must be able to import it, so it stands in a module, not in a notebook.
+        config: As `accelerate` takes it; with `parallel`.
+        load: Arguments of `from_pretrained`, or of the function.
+        sections: As `accelerate` takes them.
+
+    Returns:
+        What is called as the pipeline is.
+
+    Raises:
+        Unsupported: `parallel` is not asked for, there are too few GPUs, or a worker cannot import the function.
+        ConfigError: The configuration cannot be read.
+        WorkerFailed: A worker could not load or accelerate the pipeline.
+
+    Example:
+        with launch("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", compile=True, parallel=ParallelConfig(cfg=2)) as pipe:
+            video = pipe(prompt="a fox", generator=torch.Generator().manual_seed(0)).frames[0]
+    """
+    parallel = resolve_parallel(config, sections)
+    if parallel is None:
+        raise Unsupported(
+            "launch", "nothing says how many ranks there are.", "parallel=ParallelConfig(ulysses=2), say."
+        )
+    ranks, gpus = parallel.ranks, torch.cuda.device_count()
+    if 0 < gpus < ranks:
+        raise Unsupported("launch", f"{parallel.product} ranks, and this machine has {gpus} GPUs.", "fewer ranks.")
+    if callable(pipeline):
+        try:
+            imported = "__main__" not in str(getattr(pipeline, "__module__", "")) and pickle.dumps(pipeline)
+        except Exception:  # whatever keeps a function from being named
+            imported = b""
+        if not imported:
+            raise Unsupported(
+                "launch", "its workers cannot import the function that makes the pipeline.",
+                "a function of a module, or the pipeline's folder or Hugging Face id.",
+            )  # fmt: skip
+    return Launched(ranks, pipeline, load or {}, config, sections)
+
+
+def _work(
+    place: tuple[int, int, int], pipe: Any, load: Any, options: dict[str, Any], config: Any, sections: dict[str, Any]
+) -> None:
+    """What a worker does: loads, and answers until nobody asks."""
+    rank, ranks, port = place
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    call: Any = None
+    while True:
+        try:
+            if call is None:
+                call, answer = _loaded(load, options, config, sections), None
+            else:
+                args, kwargs = pipe.recv()
+                found = call(*args, **kwargs)
+                answer = pytree.tree_map(_on_cpu, found) if rank == 0 else None
+            pipe.send((True, answer))
+        except (EOFError, BrokenPipeError):
+            return
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+            return
+
+
+def _loaded(load: Any, options: dict[str, Any], config: Any, sections: dict[str, Any]) -> Any:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if callable(load):
+        made = load(**options)
+    else:
+        from diffusers import DiffusionPipeline
+
+        made = DiffusionPipeline.from_pretrained(load, **options)
+    if torch.cuda.is_available():
+        made.to(f"cuda:{torch.cuda.current_device()}")
+    return accelerate(made, config, **sections)
+
+
+def _on_cpu(item: Any) -> Any:
+    return item.cpu() if isinstance(item, torch.Tensor) else item
