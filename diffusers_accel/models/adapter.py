@@ -163,6 +163,7 @@ class Adapter:
         side_stacks: Runs of blocks that feed the main stacks; they are compiled with them and never skipped.
         static_arguments: Keyword arguments of a block that the stock code branches on in Python although they may be
             one-element tensors: they are read before a compiled block, which cannot.
+        unbatched: Arguments of the denoiser whose first dimension is no batch's, whatever its length.
         cross_attention: Names of a block's attention modules whose keys are not its own stream's.
         folding: Names of attention processors whose QK-norm and rotation a kernel may do: they rotate right before
             attention, in a form of those that `features/attention/seam.py` knows.
@@ -193,6 +194,7 @@ class Adapter:
     latents: LatentsOf = plain_latents
     side_stacks: tuple[Stack, ...] = ()
     static_arguments: tuple[str, ...] = ()
+    unbatched: tuple[str, ...] = ()
     cross_attention: tuple[str, ...] = ()
     folding: tuple[str, ...] = ()
     projections: tuple[tuple[str, ...], ...] = ()

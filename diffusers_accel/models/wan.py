@@ -177,6 +177,8 @@ WAN_VACE = Adapter(
     smallest_linear=0,
     wide_ends=(3, 3),
     folding=("WanAttnProcessor",),
+    # One for each of the blocks beside the main ones.
+    unbatched=("control_hidden_states_scale",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     side_stacks=(Stack("vace_blocks", ("control_hidden_states",)),),

@@ -51,6 +51,11 @@ def test_other_ways_on_two_ranks(pools, name, way):
     agrees(pools[2], name, ALSO_ON_2[way])
 
 
+@pytest.mark.parametrize("name", ["pixart", "cogvideox", "z-image"])
+def test_models_that_nobody_described(pools, name):
+    agrees(pools[2], name, ON_2["cfg"])
+
+
 @pytest.mark.parametrize("way", ON_4)
 @pytest.mark.parametrize("name", KINDS)
 def test_four_ranks(pools, name, way):

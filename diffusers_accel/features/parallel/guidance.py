@@ -72,7 +72,7 @@ class Guidance:
         args, kwargs = settled(args), settled(kwargs)
         self._place()
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        batch = _batch(arguments[self.denoiser.adapter.denoised[0]])
+        batch = _batch(_latents(self.denoiser, arguments)[0])
         size, first = self.group.size, self._turn
         counts = shares(batch, size) if batch > 1 else [1]
         owners = [((first + place) % size, count) for place, count in enumerate(counts) if count]
@@ -81,8 +81,10 @@ class Guidance:
         mine, start = None, 0
         for rank, count in owners:
             if rank == self.group.rank:
-                part = rows((args, kwargs), batch, start, count) if batch > 1 else (args, kwargs)
-                mine = inner(*part[0], **part[1])
+                if batch > 1:
+                    mine = inner(**_samples(self.denoiser, arguments, batch, start, count))
+                else:
+                    mine = inner(*args, **kwargs)
             start += count
         form = self._form(arguments, mine, owners[0][0], batch if batch > 1 else None)
         tensors = None if mine is None else [item for item in pytree.tree_leaves(mine) if _tensor(item)]
@@ -103,7 +105,7 @@ class Guidance:
     def _form(self, arguments: dict[str, Any], mine: Any, owner: int, batch: int | None) -> Any:
         """What the whole output is made of. Calls on latents of one shape give one form, so ranks agree on whether
         anybody must be asked."""
-        latents = [arguments.get(name) for name in self.denoiser.adapter.denoised]
+        latents = _latents(self.denoiser, arguments)
         key = (batch, *(tuple(item.shape) for item in pytree.tree_leaves(latents) if _tensor(item)))
         key = (*key, bool(arguments.get("return_dict", True)))
         if key not in self._forms:
@@ -179,16 +181,21 @@ class Samples:
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer around the denoiser's forward. What cannot be divided evenly enough is computed by all."""
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        batch = _batch(arguments[self.denoiser.adapter.denoised[0]])
+        batch = _batch(_latents(self.denoiser, arguments)[0])
         if batch < self.group.size:
             return inner(*args, **kwargs)
         counts = shares(batch, self.group.size)
         start = sum(counts[: self.group.rank])
-        args, kwargs = rows((args, kwargs), batch, start, counts[self.group.rank])
-        out = inner(*args, **kwargs)
+        out = inner(**_samples(self.denoiser, arguments, batch, start, counts[self.group.rank]))
         return pytree.tree_map(
             lambda item: torch.cat(self.group.gather(item, 0, counts)) if _tensor(item) else item, out
         )
+
+
+def _samples(denoiser: Denoiser, arguments: dict[str, Any], batch: int, start: int, count: int) -> dict[str, Any]:
+    """Arguments for some samples of a batch."""
+    whole = denoiser.adapter.unbatched
+    return {name: value if name in whole else rows(value, batch, start, count) for name, value in arguments.items()}
 
 
 def rows(value: Any, batch: int, start: int, count: int) -> Any:
@@ -203,6 +210,12 @@ def rows(value: Any, batch: int, start: int, count: int) -> Any:
             return value[start : start + count]
         return type(value)(rows(item, batch, start, count) for item in value)
     return value
+
+
+def _latents(denoiser: Denoiser, arguments: dict[str, Any]) -> list[Any]:
+    """The arguments that its outputs answer to; of a class that nobody described, the first."""
+    known = [arguments[name] for name in denoiser.adapter.denoised if arguments.get(name) is not None]
+    return known or [next(iter(arguments.values()))]
 
 
 def _batch(latents: Any) -> int:

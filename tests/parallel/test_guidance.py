@@ -1,0 +1,35 @@
+"""Which of a call's arguments have something for every sample of a batch."""
+
+from __future__ import annotations
+
+import torch
+from tiny import build
+
+from diffusers_accel.api import _target
+from diffusers_accel.features.parallel.guidance import _samples
+
+
+def test_samples_of_what_has_them():
+    (denoiser,) = _target(build("wan-vace")).denoisers
+    latents = torch.arange(8.0).view(2, 4)
+    given = {
+        "hidden_states": latents,
+        "timestep": torch.tensor([1.0, 2.0]),
+        "encoder_hidden_states": (latents, None),
+        "img_shapes": [[(1, 4, 4)], [(1, 4, 6)]],
+        "attention_kwargs": {"mask": latents.bool(), "scale": 2.0},
+        "return_dict": False,
+        # One for each of two blocks, beside a batch of two.
+        "control_hidden_states_scale": torch.tensor([0.5, 0.7]),
+        "one_for_all": latents[:1],
+        "numbers": [3, 4],
+    }
+    found = _samples(denoiser, given, 2, 1, 1)
+    assert torch.equal(found["hidden_states"], latents[1:]) and found["timestep"].tolist() == [2.0]
+    assert torch.equal(found["encoder_hidden_states"][0], latents[1:]) and found["encoder_hidden_states"][1] is None
+    assert found["img_shapes"] == [[(1, 4, 6)]] and found["return_dict"] is False
+    assert torch.equal(found["attention_kwargs"]["mask"], latents[1:].bool())
+    assert found["attention_kwargs"]["scale"] == 2.0
+    for name in ("control_hidden_states_scale", "one_for_all"):
+        assert torch.equal(found[name], given[name])
+    assert found["numbers"] == [3, 4]
