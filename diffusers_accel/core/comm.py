@@ -127,6 +127,8 @@ class Group:
         def wait() -> None:
             for request in requests:
                 request.wait()
+            # Till then what is on its way keeps its memory.
+            work.clear()
 
         return found, wait
 

@@ -206,6 +206,8 @@ class Transport:
         # Every column but one leaves out what all have.
         out, lse = _partial(_with_shared(part, together if self.row.rank == 0 else None), attend)
         batch, _, heads, dim = out.shape
+        # It travels as values of the output's type: two of them of 16 bits, one of 32, itself widened to 64.
+        lse = lse.to(torch.promote_types(lse.dtype, out.dtype))
         sends = [
             [piece, sums.contiguous().view(out.dtype)]
             for piece, sums in zip(out.split(queries, 1), lse.split(queries, 2), strict=True)
