@@ -103,10 +103,10 @@ class Guidance:
             self._open = []
 
     def _form(self, arguments: dict[str, Any], mine: Any, owner: int, batch: int | None) -> Any:
-        """What the whole output is made of. Calls on latents of one shape give one form, so ranks agree on whether
-        anybody must be asked."""
+        """What the whole output is made of. Calls on latents of one shape and type give one form, so ranks agree on
+        whether anybody must be asked."""
         latents = _latents(self.denoiser, arguments)
-        key = (batch, *(tuple(item.shape) for item in pytree.tree_leaves(latents) if _tensor(item)))
+        key = (batch, *((tuple(item.shape), item.dtype) for item in pytree.tree_leaves(latents) if _tensor(item)))
         key = (*key, bool(arguments.get("return_dict", True)))
         if key not in self._forms:
             told = pytree.tree_map(lambda item: _Form(tuple(item.shape), item.dtype) if _tensor(item) else item, mine)
@@ -195,20 +195,20 @@ class Samples:
 def _samples(denoiser: Denoiser, arguments: dict[str, Any], batch: int, start: int, count: int) -> dict[str, Any]:
     """Arguments for some samples of a batch."""
     whole = denoiser.adapter.unbatched
-    return {name: value if name in whole else rows(value, batch, start, count) for name, value in arguments.items()}
+    return {name: value if name in whole else _rows(value, batch, start, count) for name, value in arguments.items()}
 
 
-def rows(value: Any, batch: int, start: int, count: int) -> Any:
+def _rows(value: Any, batch: int, start: int, count: int) -> Any:
     """Some samples of everything that has one for each of a batch: tensors by their first dimension, and lists of what
     is no number (shapes of pictures, say)."""
     if isinstance(value, torch.Tensor):
         return value[start : start + count] if value.ndim and value.shape[0] == batch else value
     if isinstance(value, dict):
-        return {key: rows(item, batch, start, count) for key, item in value.items()}
+        return {key: _rows(item, batch, start, count) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         if len(value) == batch and all(isinstance(item, (list, tuple)) for item in value):
             return value[start : start + count]
-        return type(value)(rows(item, batch, start, count) for item in value)
+        return type(value)(_rows(item, batch, start, count) for item in value)
     return value
 
 
