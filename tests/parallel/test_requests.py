@@ -169,6 +169,11 @@ def test_refused(pools, name, sections, words):
         assert kind == "Unsupported" and words in text and stock
 
 
+def test_offloaded_weights_are_refused(pools):
+    for kind, text, stock in pools[2].run(requests.refusal, "wan", {"parallel": {"cfg": 2}}, True):
+        assert kind == "Unsupported" and "its weights are offloaded" in text and stock
+
+
 def test_heads_that_do_not_divide_are_refused(pools):
     for kind, text, stock in pools[4].run(requests.refusal, "wan", {"parallel": {"ulysses": 4}}):
         assert kind == "Unsupported" and "has 2 heads, which ulysses=4 cannot divide" in text and stock

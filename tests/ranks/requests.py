@@ -54,11 +54,13 @@ def twice(name, configuration, steps=2):
     return same(before, entry.run(pipe, steps=steps)), same(one, two)
 
 
-def refusal(name, configuration):
+def refusal(name, configuration, offloaded=False):
     """What `accelerate` raises, and whether the pipeline is stock afterwards. There is an attention kernel `plain`."""
     if "plain" not in KERNELS:
         register_attention("plain", lambda query, key, value, **_: query)
     pipe = build(name)
+    if offloaded:
+        pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     forward = vars(pipe.transformer).get("forward")
     try:
         accelerate(pipe, **configuration)

@@ -17,7 +17,7 @@ from ...core.edits import AddLayer, Edit, SetAttr
 from ...core.mesh import Mesh, begin, launched
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Transport
-from ..feature import Denoiser, Plan, Target
+from ..feature import Denoiser, Plan, Target, refuse_offloaded
 from . import vae
 from .agreement import Agreement, same_random_numbers
 from .division import Division
@@ -74,6 +74,7 @@ def _refuse_neighbours(target: Target, config: ParallelConfig) -> None:
             "cache.guard=0, or parallel without ulysses, ring and attn2d.",
         )
     for denoiser in target.denoisers:
+        refuse_offloaded("parallel", denoiser)
         if any("_hf_hook" in vars(module) for module in denoiser.module.modules()):
             raise Unsupported(
                 "parallel",
