@@ -28,8 +28,12 @@ def read_parallel(text: str) -> list[str]:
     return ["parallel." + re.sub(r"=(\d+)x(\d+)$", r"=[\1,\2]", part) for part in parts]
 
 
-def in_workers(config: AccelConfig) -> None:
+def in_workers(config: AccelConfig, device: torch.device) -> None:
     """Ends this process with workers' result, unless it is one of them. A worker on GPUs takes its own.
+
+    Args:
+        config: What is asked for.
+        device: Where the work is to be done.
 
     Raises:
         CommandError: There are fewer GPUs here than ranks are asked for.
@@ -37,11 +41,11 @@ def in_workers(config: AccelConfig) -> None:
     if config.parallel is None:
         return
     if launched() is not None:
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
     ranks, gpus = config.parallel.ranks, torch.cuda.device_count()
-    if 0 < gpus < ranks:
+    if device.type == "cuda" and gpus < ranks:
         raise CommandError(
             f"--parallel: {config.parallel.product} ranks, and this machine has {gpus} GPUs. On several machines, "
             "start the command itself by torchrun on each."

@@ -116,13 +116,13 @@ def run(
 
         diffusers-accel run Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a fox" --parallel cfg=2,ulysses=2
     """
+    where = read_device(device)
     if parallel is not None:
         preset = preset or (None if config is not None or settings else "lossless")
         ways = read_parallel(parallel)
-        in_workers(assign(AccelConfig(), [assignment(way) for way in ways]))
+        in_workers(assign(AccelConfig(), [assignment(way) for way in ways]), where)
         settings = [*(settings or ()), *ways]
     wanted = read_wanted(config, preset, settings)
-    where = read_device(device)
     extra = dict(key_value(text, "--call", "true_cfg_scale=4.0") for text in call or ())
     check_output(output)
     options = {

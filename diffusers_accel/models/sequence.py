@@ -47,16 +47,18 @@ Where = Along | tuple["Along | None", ...] | list[Along]
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """Attributes:
-    streams: Arguments of the blocks whose tokens are divided -> the dimension they lie along.
-    attention: The last part of an attention module's name -> what it attends to.
-    arguments: Other arguments of the blocks that have something for every token.
-    inputs: Such arguments of the denoiser, which reach the tokens between blocks.
-    joined: Stacks whose one stream holds several -> which, in their order.
-    gathered: Streams that are put together after the last block.
-    gathered_before: A module that is given the only stream to be gathered, where it is still changed between the last
-        block and that module.
-    refused: Arguments of the denoiser that cannot be divided -> why.
+    """What of a denoiser is divided, and how.
+
+    Attributes:
+        streams: Arguments of the blocks whose tokens are divided -> the dimension they lie along.
+        attention: The last part of an attention module's name -> what it attends to.
+        arguments: Other arguments of the blocks that have something for every token.
+        inputs: Such arguments of the denoiser, which reach the tokens between blocks.
+        joined: Stacks whose one stream holds several -> which, in their order.
+        gathered: Streams that are put together after the last block.
+        gathered_before: A module that is given the only stream to be gathered, where it is still changed between the
+            last block and that module.
+        refused: Arguments of the denoiser that cannot be divided -> why.
     """
 
     streams: Mapping[str, int]

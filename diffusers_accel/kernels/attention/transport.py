@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from ...core.comm import Group, shares
+from ...errors import Unsupported
 from .record import Inputs
 
+_INSTEAD = "parallel without ulysses, ring and attn2d."
 # A kernel: the output, or output and logsumexp if that is asked for.
 Attend = Callable[[Inputs], Any]
 _Partial = tuple[torch.Tensor, torch.Tensor]
@@ -77,6 +79,12 @@ class Transport:
                 over all queries and keys, or all keys.
             layout: Whose they are.
             attend: The kernel.
+
+        Returns:
+            (batch, this rank's queries, heads, value_dim), in the query's type.
+
+        Raises:
+            Unsupported: The mask is over neither, so nobody knows which keys it is about.
         """
         ranks = self.everyone.size
         query_lengths, key_lengths = (layout.lengths(streams, ranks) for streams in (layout.queries, layout.keys))
@@ -289,16 +297,20 @@ class _Mask:
         if mask is None:
             return cls(None, query_lengths, key_lengths)
         if layout.shared or mask.ndim != 4:
-            raise ValueError(f"A mask of shape {tuple(mask.shape)} cannot be divided with its sequence.")
+            raise Unsupported(
+                "parallel", f"a mask of shape {tuple(mask.shape)} cannot be divided with its sequence.", _INSTEAD
+            )
         columns, rows = mask.shape[3], mask.shape[2]
         if columns == sum(key_lengths):
             mask = _by_rank(mask, 3, layout.keys, everyone.size)
         elif columns == key_lengths[everyone.rank] and rows == 1:
             mask = torch.cat(everyone.gather(mask, 3, key_lengths), 3)
         else:
-            raise ValueError(
-                f"A mask of shape {tuple(mask.shape)} is neither over all {sum(key_lengths)} keys nor over this rank's "
-                f"{key_lengths[everyone.rank]} alone."
+            raise Unsupported(
+                "parallel",
+                f"a mask of shape {tuple(mask.shape)} is neither over all {sum(key_lengths)} keys nor over this rank's "
+                f"{key_lengths[everyone.rank]} alone.",
+                _INSTEAD,
             )
         if rows != 1:
             mask = _by_rank(mask, 2, layout.queries, everyone.size)
