@@ -261,3 +261,14 @@ def _streams(block: nn.Module) -> tuple[str, ...]:
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Argument names of a module's stock `forward`, `self` left out."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by their names.
+
+    Args:
+        names: Of the stock `forward`, as `parameter_names` gives them.
+        args: Those that came by place.
+        kwargs: Those that came by name.
+    """
+    return {**dict(zip(names, args, strict=False)), **kwargs}

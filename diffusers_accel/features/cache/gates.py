@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ...core.step import Mode, StepState
 from ...models import Stack
-from ...models.adapter import parameter_names
+from ...models.adapter import by_name, parameter_names
 from ...policies import Taylor
 from ..feature import Denoiser, Target
 from .lanes import Guarded, Lane, Streams, predicted, relative
@@ -69,7 +69,7 @@ class StepCache:
             lane.guarded = Guarded() if self.rule.guard else None
         self._lane = lane
         try:
-            arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            arguments = by_name(self._names, args, kwargs)
             if self.watch.at_entry and not self._told(step):
                 lane.change = self.watch.look(lane, step, None, arguments, {})
             if self.rule.whole:
@@ -103,7 +103,7 @@ class StepCache:
             lane, step = self._lane, self.target.clock.current
             if lane is None or step is None or not (within or begins):
                 return inner(*args, **kwargs)
-            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            arguments = by_name(names, args, kwargs)
             streams: Streams = {name: arguments.get(name) for name in stack.streams}
             if begins:
                 lane.begin = main_stream(streams)

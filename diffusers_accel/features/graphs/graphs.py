@@ -15,7 +15,7 @@ from ...config import CudaGraphConfig
 from ...core.graphs import RECORDERS, Recording
 from ...core.step import Mode
 from ...models import Stack
-from ...models.adapter import parameter_names
+from ...models.adapter import by_name, parameter_names
 from ..feature import Denoiser, Target
 from .segments import Call, Kind, Running, Segment, Source, form_of, run, source_of
 from .state import adapter_of, call_form, first_line, state_of
@@ -82,7 +82,7 @@ class Graphs:
             running = self._running
             if running is None:
                 return inner(*args, **kwargs)
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = by_name(names, args, kwargs)
             if not running.kind.watched:
                 # Stock code branches on these values, which cannot be recorded.
                 alone = any(isinstance(given.get(name), torch.Tensor) for name in read)

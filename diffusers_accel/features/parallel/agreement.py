@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ...core.comm import Group
 from ...errors import RanksDiffer
-from ...models.adapter import parameter_names
+from ...models.adapter import by_name, parameter_names
 from ..feature import Denoiser, Target
 
 # Tensors of no more values are compared as they are, others by so many sums.
@@ -55,7 +55,7 @@ class Agreement:
             state = self.target.clock.current
             if state is not None and state.request != self._request:
                 self._request = state.request
-                self._compare({**dict(zip(names, args, strict=False)), **kwargs}, str(denoiser))
+                self._compare(by_name(names, args, kwargs), str(denoiser))
             return inner(*args, **kwargs)
 
         return forward

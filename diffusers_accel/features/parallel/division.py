@@ -17,7 +17,7 @@ from ...core.comm import Group, shares
 from ...errors import Unsupported
 from ...kernels.attention import Inputs, Layout, Transport
 from ...models import Stack
-from ...models.adapter import parameter_names
+from ...models.adapter import by_name, parameter_names
 from ...models.sequence import Along, Attends, SequencePlan
 from ..feature import Denoiser
 
@@ -46,7 +46,7 @@ class Division:
         """The layer around the denoiser's forward: forgets the last call, and divides what reaches tokens between
         blocks."""
         self._forget()
-        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        arguments = by_name(self._names, args, kwargs)
         for name, reason in self.plan.refused.items():
             if arguments.get(name) is not None:
                 raise Unsupported("parallel", f"{reason} ({name}).", "parallel without ulysses, ring and attn2d.",
@@ -68,7 +68,7 @@ class Division:
         joined = plan.joined.get(stack.path)
 
         def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = by_name(names, args, kwargs)
             changed: dict[str, Any] = {}
             for name, dim in plan.streams.items():
                 if isinstance(given.get(name), torch.Tensor):

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ...core.comm import Group, shares
 from ...core.later import Later, settled
-from ...models.adapter import parameter_names
+from ...models.adapter import by_name, parameter_names
 from ..feature import Denoiser, Target
 
 
@@ -71,7 +71,7 @@ class Guidance:
         """The layer around the denoiser's forward."""
         args, kwargs = settled(args), settled(kwargs)
         self._place()
-        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        arguments = by_name(self._names, args, kwargs)
         batch = _batch(_latents(self.denoiser, arguments)[0])
         size, first = self.group.size, self._turn
         counts = shares(batch, size) if batch > 1 else [1]
@@ -180,7 +180,7 @@ class Samples:
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer around the denoiser's forward. What cannot be divided evenly enough is computed by all."""
-        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        arguments = by_name(self._names, args, kwargs)
         batch = _batch(_latents(self.denoiser, arguments)[0])
         if batch < self.group.size:
             return inner(*args, **kwargs)
