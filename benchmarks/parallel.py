@@ -33,7 +33,11 @@ LOSSLESS: dict[str, Any] = {"attention": "auto", "fuse": True, "compile": True, 
 
 def ways(ranks: int, guided: bool) -> dict[str, ParallelConfig]:
     """Ways to divide a request among so many ranks."""
-    found = {"ulysses": ParallelConfig(ulysses=ranks), "ring": ParallelConfig(ring=ranks)}
+    found = {
+        "ulysses": ParallelConfig(ulysses=ranks),
+        "ulysses, messages": ParallelConfig(ulysses=ranks, exchange="messages"),
+        "ring": ParallelConfig(ring=ranks),
+    }
     if ranks == 2:
         found["attn2d 2 x 1"] = ParallelConfig(attn2d=(2, 1))
         found["attn2d 1 x 2"] = ParallelConfig(attn2d=(1, 2))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
+EXCHANGES = ("auto", "windows", "messages")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -23,9 +25,11 @@ class ParallelConfig:
         vae: Ranks that share the VAE's decoding and encoding, a strip of the picture each; all ranks or a divisor. No
             factor of the product: the same ranks do it that share the denoiser's work.
         vae_dim: What the VAE's picture is divided along, `"height"` or `"width"`.
+        exchange: How Ulysses' shards travel: by `"messages"`; through `"windows"`, memory that GPUs of one machine
+            write to directly; or `"auto"`, through windows where there are any.
 
     Raises:
-        ConfigError: A number is below 1, or both `ring` and `attn2d` are asked for.
+        ConfigError: A number is below 1, a word is unknown, or both `ring` and `attn2d` are asked for.
     """
 
     cfg: int = 1
@@ -35,6 +39,7 @@ class ParallelConfig:
     dp: int = 1
     vae: int = 1
     vae_dim: str = "height"
+    exchange: str = "auto"
 
     _shorthand: typing.ClassVar[str | None] = None
 
@@ -78,6 +83,8 @@ class ParallelConfig:
                 raise ConfigError(f"parallel.{name}: 1 or more, got {size!r}.")
         if self.vae_dim not in ("height", "width"):
             raise ConfigError(f"parallel.vae_dim: 'height' or 'width', got {self.vae_dim!r}.")
+        if self.exchange not in EXCHANGES:
+            raise ConfigError(f"parallel.exchange: one of {', '.join(EXCHANGES)}, got {self.exchange!r}.")
         if min(self.attn2d) < 1:
             raise ConfigError(f"parallel.attn2d: 1 or more of each, got {list(self.attn2d)!r}.")
         if self.ring > 1 and math.prod(self.attn2d) > 1:

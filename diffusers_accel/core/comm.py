@@ -6,11 +6,14 @@ Every rank knows everybody's share without asking.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from .windows import Windows, placed
 
 # Newer torch has another name for it, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -29,10 +32,14 @@ class Group:
         handle: The process group; `None` for a rank alone.
         ranks: Their global ranks.
         rank: Which of them this process is, from 0.
+
+    Attributes:
+        windows: Memory that they share, if there is any: `reshard` goes through it then.
     """
 
     def __init__(self, handle: Any, ranks: Sequence[int], rank: int):
         self.handle, self.ranks, self.rank = handle, tuple(ranks), rank
+        self.windows: Windows | None = None
 
     @property
     def size(self) -> int:
@@ -66,11 +73,71 @@ class Group:
             strict=True,
         ):  # fmt: skip
             place.view(item.shape).copy_(item)
-        sizes = [[_count(shape) for shape in shapes] for shapes in like]
+        sizes = [[math.prod(shape) for shape in shapes] for shapes in like]
         found = flat.new_empty(sum(map(sum, sizes)))
         dist.all_to_all_single(found, flat, list(map(sum, sizes)), list(map(sum, counts)), group=self.handle)
         parts = iter(found.split([size for each in sizes for size in each]))
         return [[next(parts).view(*shape) for shape in shapes] for shapes in like]
+
+    def reshard(
+        self,
+        tensors: Sequence[torch.Tensor],
+        away: int,
+        counts: Sequence[Sequence[int]],
+        toward: int,
+        lengths: Sequence[Sequence[int]],
+        passing: bool = False,
+    ) -> list[torch.Tensor]:
+        """Tensors divided along one dimension, divided along another instead: each rank has its share of `toward` and
+        all of `away`, and then all of `toward` and its share of `away`.
+
+        Args:
+            tensors: This rank's, all of one type.
+            away: The dimension that is divided afterwards.
+            counts: Of each tensor, how much of it each rank gets.
+            toward: The dimension that is divided now.
+            lengths: Of each tensor, how much of it each rank has.
+            passing: Whether the results are read before the next exchange of this group begins. They may lie in a
+                window then, which the one after it writes to.
+        """
+        if self.size == 1:
+            return list(tensors)
+        shapes = [
+            [_with(x.shape, {away: count[rank], toward: sum(length)}) for x, count, length in
+             zip(tensors, counts, lengths, strict=True)]
+            for rank in range(self.size)
+        ]  # fmt: skip
+        parts = [x.split(list(count), away) for x, count in zip(tensors, counts, strict=True)]
+        if self.windows is None:
+            sends = [[part[rank] for part in parts] for rank in range(self.size)]
+            like = [
+                [_with(shape, {toward: length[rank]}) for shape, length in
+                 zip(shapes[self.rank], lengths, strict=True)]
+                for rank in range(self.size)
+            ]  # fmt: skip
+            found = self.exchange(sends, like)
+            return [torch.cat([items[which] for items in found], toward) for which in range(len(tensors))]
+        dtypes = [x.dtype for x in tensors]
+        window = self.windows.following(max(placed(each, dtypes)[1] for each in shapes))
+        starts = [sum(length[: self.rank]) for length in lengths]
+        # Everybody begins with another one, so that nobody is written to by all at once.
+        for rank in (*range(self.rank + 1, self.size), *range(self.rank)):
+            offsets, _ = placed(shapes[rank], dtypes)
+            for offset, shape, dtype, start, part in zip(offsets, shapes[rank], dtypes, starts, parts, strict=True):
+                place = window.part(rank, offset, shape, dtype)
+                place.narrow(toward, start, part[rank].shape[toward]).copy_(part[rank])
+        offsets, _ = placed(shapes[self.rank], dtypes)
+        own = [window.part(self.rank, *where) for where in zip(offsets, shapes[self.rank], dtypes, strict=True)]
+        kept = own if passing else [torch.empty_like(each) for each in own]
+        for each, start, part in zip(kept, starts, parts, strict=True):
+            each.narrow(toward, start, part[self.rank].shape[toward]).copy_(part[self.rank])
+        window.barrier()
+        if not passing:
+            for each, come, start, length in zip(kept, own, starts, lengths, strict=True):
+                for first, last in ((0, start), (start + length[self.rank], sum(length))):
+                    if last > first:
+                        each.narrow(toward, first, last - first).copy_(come.narrow(toward, first, last - first))
+        return kept
 
     def gather(self, x: torch.Tensor, dim: int, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Everybody's shard.
@@ -142,8 +209,6 @@ class Group:
         return found
 
 
-def _count(shape: Sequence[int]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found
+def _with(shape: Sequence[int], sizes: Mapping[int, int]) -> tuple[int, ...]:
+    """A shape with other sizes of some dimensions."""
+    return tuple(sizes.get(dim, size) for dim, size in enumerate(shape))

@@ -65,6 +65,7 @@ class Mesh:
         shape = tuple(self.sizes.values())
         self.device_mesh = _device_mesh(dist.group.WORLD, device, shape)
         self.place = dict(zip(AXES, self._coordinates(), strict=True))
+        self._groups: dict[str, Group] = {}
 
     def _coordinates(self) -> list[int]:
         found = self.device_mesh.get_coordinate()
@@ -72,11 +73,13 @@ class Mesh:
         return list(found)
 
     def group(self, axis: str) -> Group:
-        """The ranks along one axis that this one is among."""
-        if self.sizes[axis] == 1:
-            return Group(None, (dist.get_rank(),), 0)
-        handle = self.device_mesh.get_group(axis)
-        return Group(handle, dist.get_process_group_ranks(handle), self.place[axis])
+        """The ranks along one axis that this one is among; one object for all who ask."""
+        if axis not in self._groups:
+            alone = self.sizes[axis] == 1
+            handle = None if alone else self.device_mesh.get_group(axis)
+            ranks = (dist.get_rank(),) if alone else dist.get_process_group_ranks(handle)
+            self._groups[axis] = Group(handle, ranks, self.place[axis])
+        return self._groups[axis]
 
     def sequence(self) -> Group:
         """The ranks that have one sequence among them, in the order of their shards."""

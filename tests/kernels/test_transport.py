@@ -20,7 +20,7 @@ WAYS = {
 }
 
 
-def check(pools, way, queries, keys, mask=None, heads=6, kv_heads=6, shared=0, local_mask=False):
+def check(pools, way, queries, keys, mask=None, heads=6, kv_heads=6, shared=0, local_mask=False, windows=False):
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(queries), heads), (shared + sum(keys), kv_heads), (shared + sum(keys), kv_heads)]
     query, key, value = (torch.randn(2, length, count, 16, generator=generator) for length, count in shapes)
@@ -28,7 +28,7 @@ def check(pools, way, queries, keys, mask=None, heads=6, kv_heads=6, shared=0, l
     size, sizes = WAYS[way]
     found = torch.full_like(query, float("nan"))
     for rows, out in pools[size].run(
-        attend.attend, sizes, query, key, value, mask, (queries, keys), shared, local_mask
+        attend.attend, sizes, query, key, value, mask, (queries, keys), shared, local_mask, windows
     ):
         found[:, rows] = out
     # float32 against float64: sums of some sixty terms.
@@ -68,6 +68,12 @@ def test_masks(pools, way, kind):
 @pytest.mark.parametrize("way", ["ring of 4", "grid", "ulysses of 4"])
 def test_fewer_keys_than_ranks(pools, way):
     check(pools, way, [17], [3])
+
+
+@pytest.mark.parametrize("way", [way for way, (_, sizes) in WAYS.items() if "ulysses" in sizes])
+@pytest.mark.parametrize("kv_heads", [5, 1])
+def test_through_windows(pools, way, kv_heads):
+    check(pools, way, [13, 30], [7, 22], heads=5, kv_heads=kv_heads, shared=3 if kv_heads == 1 else 0, windows=True)
 
 
 @pytest.mark.parametrize("way", ["ring of 4", "grid"])

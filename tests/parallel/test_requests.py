@@ -137,6 +137,15 @@ def test_cached(pools, name, cache, way):
     assert any(branch["skipped"] > 0 for _, branches, *_ in found for branch in branches.values())
 
 
+@pytest.mark.parametrize("name", ["flux-true-cfg", "ltx2-i2v-stg"])
+def test_through_windows(pools, name):
+    """Compiled and recorded too: a graph knows windows by their address."""
+    sections = {"compile": {"backend": "eager"}, "cuda_graph": True, "attention": "sdpa"}
+    found = agrees(pools[2], name, ON_2["ulysses"], sections=sections, steps=4, rest=(None, True, True))
+    assert all(replays > 0 for *_, replays in found)
+    agrees(pools[4], name, ON_4["ulysses and ring"], rest=(None, False, True))
+
+
 @pytest.mark.parametrize("name", ["flux", "wan-vace", "ltx2", "sd3"])
 def test_restored_and_repeated(pools, name):
     for way in ({"ulysses": 2}, {"cfg": 2}):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from diffusers_accel.core.comm import shares
 from diffusers_accel.core.mesh import Mesh, begin
+from diffusers_accel.core.windows import Windows
 from diffusers_accel.kernels.attention import KERNELS, Inputs, Layout, Transport
 
+from .shared import SharedFiles
 
-def attend(sizes, query, key, value, mask, streams, shared, local_mask):
+
+def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=False):
     """This rank's rows of attention, as the places they have in the whole and the values.
 
     Args:
@@ -21,12 +26,15 @@ def attend(sizes, query, key, value, mask, streams, shared, local_mask):
         streams: Lengths of the query's streams, and of the key's.
         shared: How many keys all have.
         local_mask: Whether a rank is given the mask of its own keys alone.
+        windows: Whether heads are exchanged through shared memory.
     """
     begin("cpu")
     mesh = Mesh(sizes, "cpu")
     everyone = mesh.sequence()
-    groups = (mesh.group(axis) for axis in ("ulysses", "ring", "column", "row"))
+    groups = [mesh.group(axis) for axis in ("ulysses", "ring", "column", "row")]
     transport = Transport(everyone, *groups)
+    if windows:
+        groups[0].windows = Windows(groups[0], SharedFiles)
 
     def own(lengths):
         found, start = [], 0
@@ -43,4 +51,9 @@ def attend(sizes, query, key, value, mask, streams, shared, local_mask):
         mask = mask[..., columns]
     layout = Layout(tuple(streams[0]), tuple(streams[1]), shared)
     inputs = Inputs(query[:, rows], key[:, kept], value[:, kept], mask)
-    return rows, transport.attend(inputs, layout, KERNELS.get("sdpa").load())
+    kernel = KERNELS.get("sdpa").load()
+    if not windows:
+        return rows, transport.attend(inputs, layout, kernel)
+    # As often as windows come round, one shape after another; the first results are read at the end.
+    found = [transport.attend(replace(inputs, query=inputs.query * sign), layout, kernel) for sign in (1, -1, 1, -1)]
+    return rows, found[2]

@@ -11,10 +11,13 @@ from tiny import TINY, build, same, tensors
 
 from diffusers_accel import accelerate, explain, register_attention, restore, stats
 from diffusers_accel.core.graphs import RECORDERS
+from diffusers_accel.core.windows import MAKERS
 from diffusers_accel.kernels.attention import KERNELS
 
+from .shared import SharedFiles
 
-def request(name, configuration, steps=2, calls=None, recorded=False):
+
+def request(name, configuration, steps=2, calls=None, recorded=False, windows=False):
     """How far a tiny pipeline's outputs under a configuration are from those in this process alone, in relative terms,
     and what `stats` says.
 
@@ -24,7 +27,15 @@ def request(name, configuration, steps=2, calls=None, recorded=False):
         steps: Of the request.
         calls: Other arguments of the call.
         recorded: Whether graphs are recorded by a stand-in for CUDA's.
+        windows: Whether heads are exchanged through shared memory.
     """
+    if windows:
+        MAKERS["cpu"] = SharedFiles
+        try:
+            division = {**configuration["parallel"], "exchange": "windows"}
+            return request(name, {**configuration, "parallel": division}, steps, calls, recorded)
+        finally:
+            del MAKERS["cpu"]
     if recorded:
         RECORDERS["cpu"] = TapeRecorder
     pipe, entry, calls = build(name), TINY[name], calls or {}

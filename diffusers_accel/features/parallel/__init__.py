@@ -8,6 +8,7 @@ picture (`vae/`). Scheduler and text encoders run on every rank alike, so ranks 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from ...config import ParallelConfig
 from ...core.edits import AddLayer, Edit, SetAttr
 from ...core.mesh import Mesh, begin, launched
+from ...core.windows import MAKERS, open_windows
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Transport
 from ..feature import Denoiser, Plan, Target, refuse_offloaded
@@ -147,6 +149,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     mesh = Mesh(config.sizes, device)
     everyone = mesh.everyone()
     _refuse_one_gpu(target, mesh)
+    _open_windows(mesh, config)
     agreement = Agreement(target, everyone)
     if hasattr(target.pipe, "check_inputs"):
         yield AddLayer(target.pipe, target.rank("request"), same_random_numbers(everyone, device), "check_inputs")
@@ -188,6 +191,19 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh) -> Iterator[Edit]:
     if plan.gathered_before is not None:
         module = denoiser.module.get_submodule(plan.gathered_before)
         yield AddLayer(module, target.rank("division of a block"), division.before_module)
+
+
+def _open_windows(mesh: Mesh, config: ParallelConfig) -> None:
+    """Memory through which Ulysses exchanges shards, where it is asked for and can be had."""
+    group = mesh.group("ulysses")
+    if config.exchange == "messages" or (config.exchange == "auto" and mesh.device not in MAKERS):
+        return
+    group.windows, reason = open_windows(group, mesh.device)
+    if reason is None:
+        return
+    if config.exchange == "windows":
+        raise Unsupported("parallel.exchange='windows'", f"{reason}.", "exchange='messages' or 'auto'.")
+    warnings.warn(f"parallel: Ulysses exchanges by messages: {reason}.", stacklevel=2)
 
 
 def _refuse_one_gpu(target: Target, mesh: Mesh) -> None:

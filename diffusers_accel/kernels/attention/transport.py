@@ -109,7 +109,7 @@ class Transport:
         self, x: Inputs, shared: int, heads: tuple[list[int], list[int]], lengths: list[tuple[int, int]]
     ) -> tuple[Inputs, _Partial | None]:
         """All tokens of this rank's heads; keys and values that everybody has apart."""
-        group, batch = self.ulysses, x.query.shape[0]
+        group = self.ulysses
         together = None
         key, value = x.key, x.value
         if shared:
@@ -119,15 +119,10 @@ class Transport:
             key, value = key[:, shared:], value[:, shared:]
         if group.size == 1:
             return replace(x, key=key, value=value), together
-        parts = zip(x.query.split(heads[0], 2), key.split(heads[1], 2), value.split(heads[1], 2), strict=True)
-        mine = (heads[0][group.rank], heads[1][group.rank])
-        like = [
-            [(batch, queries, mine[0], x.query.shape[3]), (batch, keys, mine[1], key.shape[3]),
-             (batch, keys, mine[1], value.shape[3])]
-            for queries, keys in lengths
-        ]  # fmt: skip
-        found = group.exchange([list(part) for part in parts], like)
-        query, key, value = (torch.cat([items[which] for items in found], 1) for which in range(3))
+        queries, keys = [length for length, _ in lengths], [length for _, length in lengths]
+        query, key, value = group.reshard(
+            [x.query, key, value], 2, [heads[0], heads[1], heads[1]], 1, [queries, keys, keys], passing=True
+        )
         return replace(x, query=query, key=key, value=value), together
 
     def _to_tokens(self, out: torch.Tensor, heads: list[int], lengths: list[int]) -> torch.Tensor:
@@ -135,10 +130,8 @@ class Transport:
         group = self.ulysses
         if group.size == 1:
             return out
-        batch, _, _, dim = out.shape
-        like = [[(batch, lengths[group.rank], count, dim)] for count in heads]
-        found = group.exchange([[part] for part in out.split(lengths, 1)], like)
-        return torch.cat([part for (part,) in found], 2)
+        (found,) = group.reshard([out], 1, [lengths], 2, [heads])
+        return found
 
     # --- between groups of heads --------------------------------------------------------------------------------------
 
