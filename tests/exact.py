@@ -1,4 +1,4 @@
-"""Attention in float64, written out: what every kernel is compared with."""
+"""Attention, and what comes before it, in float64, written out: what every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ def attention(query, key, value, mask=None, causal=False, scale=None):
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
     return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
+def prepared(x, weight, eps, angles, halves=False):
+    """An RMS norm, over the channels of a head or of all, and a rotation by angles, spelled out in complex numbers."""
+    x = x.double()
+    if weight is not None:
+        dims = (-1,) if weight.numel() == x.shape[-1] else (-2, -1)
+        x = x / (x.pow(2).mean(dims, keepdim=True) + eps).sqrt() * weight.double().view(-1, x.shape[-1])
+    if angles is None:
+        return x
+    turn = torch.polar(torch.ones_like(angles.double()), angles.double())
+    pairs = torch.stack(x.chunk(2, -1), -1) if halves else x.unflatten(-1, (-1, 2))
+    found = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    return torch.cat(found.unbind(-1), -1) if halves else found.flatten(-2)
 
 
 def cosine(found, expected) -> float:

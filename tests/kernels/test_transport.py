@@ -76,6 +76,27 @@ def test_through_windows(pools, way, kv_heads):
     check(pools, way, [13, 30], [7, 22], heads=5, kv_heads=kv_heads, shared=3 if kv_heads == 1 else 0, windows=True)
 
 
+@pytest.mark.parametrize("aside", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [8, 4])
+@pytest.mark.parametrize("way", ["ulysses of 4", "ulysses in a ring"])
+def test_one_after_another(pools, way, kv_heads, masked, aside):
+    """Query, key and value that are normed and turned on their way."""
+    generator = torch.Generator().manual_seed(0)
+    streams, (size, sizes) = [13, 30], WAYS[way]
+    query, key, value = (torch.randn(2, 43, count, 16, generator=generator) for count in (8, kv_heads, kv_heads))
+    weights = [torch.randn(count, generator=generator) for count in (16, 16 * kv_heads)]
+    angles = torch.rand(1, 43, 1, 8, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 1, 1, 43, generator=generator) > 0.4 if masked else None
+    ready = [exact.prepared(x, weight, 1e-6, angles) for x, weight in zip((query, key), weights, strict=True)]
+    expected, _ = exact.attention(*ready, value, mask)
+    tables = [item.repeat_interleave(2, -1).float() for item in (angles.cos(), angles.sin())]
+    found = torch.full_like(query, float("nan"))
+    for rows, out in pools[size].run(attend.shipped, sizes, query, key, value, mask, streams, weights, tables, aside):
+        found[:, rows] = out
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("way", ["ring of 4", "grid"])
 def test_ranks_that_see_no_key(pools, way):
     """A mask that leaves the keys of one rank alone."""

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from exact import prepared
 
 pytest.importorskip("triton")
 
@@ -20,6 +21,7 @@ from diffusers_accel.kernels.attention import (
     rotate,
 )
 from diffusers_accel.kernels.attention.prepare import prepare
+from diffusers_accel.kernels.attention.scatter import addresses, scatter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,20 +35,6 @@ def tables(length, heads, dim, halves, seed=0):
     angles = random(1, length, heads, dim // 2, seed=seed)
     wide = angles if halves else angles.repeat_interleave(2, -1)
     return (wide.cos(), wide.sin()), angles
-
-
-def expected(x, weight, eps, angles, halves):
-    """Norm and rotation, spelled out in float64 and complex numbers."""
-    x = x.double()
-    if weight is not None:
-        dims = (-1,) if weight.numel() == x.shape[-1] else (-2, -1)
-        x = x / (x.pow(2).mean(dims, keepdim=True) + eps).sqrt() * weight.double().view(-1, x.shape[-1])
-    if angles is None:
-        return x
-    turn = torch.polar(torch.ones_like(angles.double()), angles.double())
-    pairs = torch.stack(x.chunk(2, -1), -1) if halves else x.unflatten(-1, (-1, 2))
-    found = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
-    return torch.cat(found.unbind(-1), -1) if halves else found.flatten(-2)
 
 
 @pytest.mark.parametrize("own_tables", [1, 3], ids=["shared tables", "tables by head"])
@@ -69,9 +57,32 @@ def test_kernel(dim, norm, rotation, own_tables):
     turning = None if rotation is None else (*q_tables, *k_tables)
     prepare(query, key, out[0], out[1][:, 1:6], weights, eps, turning, halves)
     for found, x, which, angles in ((out[0], query, 0, q_angles), (out[1][:, 1:6], key, 1, k_angles)):
-        wanted = expected(x, weights and weights[which], eps, None if rotation is None else angles, halves)
+        wanted = prepared(x, weights and weights[which], eps, None if rotation is None else angles, halves)
         torch.testing.assert_close(found.double(), wanted, atol=2e-5, rtol=2e-5)
     assert not out[1][:, 0].any() and not out[1][:, 6].any(), "nothing is written beside its place"
+
+
+@pytest.mark.parametrize("rotation", [None, "neighbours", "halves"])
+@pytest.mark.parametrize("norm", [None, "head", "all"])
+@pytest.mark.parametrize(("dim", "dtype"), [(16, torch.float32), (64, torch.bfloat16)])
+def test_scattered_heads(dim, dtype, norm, rotation):
+    """To memory of three ranks, which have unlike numbers of heads and lie about with unlike strides."""
+    counts, length, start, eps = (2, 1, 2), 7, 2, 1e-6
+    x = random(2, length, sum(counts) * dim + 8).to(dtype)[..., 8:].unflatten(-1, (sum(counts), dim))
+    weight = None if norm is None else random(dim * (sum(counts) if norm == "all" else 1), seed=4)
+    turning, angles = tables(length, 1, dim, rotation == "halves")
+    # Each rank's memory has tokens of others before and behind, and something else after its heads.
+    memory = [torch.full((2, length + 4, count + 1, dim), 7.0, dtype=dtype, device=DEVICE) for count in counts]
+    places = [item[:, 1:, :count] for item, count in zip(memory, counts, strict=True)]
+    table = torch.tensor(addresses(places), device=DEVICE)
+    scatter(x, table, start, weight, eps, None if rotation is None else turning, rotation == "halves")
+    wanted = prepared(x, weight, eps, None if rotation is None else angles, rotation == "halves")
+    bound = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.01}
+    found = torch.cat([place[:, start : start + length] for place in places], 2)
+    torch.testing.assert_close(found.double(), wanted, **bound)
+    for item, place in zip(memory, places, strict=True):
+        place[:, start : start + length] = 7.0
+        assert bool((item == 7.0).all()), "nothing is written beside its place"
 
 
 @pytest.fixture
@@ -101,7 +112,7 @@ def test_attention(site, by_part, norm, count, halves):
         made[name] = [item for pair in zip(*pieces, strict=True) for item in pair] if by_part else list(whole)
         ready[name] = torch.cat(
             [
-                expected(part, weights[name][place] if norm else None, eps, angle, halves)
+                prepared(part, weights[name][place] if norm else None, eps, angle, halves)
                 for place, (part, angle) in enumerate(zip(parts[name], angles.split(lengths, 1), strict=True))
             ],
             1,
@@ -121,7 +132,7 @@ def test_rotate():
     for halves in (False, True):
         (cos, sin), angles = tables(5, 3, 16, halves)
         x = random(2, 5, 3, 16)
-        wanted = expected(x, None, 0.0, angles, halves)
+        wanted = prepared(x, None, 0.0, angles, halves)
         forms = {
             "by token": (x, cos, sin, 0),
             "by head": (x.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2), 0),
@@ -149,7 +160,7 @@ def test_what_is_left_to_a_kernel(dim, norm, kv_heads, left):
             turn = inputs.rotary
             eps = inputs.norm.eps
             query, key = (
-                expected(x, weight, eps, torch.atan2(table[1], table[0])[..., ::2], False)
+                prepared(x, weight, eps, torch.atan2(table[1], table[0])[..., ::2], False)
                 for x, weight, table in (
                     (query, inputs.norm.query, turn.query), (key, inputs.norm.key, turn.key),
                 )
@@ -168,7 +179,7 @@ def test_what_is_left_to_a_kernel(dim, norm, kv_heads, left):
         )
     finally:
         del SITES[made.number]
-    ready = [expected(x, weight, 1e-6, angles, False) for x, weight in zip((query, key), weights, strict=True)]
+    ready = [prepared(x, weight, 1e-6, angles, False) for x, weight in zip((query, key), weights, strict=True)]
     groups = 4 // kv_heads
     ready[1], wide = ready[1].repeat_interleave(groups, 2), value.double().repeat_interleave(groups, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", *ready) * dim**-0.5

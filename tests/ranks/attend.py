@@ -9,7 +9,8 @@ import torch
 from diffusers_accel.core.comm import shares
 from diffusers_accel.core.mesh import Mesh, begin
 from diffusers_accel.core.windows import Windows
-from diffusers_accel.kernels.attention import KERNELS, Inputs, Layout, Transport
+from diffusers_accel.kernels.attention import KERNELS, Inputs, Layout, Operand, Shipping, Transport
+from diffusers_accel.kernels.attention.shipping import KEY, QUERY, VALUE
 
 from .shared import SharedFiles
 
@@ -36,16 +37,7 @@ def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=
     if windows:
         groups[0].windows = Windows(groups[0], SharedFiles)
 
-    def own(lengths):
-        found, start = [], 0
-        for length in lengths:
-            counts = shares(length, everyone.size)
-            begins = start + sum(counts[: everyone.rank])
-            found += range(begins, begins + counts[everyone.rank])
-            start += length
-        return torch.tensor(found, dtype=torch.long)
-
-    rows, columns = own(streams[0]), own(streams[1])
+    rows, columns = _own(streams[0], everyone), _own(streams[1], everyone)
     kept = torch.cat([torch.arange(shared), columns + shared])
     if mask is not None and local_mask:
         mask = mask[..., columns]
@@ -57,3 +49,42 @@ def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=
     # As often as windows come round, one shape after another; the first results are read at the end.
     found = [transport.attend(replace(inputs, query=inputs.query * sign), layout, kernel) for sign in (1, -1, 1, -1)]
     return rows, found[2]
+
+
+def shipped(sizes, query, key, value, mask, streams, weights, tables, aside):
+    """The same with query, key and value sent off one by one, before norm and rotation, in two parts along the
+    sequence."""
+    begin("cpu")
+    mesh = Mesh(sizes, "cpu")
+    everyone, ulysses = mesh.sequence(), mesh.group("ulysses")
+    ulysses.windows = Windows(ulysses, SharedFiles)
+    others = [mesh.group(axis) for axis in ("ring", "column", "row")]
+    transport = Transport(everyone, ulysses, *others, Shipping(ulysses))
+    rows, layout = _own(streams, everyone), Layout(tuple(streams), tuple(streams))
+    heads = query.shape[2], key.shape[2]
+
+    def operand(x, weight=None):
+        parts = x[:, rows].split([3, len(rows) - 3], 1)
+        if weight is None:
+            return Operand((x[:, rows],))
+        cos, sin = (table[:, rows].split([3, len(rows) - 3], 1) for table in tables)
+        return Operand(parts, [weight, weight], 1e-6, list(zip(cos, sin, strict=True)))
+
+    assert transport.ships(heads)
+    for sign in (-1, 1):
+        transport.ship(VALUE, operand(value * sign), heads, layout, aside)
+        transport.ship(QUERY, operand(query, weights[0]), heads, layout, aside)
+        transport.ship(KEY, operand(key, weights[1]), heads, layout, aside)
+        found = transport.arrived(heads[0], layout, mask, None, KERNELS.get("sdpa").load())
+    return rows, found
+
+
+def _own(lengths, group):
+    """The tokens that a rank has, of streams of these lengths."""
+    found, start = [], 0
+    for length in lengths:
+        counts = shares(length, group.size)
+        begins = start + sum(counts[: group.rank])
+        found += range(begins, begins + counts[group.rank])
+        start += length
+    return torch.tensor(found, dtype=torch.long)

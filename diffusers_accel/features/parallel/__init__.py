@@ -18,7 +18,7 @@ from ...core.edits import AddLayer, Edit, SetAttr
 from ...core.mesh import Mesh, begin, launched
 from ...core.windows import MAKERS, open_windows
 from ...errors import Unsupported
-from ...kernels.attention import KERNELS, Transport
+from ...kernels.attention import KERNELS, Shipping, Transport
 from ..feature import Denoiser, Plan, Target, refuse_offloaded
 from . import vae
 from .agreement import Agreement, same_random_numbers
@@ -177,11 +177,13 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh) -> Iterator[Edit]:
     assert plan is not None
     division = Division(denoiser, plan, mesh.sequence())
     target.summed = division.group.sum
+    ulysses = mesh.group("ulysses")
+    shipping = Shipping(ulysses) if ulysses.windows is not None else None
     transport = Transport(
-        mesh.sequence(), mesh.group("ulysses"), mesh.group("ring"), mesh.group("column"), mesh.group("row")
+        mesh.sequence(), ulysses, mesh.group("ring"), mesh.group("column"), mesh.group("row"), shipping
     )
     for name, attends in plan.attention.items():
-        target.transports[denoiser.name, name] = division.transport(attends, transport)
+        target.transports[denoiser.name, name] = division.carrier(attends, transport)
     yield AddLayer(denoiser.module, target.rank("division"), division.around_denoiser)
     for stack in (*adapter.side_stacks, *adapter.stacks):
         blocks = stack.blocks(denoiser.module)

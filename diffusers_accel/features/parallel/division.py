@@ -8,6 +8,7 @@ blocks (rotary tables, say) is divided once in a call, so that it stays one obje
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 
 from ...core.comm import Group, shares
 from ...errors import Unsupported
-from ...kernels.attention import Inputs, Layout, Transport
+from ...kernels.attention import Inputs, Layout, Operand, Transport
+from ...kernels.attention.shipping import QUERY
 from ...models import Stack
 from ...models.adapter import by_name, parameter_names
 from ...models.sequence import Along, Attends, SequencePlan
@@ -89,36 +91,17 @@ class Division:
         (name,) = self.plan.gathered
         return inner(self._gathered(x, self.plan.streams[name], (name,)), *args, **kwargs)
 
-    def transport(self, attends: Attends, transport: Transport) -> Callable[..., torch.Tensor]:
+    def carrier(self, attends: Attends, transport: Transport) -> Carrier:
         """What carries the calls of an attention module."""
-        # Attention among what every rank has whole.
-        if not attends.keys:
-            return lambda inputs, here: here(inputs)
+        return Carrier(self, attends, transport)
 
-        def carried(inputs: Inputs, here: Callable[..., Any]) -> torch.Tensor:
-            if inputs.is_causal and attends.shared:
-                found: torch.Tensor = here(inputs)
-                return found
-            try:
-                queries, keys = (
-                    tuple(self._lengths[name] for name in names) for names in (attends.queries, attends.keys)
-                )
-            except KeyError as error:
-                raise RuntimeError(f"{self.denoiser}: attention was called outside the blocks ({error}).") from None
-            layout = Layout(queries, keys)
-            own = [layout.lengths(streams, self.group.size)[self.group.rank] for streams in (queries, keys)]
-            shared = inputs.key.shape[1] - own[1]
-            if inputs.query.shape[1] != own[0] or shared < 0 or (shared and not attends.shared):
-                raise Unsupported(
-                    "parallel",
-                    f"an attention call has {inputs.query.shape[1]} queries and {inputs.key.shape[1]} keys where this "
-                    f"rank's share is {own[0]} and {own[1]}.",
-                    "parallel without ulysses, ring and attn2d.",
-                    str(self.denoiser),
-                )
-            return transport.attend(inputs, Layout(queries, keys, shared), here)
-
-        return carried
+    def layout(self, attends: Attends) -> Layout:
+        """Whose tokens an attention module is given in the call that is running."""
+        try:
+            queries, keys = (tuple(self._lengths[name] for name in names) for names in (attends.queries, attends.keys))
+        except KeyError as error:
+            raise RuntimeError(f"{self.denoiser}: attention was called outside the blocks ({error}).") from None
+        return Layout(queries, keys)
 
     # --- dividing and gathering ---------------------------------------------------------------------------------------
 
@@ -204,3 +187,60 @@ class Division:
         shards = self.group.gather(x, dim, [sum(each) for each in zip(*counts, strict=True)])
         parts = [shard.split(list(each), dim) for shard, each in zip(shards, zip(*counts, strict=True), strict=True)]
         return torch.cat([part[place] for place in range(len(streams)) for part in parts], dim)
+
+
+class Carrier:
+    """What carries an attention module's calls between ranks: the `transport` of its site.
+
+    Args:
+        division: The division of the denoiser's tokens.
+        attends: What the module attends to.
+        transport: How a sequence is divided.
+    """
+
+    def __init__(self, division: Division, attends: Attends, transport: Transport):
+        self._division, self._attends, self._transport = division, attends, transport
+
+    def __call__(self, inputs: Inputs, here: Callable[..., Any]) -> torch.Tensor:
+        """One call, by the kernel that is at hand."""
+        attends = self._attends
+        # Attention among what every rank has whole.
+        if not attends.keys or (inputs.is_causal and attends.shared):
+            found: torch.Tensor = here(inputs)
+            return found
+        layout = self._division.layout(attends)
+        shared = self._checked(layout, inputs.query.shape[1], inputs.key.shape[1])
+        return self._transport.attend(inputs, replace(layout, shared=shared), here)
+
+    def ships(self, heads: tuple[int, int]) -> bool:
+        """Whether query, key and value may be sent off one by one, by `ship`, given the heads of query and key."""
+        return bool(self._attends.keys) and not self._attends.shared and self._transport.ships(heads)
+
+    def ship(self, which: int, operand: Operand, heads: tuple[int, int], aside: bool) -> None:
+        """Sends one of them off; see `Transport.ship`."""
+        layout, length = self._division.layout(self._attends), operand.length
+        own = [layout.lengths(streams, self._division.group.size) for streams in (layout.queries, layout.keys)]
+        rank = self._division.group.rank
+        self._checked(layout, *((length, own[1][rank]) if which == QUERY else (own[0][rank], length)))
+        self._transport.ship(which, operand, heads, layout, aside)
+
+    def arrived(
+        self, heads: int, attn_mask: torch.Tensor | None, scale: float | None, here: Callable[..., Any]
+    ) -> torch.Tensor:
+        """Attention of what was sent off; see `Transport.arrived`."""
+        return self._transport.arrived(heads, self._division.layout(self._attends), attn_mask, scale, here)
+
+    def _checked(self, layout: Layout, queries: int, keys: int) -> int:
+        """How many of the keys every rank has in front of its own."""
+        group = self._division.group
+        own = [layout.lengths(streams, group.size)[group.rank] for streams in (layout.queries, layout.keys)]
+        shared = keys - own[1]
+        if queries != own[0] or shared < 0 or (shared and not self._attends.shared):
+            raise Unsupported(
+                "parallel",
+                f"an attention call has {queries} queries and {keys} keys where this rank's share is {own[0]} and "
+                f"{own[1]}.",
+                "parallel without ulysses, ring and attn2d.",
+                str(self._division.denoiser),
+            )
+        return shared

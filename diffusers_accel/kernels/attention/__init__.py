@@ -6,6 +6,8 @@ Importing this package registers the records and imports no kernel package. Wher
   `site.py`: the custom operator every call goes through.
 - Records: `torch_native.py`, `flash.py`, `others.py` (packages a user may have), `sage.py` (ours).
 - `pending.py`: query and key on their way to a kernel that does their QK-norm and rotary embedding itself.
+- `transport.py`: attention over a sequence that several ranks have; `shipping.py`: heads on their way between them,
+  `scatter.py` for GPUs.
 - `unprepared.py`: the same in compiled graphs; `prepare.py`: norm and rotation by themselves, in Triton.
 - Ours: `recipe.py` (what is rounded, and plain references); in Triton, imported by loaders only, `rows.py`,
   `quantize.py`, `low_bit.py`.
@@ -18,6 +20,7 @@ from .choice import Choice, Fastest, Fixed, Timings, candidates, margin
 from .pending import Pending
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
+from .shipping import Operand, Shipping
 from .site import SITES, AttentionSite
 from .transport import Layout, Transport
 from .unprepared import attention_unprepared, rotate
@@ -34,7 +37,9 @@ __all__ = [
     "Fixed",
     "Inputs",
     "Layout",
+    "Operand",
     "Pending",
+    "Shipping",
     "Timings",
     "Transport",
     "attention_unprepared",

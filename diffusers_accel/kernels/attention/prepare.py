@@ -14,10 +14,12 @@ from .rows import load_heads, load_parted, squares, turned
 
 
 @triton.jit
-def _token(
-    base, stride, out, heads, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
+def token(
+    base, stride, heads, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
     NORM: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
+    """One token's heads, normed and rotated, as four quarters, float32 (HEADS, W) each; and which of their values
+    exist. NORM: "head" over each head's channels, "all" over those of all, or ""."""
     Q: tl.constexpr = D // 4
     h = tl.arange(0, HEADS)
     if NORM == "all":
@@ -36,6 +38,19 @@ def _token(
         x, inside = load_heads(
             base, stride, h, heads, norm_ptr, norm_ptr, eps, cos_ptr, sin_ptr, table_stride, NORM, ROTATE, D, W
         )
+    return x, inside
+
+
+@triton.jit
+def _written(
+    base, stride, out, heads, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    Q: tl.constexpr = D // 4
+    x, inside = token(
+        base, stride, heads, norm_ptr, eps, cos_ptr, sin_ptr, table_stride, NORM, ROTATE, D, W, HEADS
+    )  # fmt: skip
+    h = tl.arange(0, HEADS)
     at = out + h[:, None] * D + tl.arange(0, W)[None, :]
     kind: tl.constexpr = out.dtype.element_ty
     tl.store(at, x[0].to(kind), mask=inside)
@@ -56,13 +71,13 @@ def _prepare(
     if tl.program_id(2) == 0:
         if s < q_len:
             turn = b * sqt_b + s * sqt_s
-            _token(
+            _written(
                 q_ptr + b * sq_b + s * sq_s, sq_h, qo_ptr + b * sqo_b + s * sqo_s, q_heads, qn_ptr, eps,
                 qcos_ptr + turn, qsin_ptr + turn, sqt_h, NORM, ROTATE, D, W, HEADS,
             )  # fmt: skip
     elif s < k_len:
         turn = b * skt_b + s * skt_s
-        _token(
+        _written(
             k_ptr + b * sk_b + s * sk_s, sk_h, ko_ptr + b * sko_b + s * sko_s, k_heads, kn_ptr, eps,
             kcos_ptr + turn, ksin_ptr + turn, skt_h, NORM, ROTATE, D, W, HEADS,
         )  # fmt: skip
@@ -72,7 +87,8 @@ def _strides(x: torch.Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2)
 
 
-def _turns(table: torch.Tensor | None) -> list[int]:
+def turns(table: torch.Tensor | None) -> list[int]:
+    """A rotary table's strides, with 0 where it has one for all."""
     if table is None:
         return [0, 0, 0]
     return [0 if table.shape[place] == 1 else table.stride(place) for place in range(3)]
@@ -108,10 +124,10 @@ def prepare(
     weights = norms or (query, query)
     kind = "" if norms is None else "head" if weights[0].numel() == dim else "all"
     turning = tables or (query,) * 4
-    turns = [*_turns(tables[0]), *_turns(tables[2])] if tables else [0] * 6
+    steps = [*turns(tables[0]), *turns(tables[2])] if tables else [0] * 6
     _prepare[(max(q_len, k_len), batch, 2)](
         query, key, query_out, key_out, *weights, *turning, *_strides(query), *_strides(key),
-        query_out.stride(0), query_out.stride(1), key_out.stride(0), key_out.stride(1), *turns, q_len, k_len, q_heads,
+        query_out.stride(0), query_out.stride(1), key_out.stride(0), key_out.stride(1), *steps, q_len, k_len, q_heads,
         k_heads, eps, NORM=kind, ROTATE="" if tables is None else "halves" if halves else "neighbours", D=dim,
         W=padded // 4, HEADS=heads, num_warps=warps or max(1, min(8, heads * padded // 1024)),
     )  # fmt: skip

@@ -29,14 +29,15 @@ class AttentionSite:
     Args:
         select: Returns the choice in force for the call that is being made (by step and layer).
         counts: Kernel name -> calls; shared with the pipeline's statistics.
-        transport: What carries calls whose sequence several ranks have among them, given the call and what computes
-            one on this rank.
+        transport: What carries calls whose sequence several ranks have among them.
+
+    Attributes:
+        kept: Query, key and value of a call that is made in several steps, where nothing carries them.
     """
 
-    def __init__(
-        self, select: Callable[[], Choice], counts: Counter[str], transport: Callable[..., torch.Tensor] | None = None
-    ):
+    def __init__(self, select: Callable[[], Choice], counts: Counter[str], transport: Any = None):
         self.select, self.counts, self.transport = select, counts, transport
+        self.kept: dict[int, Any] = {}
         self.number = _free_number()
         self._functions: dict[str, AttentionFunction] = {}
         self._warned: set[str] = set()
@@ -46,8 +47,9 @@ class AttentionSite:
         if self.transport is not None:
             # What travels is what attention works on.
             inputs = replace(inputs, query=settled(inputs.query), key=settled(inputs.key))
-            return self.transport(inputs, self.here)
-        out: torch.Tensor = self.here(inputs)
+            out: torch.Tensor = self.transport(inputs, self.here)
+            return out
+        out = self.here(inputs)
         return out
 
     def here(self, inputs: Inputs) -> Any:

@@ -22,6 +22,7 @@ import torch
 from ...core.comm import Group, shares
 from ...errors import Unsupported
 from .record import Inputs
+from .shipping import Operand, Shipping, Size
 
 _INSTEAD = "parallel without ulysses, ring and attn2d."
 # A kernel: the output, or output and logsumexp if that is asked for.
@@ -58,6 +59,7 @@ class Transport:
         ring: Those that pass keys and values on.
         row: Those of this rank's row of the grid, among which queries are gathered.
         column: Those of its column, among which keys and values are.
+        shipping: What heads go through, where `ulysses` has windows.
     """
 
     everyone: Group
@@ -65,6 +67,7 @@ class Transport:
     ring: Group
     row: Group
     column: Group
+    shipping: Shipping | None = None
 
     @property
     def partial(self) -> bool:
@@ -86,30 +89,89 @@ class Transport:
         Raises:
             Unsupported: The mask is over neither, so nobody knows which keys it is about.
         """
-        ranks = self.everyone.size
-        query_lengths, key_lengths = (layout.lengths(streams, ranks) for streams in (layout.queries, layout.keys))
-        mask = _Mask.over(inputs, layout, self.everyone, query_lengths, key_lengths)
-        peers = range(self._block * self.ulysses.size, (self._block + 1) * self.ulysses.size)
         inputs = _divisible(inputs, self.ulysses.size)
-        heads = (shares(inputs.query.shape[2], self.ulysses.size), shares(inputs.key.shape[2], self.ulysses.size))
-        lengths = [(query_lengths[i], key_lengths[i]) for i in peers]
-        inputs, together = self._to_heads(inputs, layout.shared, heads, lengths)
-        mask = mask.of_heads(heads[0], self.ulysses.rank)
+        heads = inputs.query.shape[2], inputs.key.shape[2]
+        mask = inputs.attn_mask
+        inputs, together = self._to_heads(inputs, layout, heads)
+        return self._attended(inputs, together, layout, heads[0], mask, attend)
+
+    def _attended(
+        self,
+        inputs: Inputs,
+        together: _Partial | None,
+        layout: Layout,
+        heads: int,
+        attn_mask: torch.Tensor | None,
+        attend: Attend,
+    ) -> torch.Tensor:
+        """The rest of `attend`, of tokens of all peers and this rank's heads."""
+        query_lengths, key_lengths = self._lengths(layout)
+        mask = _Mask.over(attn_mask, layout, self.everyone, query_lengths, key_lengths)
+        counts = shares(heads, self.ulysses.size)
+        mask = mask.of_heads(counts, self.ulysses.rank)
         out = self._among_blocks(inputs, together, query_lengths, key_lengths, mask, attend)
-        return self._to_tokens(out, heads[0], [query_lengths[i] for i in peers])
+        return self._to_tokens(out, counts, [query_lengths[rank] for rank in self._peers])
+
+    # --- one operand after another ------------------------------------------------------------------------------------
+
+    def ships(self, heads: tuple[int, int]) -> bool:
+        """Whether query, key and value of so many heads may be sent off one by one, by `ship`."""
+        return self.shipping is not None and not heads[1] % self.ulysses.size
+
+    def ship(self, which: int, operand: Operand, heads: tuple[int, int], layout: Layout, aside: bool) -> None:
+        """Sends one of them off; `arrived` is to follow the three.
+
+        Args:
+            which: `shipping.QUERY`, `KEY` or `VALUE`.
+            operand: This rank's.
+            heads: Of query and key, all of them.
+            layout: Whose tokens they are.
+            aside: Whether something else is computed meanwhile.
+        """
+        assert self.shipping is not None
+        first = operand.parts[0]
+        lengths = [tuple(each[rank] for rank in self._peers) for each in self._lengths(layout)]
+        size = Size(first.shape[0], heads, first.shape[3], (lengths[0], lengths[1]), first.dtype)
+        self.shipping.ship(which, operand, size, aside)
+
+    def arrived(
+        self, heads: int, layout: Layout, attn_mask: torch.Tensor | None, scale: float | None, attend: Attend
+    ) -> torch.Tensor:
+        """This rank's rows of the attention of what was sent off.
+
+        Args:
+            heads: Of the query.
+            layout: As in `attend`, as are the mask and the kernel.
+            attn_mask: See there.
+            scale: Of the logits.
+            attend: See there.
+        """
+        assert self.shipping is not None
+        query, key, value = self.shipping.arrived()
+        inputs = Inputs(query, key, value, attn_mask, False, scale)
+        return self._attended(inputs, None, layout, heads, attn_mask, attend)
 
     # --- Ulysses ------------------------------------------------------------------------------------------------------
+
+    def _lengths(self, layout: Layout) -> tuple[list[int], list[int]]:
+        """Queries and keys of each rank."""
+        ranks = self.everyone.size
+        return layout.lengths(layout.queries, ranks), layout.lengths(layout.keys, ranks)
+
+    @property
+    def _peers(self) -> range:
+        """Those that exchange heads with this rank, in the order of shards."""
+        return range(self._block * self.ulysses.size, (self._block + 1) * self.ulysses.size)
 
     @property
     def _block(self) -> int:
         """Which of the groups that exchange heads this rank is in, in the order of shards."""
         return self.everyone.rank // self.ulysses.size
 
-    def _to_heads(
-        self, x: Inputs, shared: int, heads: tuple[list[int], list[int]], lengths: list[tuple[int, int]]
-    ) -> tuple[Inputs, _Partial | None]:
+    def _to_heads(self, x: Inputs, layout: Layout, count: tuple[int, int]) -> tuple[Inputs, _Partial | None]:
         """All tokens of this rank's heads; keys and values that everybody has apart."""
-        group = self.ulysses
+        group, shared = self.ulysses, layout.shared
+        heads = shares(count[0], group.size), shares(count[1], group.size)
         together = None
         key, value = x.key, x.value
         if shared:
@@ -119,7 +181,7 @@ class Transport:
             key, value = key[:, shared:], value[:, shared:]
         if group.size == 1:
             return replace(x, key=key, value=value), together
-        queries, keys = [length for length, _ in lengths], [length for _, length in lengths]
+        queries, keys = ([each[rank] for rank in self._peers] for each in self._lengths(layout))
         query, key, value = group.reshard(
             [x.query, key, value], 2, [heads[0], heads[1], heads[1]], 1, [queries, keys, keys], passing=True
         )
@@ -284,9 +346,13 @@ class _Mask:
 
     @classmethod
     def over(
-        cls, inputs: Inputs, layout: Layout, everyone: Group, query_lengths: list[int], key_lengths: list[int]
+        cls,
+        mask: torch.Tensor | None,
+        layout: Layout,
+        everyone: Group,
+        query_lengths: list[int],
+        key_lengths: list[int],
     ) -> _Mask:
-        mask = inputs.attn_mask
         if mask is None:
             return cls(None, query_lengths, key_lengths)
         if layout.shared or mask.ndim != 4:

@@ -18,29 +18,8 @@ import torch
 from ...core.operators import operator
 from .pending import Pending
 from .record import Inputs, Tables
-from .site import SITES
-
-
-def _plain(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, tables: Tables | None, halves: bool
-) -> torch.Tensor:
-    """Norm and rotation of (batch, sequence, heads, head_dim) in plain torch and float32."""
-    found = x.float()
-    if weight is not None:
-        dims = (-1,) if weight.numel() == x.shape[-1] else (-2, -1)
-        found = found * (found.pow(2).mean(dims, keepdim=True) + eps).rsqrt()
-        found = found * weight.float().view(-1, x.shape[-1])
-    if tables is not None:
-        found = _turned(found, *tables, halves)
-    return found.to(x.dtype)
-
-
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool) -> torch.Tensor:
-    if halves:
-        real, imaginary = x.chunk(2, -1)
-        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cos + torch.stack([-imaginary, real], -1).flatten(-2) * sin
+from .shipping import KEY, QUERY, VALUE, Operand, plain, turned
+from .site import SITES, AttentionSite
 
 
 def _rotate_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool, heads: int) -> torch.Tensor:
@@ -62,7 +41,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool, 
     cos, sin, found = cos.float(), sin.float(), x.float()
     if heads and x.ndim == 3:
         cos, sin, found = (item.unflatten(-1, (heads, -1)) for item in (cos, sin, found))
-    return _turned(found, cos, sin, halves).to(x.dtype).reshape(x.shape).contiguous()
+    return turned(found, cos, sin, halves).to(x.dtype).reshape(x.shape).contiguous()
 
 
 @dataclass(frozen=True)
@@ -105,7 +84,7 @@ class _Both:
                 prepare(parts[0], parts[1], pieces[0], pieces[1], weights, self.eps, turning, self.halves)
             else:
                 for part, piece, norm, table in zip(parts, pieces, norms, tables, strict=True):
-                    piece.copy_(_plain(part, norm, self.eps, table, self.halves))
+                    piece.copy_(plain(part, norm, self.eps, table, self.halves))
         return query, key
 
     def pending(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,13 +166,123 @@ def attention_unprepared(
         site: Number of the site.
     """
     count = len(query)
-    weights = (norms[:count], norms[count:])
-    tables: tuple[list[Tables], list[Tables]] = ([], [])
-    if query_tables:
-        tables = (
-            _tables(query_tables, [part.shape[1] for part in query]),
-            _tables(key_tables, [part.shape[1] for part in key]),
-        )
-    both = _Both((tuple(query), tuple(key)), weights, eps, tables, halves)
-    out: torch.Tensor = SITES[site].run(Inputs(*both.pending(), value, attn_mask, is_causal, scale))
+    operands = {
+        VALUE: Operand((value,)),
+        QUERY: _operand(query, norms[:count], eps, query_tables, halves),
+        KEY: _operand(key, norms[count:], eps, key_tables, halves),
+    }
+    found, heads = SITES[site], (query[0].shape[2], key[0].shape[2])
+    if _ships(found, heads, is_causal, *operands.values()):
+        for which, operand in operands.items():
+            found.transport.ship(which, operand, heads, False)
+        out: torch.Tensor = found.transport.arrived(heads[0], attn_mask, scale, found.here)
+        return out.contiguous()
+    return _attended(found, operands, attn_mask, is_causal, scale)
+
+
+def _operand(
+    parts: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], eps: float, tables: Sequence[torch.Tensor],
+    halves: bool,
+) -> Operand:  # fmt: skip
+    pairs = _tables(tables, [part.shape[1] for part in parts]) if tables else []
+    return Operand(tuple(parts), norms, eps, pairs, halves)
+
+
+def _attended(
+    site: AttentionSite, operands: dict[int, Operand], attn_mask: torch.Tensor | None, is_causal: bool, scale: Any
+) -> torch.Tensor:
+    """Attention on this rank, or with whatever carries whole tensors."""
+    query, key = operands[QUERY], operands[KEY]
+    both = _Both(
+        (query.parts, key.parts), (query.norms, key.norms), max(query.eps, key.eps), (query.tables, key.tables),
+        query.halves,
+    )  # fmt: skip
+    (value,) = operands[VALUE].parts
+    out: torch.Tensor = site.run(Inputs(*both.pending(), value, attn_mask, is_causal, scale))
+    return out.contiguous()
+
+
+def _ships(site: AttentionSite, heads: tuple[int, int], is_causal: bool, *operands: Operand) -> bool:
+    """Whether query, key and value go to other ranks one by one."""
+    alike = len({(item.parts[0].shape[3], item.parts[0].dtype) for item in operands}) == 1
+    return site.transport is not None and alike and not is_causal and site.transport.ships(heads)
+
+
+# --- the same in several steps, with something else to compute between them -------------------------------------------
+
+
+def _ship_fake(parts: list[torch.Tensor], *_: Any) -> torch.Tensor:
+    return parts[0].new_empty(0)
+
+
+@operator("ship", _ship_fake)
+def ship(
+    parts: list[torch.Tensor],
+    norms: list[torch.Tensor],
+    eps: float,
+    tables: list[torch.Tensor],
+    halves: bool,
+    which: int,
+    heads: list[int],
+    is_causal: bool,
+    site: int,
+) -> torch.Tensor:
+    """Sends query, key or value to the ranks that have its heads, if there are others; `attention_arrived` follows the
+    three, the value first.
+
+    Args:
+        parts: (batch, sequence of the part, heads, head_dim) each.
+        norms: As in `attention_unprepared`, of these parts; so are the next three.
+        eps: See there.
+        tables: See there.
+        halves: See there.
+        which: `shipping.VALUE`, `QUERY` or `KEY`.
+        heads: Of query and key.
+        is_causal: As in `Inputs`.
+        site: Number of the site.
+
+    Returns:
+        An empty tensor, which says that it has been sent.
+    """
+    found, operand = SITES[site], _operand(parts, norms, eps, tables, halves)
+    if _ships(found, (heads[0], heads[1]), is_causal, operand):
+        found.transport.ship(which, operand, (heads[0], heads[1]), True)
+    else:
+        found.kept[which] = operand
+    return parts[0].new_empty(0)
+
+
+def _attention_arrived_fake(
+    shipped: list[torch.Tensor], query: list[torch.Tensor], value: torch.Tensor, *_: Any
+) -> torch.Tensor:
+    first = query[0]
+    return first.new_empty((first.shape[0], sum(part.shape[1] for part in query), first.shape[2], value.shape[3]))
+
+
+@operator("attention_arrived", _attention_arrived_fake)
+def attention_arrived(
+    shipped: list[torch.Tensor],
+    query: list[torch.Tensor],
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    site: int,
+) -> torch.Tensor:
+    """Attention of what has been sent off.
+
+    Args:
+        shipped: What the three calls of `ship` returned.
+        query: Parts of the query, for their shapes.
+        value: Likewise.
+        attn_mask: As in `Inputs`, as are the next two.
+        is_causal: See there.
+        scale: See there.
+        site: Number of the site.
+    """
+    found = SITES[site]
+    if found.kept:
+        operands, found.kept = found.kept, {}
+        return _attended(found, operands, attn_mask, is_causal, scale)
+    out: torch.Tensor = found.transport.arrived(query[0].shape[2], attn_mask, scale, found.here)
     return out.contiguous()

@@ -1,0 +1,102 @@
+"""Norm and rotation of a query or key whose heads go to several ranks, in Triton: one read, and one write to wherever
+each head is to be, on this GPU or, over NVLink, on another.
+
+A program takes one token with all its heads, as in `prepare.py`; a table on the device says where each head goes.
+Imported only where a GPU is met: it needs triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .prepare import token, turns
+from .record import Tables
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit(do_not_specialize=["start"])
+def _scatter(
+    x_ptr, table_ptr, norm_ptr, cos_ptr, sin_ptr, sx_b, sx_s, sx_h, st_b, st_s, st_h, start, heads, eps,
+    NORM: tl.constexpr, ROTATE: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, W: tl.constexpr, DP: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, batch)."""
+    s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    h = tl.arange(0, HEADS)
+    exists = h < heads
+    to = tl.load(table_ptr + 3 * h, mask=exists, other=0).to(tl.pointer_type(KIND), bitcast=True)
+    row = tl.load(table_ptr + 3 * h + 1, mask=exists, other=0)
+    batch = tl.load(table_ptr + 3 * h + 2, mask=exists, other=0)
+    to += b * batch + (s + start) * row
+    base = x_ptr + b * sx_b + s * sx_s
+    if (NORM == "") and (ROTATE == ""):
+        inside = exists[:, None] & (tl.arange(0, DP) < D)[None, :]
+        channels = tl.arange(0, DP)[None, :]
+        tl.store(to[:, None] + channels, tl.load(base + h[:, None] * sx_h + channels, mask=inside), mask=inside)
+    else:
+        turn = b * st_b + s * st_s
+        x, inside = token(
+            base, sx_h, heads, norm_ptr, eps, cos_ptr + turn, sin_ptr + turn, st_h, NORM, ROTATE, D, W, HEADS
+        )
+        Q: tl.constexpr = D // 4
+        at = to[:, None] + tl.arange(0, W)[None, :]
+        tl.store(at, x[0].to(KIND), mask=inside)
+        tl.store(at + Q, x[1].to(KIND), mask=inside)
+        tl.store(at + 2 * Q, x[2].to(KIND), mask=inside)
+        tl.store(at + 3 * Q, x[3].to(KIND), mask=inside)
+
+
+def addresses(places: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Where each head goes: its address, and the steps from token to token and from batch to batch, in elements.
+
+    Args:
+        places: (batch, sequence, heads, head_dim) each, one rank's heads after another's, channels next to each other.
+    """
+    return [
+        [place.data_ptr() + head * place.stride(2) * place.element_size(), place.stride(1), place.stride(0)]
+        for place in places
+        for head in range(place.shape[2])
+    ]
+
+
+def scatter(
+    x: torch.Tensor,
+    table: torch.Tensor,
+    start: int,
+    norm: torch.Tensor | None,
+    eps: float,
+    tables: Tables | None,
+    halves: bool,
+    warps: int | None = None,
+) -> None:
+    """Writes a query, key or value, with its norm and rotation, to where its heads are to be.
+
+    Args:
+        x: (batch, sequence, heads, head_dim), any strides but the last.
+        table: `addresses`, int64 (heads, 3), on the device.
+        start: The place of its first token there.
+        norm: Weight of an RMS norm: (head_dim,), over the channels of a head, or (heads * head_dim,), over all.
+        eps: The norm's.
+        tables: Cosines and sines, float32, as `record.Rotary` has them.
+        halves: As there.
+        warps: Of a program, instead of those measured.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, length, heads, dim = x.shape
+    if 0 in (batch, length):
+        return
+    padded, wide = max(64, triton.next_power_of_2(dim)), triton.next_power_of_2(heads)
+    cos, sin = tables or (x, x)
+    _scatter[(length, batch)](
+        x, table, x if norm is None else norm, cos, sin, x.stride(0), x.stride(1), x.stride(2),
+        *turns(tables[0] if tables else None), start, heads, eps,
+        NORM="" if norm is None else "head" if norm.numel() == dim else "all",
+        ROTATE="" if tables is None else "halves" if halves else "neighbours", KIND=_TYPES[x.dtype], D=dim,
+        W=padded // 4, DP=triton.next_power_of_2(dim), HEADS=wide,
+        num_warps=warps or max(1, min(8, wide * padded // 1024)),
+    )  # fmt: skip

@@ -1,0 +1,221 @@
+"""Query, key and value on their way to the ranks that have their heads, one by one, through a window.
+
+What a rank has of them is read once, normed and rotated if that is still to be done, and written to where attention
+will read it, on this GPU and on the others. Or, where there is something else to compute meanwhile, it is written to
+memory of this GPU, head by head, from where copy engines bring it to the others on a stream of their own: they take
+nothing of what computes but bandwidth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...core.comm import Group, shares
+from ...core.windows import Window, placed
+from .record import Tables
+
+QUERY, KEY, VALUE = range(3)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A query, key or value in parts along the sequence, and what it lacks.
+
+    Attributes:
+        parts: (batch, sequence of the part, heads, head_dim).
+        norms: Weights of an RMS norm, of each part; empty without a norm.
+        eps: The norm's.
+        tables: Cosines and sines, of each part; empty without a rotation.
+        halves: As in `Rotary`.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+    norms: Sequence[torch.Tensor] = ()
+    eps: float = 0.0
+    tables: Sequence[Tables] = ()
+    halves: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of all parts."""
+        return sum(part.shape[1] for part in self.parts)
+
+    def lacking(self) -> list[tuple[torch.Tensor, torch.Tensor | None, Tables | None]]:
+        """Each part, with its norm and its tables."""
+        norms: list[Any] = list(self.norms) or [None] * len(self.parts)
+        tables: list[Any] = list(self.tables) or [None] * len(self.parts)
+        return list(zip(self.parts, norms, tables, strict=True))
+
+
+def plain(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, tables: Tables | None, halves: bool
+) -> torch.Tensor:
+    """Norm and rotation of (batch, sequence, heads, head_dim) in plain torch and float32."""
+    found = x.float()
+    if weight is not None:
+        dims = (-1,) if weight.numel() == x.shape[-1] else (-2, -1)
+        found = found * (found.pow(2).mean(dims, keepdim=True) + eps).rsqrt()
+        found = found * weight.float().view(-1, x.shape[-1])
+    if tables is not None:
+        found = turned(found, *tables, halves)
+    return found.to(x.dtype)
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool) -> torch.Tensor:
+    """A rotation, in plain torch."""
+    if halves:
+        real, imaginary = x.chunk(2, -1)
+        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-imaginary, real], -1).flatten(-2) * sin
+
+
+@dataclass(frozen=True)
+class Size:
+    """What all ranks know of one exchange.
+
+    Attributes:
+        batch: Samples.
+        heads: All heads of query and key.
+        dim: Channels of a head, of query, key and value alike.
+        lengths: Tokens of each rank, of query and key.
+        dtype: Of all three.
+    """
+
+    batch: int
+    heads: tuple[int, int]
+    dim: int
+    lengths: tuple[tuple[int, ...], tuple[int, ...]]
+    dtype: torch.dtype
+
+    def shapes(self, rank: int, ranks: int) -> list[tuple[int, int, int, int]]:
+        """What a rank has of query, key and value when all have arrived."""
+        each = [
+            (self.batch, sum(lengths), shares(heads, ranks)[rank], self.dim)
+            for heads, lengths in zip(self.heads, self.lengths, strict=True)
+        ]
+        return [each[0], each[1], each[1]]
+
+
+@dataclass
+class _Underway:
+    """An exchange that has begun."""
+
+    size: Size
+    window: Window
+    aside: bool = False
+
+
+class Shipping:
+    """Exchanges of one group's heads, one at a time.
+
+    Args:
+        group: Ranks that exchange them; it has windows.
+    """
+
+    def __init__(self, group: Group):
+        assert group.windows is not None
+        self.group, self._windows = group, group.windows
+        self._underway: _Underway | None = None
+        # By what they depend on: where operands go, tables of it on the device, and memory that they leave from.
+        self._places: dict[Any, list[torch.Tensor]] = {}
+        self._tables: dict[Any, torch.Tensor] = {}
+        self._stream: Any = None
+
+    def ship(self, which: int, operand: Operand, size: Size, aside: bool) -> None:
+        """Sends one operand off.
+
+        Args:
+            which: `VALUE`, which begins an exchange, `QUERY` or `KEY`.
+            operand: This rank's tokens of it, all heads.
+            size: Of the exchange; the same for its three operands.
+            aside: Whether copy engines bring it, beside what is computed next.
+        """
+        group = self.group
+        if which == VALUE:
+            shapes = [size.shapes(rank, group.size) for rank in range(group.size)]
+            window = self._windows.following(max(placed(each, [size.dtype] * 3)[1] for each in shapes))
+            self._underway = _Underway(size, window)
+        now = self._underway
+        assert now is not None and now.size == size
+        there = self._there(now.window, size, which)
+        if not aside:
+            self._write(operand, there, (which, size, id(now.window)))
+            return
+        here = self._here(size, which, there)
+        self._write(operand, here, (which, size, id(now.window), "aside"))
+        now.aside = True
+        with self._beside(operand.parts[0].device):
+            for step in range(1, group.size):
+                rank = (group.rank + step) % group.size
+                there[rank].copy_(here[rank])
+
+    def arrived(self) -> list[torch.Tensor]:
+        """Query, key and value of all tokens, this rank's heads; to be read before the exchange after the next one
+        begins."""
+        now, self._underway = self._underway, None
+        assert now is not None
+        if now.aside and self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        now.window.barrier()
+        group = self.group
+        shapes = now.size.shapes(group.rank, group.size)
+        offsets, _ = placed(shapes, [now.size.dtype] * 3)
+        return [
+            now.window.part(group.rank, offset, shape, now.size.dtype)
+            for offset, shape in zip(offsets, shapes, strict=True)
+        ]
+
+    # --- where they go ------------------------------------------------------------------------------------------------
+
+    def _there(self, window: Window, size: Size, which: int) -> list[torch.Tensor]:
+        """The places of this rank's tokens in each rank's window."""
+        key = (which, size, id(window))
+        if key not in self._places:
+            lengths = size.lengths[min(which, 1)]
+            start, own = sum(lengths[: self.group.rank]), lengths[self.group.rank]
+            found = []
+            for rank in range(self.group.size):
+                shapes = size.shapes(rank, self.group.size)
+                offsets, _ = placed(shapes, [size.dtype] * 3)
+                found.append(window.part(rank, offsets[which], shapes[which], size.dtype)[:, start : start + own])
+            self._places[key] = found
+        return self._places[key]
+
+    def _here(self, size: Size, which: int, there: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Places on this GPU of what is for others; what is for this rank goes where it belongs at once."""
+        key = (which, size, "aside")
+        if key not in self._places:
+            self._places[key] = [torch.empty_like(place, memory_format=torch.contiguous_format) for place in there]
+        found = list(self._places[key])
+        found[self.group.rank] = there[self.group.rank]
+        return found
+
+    def _write(self, operand: Operand, places: Sequence[torch.Tensor], key: Any) -> None:
+        """Writes this rank's tokens to where their heads go."""
+        cuda, start = operand.parts[0].is_cuda, 0
+        for part, norm, tables in operand.lacking():
+            if cuda:
+                from .scatter import addresses, scatter
+
+                if key not in self._tables:
+                    self._tables[key] = torch.tensor(addresses(places)).to(part.device)
+                scatter(part, self._tables[key], start, norm, operand.eps, tables, operand.halves)
+            else:
+                ready = plain(part, norm, operand.eps, tables, operand.halves)
+                for place, heads in zip(places, ready.split([place.shape[2] for place in places], 2), strict=True):
+                    place[:, start : start + part.shape[1]].copy_(heads)
+            start += part.shape[1]
+
+    def _beside(self, device: torch.device) -> Any:
+        """The stream on which copy engines are given their work, after what is on the current one."""
+        if device.type != "cuda":
+            return torch.no_grad()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._stream)
