@@ -2,8 +2,9 @@
 under guidance: 24 forwards), random weights, latents. Every way to divide the work, beside one GPU and diffusers' own
 Ulysses, in one run.
 
-What travels is read off the profiler: the share of a request's time in which a kernel of NCCL runs, and how much of
-that nothing else runs beside. Its kernels wait for the other ranks too.
+What travels is read off the profiler: the share of a request's time in which a kernel of NCCL runs, one that writes
+to another GPU's memory (and norms and rotates on the way), a barrier, or a copy engine, and how much of that nothing
+else runs beside. Waiting for the other ranks is part of it.
 
     torchrun --nproc-per-node 2 benchmarks/parallel.py flux       # benchmarks/results/parallel-flux-2.json
     torchrun --nproc-per-node 2 benchmarks/parallel.py wan
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ import wan
 from diffusers_accel import ParallelConfig, accelerate, restore, stats
 from diffusers_accel.core.mesh import begin
 
+# In the names of what brings something to another GPU.
+_EXCHANGES = ("nccl", "_scatter", "barrier", "Memcpy PtoP", "Memcpy DtoD")
 LOSSLESS: dict[str, Any] = {"attention": "auto", "fuse": True, "compile": True, "cuda_graph": True}
 
 
@@ -35,6 +39,8 @@ def ways(ranks: int, guided: bool) -> dict[str, ParallelConfig]:
     """Ways to divide a request among so many ranks."""
     found = {
         "ulysses": ParallelConfig(ulysses=ranks),
+        "ulysses, projections apart": ParallelConfig(ulysses=ranks),
+        "ulysses, not overlapped": ParallelConfig(ulysses=ranks, async_ulysses=False),
         "ulysses, messages": ParallelConfig(ulysses=ranks, exchange="messages"),
         "ring": ParallelConfig(ring=ranks),
     }
@@ -50,23 +56,29 @@ def ways(ranks: int, guided: bool) -> dict[str, ParallelConfig]:
 
 
 def spans(generate: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of one request on the GPU: all of it, with a kernel of NCCL running, and with nothing else."""
+    """Milliseconds of one request on the GPU: all of it, with something on its way to another GPU, and with nothing
+    else."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         generate()
         measure.synchronize()
     kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    others, nccl = [], []
+    others, exchanges = [], []
+    kinds: Counter[str] = Counter()
     for event in kernels:
         # The whole of NCCL's calls is marked too, without being a kernel.
         if event.name.startswith("nccl:"):
             continue
         part = (event.time_range.start, event.time_range.end)
-        (nccl if "nccl" in event.name.lower() else others).append(part)
-    both = _length(nccl + others)
+        kind = next((name for name in _EXCHANGES if name in event.name), None)
+        (exchanges if kind is not None else others).append(part)
+        if kind is not None:
+            kinds[kind] += part[1] - part[0]
+    both = _length(exchanges + others)
     return {
         "all": round(both / 1000, 2),
-        "nccl": round(_length(nccl) / 1000, 2),
-        "nccl alone": round((both - _length(others)) / 1000, 2),
+        "exchanges": round(_length(exchanges) / 1000, 2),
+        "exchanges alone": round((both - _length(others)) / 1000, 2),
+        **{f"of them, {kind}": round(length / 1000, 2) for kind, length in kinds.items()},
     }
 
 
@@ -157,7 +169,9 @@ def main() -> None:
     for name, division in variants.items():
         if options.only and name not in options.only:
             continue
-        accelerate(pipe, **sections, parallel=division)
+        # Layers that make query and key can only overlap with the value's exchange if they are not one with its own.
+        changed = {"fuse": None} if name.endswith("apart") else {}
+        accelerate(pipe, **{**sections, **changed}, parallel=division)
         measured(name, profiled=division is not None)
         restore(pipe)
         torch.compiler.reset()

@@ -25,6 +25,8 @@ class ParallelConfig:
         vae: Ranks that share the VAE's decoding and encoding, a strip of the picture each; all ranks or a divisor. No
             factor of the product: the same ranks do it that share the denoiser's work.
         vae_dim: What the VAE's picture is divided along, `"height"` or `"width"`.
+        async_ulysses: Whether, in compiled blocks, shards are exchanged while what does not depend on them is
+            computed, where they go through windows.
         exchange: How Ulysses' shards travel: by `"messages"`; through `"windows"`, memory that GPUs of one machine
             write to directly; or `"auto"`, through windows where there are any.
 
@@ -34,6 +36,7 @@ class ParallelConfig:
 
     cfg: int = 1
     ulysses: int = 1
+    async_ulysses: bool = True
     ring: int = 1
     attn2d: tuple[int, ...] = (1, 1)
     dp: int = 1

@@ -55,6 +55,40 @@ def request(name, configuration, steps=2, calls=None, recorded=False, windows=Fa
     return max(errors), seen.branches, seen.attention_kernels, seen.graph_replays
 
 
+def overlapped(name):
+    """A request whose exchanges are rewritten to go on beside products, through shared memory: what `request` returns,
+    and the operators of attention in each graph, in their order, with `*` for a product."""
+    from diffusers_accel.features import feature
+    from diffusers_accel.features.compile import rewrites
+    from diffusers_accel.features.compile.rewrites import overlap
+
+    graphs = []
+
+    def backend(module, inputs, **_):
+        graphs.append(
+            [
+                "*" if overlap._is_product(node) else node.target.__name__.split(".")[0]
+                for node in module.graph.nodes
+                if overlap._is_product(node) or overlap._is_site(node)
+            ]
+        )
+        return module.forward
+
+    before = rewrites.graph.KINDS, feature.REWRITTEN_ON, overlap._WORTH
+    rewrites.graph.KINDS, feature.REWRITTEN_ON, overlap._WORTH = [("cpu", torch.float32)], ("cpu",), 0
+    torch._dynamo.register_backend(backend, name="watched")
+    torch.compiler.reset()
+    try:
+        compiled = {"backend": "watched", "rewrites": True}
+        found = request(name, {"compile": compiled, "parallel": {"ulysses": 2}, "attention": "sdpa"}, windows=True)
+    finally:
+        rewrites.graph.KINDS, feature.REWRITTEN_ON, overlap._WORTH = before
+        torch._dynamo.backends.registry._COMPILER_FNS.pop("watched")
+        rewrites.rewritten.cache_clear()
+        torch.compiler.reset()
+    return found, graphs
+
+
 def twice(name, configuration, steps=2):
     """Whether a pipeline gives the same before `accelerate` and after `restore`, and two equal requests under it."""
     pipe, entry = build(name), TINY[name]

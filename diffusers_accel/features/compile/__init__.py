@@ -73,7 +73,9 @@ def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
             )
         for block in denoiser.adapter.blocks(denoiser.module):
             rewrites = target.rewrites(denoiser)
-            yield AddLayer(block, target.rank("compile"), _compiled(block, config, shared, rewrites))
+            yield AddLayer(
+                block, target.rank("compile"), _compiled(block, config, shared, rewrites, bool(target.transports))
+            )
             if denoiser.adapter.static_arguments:
                 # Of equal rank and added later, so it runs outside the compiled forward.
                 yield AddLayer(block, target.rank("compile"), _read(denoiser.adapter.static_arguments))
@@ -99,9 +101,14 @@ def _read(names: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _compiled(
-    module: nn.Module, config: CompileConfig, shared: dict[type, Callable[..., Any]], rewrites: bool
+    module: nn.Module,
+    config: CompileConfig,
+    shared: dict[type, Callable[..., Any]],
+    rewrites: bool,
+    exchanging: bool,
 ) -> Callable[..., Any]:
-    """A layer that runs `module`'s forward compiled; `shared` holds the compiled forwards by class."""
+    """A layer that runs `module`'s forward compiled; `shared` holds the compiled forwards by class. `exchanging`:
+    whether attention exchanges heads with other ranks."""
     options: dict[str, Any] = {
         "backend": config.backend,
         "fullgraph": config.fullgraph,
@@ -114,10 +121,11 @@ def _compiled(
 
         options["backend"] = rewritten(config.backend)
     elif rewrites:
-        from .rewrites import REWRITES
+        from .rewrites import OVERLAPPING, REWRITES
 
         # A mode stands for options, and torch takes one or the other.
         own = torch._inductor.list_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
+        own = {**(OVERLAPPING if exchanging else {}), **own}
         options |= {"mode": None, "options": {**own, "pre_grad_custom_pass": REWRITES}}
     if _plain(module):
         kind = type(module)

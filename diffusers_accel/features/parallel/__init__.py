@@ -168,10 +168,10 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
             samples = Samples(denoiser, mesh.group("dp"))
             yield AddLayer(denoiser.module, target.rank("samples"), samples.around_denoiser)
         if config.sequence > 1:
-            yield from _divided(target, denoiser, mesh)
+            yield from _divided(target, denoiser, mesh, config)
 
 
-def _divided(target: Target, denoiser: Denoiser, mesh: Mesh) -> Iterator[Edit]:
+def _divided(target: Target, denoiser: Denoiser, mesh: Mesh, config: ParallelConfig) -> Iterator[Edit]:
     """Layers around one denoiser and its blocks, and its transports."""
     adapter, plan = denoiser.adapter, denoiser.adapter.sequence
     assert plan is not None
@@ -180,7 +180,13 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh) -> Iterator[Edit]:
     ulysses = mesh.group("ulysses")
     shipping = Shipping(ulysses) if ulysses.windows is not None else None
     transport = Transport(
-        mesh.sequence(), ulysses, mesh.group("ring"), mesh.group("column"), mesh.group("row"), shipping
+        mesh.sequence(),
+        ulysses,
+        mesh.group("ring"),
+        mesh.group("column"),
+        mesh.group("row"),
+        shipping,
+        config.async_ulysses,
     )
     for name, attends in plan.attention.items():
         target.transports[denoiser.name, name] = division.carrier(attends, transport)

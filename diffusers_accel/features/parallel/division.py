@@ -216,6 +216,11 @@ class Carrier:
         """Whether query, key and value may be sent off one by one, by `ship`, given the heads of query and key."""
         return bool(self._attends.keys) and not self._attends.shared and self._transport.ships(heads)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether something else may be computed while they are on their way."""
+        return self._transport.overlaps
+
     def ship(self, which: int, operand: Operand, heads: tuple[int, int], aside: bool) -> None:
         """Sends one of them off; see `Transport.ship`."""
         layout, length = self._division.layout(self._attends), operand.length

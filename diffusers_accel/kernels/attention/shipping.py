@@ -170,6 +170,36 @@ class Shipping:
             for offset, shape in zip(offsets, shapes, strict=True)
         ]
 
+    def returned(self, out: torch.Tensor, heads: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """All heads of this rank's tokens, from everybody's heads of all tokens.
+
+        Args:
+            out: (batch, sequence, this rank's heads, head_dim).
+            heads: Of each rank.
+            lengths: Tokens of each rank.
+        """
+        group = self.group
+        batch, _, own, dim = out.shape
+        shapes = [(batch, length, sum(heads), dim) for length in lengths]
+        window = self._windows.following(max(placed([shape], [out.dtype])[1] for shape in shapes))
+        first = sum(heads[: group.rank])
+        parts = out.split(list(lengths), 1)
+        for step in range(1, group.size):
+            rank = (group.rank + step) % group.size
+            key = ("returned", id(window), rank, shapes[rank], first, own, out.dtype)
+            if key not in self._places:
+                self._places[key] = [window.part(rank, 0, shapes[rank], out.dtype)[:, :, first : first + own]]
+            self._write(Operand((parts[rank],)), self._places[key], key)
+        found = out.new_empty(shapes[group.rank])
+        found[:, :, first : first + own].copy_(parts[group.rank])
+        window.barrier()
+        # What is read after the next exchange does not stay in a window.
+        come = window.part(group.rank, 0, shapes[group.rank], out.dtype)
+        for begins, ends in ((0, first), (first + own, sum(heads))):
+            if ends > begins:
+                found[:, :, begins:ends].copy_(come[:, :, begins:ends])
+        return found
+
     # --- where they go ------------------------------------------------------------------------------------------------
 
     def _there(self, window: Window, size: Size, which: int) -> list[torch.Tensor]:

@@ -60,6 +60,7 @@ class Transport:
         row: Those of this rank's row of the grid, among which queries are gathered.
         column: Those of its column, among which keys and values are.
         shipping: What heads go through, where `ulysses` has windows.
+        overlaps: Whether they may be on their way while something else is computed.
     """
 
     everyone: Group
@@ -68,6 +69,7 @@ class Transport:
     row: Group
     column: Group
     shipping: Shipping | None = None
+    overlaps: bool = True
 
     @property
     def partial(self) -> bool:
@@ -192,6 +194,8 @@ class Transport:
         group = self.ulysses
         if group.size == 1:
             return out
+        if self.shipping is not None:
+            return self.shipping.returned(out, heads, lengths)
         (found,) = group.reshard([out], 1, [lengths], 2, [heads])
         return found
 

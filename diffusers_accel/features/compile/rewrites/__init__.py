@@ -11,6 +11,7 @@ again and again. So:
   single-stream blocks) becomes two products that add up.
 - `rows.py`: a residual stream's sum, its norm and its modulation become one pass, which rounds to 8 bits if that is
   what a quantized layer reads; so do an activation and the rounding after it.
+- `overlap.py`: what does not depend on an exchange between ranks is computed beside it.
 - `canonical.py`: the one form in which the others find what stock code writes in several.
 
 The graph is torch's own, before any decomposition, so the patterns are those that stock code writes.
@@ -28,7 +29,10 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
-from . import attention, canonical, linear, rows
+from . import attention, canonical, linear, overlap, rows
+
+# Inductor's options where exchanges and products overlap.
+OVERLAPPING = overlap.OPTIONS
 
 
 class Rewrites(CustomGraphPass):
@@ -38,7 +42,7 @@ class Rewrites(CustomGraphPass):
         """Rewrites a graph in place; where gradients are recorded, which our operators know nothing of, it stays."""
         if torch.is_grad_enabled():
             return
-        for rewrite in (canonical.rewrite, attention.rewrite, linear.rewrite, rows.rewrite):
+        for rewrite in (canonical.rewrite, attention.rewrite, linear.rewrite, rows.rewrite, overlap.rewrite):
             rewrite(graph)
         graph.lint()
 

@@ -1,0 +1,119 @@
+"""Exchanges between ranks beside what does not depend on them.
+
+Where attention's heads are exchanged among ranks, query, key and value are sent off one after another, each as soon as
+there is one; what attention does not read is computed after that and before attention: FLUX's feed-forward in
+single-stream blocks, say. Layers that make query and key apart from the value come after the value is on its way.
+(Async Ulysses: https://github.com/NVIDIA/TensorRT-LLM, VisualGen.)
+
+An exchange ends before the next one begins, so no other attention is moved into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph
+
+from ....kernels.attention import SITES
+from ....kernels.attention.shipping import KEY, QUERY, VALUE
+from . import graph as graphs
+from .graph import is_call, put, value
+from .linear import LINEAR
+
+# What inductor must leave as it is: it would move products back to where they are read.
+OPTIONS = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+
+_OPERATORS = torch.ops.diffusers_accel
+_SITES = ("attention", "attention_unprepared", "ship", "attention_arrived")
+_PRODUCTS = ("linear_gelu", "linear_of_parts", "int8_product")
+# Multiplications of a product that are worth a split: some ten microseconds' on a large GPU.
+_WORTH = 1 << 32
+
+
+def rewrite(graph: Graph) -> None:
+    """Rewrites a graph in place."""
+    if graphs.written(graph):
+        return
+    # What stands beside one exchange is not moved on to the next one.
+    settled: set[Any] = set()
+    for node in graph.find_nodes(op="call_function", target=_OPERATORS.attention_unprepared.default):
+        _split(graph, node, settled)
+
+
+def _split(graph: Graph, node: Any, settled: set[Any]) -> None:
+    """One attention in steps, if there is something to compute between them."""
+    query, key, value_, norms, eps, query_tables, key_tables, halves, mask, causal, scale, site = node.args
+    heads = [value(parts[0]).shape[2] for parts in (query, key)]
+    carrier = SITES[site].transport if site in SITES else None
+    alike = {(value(item).shape[-1], value(item).dtype) for item in (query[0], key[0], value_)}
+    if carrier is None or not carrier.overlaps or causal or len(alike) > 1 or not carrier.ships((heads[0], heads[1])):
+        return
+    before = _before(graph, node)
+    count = len(query)
+    sent = {
+        VALUE: ([value_], [], []),
+        QUERY: (query, norms[:count], query_tables),
+        KEY: (key, norms[count:], key_tables),
+    }
+    its = {which: _needed(item for items in lists for item in items) for which, lists in sent.items()}
+    of_others = _needed([] if mask is None else [mask])
+    needed = its[VALUE] | its[QUERY] | its[KEY] | of_others
+    # Other exchanges, and what they need, come first.
+    first = _needed([item for item in before if _is_site(item) or item in settled])
+    rest = [item for item in before if item not in needed and item not in first]
+    if not any(map(_is_product, rest)) and not any(map(_is_product, (its[QUERY] | its[KEY]) - its[VALUE] - first)):
+        return
+    placed = first | of_others
+    order = [item for item in before if item in placed]
+    shipped = []
+    for which, (parts, weights, tables) in sent.items():
+        order += [item for item in before if item in its[which] and item not in placed]
+        placed |= its[which]
+        sending = (parts, weights, eps, tables, halves, which, heads, causal, site)
+        made = put(graph, node, _OPERATORS.ship.default, sending, value(parts[0]).new_empty(0))
+        shipped.append(made)
+        order.append(made)
+    order += [item for item in before if item not in placed]
+    for item in order:
+        node.prepend(item)
+    settled.update(rest)
+    args = (shipped, query, value_, mask, causal, scale, site)
+    graphs.replace(node, put(graph, node, _OPERATORS.attention_arrived.default, args, node))
+
+
+def _before(graph: Graph, node: Any) -> list[Any]:
+    """What is computed before a node, in its order."""
+    found = []
+    for item in graph.nodes:
+        if item is node:
+            break
+        if item.op not in ("placeholder", "get_attr"):
+            found.append(item)
+    return found
+
+
+def _needed(nodes: Iterable[Any]) -> set[Any]:
+    """Nodes, and all that they are computed from."""
+    found: set[Any] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _is_site(node: Any) -> bool:
+    return is_call(node, *(getattr(_OPERATORS, name).default for name in _SITES))
+
+
+def _is_product(node: Any) -> bool:
+    """Whether a node multiplies matrices for long."""
+    targets = [getattr(_OPERATORS, name).default for name in _PRODUCTS]
+    if not is_call(node, LINEAR, torch._scaled_mm, *targets) or value(node) is None:
+        return False
+    sizes = [value(item).shape[-1] for item in node.all_input_nodes[:1] if value(item) is not None]
+    return bool(sizes) and value(node).numel() * sizes[0] >= _WORTH
