@@ -21,7 +21,7 @@ from diffusers_accel.kernels.attention import (
     rotate,
 )
 from diffusers_accel.kernels.attention.prepare import prepare
-from diffusers_accel.kernels.attention.scatter import addresses, scatter
+from diffusers_accel.kernels.attention.scatter import addresses, collect, scatter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -83,6 +83,16 @@ def test_scattered_heads(dim, dtype, norm, rotation):
     for item, place in zip(memory, places, strict=True):
         place[:, start : start + length] = 7.0
         assert bool((item == 7.0).all()), "nothing is written beside its place"
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 2), (2, 3), (1, 1)])
+def test_collected_heads(first, count):
+    out, come = (random(2, 7, 5, 24, seed=seed) for seed in (1, 2))
+    own = random(2, 11, count, 24)[:, 3:10]
+    wanted = come.clone()
+    wanted[:, :, first : first + count] = own
+    collect(out, own, come, first)
+    assert torch.equal(out, wanted)
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ two pictures.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +35,9 @@ def same_random_numbers(everyone: Group, device: str) -> Callable[..., Any]:
 
 
 class Agreement:
-    """Compares what ranks are given, at the first call of every request.
+    """Compares what ranks are given, at the first call of every request: its form before the call, since ranks that
+    differ in it would wait for each other for ever, and its values when the next call begins, when they have long been
+    exchanged and nobody waits for them.
 
     Args:
         target: The pipeline.
@@ -46,6 +47,7 @@ class Agreement:
     def __init__(self, target: Target, everyone: Group):
         self.target, self.everyone = target, everyone
         self._request = 0
+        self._judge: Callable[[], None] | None = None
 
     def around_denoiser(self, denoiser: Denoiser) -> Callable[..., Any]:
         """The layer around a denoiser's forward."""
@@ -55,51 +57,93 @@ class Agreement:
             state = self.target.clock.current
             if state is not None and state.request != self._request:
                 self._request = state.request
-                self._compare(by_name(names, args, kwargs), str(denoiser))
+                self._judge = self._compare(by_name(names, args, kwargs), str(denoiser))
+                out = inner(*args, **kwargs)
+                # There may be no next call.
+                if state.last:
+                    self._judged()
+                return out
+            self._judged()
             return inner(*args, **kwargs)
 
         return forward
 
-    def _compare(self, arguments: dict[str, Any], denoiser: str) -> None:
-        mine = {name: _marks(value) for name, value in arguments.items()}
-        for rank, marks in enumerate(everyone := self.everyone.objects(mine)):
-            for name in dict.fromkeys([*everyone[0], *marks]):
-                first, other = everyone[0].get(name), marks.get(name)
-                if first is None or other is None or not _alike(first, other):
-                    raise RanksDiffer(
-                        f"parallel: {name} of {denoiser} is not the same on ranks 0 and {rank}: {_short(first)} and "
-                        f"{_short(other)}. Every rank must be given the same request: the same prompt, sizes, and a "
-                        "generator with the same seed."
-                    )
+    def _judged(self) -> None:
+        judge, self._judge = self._judge, None
+        if judge is not None:
+            judge()
+
+    def _compare(self, arguments: dict[str, Any], denoiser: str) -> Callable[[], None]:
+        """Compares forms, and begins to exchange values; what is returned compares these."""
+        marks = {name: _marks(value) for name, value in arguments.items()}
+        forms = {
+            name: [mark.form if isinstance(mark, _Mark) else mark for mark in each] for name, each in marks.items()
+        }
+        for rank, other in enumerate(everyone := self.everyone.objects(forms)):
+            for name in dict.fromkeys([*everyone[0], *other]):
+                if name not in everyone[0] or name not in other or everyone[0][name] != other[name]:
+                    raise _differ(denoiser, name, rank, everyone[0].get(name), other.get(name))
+        own = [(name, mark) for name, each in marks.items() for mark in each if isinstance(mark, _Mark)]
+        if not own:
+            return lambda: None
+        device = max((mark.values.device for _, mark in own), key=lambda item: item.type == "cuda")
+        values = torch.cat([mark.values.to(device) for _, mark in own])
+        found = torch.stack(self.everyone.gather(values, 0))
+        there = None
+        if device.type == "cuda":
+            found = found.to("cpu", non_blocking=True)
+            there = torch.cuda.Event()
+            there.record()
+
+        def judge() -> None:
+            if there is not None:
+                there.synchronize()
+            lengths = [mark.values.numel() for _, mark in own]
+            parts = [rank.split(lengths) for rank in found]
+            for rank, part in enumerate(parts):
+                for (name, mark), one, two in zip(own, parts[0], part, strict=True):
+                    if not replace(mark, values=one).alike(replace(mark, values=two)):
+                        raise _differ(denoiser, name, rank, forms[name], forms[name])
+
+        return judge
+
+
+def _form(mark: Any) -> Any:
+    return mark.form if isinstance(mark, _Mark) else mark
+
+
+def _differ(denoiser: str, name: str, rank: int, first: list[Any] | None, other: list[Any] | None) -> RanksDiffer:
+    return RanksDiffer(
+        f"parallel: {name} of {denoiser} is not the same on ranks 0 and {rank}: {_short(first)} and {_short(other)}. "
+        "Every rank must be given the same request: the same prompt, sizes, and a generator with the same seed."
+    )
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """What tells tensors apart: their form, and sums of every n-th value, or the values if they are few."""
+    """What tells tensors apart: their form, and sums of every n-th value with that of all squares, or the values if
+    they are few; float64, on the tensor's device."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    sums: tuple[float, ...]
-    size: float
+    form: tuple[tuple[int, ...], str]
+    values: torch.Tensor
+    few: bool
 
     @classmethod
     def of(cls, x: torch.Tensor) -> _Mark:
         wide = (torch.view_as_real(x) if x.is_complex() else x).double().flatten()
-        if wide.numel() > _FEW:
-            wide_sums = torch.nn.functional.pad(wide, (0, -wide.numel() % _SUMS)).view(-1, _SUMS).sum(0)
-        else:
-            wide_sums = wide
-        return cls(tuple(x.shape), str(x.dtype), tuple(wide_sums.tolist()), float(wide.square().sum()))
+        few = wide.numel() <= _FEW
+        if not few:
+            sums = torch.nn.functional.pad(wide, (0, -wide.numel() % _SUMS)).view(-1, _SUMS).sum(0)
+            wide = torch.cat([sums, wide.square().sum()[None]])
+        return cls((tuple(x.shape), str(x.dtype)), wide, few)
 
     def alike(self, other: _Mark) -> bool:
         """Whether they are the same but for rounding: ranks may compute a prompt's embedding by other kernels. Rounded
         to bf16 throughout, a sum of n values of size s moves by 0.2% of s sqrt(n); another seed moves it by 140%."""
-        if (self.shape, self.dtype, len(self.sums)) != (other.shape, other.dtype, len(other.sums)):
-            return False
-        if len(self.sums) != _SUMS:
-            return self.sums == other.sums
-        bound = 0.01 * math.sqrt(max(self.size, other.size) / _SUMS)
-        return all(abs(one - two) <= bound for one, two in zip(self.sums, other.sums, strict=True))
+        if self.form != other.form or self.few:
+            return self.form == other.form and torch.equal(self.values, other.values)
+        bound = 0.01 * (torch.maximum(self.values[-1], other.values[-1]) / _SUMS).sqrt()
+        return bool(((self.values[:-1] - other.values[:-1]).abs() <= bound).all())
 
 
 def _marks(value: Any) -> list[Any]:
@@ -116,7 +160,7 @@ def _alike(first: list[Any], other: list[Any]) -> bool:
     )
 
 
-def _short(marks: list[Any] | None) -> str:
-    if marks is None:
+def _short(forms: list[Any] | None) -> str:
+    if forms is None:
         return "not given"
-    return ", ".join(f"{tuple(item.shape)} {item.dtype}" if isinstance(item, _Mark) else repr(item) for item in marks)
+    return ", ".join(f"{item[0]} {item[1]}" if isinstance(item, tuple) else repr(item) for item in forms)

@@ -42,7 +42,7 @@ def load_quarters(pointer, D: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def _rotated(x, cos, sin):
+def rotated(x, cos, sin):
     """Channels times their cosines and sines: neighbours are the two parts of one complex number."""
     real, imaginary = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
     return x * cos + tl.join(-imaginary, real).reshape(x.shape) * sin
@@ -73,7 +73,7 @@ def load_head(
         x *= factor * tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     if ROTATE == "neighbours":
         cos = _table(cos_ptr, table_stride, rows, inside, DP)
-        x = _rotated(x, cos, _table(sin_ptr, table_stride, rows, inside, DP))
+        x = rotated(x, cos, _table(sin_ptr, table_stride, rows, inside, DP))
     if ROTATE == "halves":
         # The other part of each number belongs to another thread: it is read once more, from the cache.
         other = tl.where(d < D // 2, d + D // 2, d - D // 2)
@@ -122,12 +122,12 @@ def turned(
             a, c = a * cos0 - c * sin0, c * cos0 + a * sin0
             b, d = b * cos1 - d * sin1, d * cos1 + b * sin1
         else:
-            a = _rotated(a, cos0, sin0)
-            b = _rotated(b, cos1, sin1)
+            a = rotated(a, cos0, sin0)
+            b = rotated(b, cos1, sin1)
             cos2 = _table(cos_ptr + 2 * Q, table_stride, rows, inside, W)
-            c = _rotated(c, cos2, _table(sin_ptr + 2 * Q, table_stride, rows, inside, W))
+            c = rotated(c, cos2, _table(sin_ptr + 2 * Q, table_stride, rows, inside, W))
             cos3 = _table(cos_ptr + 3 * Q, table_stride, rows, inside, W)
-            d = _rotated(d, cos3, _table(sin_ptr + 3 * Q, table_stride, rows, inside, W))
+            d = rotated(d, cos3, _table(sin_ptr + 3 * Q, table_stride, rows, inside, W))
     return (a, b, c, d)
 
 

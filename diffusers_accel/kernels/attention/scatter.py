@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .prepare import token, turns
 from .record import Tables
+from .rows import rotated
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -34,11 +35,7 @@ def _scatter(
     batch = tl.load(table_ptr + 3 * h + 2, mask=exists, other=0)
     to += b * batch + (s + start) * row
     base = x_ptr + b * sx_b + s * sx_s
-    if (NORM == "") and (ROTATE == ""):
-        inside = exists[:, None] & (tl.arange(0, DP) < D)[None, :]
-        channels = tl.arange(0, DP)[None, :]
-        tl.store(to[:, None] + channels, tl.load(base + h[:, None] * sx_h + channels, mask=inside), mask=inside)
-    else:
+    if ROTATE == "halves":
         turn = b * st_b + s * st_s
         x, inside = token(
             base, sx_h, heads, norm_ptr, eps, cos_ptr + turn, sin_ptr + turn, st_h, NORM, ROTATE, D, W, HEADS
@@ -49,6 +46,41 @@ def _scatter(
         tl.store(at + Q, x[1].to(KIND), mask=inside)
         tl.store(at + 2 * Q, x[2].to(KIND), mask=inside)
         tl.store(at + 3 * Q, x[3].to(KIND), mask=inside)
+    else:
+        # A head's channels in one piece: what goes over a link goes in longer packets.
+        d = tl.arange(0, DP)
+        inside = exists[:, None] & (d < D)[None, :]
+        x = tl.load(base + h[:, None] * sx_h + d[None, :], mask=inside, other=0.0)
+        if (NORM != "") or (ROTATE != ""):
+            x = x.to(tl.float32)
+        if NORM == "head":
+            weight = tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            x *= tl.rsqrt(tl.sum(x * x, 1) * (1.0 / D) + eps)[:, None] * weight
+        if NORM == "all":
+            weight = tl.load(norm_ptr + h[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / (heads * D) + eps) * weight
+        if ROTATE == "neighbours":
+            turn = b * st_b + s * st_s + h.to(tl.int64)[:, None] * st_h + d[None, :]
+            x = rotated(
+                x, tl.load(cos_ptr + turn, mask=inside, other=0.0), tl.load(sin_ptr + turn, mask=inside, other=0.0)
+            )
+        tl.store(to[:, None] + d[None, :], x.to(KIND), mask=inside)
+
+
+@triton.jit
+def _collect(
+    out_ptr, own_ptr, come_ptr, so_b, so_s, sc_b, sc_s, sw_b, sw_s, heads, first, count,
+    D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Program (token, batch)."""
+    s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    h, d = tl.arange(0, HEADS), tl.arange(0, DP)[None, :]
+    own = (h >= first) & (h < first + count)
+    inside = (d < D) & (h < heads)[:, None]
+    mine = tl.load(own_ptr + b * sw_b + s * sw_s + (h - first)[:, None] * D + d, mask=inside & own[:, None], other=0.0)
+    come = tl.load(come_ptr + b * sc_b + s * sc_s + h[:, None] * D + d, mask=inside & ~own[:, None], other=0.0)
+    at = out_ptr + b * so_b + s * so_s + h[:, None] * D + d
+    tl.store(at, tl.where(own[:, None], mine, come), mask=inside)
 
 
 def addresses(places: Sequence[torch.Tensor]) -> list[list[int]]:
@@ -99,4 +131,23 @@ def scatter(
         ROTATE="" if tables is None else "halves" if halves else "neighbours", KIND=_TYPES[x.dtype], D=dim,
         W=padded // 4, DP=triton.next_power_of_2(dim), HEADS=wide,
         num_warps=warps or max(1, min(8, wide * padded // 1024)),
+    )  # fmt: skip
+
+
+def collect(out: torch.Tensor, own: torch.Tensor, come: torch.Tensor, first: int) -> None:
+    """Writes all heads of some tokens: this rank's own ones, and those that have come from others.
+
+    Args:
+        out: (batch, sequence, heads, channels), heads and channels next to each other, as are the next two.
+        own: This rank's heads.
+        come: Like `out`; this rank's heads of it are not read.
+        first: Which of the heads is this rank's first.
+    """
+    batch, length, heads, dim = out.shape
+    if 0 in (batch, length):
+        return
+    wide, padded = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
+    _collect[(length, batch)](
+        out, own, come, out.stride(0), out.stride(1), come.stride(0), come.stride(1), own.stride(0), own.stride(1),
+        heads, first, own.shape[2], D=dim, DP=padded, HEADS=wide, num_warps=max(1, min(8, wide * padded // 1024)),
     )  # fmt: skip
