@@ -23,6 +23,9 @@ class ParallelConfig:
         vae: Ranks that share the VAE's decoding and encoding, a strip of the picture each; all ranks or a divisor. No
             factor of the product: the same ranks do it that share the denoiser's work.
         vae_dim: What the VAE's picture is divided along, `"height"` or `"width"`.
+        fsdp: Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a
+            block's weights are put together while it runs. No factor of the product either; where the product is 1,
+            any number of processes will do, and each computes the whole request.
 
     Raises:
         ConfigError: A number is below 1, or both `ring` and `attn2d` are asked for.
@@ -35,6 +38,7 @@ class ParallelConfig:
     dp: int = 1
     vae: int = 1
     vae_dim: str = "height"
+    fsdp: bool = False
 
     _shorthand: typing.ClassVar[str | None] = None
 
@@ -56,8 +60,12 @@ class ParallelConfig:
 
     @property
     def ranks(self) -> int:
-        """How many ranks there are."""
+        """How many ranks there are; 1 may be any number where they share weights alone."""
         return math.prod(self.sizes.values())
+
+    def axes(self, world: int) -> dict[str, int]:
+        """`sizes` for so many processes: where they share weights alone, all stand along one axis."""
+        return {"dp": world} if self.fsdp and self.ranks == 1 else self.sizes
 
     @property
     def product(self) -> str:
