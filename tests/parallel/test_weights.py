@@ -99,6 +99,8 @@ def test_the_next_block_comes_while_one_computes(pools):
     for counts, addresses in pools[2].run(weights.sends, "wan", weights.FSDP):
         assert counts["entered"] == 2 * 3 * 3 + 2 * 2, counts
         assert counts["late"] <= 4, counts
+        # The first one of a forward follows the last of three in the same half of the memory: when that has computed.
+        assert counts["beside"] >= 2 * 3 * 2, counts
         assert addresses == {1}
 
 
@@ -129,8 +131,10 @@ def test_each_holds_its_part(pools, ranks, sections):
 
 def test_calls_that_need_whole_weights_are_refused(pools):
     for found in pools[2].run(weights.refused_calls, "flux"):
-        for key in ("pipeline", "model", "encoder", "state", "block", "load", "lora", "adapter"):
-            assert found[key].startswith("Unsupported: ") and "restore(pipe) first" in found[key], (key, found[key])
+        others = {key: found.pop(key) for key in ("again", "gradients", "cast")}
+        for key, said in found.items():
+            assert said.startswith("Unsupported: ") and "restore(pipe) first" in said, (key, said)
+        found = others
         assert "divided among ranks" in found["again"]
         assert "gradients" in found["gradients"]
         assert "torch.bfloat16" in found["cast"] and "restore(pipe)" in found["cast"]

@@ -119,14 +119,18 @@ def refused_calls(name):
             "state": lambda: pipe.transformer.state_dict(),
             "block": lambda: block.state_dict(),
             "load": lambda: pipe.transformer.load_state_dict({}, strict=False),
-            "lora": lambda: pipe.load_lora_weights({"transformer.proj_out.lora_A.weight": torch.zeros(1, 1)}),
+            "lora": lambda: pipe.load_lora_weights({}),
+            "merge": lambda: pipe.fuse_lora(),
+            "into the model": lambda: pipe.transformer.load_lora_adapter({}),
+            "offload": lambda: pipe.enable_model_cpu_offload(),
             "adapter": lambda: pipe.transformer.add_adapter(None),
             "again": lambda: accelerate(pipe, attention="sdpa"),
             "gradients": lambda: block(torch.zeros(1, 4, 32)),
         }
         found = {key: _said(call) for key, call in calls.items()}
         pipe.transformer.to(torch.bfloat16)
-        found["cast"] = _said(lambda: TINY[name].run(pipe, steps=1))
+        with torch.no_grad():
+            found["cast"] = _said(lambda: block(torch.zeros(1, 4, 32)))
         pipe.transformer.to(torch.float32)
         restore(pipe)
         pipe.transformer.save_pretrained(folder)
@@ -157,16 +161,19 @@ def moved(name):
 
 
 def sends(name, configuration, steps=3):
-    """How often blocks were gathered in a request, and for each whether it was asked for by the block before it."""
+    """How often blocks were gathered in a request: in all, while another computed, and only when they were called; and
+    at how many addresses blocks find their weights."""
     pipe, entry = build(name), TINY[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         accelerate(pipe, **configuration)
-    counts = {"loaded": 0, "entered": 0, "late": 0}
+    counts = {"loaded": 0, "beside": 0, "entered": 0, "late": 0}
     load, enter = Memory._load, Memory._enter
 
     def _load(self, shard):
-        counts["loaded"] += self._held[shard.place] is not shard
+        fresh = self._held[shard.place] is not shard
+        counts["loaded"] += fresh
+        counts["beside"] += fresh and any(self._running)
         return load(self, shard)
 
     def _enter(self, shard):

@@ -87,31 +87,13 @@ class Guidance:
         self._turn += len(owners)
         self._calls += 1
         key = self._key(arguments, batch if batch > 1 else None)
-        ranks = [rank for rank, _ in owners]
-        if self.together:
-            # Before the form of a result is known, those that have none wait for it.
-            ranks = ranks if key in self._forms else list(range(size))
-            if self._round.intersection(ranks):
-                self._level()
-            self._round.update(ranks)
-        mine, start = None, 0
-        # Without samples of its own a rank computes the first ones.
-        parts = dict.fromkeys(ranks, (0, counts[0]))
-        for rank, count in owners:
-            parts[rank] = (start, count)
-            start += count
 
         def compute(start: int, count: int) -> Any:
             if batch > 1:
                 return inner(**_samples(self.denoiser, arguments, batch, start, count))
             return inner(*args, **kwargs)
 
-        if self.group.rank in ranks:
-            mine = compute(*parts[self.group.rank])
-        if self.group.rank not in dict(owners):
-            mine = None
-        if self.together:
-            self._again = self._placed(lambda: compute(0, counts[0]))
+        mine = self._computed(key, owners, compute)
         form = self._form(key, mine, owners[0][0], batch if batch > 1 else None)
         tensors = None if mine is None else [item for item in pytree.tree_leaves(mine) if _tensor(item)]
         call = _Call(owners, tensors, form)
@@ -129,8 +111,27 @@ class Guidance:
             # What nobody asked for is nobody's: every rank knows it alike.
             self._open = []
 
-    def _placed(self, compute: Callable[[], Any]) -> Callable[[], Any]:
-        """What computes a call later, as if it came now."""
+    def _computed(self, key: Hashable, owners: list[tuple[int, int]], compute: Callable[[int, int], Any]) -> Any:
+        """This rank's part of a call, or `None` if it has none."""
+        parts, start = {}, 0
+        for rank, count in owners:
+            parts[rank] = (start, count)
+            start += count
+        part = parts.get(self.group.rank)
+        if not self.together:
+            return None if part is None else compute(*part)
+        # Ranks that have no part wait to be told the form of a result that nobody has seen.
+        ranks = set(parts) if key in self._forms else set(range(self.group.size))
+        if self._round & ranks:
+            self._level()
+        self._round |= ranks
+        self._again = self._later_as_now(lambda: compute(*parts[owners[0][0]]))
+        if part is None and self.group.rank in ranks:
+            self._again()
+        return None if part is None else compute(*part)
+
+    def _later_as_now(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+        """What computes a call in its own place among all, whenever it is called."""
         clock, state = self.target.clock, self.target.clock.current
 
         def again() -> Any:
@@ -146,7 +147,7 @@ class Guidance:
         """Ends a round: what another rank has computed is computed here too, if nothing else was."""
         again, ranks = self._again, self._round
         self._again, self._round = None, set()
-        if again is not None and ranks and self.group.rank not in ranks:
+        if again is not None and self.group.rank not in ranks:
             again()
 
     def _key(self, arguments: dict[str, Any], batch: int | None) -> Hashable:

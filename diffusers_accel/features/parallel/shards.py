@@ -80,8 +80,8 @@ def dense(tensor: torch.Tensor) -> bool:
 
 
 def _run(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a dense tensor, as they lie in memory."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    """The values of a dense tensor, as they lie in memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def _up(length: int, to: int) -> int:
@@ -100,6 +100,7 @@ class Shard:
 
     Attributes:
         length: Bytes that each rank holds.
+        forms: Type, shape and strides of each tensor.
     """
 
     def __init__(self, name: str, weights: Sequence[Weight], group: Group, device: torch.device, place: int):
@@ -112,8 +113,8 @@ class Shard:
         self.length = _up(length, _ALIGNED * group.size) // group.size
         self.own: torch.Tensor | None = None
         self._views: list[torch.Tensor] = []
-        self._forms = [(item.tensor.dtype, item.tensor.shape, item.tensor.stride()) for item in self.weights]
-        self._empty = [torch.empty(0, dtype=dtype, device=device) for dtype, *_ in self._forms]
+        self.forms = [(item.tensor.dtype, item.tensor.shape, item.tensor.stride()) for item in self.weights]
+        self._empty = [torch.empty(0, dtype=dtype, device=device) for dtype, *_ in self.forms]
 
     @property
     def whole(self) -> int:
@@ -127,14 +128,15 @@ class Shard:
         for weight, offset in zip(self.weights, self._offsets, strict=True):
             first, last = max(offset, start), min(offset + weight.bytes, start + self.length)
             if first < last:
-                own[first - start : last - start] = _run(weight.tensor)[first - offset : last - offset]
+                run = _run(weight.tensor).view(torch.uint8)
+                own[first - start : last - start] = run[first - offset : last - offset]
         self.own = own
 
     def place_in(self, memory: torch.Tensor) -> None:
         """Says where it is put together."""
         self._views = [
             memory[offset : offset + weight.bytes].view(dtype).as_strided(shape, stride)
-            for weight, offset, (dtype, shape, stride) in zip(self.weights, self._offsets, self._forms, strict=True)
+            for weight, offset, (dtype, shape, stride) in zip(self.weights, self._offsets, self.forms, strict=True)
         ]
 
     def show(self) -> None:
@@ -298,7 +300,8 @@ class Divided:
         with torch.inference_mode(False):
             self.shard.fill()
         for weight in self.shard.weights:
-            kept = weight.tensor.detach()
+            # As a run of values: it comes back in the order of dimensions in which it lies now.
+            kept = _run(weight.tensor)
             self._homes.append(kept.device)
             if kept.device.type == "cuda":
                 self._moving.append(parked(kept))
@@ -315,8 +318,9 @@ class Divided:
         for moving in self._moving:
             # If it failed, the weight lies in page-locked memory, whole.
             moving.exception()
-        for weight, kept, home in zip(self.shard.weights, self._kept, self._homes, strict=True):
-            weight.back(kept if home.type == "cpu" else moved(kept, weight.now().device))
+        for weight, kept, home, form in zip(self.shard.weights, self._kept, self._homes, self.shard.forms, strict=True):
+            run = kept if home.type == "cpu" else moved(kept, weight.now().device)
+            weight.back(run.as_strided(*form[1:]))
 
 
 @dataclass(eq=False)

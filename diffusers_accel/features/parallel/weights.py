@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,15 @@ from .shards import Divided, Memory, Opened, Settled, Weight, dense
 _FEATURE = "parallel.fsdp"
 # inductor modes that record graphs of their own.
 _OWN_GRAPHS = ("reduce-overhead", "max-autotune")
-# What reads weights, or writes to them, or puts others beside them.
-_BLOCK_METHODS = ("state_dict",)
-_MODEL_METHODS = (
+# What reads weights, writes to them, moves them or puts others beside them: of a block, a model and a pipeline.
+_BLOCK = ("state_dict",)
+_MODEL = (
     "save_pretrained", "load_state_dict", "load_lora_adapter", "load_adapter", "add_adapter", "fuse_lora",
-    "unfuse_lora", "load_ip_adapter", "load_attn_procs",
+    "unfuse_lora", "load_attn_procs", "enable_group_offload", "enable_layerwise_casting",
+)  # fmt: skip
+_PIPELINE = (
+    "save_pretrained", "load_lora_weights", "fuse_lora", "unfuse_lora", "load_ip_adapter", "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload", "enable_group_offload",
 )  # fmt: skip
 
 
@@ -90,35 +94,36 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     device = target.denoisers[0].device.type
     begin(device)
     mesh = Mesh(config.axes(launched() or 1), device)
-    group = mesh.beside()
-    target.summed = mesh.everyone().sum
-    home = target.home
-    found, memory = _weights(target), Memory(group, home)
-    shards = {}
-    for block in found.blocks if group.size > 1 else ():
-        shard = memory.shard(block.name, block.weights)
+    found, memory = _weights(target), Memory(mesh.beside(), target.home)
+    if memory.group.size == 1:
+        found = _Weights([], [*found.rest, *(weight for block in found.blocks for weight in block.weights)])
+    rank, shards = target.rank("weights"), {}
+    for block in found.blocks:
+        shard = shards[id(block.module)] = memory.shard(block.name, block.weights)
         yield Divided(shard)
-        yield AddLayer(block.module, target.rank("weights"), memory.around(shard))
-        for method in _BLOCK_METHODS:
-            yield AddLayer(block.module, target.rank("weights"), _refusing(method, block.name), method)
-        shards[id(block.module)] = shard
+        yield AddLayer(block.module, rank, memory.around(shard))
+        yield from _refused(block.module, _BLOCK, block.name, rank)
         target.held[block.component] = target.held.get(block.component, 0) + shard.length
-    whole = found.rest if shards else [*found.rest, *(item for block in found.blocks for item in block.weights)]
-    for weight in whole:
-        if weight.tensor.device != home and weight.tensor.device.type == "cpu":
-            yield Settled(weight, home)
+    for weight in found.rest:
+        if weight.tensor.device != target.home and weight.tensor.device.type == "cpu":
+            yield Settled(weight, memory.device)
     if not shards:
         return
     for component in _components(target):
-        for method in _MODEL_METHODS:
-            if component.adapter.stacks and hasattr(component.module, method):
-                yield AddLayer(component.module, target.rank("weights"), _refusing(method, str(component)), method)
+        if component.name in target.held:
+            yield from _refused(component.module, _MODEL, str(component), rank)
+    yield from _refused(target.pipe, _PIPELINE, type(target.pipe).__name__, rank)
     yield Opened(memory)
+    # Ranks that skip other steps would wait for each other for ever.
+    target.summed = mesh.everyone().sum
+    target.gathered = lambda block: memory.gathered(shards[id(block)]) if id(block) in shards else nullcontext()
 
-    def gathered(block: nn.Module) -> AbstractContextManager[Any]:
-        return memory.gathered(shards[id(block)]) if id(block) in shards else nullcontext()
 
-    target.gathered = gathered
+def _refused(owner: Any, methods: tuple[str, ...], name: str, rank: int) -> Iterator[Edit]:
+    """Layers in whose place methods say why they cannot be called."""
+    for method in methods:
+        if hasattr(owner, method):
+            yield AddLayer(owner, rank, _refusing(method, name), method)
 
 
 def _refusing(method: str, name: str) -> Callable[..., Any]:
@@ -202,6 +207,12 @@ def _plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (nn.Parameter, torch.Tensor) and type(tensor.data) is torch.Tensor
 
 
+def _kind(tensor: torch.Tensor) -> str:
+    """The name of a tensor's own class; a parameter may hide it."""
+    kind = type(tensor) if type(tensor) is not nn.Parameter else type(tensor.data)
+    return kind.__name__
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +248,7 @@ def _refuse(component: Denoiser, denoises: bool) -> None:
             if not _plain(tensor):
                 raise Unsupported(
                     _FEATURE,
-                    f"{path} of a block is a {type(tensor.data).__name__}, whose bytes only its package knows.",
+                    f"{path} of a block is a {_kind(tensor)}, whose bytes only its package knows.",
                     "weights of plain tensors, quantized with linear= if you like.",
                     str(component),
                 )
