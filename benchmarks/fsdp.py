@@ -41,7 +41,7 @@ def ways(ranks: int, cuda: bool, from_host: bool) -> dict[str, dict[str, Any]]:
         if shared.ulysses > 1:
             sections["parallel"] = ParallelConfig(ulysses=ranks)
     # In turn, each beside the other.
-    return {name: ways[name] for pair in zip(whole, found, strict=True) for ways, name in zip((whole, found), pair)}
+    return {name: {**whole, **found}[name] for pair in zip(whole, found, strict=True) for name in pair}
 
 
 def main() -> None:

@@ -99,8 +99,9 @@ def test_the_next_block_comes_while_one_computes(pools):
     for counts, addresses in pools[2].run(weights.sends, "wan", weights.FSDP):
         assert counts["entered"] == 2 * 3 * 3 + 2 * 2, counts
         assert counts["late"] <= 4, counts
-        # The first one of a forward follows the last of three in the same half of the memory: when that has computed.
-        assert counts["beside"] >= 2 * 3 * 2, counts
+        # Of three, the second one stays where it is, the third comes while it computes, and the first takes the third's
+        # half of the memory when that has computed.
+        assert counts["beside"] >= 2 * 3, counts
         assert addresses == {1}
 
 
