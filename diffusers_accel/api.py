@@ -25,11 +25,13 @@ from . import presets
 from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
 from .core.chain import Chain
 from .core.edits import Journal
+from .core.mesh import own_gpu
 from .core.platform import describe
 from .core.step import Mode, StepClock
 from .errors import ConfigError, NotAccelerated, Unsupported
 from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
 from .features.feature import Denoiser, Feature, Plan, Target
+from .features.parallel import weights
 from .kernels.linear import kind_of, modules_of
 from .models import adapter_for
 from .reporting import Explanation, Row, Stats
@@ -37,7 +39,7 @@ from .reporting import Explanation, Row, Stats
 Pipe = TypeVar("Pipe")
 
 # The features, in the order their edits are applied, each under the name of its section in AccelConfig. "request" has
-# no section: it is always on.
+# no section: it is always on. "weights" has that of "parallel".
 FEATURES: dict[str, ModuleType] = {
     "linear": linear,
     "fuse": fuse,
@@ -47,6 +49,7 @@ FEATURES: dict[str, ModuleType] = {
     "cuda_graph": graphs,
     "cache": cache,
     "vae": vae,
+    "weights": weights,
     "request": request,
 }
 
@@ -55,6 +58,7 @@ ORDER = (
     "compile",
     "attention layer",
     "graph",
+    "weights",
     "cache gate",
     "division of a block",
     "graph kind",
@@ -100,7 +104,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         ConfigError: The configuration cannot be read; nothing was changed.
         TypeError: `pipe` is not a diffusers pipeline.
     """
-    target = _target(pipe)
+    target = _target(pipe, config, sections)
     resolved, notes = _resolve(target, config, sections)
     target.config = resolved
     plans = [feature.check(target, section) for _, feature, section in _active(resolved)]
@@ -108,6 +112,9 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     if session is not None:
         restore(pipe)
     weight_bytes = _weight_bytes(target)
+    if target.shares_weights and target.home.type == "cuda":
+        # Where weights are quantized that lie on the host.
+        torch.cuda.set_device(target.home)
     journal = Journal()
     journal.apply(
         itertools.chain.from_iterable(feature.edits(target, section) for _, feature, section in _active(resolved))
@@ -143,7 +150,7 @@ def explain(
         ConfigError: The configuration cannot be read.
         TypeError: `pipe` is not a diffusers pipeline.
     """
-    target = _target(pipe)
+    target = _target(pipe, config, sections)
     resolved, notes = _resolve(target, config, sections)
     target.config = resolved
     rows = []
@@ -287,7 +294,7 @@ def resolve(
         ConfigError: The configuration cannot be read.
         TypeError: `pipe` is not a diffusers pipeline.
     """
-    return _resolve(_target(pipe), config, sections)
+    return _resolve(_target(pipe, config, sections), config, sections)
 
 
 def resolve_parallel(config: Any, sections: Mapping[str, Any]) -> ParallelConfig | None:
@@ -355,8 +362,8 @@ def _meant(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[Ac
     return AccelConfig.from_dict({**kept, **sections}), notes
 
 
-def _target(pipe: Any) -> Target:
-    """The pipeline as the features see it; refuses what cannot be one."""
+def _target(pipe: Any, config: Any = None, sections: Mapping[str, Any] | None = None) -> Target:
+    """The pipeline as the features see it; refuses what cannot be one. What is asked for may say where it is to run."""
     import diffusers
 
     if not isinstance(pipe, diffusers.DiffusionPipeline):
@@ -364,9 +371,16 @@ def _target(pipe: Any) -> Target:
             f"Expected a diffusers pipeline, got {type(pipe).__name__}. "
             "Give the object that DiffusionPipeline.from_pretrained(...) returns."
         )
+    session = vars(pipe).get(_SESSION)
+    if session is not None and session.target.held:
+        raise Unsupported(
+            "accelerate", "its weights are divided among ranks.", "restore(pipe) first, on every rank.",
+            type(pipe).__name__,
+        )  # fmt: skip
+    ranks = resolve_parallel(config, sections or {})
     found = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}  # type: ignore[attr-defined]
     denoisers = tuple(
-        Denoiser(name, module, adapter_for(module), describe(_device(pipe, module)))
+        Denoiser(name, module, adapter_for(module), describe(_device(pipe, module, ranks)))
         for name, module in found.items()
         if isinstance(module, nn.Module)
     )
@@ -374,7 +388,6 @@ def _target(pipe: Any) -> Target:
     if not denoisers:
         reason = f"{', '.join(found)} is None." if found else f"it has none of {', '.join(DENOISERS)}."
         raise Unsupported("accelerate", reason, "load the pipeline with its denoiser.", kind)
-    session = vars(pipe).get(_SESSION)
     for denoiser in denoisers:
         _refuse_compiled(denoiser)
         if Chain.find(denoiser.module) is not None and session is None:
@@ -388,8 +401,11 @@ def _target(pipe: Any) -> Target:
     return Target(pipe, denoisers, ORDER.index, clock)
 
 
-def _device(pipe: Any, module: nn.Module) -> torch.device:
+def _device(pipe: Any, module: nn.Module, ranks: ParallelConfig | None) -> torch.device:
     device = next(module.parameters()).device
+    if device.type == "cpu" and ranks is not None and ranks.fsdp and torch.cuda.is_available():
+        # A model that is larger than a GPU waits on the host until it is divided.
+        return own_gpu()
     # Under an offload hook the weights wait on the CPU (or on meta), and the pipeline knows where they will run.
     return device if device.type not in ("cpu", "meta") else pipe._execution_device
 
@@ -407,7 +423,7 @@ def _refuse_compiled(denoiser: Denoiser) -> None:
 
 
 def _weight_bytes(target: Target) -> int:
-    return sum(
+    return sum(target.held.get(denoiser.name, 0) for denoiser in target.denoisers) + sum(
         tensor.numel() * tensor.element_size()
         for denoiser in target.denoisers
         for tensor in itertools.chain(denoiser.module.parameters(), denoiser.module.buffers())

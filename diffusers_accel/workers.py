@@ -139,6 +139,10 @@ def launch(
         raise Unsupported(
             "launch", "nothing says how many ranks there are.", "parallel=ParallelConfig(ulysses=2), say."
         )
+    if parallel.fsdp and parallel.ranks == 1:
+        raise Unsupported(
+            "launch", "fsdp alone does not say how many ranks there are.", "ParallelConfig(fsdp=True, ulysses=2), say."
+        )
     ranks, gpus = parallel.ranks, torch.cuda.device_count()
     if 0 < gpus < ranks:
         raise Unsupported("launch", f"{parallel.product} ranks, and this machine has {gpus} GPUs.", "fewer ranks.")
@@ -190,7 +194,9 @@ def _loaded(load: Any, options: dict[str, Any], config: Any, sections: dict[str,
         from diffusers import DiffusionPipeline
 
         made = DiffusionPipeline.from_pretrained(load, **options)
-    if torch.cuda.is_available():
+    ranks = resolve_parallel(config, sections)
+    # Weights that ranks share may be more than one GPU holds: they are divided where they lie.
+    if torch.cuda.is_available() and not (ranks is not None and ranks.fsdp):
         made.to(f"cuda:{torch.cuda.current_device()}")
     return accelerate(made, config, **sections)
 

@@ -48,6 +48,10 @@ def save_quantized(pipe: Any, path: str | Path) -> None:
             "accelerate(pipe, linear='fp8-tensor') first.",
             type(pipe).__name__,
         )
+    if any(not item.numel() for model in models.values() for item in model.parameters()):
+        raise Unsupported(
+            "save_quantized", "weights are divided among ranks.", "parallel without fsdp.", type(pipe).__name__
+        )
     for name, layers in quantized.items():
         for layer, module in layers.items():
             if type(module) not in _ALGORITHMS:

@@ -17,7 +17,7 @@ import typer
 import yaml
 
 from .. import api, demo
-from ..config import AccelConfig, read_yaml
+from ..config import AccelConfig, ParallelConfig, read_yaml
 from ..errors import AccelError, ConfigError, nearest
 from ..presets import PRESETS
 
@@ -85,11 +85,20 @@ class Wanted:
     base: str | AccelConfig
     assignments: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def ranks(self) -> ParallelConfig | None:
+        """How ranks are to share the work. No preset says anything of them."""
+        base = self.base if isinstance(self.base, AccelConfig) else AccelConfig()
+        said = [(key, value) for key, value in self.assignments if key.partition(".")[0] == "parallel"]
+        return assign(AccelConfig(parallel=base.parallel), said).parallel
+
     def resolve(self, pipe: Any) -> tuple[str | AccelConfig, tuple[str, ...]]:
         """What to give to `accelerate` or `explain`, and a preset's notes where it has been spelled out."""
         if not self.assignments:
             return self.base, ()
-        base, notes = api.resolve(pipe, self.base)
+        # Some of what a preset has cannot be had beside weights that ranks share.
+        sections = {"parallel": self.ranks} if self.ranks is not None and self.ranks.fsdp else {}
+        base, notes = api.resolve(pipe, self.base, **sections)
         return assign(base, self.assignments), notes
 
 
@@ -170,14 +179,21 @@ def read_device(name: str | None) -> torch.device:
     return device
 
 
-def load_model(model: str, device: torch.device, dtype: DType | None) -> Any:
+def load_model(model: str, device: torch.device, dtype: DType | None, waits: bool = False) -> Any:
     """A stock pipeline on its device: a demo checkpoint, a local folder or a Hugging Face id.
+
+    Args:
+        model: Which.
+        device: Where it is to run.
+        dtype: Of the weights; the device's usual one if `None`.
+        waits: Whether it stays on the host, as it is divided among ranks there.
 
     Raises:
         CommandError: There is no such model, or it cannot be loaded.
     """
     kind = dtype.value if dtype else "bfloat16" if device.type == "cuda" else "float32"
     torch_dtype: torch.dtype = getattr(torch, kind)
+    device = torch.device("cpu") if waits else device
     with quiet_loading():
         if model in demo.CHECKPOINTS:
             return demo.load(model, torch_dtype).to(device)

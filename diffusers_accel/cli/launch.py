@@ -44,6 +44,11 @@ def in_workers(config: AccelConfig, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
+    if config.parallel.fsdp and config.parallel.ranks == 1:
+        raise CommandError(
+            "--parallel: fsdp alone does not say how many ranks there are; write another number beside it, as in "
+            "fsdp=true,ulysses=2."
+        )
     ranks, gpus = config.parallel.ranks, torch.cuda.device_count()
     if device.type == "cuda" and gpus < ranks:
         raise CommandError(

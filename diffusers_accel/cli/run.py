@@ -140,7 +140,8 @@ def run(
     given = {"prompt": prompt[0] if len(prompt) == 1 else prompt, **given, **extra}
     given["generator"] = torch.Generator("cpu").manual_seed(seed)
 
-    pipe = load_model(model, where, dtype)
+    # Weights that ranks share may be more than one GPU holds: they are divided where they lie.
+    pipe = load_model(model, where, dtype, waits=wanted.ranks is not None and wanted.ranks.fsdp)
     defaults = demo.call_arguments(model) if model in demo.CHECKPOINTS else {}
     arguments = call_arguments(pipe, {**defaults, **given})
     target = output or default_output(prompt[0], "num_frames" in _parameters(pipe))

@@ -29,6 +29,9 @@ class ParallelConfig:
             computed, where they go through windows.
         exchange: How Ulysses' shards travel: by `"messages"`; through `"windows"`, memory that GPUs of one machine
             write to directly; or `"auto"`, through windows where there are any.
+        fsdp: Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a
+            block's weights are put together while it runs. No factor of the product either; where the product is 1,
+            any number of processes will do, and each computes the whole request.
 
     Raises:
         ConfigError: A number is below 1, a word is unknown, or both `ring` and `attn2d` are asked for.
@@ -43,6 +46,7 @@ class ParallelConfig:
     vae: int = 1
     vae_dim: str = "height"
     exchange: str = "auto"
+    fsdp: bool = False
 
     _shorthand: typing.ClassVar[str | None] = None
 
@@ -64,8 +68,12 @@ class ParallelConfig:
 
     @property
     def ranks(self) -> int:
-        """How many ranks there are."""
+        """How many ranks there are; 1 may be any number where they share weights alone."""
         return math.prod(self.sizes.values())
+
+    def axes(self, world: int) -> dict[str, int]:
+        """`sizes` for so many processes: where they share weights alone, all stand along one axis."""
+        return {"dp": world} if self.fsdp and self.ranks == 1 else self.sizes
 
     @property
     def product(self) -> str:

@@ -160,6 +160,15 @@ class Group:
         _all_gather(found, sent, group=self.handle)
         return [found[rank * most : rank * most + length].movedim(0, dim) for rank, length in enumerate(lengths)]
 
+    def gather_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Everybody's shard, all of one length, one behind the other in memory that is there.
+
+        Args:
+            out: (ranks x length,), written to.
+            x: This rank's shard, (length,).
+        """
+        _all_gather(out, x, group=self.handle)
+
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's tensor; `x` is written to."""
         if self.size > 1:

@@ -201,8 +201,9 @@ class Journal:
                 edit.apply()
                 self._applied.append(edit)
             for edit in self._applied:
-                if isinstance(edit, ParkWeight):
-                    edit.finish()
+                finish = getattr(edit, "finish", None)
+                if finish is not None:
+                    finish()
         except BaseException:
             self.undo()
             raise

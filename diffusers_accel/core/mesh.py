@@ -51,6 +51,12 @@ def begin(device: str) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
 
 
+def own_gpu() -> torch.device:
+    """This rank's GPU: the one that the script has chosen, or else the one that the launcher counts."""
+    chosen, place = torch.cuda.current_device(), int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", place if chosen == 0 and place < torch.cuda.device_count() else chosen)
+
+
 class Mesh:
     """The groups of one division of all ranks.
 
@@ -100,6 +106,10 @@ class Mesh:
         """All ranks."""
         return Group(dist.group.WORLD, range(dist.get_world_size()), dist.get_rank())
 
+    def beside(self) -> Group:
+        """All ranks, over connections of their own: what others send waits for nothing that is sent there."""
+        return Group(_beside(dist.group.WORLD), range(dist.get_world_size()), dist.get_rank())
+
 
 # Groups are the process's, and each costs a connection: made once.
 @functools.cache
@@ -107,6 +117,11 @@ def _device_mesh(world: Any, device: str, shape: tuple[int, ...]) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device, shape, mesh_dim_names=AXES)
+
+
+@functools.cache
+def _beside(world: Any) -> Any:
+    return dist.new_group(timeout=TIMEOUT)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from ..config import AccelConfig
 from ..core.edits import Edit
+from ..core.mesh import own_gpu
 from ..core.platform import Device
 from ..core.step import StepClock
 from ..errors import Unsupported
@@ -74,6 +76,9 @@ class Target:
         transports: (denoiser, last part of an attention module's name) -> what carries its calls, where a sequence is
             divided among ranks.
         summed: Adds up a tensor over all ranks that share a sequence; `None` where none is shared.
+        gathered: Puts a block's weights in place for as long as its context lasts, for who reads them while the block
+            does not run; every rank that shares them must ask at once.
+        held: Name of a component -> bytes of its blocks' weights that this rank holds, where ranks share them.
         graphs: Of each denoiser: what holds its CUDA graphs, with how many are `captured` and the last request's
             `replays`.
         modulations: Of each denoiser: what holds its modulations of all steps, with the number of `layers` and the last
@@ -95,6 +100,8 @@ class Target:
     phases: list[Callable[[], Hashable]] = field(default_factory=list)
     transports: dict[tuple[str, str], Callable[..., torch.Tensor]] = field(default_factory=dict)
     summed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    gathered: Callable[[nn.Module], AbstractContextManager[Any]] = lambda block: nullcontext()
+    held: dict[str, int] = field(default_factory=dict)
     graphs: list[Any] = field(default_factory=list)
     modulations: list[Any] = field(default_factory=list)
     attention_broadcasts: Counter[str] = field(default_factory=Counter)
@@ -107,10 +114,22 @@ class Target:
         """Whether the denoisers' blocks are, or are to be, compiled."""
         return self.config is not None and self.config.compile is not None
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether ranks share, or are to share, the weights of blocks."""
+        return self.config is not None and self.config.weights is not None
+
     def rewrites(self, denoiser: Denoiser) -> bool:
         """Whether graphs of a denoiser's blocks are, or are to be, rewritten before they are compiled."""
         compile = self.config.compile if self.config is not None else None
         return compile is not None and compile.rewriting and denoiser.device.type in REWRITTEN_ON
+
+    @property
+    def home(self) -> torch.device:
+        """Where blocks run, or are to run: a model on the host may be meant for this rank's GPU."""
+        first = self.denoisers[0]
+        now = next(first.module.parameters()).device
+        return own_gpu() if now.type == "cpu" and first.device.type == "cuda" else now
 
     @property
     def blocks(self) -> int:

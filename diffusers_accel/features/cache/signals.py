@@ -74,8 +74,9 @@ class ModulatedInput(Watch):
         self, lane: Lane, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
     ) -> Seen:
         """See `Watch.look`."""
-        assert self.denoiser.adapter.block_signal is not None
-        seen = self.conditional(self.denoiser.adapter.block_signal(block, arguments), step)
+        assert self.denoiser.adapter.block_signal is not None and block is not None
+        with self.target.gathered(block):
+            seen = self.conditional(self.denoiser.adapter.block_signal(block, arguments), step)
         return seen, change(seen, lane.signal, self.target.summed)
 
 

@@ -18,7 +18,7 @@ from ...config import CompileConfig
 from ...core.chain import Chain
 from ...core.edits import AddLayer, Edit
 from ...errors import Unsupported
-from ..feature import Plan, Target
+from ..feature import Denoiser, Plan, Target
 from .modulation import Modulations
 
 _RECOMPILE_LIMIT = 64
@@ -44,7 +44,7 @@ def check(target: Target, config: CompileConfig) -> Plan:
     )
     left = (f"{wrapped} blocks carry another hook: it is compiled with them, each alone, graph breaks allowed.",)
     action = f"{names} with {config.backend}, mode {_mode(config) or 'default'}"
-    ahead = [str(each) for each in target.denoisers if each.adapter.modulation is not None and target.rewrites(each)]
+    ahead = [str(each) for each in target.denoisers if _ahead(target, each)]
     notes = tuple(f"{name}: modulations of all steps are made before a request's first." for name in ahead)
     return Plan(action, target.blocks, notes, left=left if wrapped else ())
 
@@ -64,7 +64,7 @@ def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
     for denoiser in target.denoisers:
         yield AddLayer(denoiser.module, target.rank("compile"), _with_room)
         modulation = denoiser.adapter.modulation
-        if modulation is not None and target.rewrites(denoiser):
+        if modulation is not None and _ahead(target, denoiser):
             made = Modulations(target, denoiser, modulation)
             target.modulations.append(made)
             target.phases.append(made.buffers)
@@ -79,6 +79,12 @@ def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
             if denoiser.adapter.static_arguments:
                 # Of equal rank and added later, so it runs outside the compiled forward.
                 yield AddLayer(block, target.rank("compile"), _read(denoiser.adapter.static_arguments))
+
+
+def _ahead(target: Target, denoiser: Denoiser) -> bool:
+    """Whether modulations are made before a request's first step. They read many blocks' weights, and are found again
+    by their addresses: neither can be where blocks share memory for weights that ranks share."""
+    return denoiser.adapter.modulation is not None and target.rewrites(denoiser) and not target.shares_weights
 
 
 def _with_room(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -44,6 +44,12 @@ def check(target: Target, config: CudaGraphConfig) -> Plan:
         Unsupported: Not on a CUDA device, no adapter says what blocks hand on, weights are offloaded, or inductor
             records graphs itself.
     """
+    if target.shares_weights:
+        raise Unsupported(
+            "cuda_graph",
+            "a graph covers many blocks, and ranks that share weights have those of two at a time.",
+            "cuda_graph=None, or parallel without fsdp.",
+        )
     options = target.config.compile if target.config is not None else None
     if options is not None and options.mode in _OWN_GRAPHS:
         raise Unsupported(

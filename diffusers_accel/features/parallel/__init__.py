@@ -3,7 +3,7 @@
 Every rank runs the same script with the same pipeline. What is divided: branches of guidance and samples of a batch
 (`guidance.py`), a sequence of tokens (`division.py`, with `kernels/attention/transport.py` for attention), a VAE's
 picture (`vae/`). Scheduler and text encoders run on every rank alike, so ranks must be given the same:
-`agreement.py` sees to that.
+`agreement.py` sees to that. Weights may be shared too: a feature of its own, `weights.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def check(target: Target, config: ParallelConfig) -> Plan:
     world = launched()
     if world is None:
         raise Unsupported("parallel", "no launcher says which of several processes this is.", _LAUNCH)
-    if config.ranks != world:
+    if config.ranks != world and not (config.fsdp and config.ranks == 1):
         raise Unsupported("parallel", f"{config.product}, and there are {world} processes.", _LAUNCH)
     _refuse_neighbours(target, config)
     actions, notes = [], []
@@ -146,7 +146,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     """The process group and mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
     device = target.denoisers[0].device.type
     begin(device)
-    mesh = Mesh(config.sizes, device)
+    mesh = Mesh(config.axes(launched() or 1), device)
     everyone = mesh.everyone()
     _refuse_one_gpu(target, mesh)
     _open_windows(mesh, config)
@@ -162,7 +162,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     for denoiser in target.denoisers:
         yield AddLayer(denoiser.module, target.rank("agreement"), agreement.around_denoiser(denoiser))
         if config.cfg > 1:
-            guidance = Guidance(target, denoiser, mesh.group("cfg"))
+            guidance = Guidance(target, denoiser, mesh.group("cfg"), target.shares_weights)
             yield AddLayer(denoiser.module, target.rank("guidance"), guidance.around_denoiser)
         if config.dp > 1:
             samples = Samples(denoiser, mesh.group("dp"))
@@ -218,7 +218,7 @@ def _refuse_one_gpu(target: Target, mesh: Mesh) -> None:
     """Refuses ranks of one machine that put their models on one GPU."""
     if mesh.device != "cuda":
         return
-    device = next(target.denoisers[0].module.parameters()).device
+    device = target.home
     identity = str(torch.cuda.get_device_properties(device).uuid)
     torch.cuda.set_device(device)
     seen = mesh.everyone().objects(identity)

@@ -76,9 +76,7 @@ class Agreement:
     def _compare(self, arguments: dict[str, Any], denoiser: str) -> Callable[[], None]:
         """Compares forms, and begins to exchange values; what is returned compares these."""
         marks = {name: _marks(value) for name, value in arguments.items()}
-        forms = {
-            name: [mark.form if isinstance(mark, _Mark) else mark for mark in each] for name, each in marks.items()
-        }
+        forms = {name: [_form(mark) for mark in each] for name, each in marks.items()}
         for rank, other in enumerate(everyone := self.everyone.objects(forms)):
             for name in dict.fromkeys([*everyone[0], *other]):
                 if name not in everyone[0] or name not in other or everyone[0][name] != other[name]:

@@ -4,6 +4,10 @@ Branches that a pipeline calls one after another go to the ranks in turn: a rank
 at once, with a `Later` in place of the result, and all exchange what they have when the pipeline first needs a value. A
 call that holds several samples, or several branches as one batch, is divided along the batch. Nothing is known of the
 pipeline: one that calls a single branch gets its result all the same, from the rank that has it.
+
+Where ranks share weights, they must go through the blocks together. Calls are then counted in rounds: a round ends when
+a rank would compute a second call, or somebody needs a value, and whoever has computed none by then computes the last
+one too, for nothing but company.
 """
 
 from __future__ import annotations
@@ -54,10 +58,14 @@ class Guidance:
         target: The pipeline.
         denoiser: The denoiser.
         group: The ranks.
+        together: Whether all ranks must compute equally many calls, as those do that share weights.
     """
 
-    def __init__(self, target: Target, denoiser: Denoiser, group: Group):
-        self.target, self.denoiser, self.group = target, denoiser, group
+    def __init__(self, target: Target, denoiser: Denoiser, group: Group, together: bool = False):
+        self.target, self.denoiser, self.group, self.together = target, denoiser, group, together
+        # Ranks that have computed a call of this round, and how to compute its last one.
+        self._round: set[int] = set()
+        self._again: Callable[[], Any] | None = None
         self._names = parameter_names(denoiser.module)
         self._step: tuple[Any, ...] = ()
         self._turn = 0
@@ -78,15 +86,15 @@ class Guidance:
         owners = [((first + place) % size, count) for place, count in enumerate(counts) if count]
         self._turn += len(owners)
         self._calls += 1
-        mine, start = None, 0
-        for rank, count in owners:
-            if rank == self.group.rank:
-                if batch > 1:
-                    mine = inner(**_samples(self.denoiser, arguments, batch, start, count))
-                else:
-                    mine = inner(*args, **kwargs)
-            start += count
-        form = self._form(arguments, mine, owners[0][0], batch if batch > 1 else None)
+        key = self._key(arguments, batch if batch > 1 else None)
+
+        def compute(start: int, count: int) -> Any:
+            if batch > 1:
+                return inner(**_samples(self.denoiser, arguments, batch, start, count))
+            return inner(*args, **kwargs)
+
+        mine = self._computed(key, owners, compute)
+        form = self._form(key, mine, owners[0][0], batch if batch > 1 else None)
         tensors = None if mine is None else [item for item in pytree.tree_leaves(mine) if _tensor(item)]
         call = _Call(owners, tensors, form)
         self._open.append(call)
@@ -99,15 +107,58 @@ class Guidance:
         if step != self._step or not step:
             self._expected = self._calls if step and self._step and step[0] == self._step[0] else 0
             self._step, self._turn, self._calls = step, 0, 0
+            self._level()
             # What nobody asked for is nobody's: every rank knows it alike.
             self._open = []
 
-    def _form(self, arguments: dict[str, Any], mine: Any, owner: int, batch: int | None) -> Any:
-        """What the whole output is made of. Calls on latents of one shape and type give one form, so ranks agree on
+    def _computed(self, key: Hashable, owners: list[tuple[int, int]], compute: Callable[[int, int], Any]) -> Any:
+        """This rank's part of a call, or `None` if it has none."""
+        parts, start = {}, 0
+        for rank, count in owners:
+            parts[rank] = (start, count)
+            start += count
+        part = parts.get(self.group.rank)
+        if not self.together:
+            return None if part is None else compute(*part)
+        # Ranks that have no part wait to be told the form of a result that nobody has seen.
+        ranks = set(parts) if key in self._forms else set(range(self.group.size))
+        if self._round & ranks:
+            self._level()
+        self._round |= ranks
+        self._again = self._later_as_now(lambda: compute(*parts[owners[0][0]]))
+        if part is None and self.group.rank in ranks:
+            self._again()
+        return None if part is None else compute(*part)
+
+    def _later_as_now(self, compute: Callable[[], Any]) -> Callable[[], Any]:
+        """What computes a call in its own place among all, whenever it is called."""
+        clock, state = self.target.clock, self.target.clock.current
+
+        def again() -> Any:
+            before, clock.current = clock.current, state
+            try:
+                return compute()
+            finally:
+                clock.current = before
+
+        return again
+
+    def _level(self) -> None:
+        """Ends a round: what another rank has computed is computed here too, if nothing else was."""
+        again, ranks = self._again, self._round
+        self._again, self._round = None, set()
+        if again is not None and self.group.rank not in ranks:
+            again()
+
+    def _key(self, arguments: dict[str, Any], batch: int | None) -> Hashable:
+        """What tells forms of outputs apart. Calls on latents of one shape and type give one form, so ranks agree on
         whether anybody must be asked."""
         latents = _latents(self.denoiser, arguments)
         key = (batch, *((tuple(item.shape), item.dtype) for item in pytree.tree_leaves(latents) if _tensor(item)))
-        key = (*key, bool(arguments.get("return_dict", True)))
+        return (*key, bool(arguments.get("return_dict", True)))
+
+    def _form(self, key: Hashable, mine: Any, owner: int, batch: int | None) -> Any:
+        """What the whole output is made of."""
         if key not in self._forms:
             told = pytree.tree_map(lambda item: _Form(tuple(item.shape), item.dtype) if _tensor(item) else item, mine)
             told = self.group.objects(told)[owner]
@@ -140,6 +191,7 @@ class Guidance:
     def _resolve(self, call: _Call) -> list[torch.Tensor]:
         """Has every rank tell what it has of all calls that are open, in their order."""
         if not call.found:
+            self._level()
             pending = self._open if call in self._open else [call]
             self._open = []
             for each in pending:

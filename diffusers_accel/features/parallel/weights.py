@@ -1,0 +1,259 @@
+"""Weights that ranks share (FSDP, ZeRO stage 3: https://arxiv.org/abs/1910.02054, section 5.3): each rank holds a part
+of every block of the denoisers and of the text encoders, and a block is put together while it runs.
+
+Its section is `parallel`, and it is a feature of its own: everything that changes weights or reads them comes first.
+Ranks that share weights go through the same blocks in the same order, or wait for each other for ever. So caches decide
+by what all of them see together, and where ranks share branches of guidance, those that have none to compute compute
+another's (`guidance.py`). What would read or write weights between two forwards is refused until `restore`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...config import ParallelConfig
+from ...core.edits import AddLayer, Edit
+from ...core.mesh import Mesh, begin, launched
+from ...errors import Unsupported
+from ...kernels.linear import StandIn
+from ...models.adapter import default_adapter
+from ..feature import Denoiser, Plan, Target, refuse_offloaded
+from .shards import Divided, Memory, Opened, Settled, Weight, dense
+
+_FEATURE = "parallel.fsdp"
+# inductor modes that record graphs of their own.
+_OWN_GRAPHS = ("reduce-overhead", "max-autotune")
+# What reads weights, writes to them, moves them or puts others beside them: of a block, a model and a pipeline.
+_BLOCK = ("state_dict",)
+_MODEL = (
+    "save_pretrained", "load_state_dict", "load_lora_adapter", "load_adapter", "add_adapter", "fuse_lora",
+    "unfuse_lora", "load_attn_procs", "enable_group_offload", "enable_layerwise_casting",
+)  # fmt: skip
+_PIPELINE = (
+    "save_pretrained", "load_lora_weights", "fuse_lora", "unfuse_lora", "load_ip_adapter", "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload", "enable_group_offload",
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class _Block:
+    """A block: its place, as messages name it, the component it is part of, and the weights that ranks share."""
+
+    name: str
+    component: str
+    module: nn.Module
+    weights: list[Weight]
+
+    @property
+    def bytes(self) -> int:
+        return sum(weight.bytes for weight in self.weights)
+
+
+@dataclass
+class _Weights:
+    """What becomes of a pipeline's weights: blocks that ranks share, and tensors that stay whole."""
+
+    blocks: list[_Block]
+    rest: list[Weight]
+
+
+def check(target: Target, config: ParallelConfig) -> Plan:
+    """How much of which model a rank would hold.
+
+    Raises:
+        Unsupported: Blocks are not known, weights are offloaded or of a package that hides them, or something is asked
+            for beside it that is recorded with the weights' places, or lets ranks go different ways.
+    """
+    _refuse_neighbours(target)
+    for component in _components(target):
+        _refuse(component, component in target.denoisers)
+    found, world = _weights(target), launched() or 1
+    bytes_of: dict[str, int] = defaultdict(int)
+    for block in found.blocks:
+        bytes_of[block.component] += block.bytes
+    notes = [
+        f"{name}: each of {world} ranks holds {size / world / 2**20:.1f} MiB of its blocks' {size / 2**20:.1f}"
+        + (", before they are quantized." if target.config is not None and target.config.linear is not None else ".")
+        for name, size in bytes_of.items()
+    ]
+    most = max((block.bytes for block in found.blocks), default=0)
+    notes.append(f"Blocks are put together in twice {most / 2**20:.1f} MiB; the rest is on every rank.")
+    notes.append("Until restore(pipe), weights cannot be saved, and no LoRA can be loaded.")
+    return Plan(f"the weights of blocks on {world}", len(found.blocks), tuple(notes))
+
+
+def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
+    """Every block divided, with a layer that puts it together; and all that stays whole on the rank's device."""
+    device = target.denoisers[0].device.type
+    begin(device)
+    mesh = Mesh(config.axes(launched() or 1), device)
+    found, memory = _weights(target), Memory(mesh.beside(), target.home)
+    if memory.group.size == 1:
+        found = _Weights([], [*found.rest, *(weight for block in found.blocks for weight in block.weights)])
+    rank, shards = target.rank("weights"), {}
+    for block in found.blocks:
+        shard = shards[id(block.module)] = memory.shard(block.name, block.weights)
+        yield Divided(shard)
+        yield AddLayer(block.module, rank, memory.around(shard))
+        yield from _refused(block.module, _BLOCK, block.name, rank)
+        target.held[block.component] = target.held.get(block.component, 0) + shard.length
+    for weight in found.rest:
+        if weight.tensor.device != target.home and weight.tensor.device.type == "cpu":
+            yield Settled(weight, memory.device)
+    if not shards:
+        return
+    for component in _components(target):
+        if component.name in target.held:
+            yield from _refused(component.module, _MODEL, str(component), rank)
+    yield from _refused(target.pipe, _PIPELINE, type(target.pipe).__name__, rank)
+    yield Opened(memory)
+    # Ranks that skip other steps would wait for each other for ever.
+    target.summed = mesh.everyone().sum
+    target.gathered = lambda block: memory.gathered(shards[id(block)]) if id(block) in shards else nullcontext()
+
+
+def _refused(owner: Any, methods: tuple[str, ...], name: str, rank: int) -> Iterator[Edit]:
+    """Layers in whose place methods say why they cannot be called."""
+    for method in methods:
+        if hasattr(owner, method):
+            yield AddLayer(owner, rank, _refusing(method, name), method)
+
+
+def _refusing(method: str, name: str) -> Callable[..., Any]:
+    """A layer in whose place a method says why it cannot be called."""
+
+    def refused(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise Unsupported(_FEATURE, f"{method} needs whole weights, which ranks share.", "restore(pipe) first.", name)
+
+    return refused
+
+
+# --- what is shared --------------------------------------------------------------------------------------------------
+
+
+def _components(target: Target) -> list[Denoiser]:
+    """The pipeline's models whose blocks are looked for, the VAEs left out; each as its adapter describes it."""
+    known = {denoiser.name: denoiser for denoiser in target.denoisers}
+    found = []
+    for name, module in target.pipe.components.items():
+        if not isinstance(module, nn.Module) or (hasattr(module, "encode") and hasattr(module, "decode")):
+            continue
+        device = target.denoisers[0].device
+        found.append(known.get(name) or Denoiser(name, module, default_adapter(module), device))
+    return found
+
+
+def _weights(target: Target) -> _Weights:
+    """Divides all tensors of the pipeline into those of single blocks, and the rest."""
+    blocks: list[_Block] = []
+    owner: dict[int, _Block] = {}
+    for component in _components(target):
+        paths = {id(module): path for path, module in component.module.named_modules()}
+        for module in component.adapter.blocks(component.module):
+            # A block within a block comes with it.
+            if id(module) not in owner:
+                blocks.append(_Block(f"{component.name}.{paths[id(module)]}", component.name, module, []))
+                owner |= {id(part): blocks[-1] for part in module.modules()}
+    rest = []
+    for entry in _entries(target, owner):
+        (block, *others) = entry.owners
+        if block is not None and not others and entry.stored and not entry.aliased:
+            block.weights.append(entry.weight)
+        else:
+            rest.append(entry.weight)
+    return _Weights([block for block in blocks if block.weights], rest)
+
+
+@dataclass
+class _Entry:
+    """A tensor of the pipeline: the blocks it is in, `None` for outside, whether it is a weight that no forward writes
+    to, and whether another tensor lies in the same memory, or its own in pieces."""
+
+    weight: Weight
+    owners: dict[_Block | None, None]
+    stored: bool
+    aliased: bool = False
+
+
+def _entries(target: Target, owner: dict[int, _Block]) -> list[_Entry]:
+    """All tensors of the pipeline's models."""
+    models = [item for item in target.pipe.components.values() if isinstance(item, nn.Module)]
+    modules = {id(module): module for model in models for module in model.modules()}
+    found: dict[int, _Entry] = {}
+    for module in modules.values():
+        for holder, stored in ((module._parameters, True), (module._buffers, isinstance(module, StandIn))):
+            for name, tensor in holder.items():
+                if tensor is None or not _plain(tensor):
+                    continue
+                entry = found.setdefault(id(tensor), _Entry(Weight(tensor, []), {}, True))
+                entry.weight.slots.append((holder, name))
+                entry.owners[owner.get(id(module))] = None
+                entry.stored &= stored
+    places = Counter(entry.weight.tensor.data_ptr() for entry in found.values())
+    for entry in found.values():
+        tensor = entry.weight.tensor
+        entry.aliased = places[tensor.data_ptr()] > 1 or not tensor.numel() or not dense(tensor)
+    return list(found.values())
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (nn.Parameter, torch.Tensor) and type(tensor.data) is torch.Tensor
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """The name of a tensor's own class; a parameter may hide it."""
+    kind = type(tensor) if type(tensor) is not nn.Parameter else type(tensor.data)
+    return kind.__name__
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def _refuse_neighbours(target: Target) -> None:
+    """Refuses features that keep the places of weights, or would let ranks go different ways."""
+    others = target.config
+    if others is not None and others.compile is not None and others.compile.mode in _OWN_GRAPHS:
+        raise Unsupported(
+            _FEATURE,
+            f"torch.compile records graphs in mode {others.compile.mode!r}, which are played on weights of their own.",
+            f"compile='default' or {others.compile.mode + '-no-cudagraphs'!r}.",
+        )
+    if others is not None and getattr(others.cache, "guard", False):
+        raise Unsupported(
+            _FEATURE, "a cache's guard looks at what one rank has found, so ranks would part.", "cache.guard=0."
+        )
+
+
+def _refuse(component: Denoiser, denoises: bool) -> None:
+    """Refuses a model whose weights cannot be divided."""
+    refuse_offloaded(_FEATURE, component)
+    blocks = component.adapter.blocks(component.module)
+    if denoises and not blocks:
+        raise Unsupported(_FEATURE, "no blocks were found in it.", "parallel without fsdp.", str(component))
+    for module in component.module.modules():
+        if "_hf_hook" in vars(module):
+            raise Unsupported(
+                _FEATURE, "its weights move between devices.", "no offloading: each rank holds a part of the weights.",
+                str(component),
+            )  # fmt: skip
+    for block in blocks:
+        for path, tensor in (*block.named_parameters(), *block.named_buffers()):
+            if not _plain(tensor):
+                raise Unsupported(
+                    _FEATURE,
+                    f"{path} of a block is a {_kind(tensor)}, whose bytes only its package knows.",
+                    "weights of plain tensors, quantized with linear= if you like.",
+                    str(component),
+                )
+        if any(not tensor.numel() for tensor in block.parameters()):
+            raise Unsupported(
+                _FEATURE, "weights of a block are not there: another pipeline that shares it may have divided them.",
+                "restore(...) that pipeline first.", str(component),
+            )  # fmt: skip
