@@ -21,7 +21,7 @@ from diffusers_accel.kernels.attention import (
     rotate,
 )
 from diffusers_accel.kernels.attention.prepare import prepare
-from diffusers_accel.kernels.attention.scatter import addresses, collect, scatter
+from diffusers_accel.kernels.attention.scatter import Places, collect, scatter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -74,8 +74,9 @@ def test_scattered_heads(dim, dtype, norm, rotation):
     # Each rank's memory has tokens of others before and behind, and something else after its heads.
     memory = [torch.full((2, length + 4, count + 1, dim), 7.0, dtype=dtype, device=DEVICE) for count in counts]
     places = [item[:, 1:, :count] for item, count in zip(memory, counts, strict=True)]
-    table = torch.tensor(addresses(places), device=DEVICE)
-    scatter(x, table, start, weight, eps, None if rotation is None else turning, rotation == "halves")
+    scatter(
+        x, Places.of(places, DEVICE), start, weight, eps, None if rotation is None else turning, rotation == "halves"
+    )
     wanted = prepared(x, weight, eps, None if rotation is None else angles, rotation == "halves")
     bound = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.01}
     found = torch.cat([place[:, start : start + length] for place in places], 2)

@@ -8,6 +8,7 @@ Imported only where a GPU is met: it needs triton.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,7 +25,7 @@ _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 def _scatter(
     x_ptr, table_ptr, norm_ptr, cos_ptr, sin_ptr, sx_b, sx_s, sx_h, st_b, st_s, st_h, start, heads, eps,
     NORM: tl.constexpr, ROTATE: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, W: tl.constexpr, DP: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, SHARED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program (token, batch)."""
     s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -34,6 +35,9 @@ def _scatter(
     row = tl.load(table_ptr + 3 * h + 1, mask=exists, other=0)
     batch = tl.load(table_ptr + 3 * h + 2, mask=exists, other=0)
     to += b * batch + (s + start) * row
+    if ALIGNED:
+        # Nothing else says so of an address that was loaded: without it, values are written one by one.
+        to = tl.multiple_of(to, 16)
     base = x_ptr + b * sx_b + s * sx_s
     if ROTATE == "halves":
         turn = b * st_b + s * st_s
@@ -60,10 +64,15 @@ def _scatter(
             weight = tl.load(norm_ptr + h[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
             x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / (heads * D) + eps) * weight
         if ROTATE == "neighbours":
-            turn = b * st_b + s * st_s + h.to(tl.int64)[:, None] * st_h + d[None, :]
-            x = rotated(
-                x, tl.load(cos_ptr + turn, mask=inside, other=0.0), tl.load(sin_ptr + turn, mask=inside, other=0.0)
-            )
+            turn = b * st_b + s * st_s
+            if SHARED:
+                cos = tl.load(cos_ptr + turn + d, mask=d < D, other=0.0)[None, :]
+                sin = tl.load(sin_ptr + turn + d, mask=d < D, other=0.0)[None, :]
+            else:
+                own = turn + h.to(tl.int64)[:, None] * st_h + d[None, :]
+                cos = tl.load(cos_ptr + own, mask=inside, other=0.0)
+                sin = tl.load(sin_ptr + own, mask=inside, other=0.0)
+            x = rotated(x, cos, sin)
         tl.store(to[:, None] + d[None, :], x.to(KIND), mask=inside)
 
 
@@ -83,22 +92,36 @@ def _collect(
     tl.store(at, tl.where(own[:, None], mine, come), mask=inside)
 
 
-def addresses(places: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Where each head goes: its address, and the steps from token to token and from batch to batch, in elements.
+@dataclass(frozen=True)
+class Places:
+    """Where each head goes.
 
-    Args:
-        places: (batch, sequence, heads, head_dim) each, one rank's heads after another's, channels next to each other.
+    Attributes:
+        table: Its address, and the steps from token to token and from batch to batch, in elements: int64 (heads, 3),
+            on the device.
+        aligned: Whether all of them are multiples of 16 bytes.
     """
-    return [
-        [place.data_ptr() + head * place.stride(2) * place.element_size(), place.stride(1), place.stride(0)]
-        for place in places
-        for head in range(place.shape[2])
-    ]
+
+    table: torch.Tensor
+    aligned: bool
+
+    @classmethod
+    def of(cls, places: Sequence[torch.Tensor], device: torch.device) -> Places:
+        """Of memory, (batch, sequence, heads, head_dim) each, one rank's heads after another's, channels next to each
+        other."""
+        rows = [
+            [place.data_ptr() + head * place.stride(2) * place.element_size(), place.stride(1), place.stride(0)]
+            for place in places
+            for head in range(place.shape[2])
+        ]
+        size = places[0].element_size()
+        aligned = all(not (at % 16 or token * size % 16 or batch * size % 16) for at, token, batch in rows)
+        return cls(torch.tensor(rows).to(device), aligned)
 
 
 def scatter(
     x: torch.Tensor,
-    table: torch.Tensor,
+    places: Places,
     start: int,
     norm: torch.Tensor | None,
     eps: float,
@@ -110,7 +133,7 @@ def scatter(
 
     Args:
         x: (batch, sequence, heads, head_dim), any strides but the last.
-        table: `addresses`, int64 (heads, 3), on the device.
+        places: Those of its heads.
         start: The place of its first token there.
         norm: Weight of an RMS norm: (head_dim,), over the channels of a head, or (heads * head_dim,), over all.
         eps: The norm's.
@@ -125,11 +148,12 @@ def scatter(
     padded, wide = max(64, triton.next_power_of_2(dim)), triton.next_power_of_2(heads)
     cos, sin = tables or (x, x)
     _scatter[(length, batch)](
-        x, table, x if norm is None else norm, cos, sin, x.stride(0), x.stride(1), x.stride(2),
+        x, places.table, x if norm is None else norm, cos, sin, x.stride(0), x.stride(1), x.stride(2),
         *turns(tables[0] if tables else None), start, heads, eps,
         NORM="" if norm is None else "head" if norm.numel() == dim else "all",
         ROTATE="" if tables is None else "halves" if halves else "neighbours", KIND=_TYPES[x.dtype], D=dim,
         W=padded // 4, DP=triton.next_power_of_2(dim), HEADS=wide,
+        SHARED=tables is None or tables[0].shape[2] == 1, ALIGNED=places.aligned,
         num_warps=warps or max(1, min(8, wide * padded // 1024)),
     )  # fmt: skip
 

@@ -123,7 +123,7 @@ class Shipping:
         self._underway: _Underway | None = None
         # By what they depend on: where operands go, tables of it on the device, and memory that they leave from.
         self._places: dict[Any, list[torch.Tensor]] = {}
-        self._tables: dict[Any, torch.Tensor] = {}
+        self._tables: dict[Any, Any] = {}
         self._stream: Any = None
 
     def ship(self, which: int, operand: Operand, size: Size, aside: bool) -> None:
@@ -235,10 +235,10 @@ class Shipping:
         cuda, start = operand.parts[0].is_cuda, 0
         for part, norm, tables in operand.lacking():
             if cuda:
-                from .scatter import addresses, scatter
+                from .scatter import Places, scatter
 
                 if key not in self._tables:
-                    self._tables[key] = torch.tensor(addresses(places)).to(part.device)
+                    self._tables[key] = Places.of(places, part.device)
                 scatter(part, self._tables[key], start, norm, operand.eps, tables, operand.halves)
             else:
                 ready = plain(part, norm, operand.eps, tables, operand.halves)
