@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 
 EXCHANGES = ("auto", "windows", "messages")
+PAYLOADS = ("auto", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,10 @@ class ParallelConfig:
         vae_dim: What the VAE's picture is divided along, `"height"` or `"width"`.
         async_ulysses: Whether, in compiled blocks, shards are exchanged while what does not depend on them is
             computed, where they go through windows.
-        exchange: How Ulysses' shards travel: by `"messages"`; through `"windows"`, memory that GPUs of one machine
+        exchange: The way Ulysses' shards take: by `"messages"`; through `"windows"`, memory that GPUs of one machine
             write to directly; or `"auto"`, through windows where there are any.
+        payload: How Ulysses' shards travel: in the activations' own type (`"auto"`), or in `"fp8"`, e4m3 with a scale
+            for each token and head, for links that are slower than rounding.
         fsdp: Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a
             block's weights are put together while it runs. No factor of the product either; where the product is 1,
             any number of processes will do, and each computes the whole request.
@@ -46,6 +49,7 @@ class ParallelConfig:
     vae: int = 1
     vae_dim: str = "height"
     exchange: str = "auto"
+    payload: str = "auto"
     fsdp: bool = False
 
     _shorthand: typing.ClassVar[str | None] = None
@@ -96,6 +100,8 @@ class ParallelConfig:
             raise ConfigError(f"parallel.vae_dim: 'height' or 'width', got {self.vae_dim!r}.")
         if self.exchange not in EXCHANGES:
             raise ConfigError(f"parallel.exchange: one of {', '.join(EXCHANGES)}, got {self.exchange!r}.")
+        if self.payload not in PAYLOADS:
+            raise ConfigError(f"parallel.payload: one of {', '.join(PAYLOADS)}, got {self.payload!r}.")
         if min(self.attn2d) < 1:
             raise ConfigError(f"parallel.attn2d: 1 or more of each, got {list(self.attn2d)!r}.")
         if self.ring > 1 and math.prod(self.attn2d) > 1:

@@ -76,6 +76,27 @@ def test_through_windows(pools, way, kv_heads):
     check(pools, way, [13, 30], [7, 22], heads=5, kv_heads=kv_heads, shared=3 if kv_heads == 1 else 0, windows=True)
 
 
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("way", ["ulysses of 4", "ulysses in a ring"])
+def test_rounded_on_their_way(pools, way, windows):
+    """As attention of rounded tensors, itself rounded, where it makes sense to say so; the few that a last place moves
+    are rounded to another number."""
+    generator = torch.Generator().manual_seed(0)
+    size, sizes = WAYS[way]
+    given = [torch.randn(2, 29, 5, 16, generator=generator) for _ in range(3)]
+
+    def rounded(x):
+        scale = x.float().abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+    expected = rounded(exact.attention(*map(rounded, given))[0])
+    found = torch.full_like(given[0], float("nan"))
+    for rows, out in pools[size].run(attend.attend, sizes, *given, None, ([29], [29]), 0, False, windows, True):
+        found[:, rows] = out
+    assert exact.relative(found, expected) < 2e-3
+    assert 5e-3 < exact.relative(found, exact.attention(*given)[0]) < 0.06
+
+
 @pytest.mark.parametrize("aside", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kv_heads", [8, 4])

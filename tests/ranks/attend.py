@@ -15,7 +15,7 @@ from diffusers_accel.kernels.attention.shipping import KEY, QUERY, VALUE
 from .shared import SharedFiles
 
 
-def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=False):
+def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=False, rounded=False):
     """This rank's rows of attention, as the places they have in the whole and the values.
 
     Args:
@@ -28,12 +28,13 @@ def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=
         shared: How many keys all have.
         local_mask: Whether a rank is given the mask of its own keys alone.
         windows: Whether heads are exchanged through shared memory.
+        rounded: Whether they travel in 8 bits.
     """
     begin("cpu")
     mesh = Mesh(sizes, "cpu")
     everyone = mesh.sequence()
     groups = [mesh.group(axis) for axis in ("ulysses", "ring", "column", "row")]
-    transport = Transport(everyone, *groups)
+    transport = Transport(everyone, *groups, rounded=rounded)
     if windows:
         groups[0].windows = Windows(groups[0], SharedFiles)
 

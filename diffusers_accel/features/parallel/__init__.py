@@ -61,6 +61,8 @@ def check(target: Target, config: ParallelConfig) -> Plan:
         ways = [f"{name} {size}" for name, size in (("ulysses", config.ulysses), ("ring", config.ring)) if size > 1]
         if config.attn2d != (1, 1):
             ways.append(f"attn2d {config.attn2d[0]} x {config.attn2d[1]}")
+        if config.payload == "fp8" and config.ulysses > 1:
+            notes.append("What Ulysses exchanges is rounded to fp8 on its way, and is not overlapped with products.")
         actions.append(f"a sequence on {config.sequence} ({', '.join(ways)})")
     return Plan("; ".join(actions) or "one rank", target.blocks if config.sequence > 1 else 0, tuple(notes))
 
@@ -187,6 +189,7 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh, config: ParallelCon
         mesh.group("row"),
         shipping,
         config.async_ulysses,
+        config.payload == "fp8",
     )
     for name, attends in plan.attention.items():
         target.transports[denoiser.name, name] = division.carrier(attends, transport)

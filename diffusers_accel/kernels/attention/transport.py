@@ -61,6 +61,7 @@ class Transport:
         column: Those of its column, among which keys and values are.
         shipping: What heads go through, where `ulysses` has windows.
         overlaps: Whether they may be on their way while something else is computed.
+        rounded: Whether what Ulysses exchanges travels in 8 bits.
     """
 
     everyone: Group
@@ -70,6 +71,7 @@ class Transport:
     column: Group
     shipping: Shipping | None = None
     overlaps: bool = True
+    rounded: bool = False
 
     @property
     def partial(self) -> bool:
@@ -118,7 +120,7 @@ class Transport:
 
     def ships(self, heads: tuple[int, int]) -> bool:
         """Whether query, key and value of so many heads may be sent off one by one, by `ship`."""
-        return self.shipping is not None and not heads[1] % self.ulysses.size
+        return self.shipping is not None and not self.rounded and not heads[1] % self.ulysses.size
 
     def ship(self, which: int, operand: Operand, heads: tuple[int, int], layout: Layout, aside: bool) -> None:
         """Sends one of them off; `arrived` is to follow the three.
@@ -184,7 +186,7 @@ class Transport:
         if group.size == 1:
             return replace(x, key=key, value=value), together
         queries, keys = ([each[rank] for rank in self._peers] for each in self._lengths(layout))
-        query, key, value = group.reshard(
+        query, key, value = self._exchanged(
             [x.query, key, value], 2, [heads[0], heads[1], heads[1]], 1, [queries, keys, keys], passing=True
         )
         return replace(x, query=query, key=key, value=value), together
@@ -194,10 +196,25 @@ class Transport:
         group = self.ulysses
         if group.size == 1:
             return out
-        if self.shipping is not None:
+        if self.shipping is not None and not self.rounded:
             return self.shipping.returned(out, heads, lengths)
-        (found,) = group.reshard([out], 1, [lengths], 2, [heads])
+        (found,) = self._exchanged([out], 1, [lengths], 2, [heads])
         return found
+
+    def _exchanged(
+        self,
+        tensors: list[torch.Tensor],
+        away: int,
+        counts: list[list[int]],
+        toward: int,
+        lengths: list[list[int]],
+        passing: bool = False,
+    ) -> list[torch.Tensor]:
+        """`Group.reshard`, of bytes if they are rounded to travel."""
+        if not self.rounded:
+            return self.ulysses.reshard(tensors, away, counts, toward, lengths, passing)
+        found = self.ulysses.reshard([to_bytes(x) for x in tensors], away, counts, toward, lengths, passing)
+        return [from_bytes(each, x.dtype) for each, x in zip(found, tensors, strict=True)]
 
     # --- between groups of heads --------------------------------------------------------------------------------------
 
@@ -311,6 +328,20 @@ def _partial(x: Inputs, attend: Attend) -> _Partial:
         hidden = ~x.attn_mask if x.attn_mask.dtype == torch.bool else x.attn_mask == float("-inf")
         lse = lse.masked_fill(hidden.all(-1), float("-inf"))
     return out, lse
+
+
+def to_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Rows in 8 bits to travel: (..., channels) as e4m3 with a float32 scale each, (..., channels + 4) bytes."""
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448.0
+    rows = (wide / scale).to(torch.float8_e4m3fn)
+    return torch.cat([rows.view(torch.uint8), scale.view(torch.uint8)], -1)
+
+
+def from_bytes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `to_bytes` was given, rounded."""
+    rows, scale = x[..., :-4].view(torch.float8_e4m3fn), x[..., -4:].contiguous().view(torch.float32)
+    return (rows.float() * scale).to(dtype)
 
 
 class _Merged:
