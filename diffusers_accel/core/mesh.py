@@ -51,6 +51,11 @@ def begin(device: str) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
 
 
+def everyone() -> Group:
+    """All ranks."""
+    return Group(dist.group.WORLD, range(dist.get_world_size()), dist.get_rank())
+
+
 class Mesh:
     """The groups of one division of all ranks.
 
@@ -92,10 +97,6 @@ class Mesh:
             return Group(None, (dist.get_rank(),), 0)
         handle = _neighbours(dist.group.WORLD, self.device, size).get_group("inner")
         return Group(handle, dist.get_process_group_ranks(handle), dist.get_rank() % size)
-
-    def everyone(self) -> Group:
-        """All ranks."""
-        return Group(dist.group.WORLD, range(dist.get_world_size()), dist.get_rank())
 
 
 # Groups are the process's, and each costs a connection: made once.
