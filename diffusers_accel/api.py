@@ -24,7 +24,7 @@ from torch import nn
 from . import presets
 from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
 from .core.chain import Chain
-from .core.edits import Journal
+from .core.edits import Edit, Journal
 from .core.mesh import own_gpu
 from .core.platform import describe
 from .core.step import Mode, StepClock
@@ -70,6 +70,7 @@ ORDER = (
     "vae",
     "whole graph",
     "request",
+    "gpu",
 )
 
 # Where pipelines keep their denoisers.
@@ -116,9 +117,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         # Where weights are quantized that lie on the host.
         torch.cuda.set_device(target.home)
     journal = Journal()
-    journal.apply(
-        itertools.chain.from_iterable(feature.edits(target, section) for _, feature, section in _active(resolved))
-    )
+    journal.apply(_edits(target, resolved))
     vars(pipe)[_SESSION] = Session(resolved, target, journal, notes, weight_bytes)
     # What was left off or stays as it was is said here too, not only to those who ask `explain`.
     for note in (*notes, *(note for plan in plans for note in plan.left)):
@@ -326,6 +325,14 @@ def _active(config: AccelConfig) -> Iterable[tuple[str, Feature, Any]]:
         section = getattr(config, name, None)
         if section is not None or name == "request":
             yield name, feature, section  # type: ignore[misc]
+
+
+def _edits(target: Target, config: AccelConfig) -> Iterator[Edit]:
+    """Everything that `accelerate` does, in its order."""
+    if config.parallel is not None:
+        yield from parallel.settle(target)
+    for _, feature, section in _active(config):
+        yield from feature.edits(target, section)
 
 
 def _resolve(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:

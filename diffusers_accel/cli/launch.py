@@ -29,31 +29,41 @@ def read_parallel(text: str) -> list[str]:
 
 
 def in_workers(config: AccelConfig, device: torch.device) -> None:
-    """Ends this process with workers' result, unless it is one of them. A worker on GPUs takes its own.
+    """Ends this process with workers' result, unless it is one of them: of ours, or of a launcher that has started the
+    command on every machine. A worker on GPUs takes its own.
 
     Args:
         config: What is asked for.
         device: Where the work is to be done.
 
     Raises:
-        CommandError: There are fewer GPUs here than ranks are asked for.
+        CommandError: There are fewer GPUs here than ranks are asked for, or a launcher has started another number.
     """
     if config.parallel is None:
         return
-    if launched() is not None:
+    ranks, gpus, started = config.parallel.ranks, torch.cuda.device_count(), launched()
+    if started is not None:
+        if started != ranks and not (config.parallel.fsdp and ranks == 1):
+            raise CommandError(f"--parallel: {config.parallel.product} ranks, and {started} processes were started.")
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        if device.type == "cuda" and number >= gpus:
+            raise CommandError(
+                f"--parallel: this machine has {gpus} GPUs, and this is process {number + 1} on it. Give torchrun "
+                f"--nproc-per-node {gpus} or less."
+            )
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(number)
         return
     if config.parallel.fsdp and config.parallel.ranks == 1:
         raise CommandError(
             "--parallel: fsdp alone does not say how many ranks there are; write another number beside it, as in "
             "fsdp=true,ulysses=2."
         )
-    ranks, gpus = config.parallel.ranks, torch.cuda.device_count()
     if device.type == "cuda" and gpus < ranks:
         raise CommandError(
             f"--parallel: {config.parallel.product} ranks, and this machine has {gpus} GPUs. On several machines, "
-            "start the command itself by torchrun on each."
+            "start the command on each: torchrun --nnodes 2 --nproc-per-node GPUS --rdzv-backend c10d --rdzv-endpoint "
+            "HOST:29500 -m diffusers_accel run ..."
         )
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -73,7 +73,8 @@ def run(
         str | None,
         typer.Option(
             metavar="WAYS",
-            help="Several processes, which are started here: cfg=2,ulysses=2 takes four (and as many GPUs).",
+            help="Several processes: cfg=2,ulysses=2 takes four (and as many GPUs). They are started here, unless "
+            "torchrun has started the command itself.",
             show_default=False,
         ),
     ] = None,
@@ -124,7 +125,9 @@ def run(
         settings = [*(settings or ()), *ways]
     wanted = read_wanted(config, preset, settings)
     extra = dict(key_value(text, "--call", "true_cfg_scale=4.0") for text in call or ())
-    check_output(output)
+    # Another machine, whose ranks save nothing, need not have that folder.
+    if first():
+        check_output(output)
     options = {
         "negative_prompt": negative_prompt,
         "image": read_image(image),
@@ -145,7 +148,8 @@ def run(
     defaults = demo.call_arguments(model) if model in demo.CHECKPOINTS else {}
     arguments = call_arguments(pipe, {**defaults, **given})
     target = output or default_output(prompt[0], "num_frames" in _parameters(pipe))
-    check_output(target, video="num_frames" in _parameters(pipe))
+    if first():
+        check_output(target, video="num_frames" in _parameters(pipe))
 
     notes = accelerated(pipe, wanted)
     begin = time.perf_counter()

@@ -8,7 +8,7 @@ an undo of its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -150,6 +150,40 @@ class ParkWeight:
         else:
             with torch.no_grad():
                 weight.data = self.successor.weight + 0  # type: ignore
+
+
+@dataclass(eq=False)
+class MoveTensors:
+    """Moves what modules have on one device to another. They have nothing there yet; what is on a third one stays.
+
+    Args:
+        modules: The modules.
+        here: Where their parameters and buffers are.
+        there: Where they are to be.
+    """
+
+    modules: Sequence[nn.Module]
+    here: torch.device
+    there: torch.device
+
+    def apply(self) -> None:
+        try:
+            self._move(self.here, self.there)
+        except BaseException:
+            # There is no room, say: the journal does not know of an edit that was half applied.
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        self._move(self.there, self.here)
+
+    def _move(self, here: torch.device, there: torch.device) -> None:
+        for module in self.modules:
+            # As `module.to` does it, which would take along what is elsewhere.
+            module._apply(lambda x: x.to(there) if x.device == here else x)
+        if here.type == "cuda":
+            # Other processes may be waiting for that memory.
+            torch.cuda.empty_cache()
 
 
 @dataclass(eq=False)

@@ -57,6 +57,11 @@ def own_gpu() -> torch.device:
     return torch.device("cuda", place if chosen == 0 and place < torch.cuda.device_count() else chosen)
 
 
+def everyone() -> Group:
+    """All ranks."""
+    return Group(dist.group.WORLD, range(dist.get_world_size()), dist.get_rank())
+
+
 class Mesh:
     """The groups of one division of all ranks.
 
@@ -101,10 +106,6 @@ class Mesh:
             return Group(None, (dist.get_rank(),), 0)
         handle = _neighbours(dist.group.WORLD, self.device, size).get_group("inner")
         return Group(handle, dist.get_process_group_ranks(handle), dist.get_rank() % size)
-
-    def everyone(self) -> Group:
-        """All ranks."""
-        return Group(dist.group.WORLD, range(dist.get_world_size()), dist.get_rank())
 
     def beside(self) -> Group:
         """All ranks, over connections of their own: what others send waits for nothing that is sent there."""

@@ -171,15 +171,21 @@ def refuse_offloaded(feature: str, denoiser: Denoiser) -> None:
     Raises:
         Unsupported: The denoiser is offloaded so.
     """
-    for _, module in denoiser.module.named_modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        hooks: Any = getattr(registry, "hooks", {})
+    if offloaded(denoiser.module):
+        raise Unsupported(
+            feature,
+            "its weights are offloaded, and the hooks that move them know the stock weights only.",
+            "accelerate first, then enable offloading.",
+            str(denoiser),
+        )
+
+
+def offloaded(module: nn.Module) -> bool:
+    """Whether group or sequential offloading has a hold on a module's weights."""
+    for each in module.modules():
+        hooks: Any = getattr(getattr(each, "_diffusers_hook", None), "hooks", {})
         if any("group_offload" in name for name in hooks) or any(
-            item.is_meta for item in module.parameters(recurse=False)
+            item.is_meta for item in each.parameters(recurse=False)
         ):
-            raise Unsupported(
-                feature,
-                "its weights are offloaded, and the hooks that move them know the stock weights only.",
-                "accelerate first, then enable offloading.",
-                str(denoiser),
-            )
+            return True
+    return False

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from ranks.machines import FOUND, two
 
 from diffusers_accel.cli import run as run_module
 from diffusers_accel.cli.common import CommandError
@@ -159,17 +160,48 @@ def test_unreadable_image(refused, folders, tmp_path):
     assert "--image" in refused("run", folders / "flux-shapes", *IMAGE, "--image", tmp_path / "none.png")
 
 
-def test_ranks_are_started_and_one_of_them_saves(run, folders, tmp_path):
+def one_machine(*command):
+    return [subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240)]
+
+
+def two_machines(*command):
+    return two(FOUND, 1, *command)
+
+
+@pytest.mark.parametrize("started", [one_machine, two_machines])
+def test_ranks_are_started_and_one_of_them_saves(run, folders, tmp_path, started):
     files = [tmp_path / "one.png", tmp_path / "two.png"]
     run("flux-shapes", *IMAGE, "--output", files[0])
-    command = [sys.executable, "-m", "diffusers_accel", "run", folders / "flux-shapes", "--device", "cpu", *IMAGE]
-    command += ["--parallel", "ulysses=2", "--output", files[1]]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("saved ") == 1 and stat(done.stdout, "steps computed") == "2"
+    command = ["-m", "diffusers_accel", "run", folders / "flux-shapes", "--device", "cpu", *IMAGE]
+    done = started(*command, "--parallel", "ulysses=2", "--output", files[1])
+    assert not any(each.returncode for each in done), "\n".join(each.stderr for each in done)
+    printed = "".join(each.stdout for each in done)
+    assert printed.count("saved ") == 1 and stat(printed, "steps computed") == "2"
     one, two = (np.asarray(Image.open(file)).astype(int) for file in files)
     # float32 in another order of summation, rounded to 8 bits.
     assert one.std() > 0 and abs(one - two).max() <= 1
+
+
+def test_what_a_launcher_has_started_must_fit(refused, folders, monkeypatch, tmp_path):
+    def message(*more):
+        return refused("run", folders / "flux-shapes", *IMAGE, "--parallel", "cfg=2,ulysses=2", *more)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "cfg 2 x ulysses 2 = 4 ranks, and this machine has 2 GPUs" in message()
+    assert "torchrun --nnodes 2 --nproc-per-node GPUS" in message()
+    for name, value in (("RANK", 3), ("WORLD_SIZE", 8), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    assert "= 4 ranks, and 8 processes were started" in message()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert "this machine has 2 GPUs, and this is process 4 on it" in message()
+    # The first rank alone saves, so no other asks for a folder.
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    nowhere = ("--device", "cpu", "--output", tmp_path / "none" / "fox.png", "--image", tmp_path / "none.png")
+    assert "--image" in message(*nowhere)
+    monkeypatch.setenv("RANK", "0")
+    assert "there is no folder" in message(*nowhere)
 
 
 def test_ways_to_divide_are_read():

@@ -3,7 +3,8 @@
 Every rank runs the same script with the same pipeline. What is divided: branches of guidance and samples of a batch
 (`guidance.py`), a sequence of tokens (`division.py`, with `kernels/attention/transport.py` for attention), a VAE's
 picture (`vae/`). Scheduler and text encoders run on every rank alike, so ranks must be given the same:
-`agreement.py` sees to that. Weights may be shared too: a feature of its own, `weights.py`.
+`agreement.py` sees to that. `gpus.py` gives each a GPU of its own. Weights may be shared too: a feature of its own,
+`weights.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
-import torch
-
 from ...config import ParallelConfig
 from ...core.edits import AddLayer, Edit, SetAttr
-from ...core.mesh import Mesh, begin, launched
+from ...core.mesh import Mesh, begin, everyone, launched
 from ...core.windows import MAKERS, open_windows
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Shipping, Transport
 from ..feature import Denoiser, Plan, Target, refuse_offloaded
-from . import vae
+from . import gpus, vae
 from .agreement import Agreement, same_random_numbers
 from .division import Division
 from .guidance import Guidance, Samples
@@ -41,7 +40,7 @@ def check(target: Target, config: ParallelConfig) -> Plan:
     if config.ranks != world and not (config.fsdp and config.ranks == 1):
         raise Unsupported("parallel", f"{config.product}, and there are {world} processes.", _LAUNCH)
     _refuse_neighbours(target, config)
-    actions, notes = [], []
+    actions, notes = [], gpus.notes(target)
     if config.dp > 1:
         actions.append(f"samples of a batch on {config.dp}")
         notes.append(f"Requests of fewer than {config.dp} samples gain nothing from dp.")
@@ -144,18 +143,28 @@ def _refuse_undivided(denoiser: Denoiser, config: ParallelConfig) -> None:
             )  # fmt: skip
 
 
-def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
-    """The process group and mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
+def settle(target: Target) -> Iterator[Edit]:
+    """The process group, and a GPU of its own for each rank. These come before the edits of any other feature, which
+    then find weights where they are to stay.
+
+    Raises:
+        Unsupported: Ranks are on one GPU and cannot be moved.
+    """
     device = target.denoisers[0].device.type
     begin(device)
+    if device == "cuda":
+        yield from gpus.edits(target, everyone())
+
+
+def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
+    """The mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
+    device, ranks = target.denoisers[0].device.type, everyone()
     mesh = Mesh(config.axes(launched() or 1), device)
-    everyone = mesh.everyone()
-    _refuse_one_gpu(target, mesh)
     _open_windows(mesh, config)
-    agreement = Agreement(target, everyone)
+    agreement = Agreement(target, ranks)
     if hasattr(target.pipe, "check_inputs"):
-        yield AddLayer(target.pipe, target.rank("request"), same_random_numbers(everyone, device), "check_inputs")
-    if everyone.rank:
+        yield AddLayer(target.pipe, target.rank("request"), same_random_numbers(ranks, device), "check_inputs")
+    if ranks.rank:
         # One bar is enough.
         bar = vars(target.pipe).get("_progress_bar_config") or {}
         yield SetAttr(target.pipe, "_progress_bar_config", {**bar, "disable": True})
@@ -215,21 +224,3 @@ def _open_windows(mesh: Mesh, config: ParallelConfig) -> None:
     if config.exchange == "windows":
         raise Unsupported("parallel.exchange='windows'", f"{reason}.", "exchange='messages' or 'auto'.")
     warnings.warn(f"parallel: Ulysses exchanges by messages: {reason}.", stacklevel=2)
-
-
-def _refuse_one_gpu(target: Target, mesh: Mesh) -> None:
-    """Refuses ranks of one machine that put their models on one GPU."""
-    if mesh.device != "cuda":
-        return
-    device = target.home
-    identity = str(torch.cuda.get_device_properties(device).uuid)
-    torch.cuda.set_device(device)
-    seen = mesh.everyone().objects(identity)
-    twins = [rank for rank, other in enumerate(seen) if other == identity]
-    if len(twins) > 1:
-        raise Unsupported(
-            "parallel",
-            f"the pipelines of ranks {twins} are on one GPU, {device}.",
-            "`torchrun --virtual-local-rank ...`, which shows each process a GPU of its own, or "
-            "torch.cuda.set_device(int(os.environ['LOCAL_RANK'])) before the pipeline is moved.",
-        )

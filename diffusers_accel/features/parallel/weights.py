@@ -20,7 +20,7 @@ from torch import nn
 
 from ...config import ParallelConfig
 from ...core.edits import AddLayer, Edit
-from ...core.mesh import Mesh, begin, launched
+from ...core.mesh import Mesh, begin, everyone, launched
 from ...errors import Unsupported
 from ...kernels.linear import StandIn
 from ...models.adapter import default_adapter
@@ -115,7 +115,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     yield from _refused(target.pipe, _PIPELINE, type(target.pipe).__name__, rank)
     yield Opened(memory)
     # Ranks that skip other steps would wait for each other for ever.
-    target.summed = mesh.everyone().sum
+    target.summed = everyone().sum
     target.gathered = lambda block: memory.gathered(shards[id(block)]) if id(block) in shards else nullcontext()
 
 

@@ -1,0 +1,176 @@
+"""Which ranks' pipelines are moved to which GPU, and what moves. There are no GPUs here: tensors are torch's fake ones,
+which know where they are and have no values."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from diffusers_accel import AccelConfig, Unsupported, api
+from diffusers_accel.core.edits import Journal, MoveTensors
+from diffusers_accel.features.parallel import gpus
+from diffusers_accel.features.parallel.gpus import Seat, moving
+
+FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
+
+
+def seats(*places, bound=None):
+    """(GPU, GPU of the launcher's number) of each rank."""
+    return [Seat("cuda:0", gpu, own, bound) for gpu, own in places]
+
+
+def test_those_who_share_a_gpu_go_to_their_own():
+    # An unchanged script on a machine of four, and the same on two machines of two.
+    assert moving(seats(*(("a", own) for own in "abcd"))) == (1, 2, 3)
+    assert moving(seats(("a", "a"), ("a", "b"), ("c", "c"), ("c", "d"))) == (1, 3)
+
+
+def test_those_who_have_one_stay():
+    assert moving(seats(("b", "a"), ("a", "b"))) == ()
+    # --virtual-local-rank: nobody has a choice.
+    assert moving(seats(("a", None), ("b", None))) == ()
+    # Rank 2 was placed by its script; the others were not.
+    assert moving(seats(("a", "a"), ("a", "b"), ("d", "c"))) == (1,)
+
+
+def test_too_few_gpus_are_refused():
+    with pytest.raises(Unsupported, match=r"ranks \[0, 2\] have one GPU, cuda:0.*no more processes than GPUs"):
+        moving(seats(("a", "a"), ("a", "b"), ("a", None)))
+    # Where one goes another was put.
+    with pytest.raises(Unsupported, match=r"ranks \[1, 2\] have one GPU"):
+        moving(seats(("a", "a"), ("a", "b"), ("b", "c")))
+    with pytest.raises(Unsupported, match=r"ranks \[0, 1\] have one GPU"):
+        moving(seats(("a", None), ("a", None)))
+
+
+def test_what_cannot_be_moved_is_refused_by_all():
+    with pytest.raises(Unsupported, match=r"ranks \[0, 1\] are on one GPU, and rank 1's cannot be moved.*: hooks\."):
+        moving(seats(("a", "a"), ("a", "b"), bound="hooks"))
+    assert moving(seats(("a", "a"), ("b", "b"), bound="hooks")) == ()
+
+
+class OnGPU(nn.Module):
+    """A model of one tensor. A buffer: torch cannot swap fake parameters."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.register_buffer("tensor", torch.empty(4, device=device))
+
+    def parameters(self, recurse=True):
+        return self.buffers(recurse)
+
+    def forward(self, x, others=()):
+        return x.device, [other.device for other in others]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Two GPUs, of which this process is the second's rank."""
+    kinds, freed = {0: "H100", 1: "H100"}, []
+    current = [0]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: kinds[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device.index}"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device.index))
+    with FakeTensorMode():
+        yield SimpleNamespace(kinds=kinds, current=current, freed=freed)
+
+
+class Ranks:
+    """Two ranks, of which this process is the second; the first's pipeline is on the GPU that is said."""
+
+    rank = 1
+
+    def __init__(self, first="GPU-0"):
+        self.first, self.asked = Seat("cuda:0", first, first, None), []
+
+    def objects(self, value):
+        self.asked.append(value)
+        return [self.first, value]
+
+
+def target(**components):
+    denoiser = SimpleNamespace(module=components["transformer"], device=SimpleNamespace(type="cuda"))
+    return SimpleNamespace(pipe=SimpleNamespace(components=components), denoisers=[denoiser], rank=lambda name: 0)
+
+
+def places(*modules):
+    return [module.tensor.device for module in modules]
+
+
+def test_a_pipeline_is_moved_and_moved_back(fake):
+    transformer, encoder, on_host = OnGPU(FIRST), OnGPU(FIRST), OnGPU("cpu")
+    pipeline = target(transformer=transformer, text_encoder=encoder, vae=on_host, tokenizer=object())
+    assert "goes from cuda:0 to cuda:1" in gpus.notes(pipeline)[0]
+    journal, ranks = Journal(), Ranks()
+    with pytest.warns(UserWarning, match=r"those of ranks \[1\] have been moved"):
+        journal.apply(gpus.edits(pipeline, ranks))
+    assert places(transformer, encoder, on_host) == [SECOND, SECOND, torch.device("cpu")]
+    assert fake.current == [1] and fake.freed and ranks.asked[-1] is None
+    # What the script made before is brought along, and nothing else.
+    x, other = torch.empty(2, device=FIRST), torch.empty(2)
+    assert transformer(x, others=[x, other]) == (SECOND, [SECOND, torch.device("cpu")])
+    journal.undo()
+    assert places(transformer, encoder, on_host) == [FIRST, FIRST, torch.device("cpu")]
+    assert transformer(x) == (FIRST, []) and "forward" not in vars(transformer)
+
+
+def test_one_that_is_alone_stays(fake):
+    transformer = OnGPU(FIRST)
+    journal = Journal()
+    journal.apply(gpus.edits(target(transformer=transformer), Ranks("GPU-1")))
+    assert places(transformer) == [FIRST] and fake.current == [0] and not len(journal)
+
+
+def test_without_a_choice_nothing_is_said(fake, monkeypatch):
+    pipeline = target(transformer=OnGPU(FIRST))
+    for name, value in (("LOCAL_RANK", "0"), ("LOCAL_RANK", "2"), ("LOCAL_RANK", None)):
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
+        assert gpus.notes(pipeline) == []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert gpus.notes(pipeline)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert gpus.notes(pipeline) == []
+
+
+def test_hooks_two_gpus_and_another_kind_bind_it(fake):
+    def refused(words, **components):
+        with pytest.raises(Unsupported, match=words):
+            Journal().apply(gpus.edits(target(**components), Ranks()))
+
+    hooked = OnGPU(FIRST)
+    hooked._hf_hook = object()
+    refused("hooks of its OnGPU move tensors", transformer=OnGPU(FIRST), text_encoder=hooked)
+    refused("its OnGPU is on cuda:1 and not on cuda:0", transformer=OnGPU(FIRST), vae=OnGPU(SECOND))
+    fake.kinds[1] = "A100"
+    refused(r"cuda:1 \(A100\) is another kind of GPU than cuda:0 \(H100\)", transformer=OnGPU(FIRST))
+
+
+def test_a_move_that_fails_is_taken_back(fake):
+    one, full = OnGPU(FIRST), OnGPU(FIRST)
+    failures = iter([torch.OutOfMemoryError("no room")])
+
+    def _apply(function):
+        for error in failures:
+            raise error
+
+    full._apply = _apply
+    with pytest.raises(torch.OutOfMemoryError):
+        Journal().apply([MoveTensors((one, full), FIRST, SECOND)])
+    assert places(one, full) == [FIRST, FIRST]
+
+
+def test_it_is_moved_before_anything_is_done_to_weights(monkeypatch):
+    order = []
+    monkeypatch.setattr(api.parallel, "settle", lambda target: order.append("settle") or ())
+    for name, feature in api.FEATURES.items():
+        monkeypatch.setattr(feature, "edits", lambda target, section, name=name: order.append(name) or ())
+    config = AccelConfig.from_dict({"linear": "int8", "fuse": True, "parallel": {"ulysses": 2}})
+    assert not list(api._edits(None, config))
+    assert order == ["settle", "linear", "fuse", "parallel", "request"]
