@@ -1,8 +1,10 @@
 """The mesh: which rank does what.
 
 Ranks are the points of a box whose axes are the ways to divide work. From the outside, where ranks talk least, to the
-inside, where they talk most: data, guidance, ring or the rows and columns of Attention2D, Ulysses. So
-neighbouring ranks, which share a machine and its fast links, are Ulysses' and rings cross machines before it does.
+inside, where they talk most: data, guidance, tensor parallelism, ring or the rows and columns of Attention2D, Ulysses.
+So neighbouring ranks, which share a machine and its fast links, are Ulysses' and rings cross machines before it does.
+Tensor parallelism stands outside a sequence's ranks for their sake: they are neighbours, and hold one shard of the
+weights.
 
 The process group is the process's own: if a launcher has said who this process is and nobody has begun one, it is begun
 here, and it stays.
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from .comm import Group
 
 # From the outside to the inside.
-AXES = ("dp", "cfg", "ring", "row", "column", "ulysses")
+AXES = ("dp", "cfg", "tp", "ring", "row", "column", "ulysses")
 # The axes along which a sequence is divided.
 SEQUENCE = ("ring", "row", "column", "ulysses")
 # A collective that has not ended by then is given up, with an error on every rank.
