@@ -73,7 +73,7 @@ class Target:
         phases: What features do otherwise from step to step within a block, as values to compare.
         transports: (denoiser, last part of an attention module's name) -> what carries its calls, where a sequence is
             divided among ranks.
-        summed: Adds up a tensor over all ranks that share a sequence; `None` where none is shared.
+        summed: Adds up a tensor over all ranks that share a forward; `None` where none is shared.
         graphs: Of each denoiser: what holds its CUDA graphs, with how many are `captured` and the last request's
             `replays`.
         modulations: Of each denoiser: what holds its modulations of all steps, with the number of `layers` and the last

@@ -8,13 +8,14 @@ import torch
 from exact import relative
 from tape import TapeRecorder
 from tiny import TINY, build, same, tensors
+from tiny.heads import with_heads
 
 from diffusers_accel import accelerate, explain, register_attention, restore, stats
 from diffusers_accel.core.graphs import RECORDERS
 from diffusers_accel.kernels.attention import KERNELS
 
 
-def request(name, configuration, steps=2, calls=None, recorded=False):
+def request(name, configuration, steps=2, calls=None, recorded=False, heads=None):
     """How far a tiny pipeline's outputs under a configuration are from those in this process alone, in relative terms,
     and what `stats` says.
 
@@ -24,10 +25,11 @@ def request(name, configuration, steps=2, calls=None, recorded=False):
         steps: Of the request.
         calls: Other arguments of the call.
         recorded: Whether graphs are recorded by a stand-in for CUDA's.
+        heads: How many the denoisers have, if not as many as usual.
     """
     if recorded:
         RECORDERS["cpu"] = TapeRecorder
-    pipe, entry, calls = build(name), TINY[name], calls or {}
+    pipe, entry, calls = with_heads(name, heads), TINY[name], calls or {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if {"cache", "linear"} & set(configuration):

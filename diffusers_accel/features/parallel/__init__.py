@@ -1,9 +1,9 @@
 """Parallel: several ranks share one request, and each ends with the whole result.
 
 Every rank runs the same script with the same pipeline. What is divided: branches of guidance and samples of a batch
-(`guidance.py`), a sequence of tokens (`division.py`, with `kernels/attention/transport.py` for attention), a VAE's
-picture (`vae/`). Scheduler and text encoders run on every rank alike, so ranks must be given the same:
-`agreement.py` sees to that.
+(`guidance.py`), weights (`tensor.py`, a feature of its own, since it comes before all that touches weights), a sequence
+of tokens (`division.py`, with `kernels/attention/transport.py` for attention), a VAE's picture (`vae/`). Scheduler and
+text encoders run on every rank alike, so ranks must be given the same: `agreement.py` sees to that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ...core.edits import AddLayer, Edit, SetAttr
 from ...core.mesh import Mesh, begin, launched
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Transport
+from ...models.tensor import Heads
 from ..feature import Denoiser, Plan, Target, refuse_offloaded
 from . import vae
 from .agreement import Agreement, same_random_numbers
@@ -60,18 +61,20 @@ def check(target: Target, config: ParallelConfig) -> Plan:
         if config.attn2d != (1, 1):
             ways.append(f"attn2d {config.attn2d[0]} x {config.attn2d[1]}")
         actions.append(f"a sequence on {config.sequence} ({', '.join(ways)})")
-    return Plan("; ".join(actions) or "one rank", target.blocks if config.sequence > 1 else 0, tuple(notes))
+    # What tp does is a row of its own.
+    alone = "requests compared" if config.tp > 1 else "one rank"
+    return Plan("; ".join(actions) or alone, target.blocks if config.sequence > 1 else 0, tuple(notes))
 
 
 def _refuse_neighbours(target: Target, config: ParallelConfig) -> None:
     """Refuses features that would let ranks go different ways."""
     others = target.config
     cache = others.cache if others is not None else None
-    if config.sequence > 1 and getattr(cache, "guard", False):
+    if config.sequence * config.tp > 1 and getattr(cache, "guard", False):
         raise Unsupported(
             "parallel",
-            "a cache's guard looks at what one rank has of a sequence, so ranks would part.",
-            "cache.guard=0, or parallel without ulysses, ring and attn2d.",
+            "a cache's guard looks at what one rank has of a sequence, or at its rounding, so ranks would part.",
+            "cache.guard=0, or parallel without tp, ulysses, ring and attn2d.",
         )
     for denoiser in target.denoisers:
         refuse_offloaded("parallel", denoiser)
@@ -129,14 +132,17 @@ def _refuse_undivided(denoiser: Denoiser, config: ParallelConfig) -> None:
             continue
         if "IPAdapter" in type(processor).__name__:
             raise Unsupported(feature, f"{path} attends to an IP-Adapter's pictures too.", instead, str(denoiser))
-        heads = next(
-            (getattr(module, name) for name in ("heads", "num_attention_heads") if hasattr(module, name)), None
-        )
+        heads = Heads.of(module)
         attends = plan.attention.get(path.rpartition(".")[2])
-        if attends is not None and attends.keys and isinstance(heads, int) and heads < config.ulysses:
+        if attends is None or not attends.keys or heads is None:
+            continue
+        # Too few for tp are refused there.
+        own = heads.query if heads.key < config.tp else heads.shares(config.tp)[-1][0]
+        if own < config.ulysses:
+            whose = f"heads on a rank of tp={config.tp}" if config.tp > 1 else "heads"
             raise Unsupported(
-                feature, f"{path} has {heads} heads, which ulysses={config.ulysses} cannot divide.",
-                f"ulysses={heads} or less, with ring for the rest.", str(denoiser),
+                feature, f"{path} has {own} {whose}, which ulysses={config.ulysses} cannot divide.",
+                f"ulysses={own} or less, with ring for the rest.", str(denoiser),
             )  # fmt: skip
 
 
@@ -148,6 +154,9 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     everyone = mesh.everyone()
     _refuse_one_gpu(target, mesh)
     agreement = Agreement(target, everyone)
+    if config.sequence * config.tp > 1:
+        # Ranks of one forward decide together: those of tp see the same, but for rounding.
+        target.summed = mesh.neighbours(config.sequence * config.tp).sum
     if hasattr(target.pipe, "check_inputs"):
         yield AddLayer(target.pipe, target.rank("request"), same_random_numbers(everyone, device), "check_inputs")
     if everyone.rank:
@@ -173,7 +182,6 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh) -> Iterator[Edit]:
     adapter, plan = denoiser.adapter, denoiser.adapter.sequence
     assert plan is not None
     division = Division(denoiser, plan, mesh.sequence())
-    target.summed = division.group.sum
     transport = Transport(
         mesh.sequence(), mesh.group("ulysses"), mesh.group("ring"), mesh.group("column"), mesh.group("row")
     )
