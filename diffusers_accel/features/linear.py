@@ -84,9 +84,9 @@ def check(target: Target, config: LinearConfig) -> Plan:
         actions.append(f"{denoiser.name}: {', '.join(f'{name} x {count}' for name, count in counts.items())}")
         before, after = _bytes(found.quantized)
         parallel = target.config.parallel if target.config is not None else None
-        whose = " of all ranks" if parallel is not None and parallel.tp > 1 else ""
+        together = ", all ranks' parts together" if parallel is not None and parallel.tp > 1 else ""
         notes.append(
-            f"{denoiser.name}: their weights{whose} take {after / 2**20:.1f} MiB instead of {before / 2**20:.1f}."
+            f"{denoiser.name}: their weights take {after / 2**20:.1f} MiB instead of {before / 2**20:.1f}{together}."
         )
         if found.wide:
             notes.append(f"{denoiser.name}: {len(found.wide)} layers stay wide: {_shortened(found.wide)}.")

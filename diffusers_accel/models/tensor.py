@@ -132,7 +132,7 @@ class Heads:
             TooFew: There are fewer than ranks.
         """
         if self.key < ranks:
-            kind = "heads" if self.key == self.query else "key heads"
+            kind = ("head" if self.key == self.query else "key head") + ("s" if self.key > 1 else "")
             raise TooFew(f"{self.key} {kind}, and tp={ranks} ranks")
         return [(keys * (self.query // self.key), keys) for keys in shares(self.key, ranks)]
 

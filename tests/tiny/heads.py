@@ -38,6 +38,7 @@ def with_heads(name: str, heads: int | None, **options: Any) -> Any:
         stock = getattr(pipe, denoiser)
         kind = type(stock).__name__
         config = {**stock.config, **({"num_attention_heads": heads} if heads else {})}
+        config.pop("_use_default_values", None)  # what is in it would not be taken from here
         config |= {**(_FOLLOWS[kind](config) if heads and kind in _FOLLOWS else {}), **options}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -139,9 +139,10 @@ def _refuse_undivided(denoiser: Denoiser, config: ParallelConfig) -> None:
         # Too few for tp are refused there.
         own = heads.query if heads.key < config.tp else heads.shares(config.tp)[-1][0]
         if own < config.ulysses:
-            whose = f"heads on a rank of tp={config.tp}" if config.tp > 1 else "heads"
+            whose = f" on a rank of tp={config.tp}" if config.tp > 1 else ""
             raise Unsupported(
-                feature, f"{path} has {own} {whose}, which ulysses={config.ulysses} cannot divide.",
+                feature,
+                f"{path} has {own} head{'s' if own > 1 else ''}{whose}, which ulysses={config.ulysses} cannot divide.",
                 f"ulysses={own} or less, with ring for the rest.", str(denoiser),
             )  # fmt: skip
 

@@ -181,8 +181,6 @@ def _refusal(module: Any) -> str | None:
     weight = module.weight
     if type(weight) not in (nn.Parameter, torch.Tensor) or type(weight.data) is not torch.Tensor:
         return f"its weight is a {type(weight.data).__name__}"
-    if weight.is_meta:
-        return "its weight is not loaded (meta device)"
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     return None
@@ -304,13 +302,17 @@ class _ShowWhole:
     _handle: Any = field(default=None, init=False)
 
     def apply(self) -> None:
-        layers = [(layer.place.path, layer.stock) for layer in self.layers]
+        layers = {layer.place.path: layer.stock for layer in self.layers}
 
         def show(module: nn.Module, found: dict[str, Any], prefix: str, metadata: Any) -> None:
-            for path, stock in layers:
-                found.pop(f"{prefix}{path}.base_layer.weight", None)
-                for name, item in stock.named_parameters(recurse=False):
-                    found[f"{prefix}{path}.{name}"] = item.detach()
+            held = list(found.items())
+            found.clear()
+            # In the stock order, whatever order parts have theirs in.
+            for key, item in held:
+                path = key.rpartition(".")[0].removesuffix(".base_layer")
+                stock = layers.get(path.removeprefix(prefix))
+                own = {key: item} if stock is None else dict(stock.named_parameters(path, recurse=False))
+                found.update({name: each.detach() for name, each in own.items()})
 
         self._handle = self.module.register_state_dict_post_hook(show)
 

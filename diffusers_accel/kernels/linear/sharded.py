@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from ...core.comm import Group
 from ...core.operators import operator
@@ -45,6 +46,11 @@ def _sum_fake(x: torch.Tensor, group: int) -> torch.Tensor:
 def _sum_over_ranks(x: torch.Tensor, group: int) -> torch.Tensor:
     # What an operator is given stays as it was.
     return GROUPS[group].sum(x.clone(memory_format=torch.contiguous_format))
+
+
+# Sums that do not depend on each other (of two streams, of a query's and a key's norm) must come in one order on all
+# ranks. Inductor would order them by memory and speed, which differ where shares are uneven.
+_register_effectful_op(_sum_over_ranks, _EffectType.ORDERED)
 
 
 def summed(fresh: torch.Tensor, group: int) -> torch.Tensor:
