@@ -33,13 +33,18 @@ LOSSLESS: dict[str, Any] = {"attention": "auto", "fuse": True, "compile": True, 
 
 def ways(ranks: int, guided: bool) -> dict[str, ParallelConfig]:
     """Ways to divide a request among so many ranks."""
-    found = {"ulysses": ParallelConfig(ulysses=ranks), "ring": ParallelConfig(ring=ranks)}
+    found = {
+        "ulysses": ParallelConfig(ulysses=ranks),
+        "ring": ParallelConfig(ring=ranks),
+        f"tp {ranks}": ParallelConfig(tp=ranks),
+    }
     if ranks == 2:
         found["attn2d 2 x 1"] = ParallelConfig(attn2d=(2, 1))
         found["attn2d 1 x 2"] = ParallelConfig(attn2d=(1, 2))
     if ranks == 4:
         found["attn2d 2 x 2"] = ParallelConfig(attn2d=(2, 2))
         found["ulysses 2, ring 2"] = ParallelConfig(ulysses=2, ring=2)
+        found["tp 2, ulysses 2"] = ParallelConfig(tp=2, ulysses=2)
     if guided:
         found["cfg 2" if ranks == 2 else "cfg 2, ulysses 2"] = ParallelConfig(cfg=2, ulysses=ranks // 2)
     return found
