@@ -43,6 +43,7 @@ def ways(ranks: int, guided: bool) -> dict[str, ParallelConfig]:
         "ulysses, not overlapped": ParallelConfig(ulysses=ranks, async_ulysses=False),
         "ulysses, messages": ParallelConfig(ulysses=ranks, exchange="messages"),
         "ring": ParallelConfig(ring=ranks),
+        f"tp {ranks}": ParallelConfig(tp=ranks),
     }
     if ranks == 2:
         found["attn2d 2 x 1"] = ParallelConfig(attn2d=(2, 1))
@@ -50,6 +51,7 @@ def ways(ranks: int, guided: bool) -> dict[str, ParallelConfig]:
     if ranks == 4:
         found["attn2d 2 x 2"] = ParallelConfig(attn2d=(2, 2))
         found["ulysses 2, ring 2"] = ParallelConfig(ulysses=2, ring=2)
+        found["tp 2, ulysses 2"] = ParallelConfig(tp=2, ulysses=2)
     if guided:
         found["cfg 2" if ranks == 2 else "cfg 2, ulysses 2"] = ParallelConfig(cfg=2, ulysses=ranks // 2)
     return found

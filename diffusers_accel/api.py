@@ -11,7 +11,7 @@ import inspect
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,26 +31,42 @@ from .core.step import Mode, StepClock
 from .errors import ConfigError, NotAccelerated, Unsupported
 from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
 from .features.feature import Denoiser, Feature, Plan, Target
-from .features.parallel import weights
+from .features.parallel import tensor, weights
 from .kernels.linear import kind_of, modules_of
 from .models import adapter_for
 from .reporting import Explanation, Row, Stats
 
 Pipe = TypeVar("Pipe")
 
-# The features, in the order their edits are applied, each under the name of its section in AccelConfig. "request" has
-# no section: it is always on. "weights" has that of "parallel".
-FEATURES: dict[str, ModuleType] = {
-    "linear": linear,
-    "fuse": fuse,
-    "parallel": parallel,
-    "attention": attention,
-    "compile": compile,
-    "cuda_graph": graphs,
-    "cache": cache,
-    "vae": vae,
-    "weights": weights,
-    "request": request,
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of FEATURES.
+
+    Attributes:
+        feature: The feature's module.
+        section: Name of its section in AccelConfig; `None` for one that is always on.
+        asked: Whether a section that is there asks for it.
+    """
+
+    feature: ModuleType
+    section: str | None
+    asked: Callable[[Any], bool] = lambda section: True
+
+
+# The features, in the order their edits are applied. Weights are divided among ranks before they are quantized.
+FEATURES: dict[str, Entry] = {
+    "tensor parallel": Entry(tensor, "parallel", lambda section: section.tp > 1),
+    "linear": Entry(linear, "linear"),
+    "fuse": Entry(fuse, "fuse"),
+    "parallel": Entry(parallel, "parallel"),
+    "attention": Entry(attention, "attention"),
+    "compile": Entry(compile, "compile"),
+    "cuda_graph": Entry(graphs, "cuda_graph"),
+    "cache": Entry(cache, "cache"),
+    "vae": Entry(vae, "vae"),
+    "weights": Entry(weights, "parallel", lambda section: section.fsdp),
+    "request": Entry(request, None),
 }
 
 # Layers from the inside to the outside; a layer's rank is its place here, whatever order the edits come in.
@@ -159,7 +175,7 @@ def explain(
             rows.append(Row(name, plan.action, plan.modules, notes=(*plan.notes, *plan.left)))
         except Unsupported as error:
             rows.append(Row(name, "refused", 0, refused=f"{error.reason} Instead: {error.instead}"))
-    off = [name for name, _ in FEATURES.items() if name not in {row.feature for row in rows}]
+    off = [name for name in FEATURES if name not in {row.feature for row in rows}]
     rows.extend(Row(name, "off", 0) for name in off)
     default = [str(denoiser) for denoiser in target.denoisers if denoiser.adapter.default]
     if default:
@@ -321,10 +337,10 @@ def _session(pipe: Any, what: str) -> Session:
 
 
 def _active(config: AccelConfig) -> Iterable[tuple[str, Feature, Any]]:
-    for name, feature in FEATURES.items():
-        section = getattr(config, name, None)
-        if section is not None or name == "request":
-            yield name, feature, section  # type: ignore[misc]
+    for name, entry in FEATURES.items():
+        section = getattr(config, entry.section) if entry.section is not None else None
+        if entry.section is None or (section is not None and entry.asked(section)):
+            yield name, entry.feature, section  # type: ignore[misc]
 
 
 def _edits(target: Target, config: AccelConfig) -> Iterator[Edit]:

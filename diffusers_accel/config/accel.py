@@ -37,11 +37,6 @@ class AccelConfig:
         for entry in fields(self):
             object.__setattr__(self, entry.name, section_of(entry, getattr(self, entry.name)))
 
-    @property
-    def weights(self) -> ParallelConfig | None:
-        """`parallel`, where ranks share weights: a feature of its own, which comes after all that changes weights."""
-        return self.parallel if self.parallel is not None and self.parallel.fsdp else None
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AccelConfig:
         """Builds a configuration from nested mappings, with the same keys as the fields."""

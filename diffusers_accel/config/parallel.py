@@ -18,6 +18,7 @@ class ParallelConfig:
 
     Args:
         cfg: Ranks that share the branches of guidance.
+        tp: Ranks that share the blocks' weights, each with some attention heads and some features of the feed-forward.
         ulysses: Ranks that share a sequence, each with all tokens of some attention heads.
         ring: Ranks that share a sequence, keys and values passed on from rank to rank.
         attn2d: (rows, columns) of ranks that share a sequence, queries gathered along rows, keys and values along
@@ -41,6 +42,7 @@ class ParallelConfig:
     """
 
     cfg: int = 1
+    tp: int = 1
     ulysses: int = 1
     async_ulysses: bool = True
     ring: int = 1
@@ -67,7 +69,8 @@ class ParallelConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """Ranks along each axis of the mesh that has more than one."""
-        found = {"dp": self.dp, "cfg": self.cfg, "ring": self.ring, "row": self.attn2d[0], "column": self.attn2d[1]}
+        rows, columns = self.attn2d
+        found = {"dp": self.dp, "cfg": self.cfg, "tp": self.tp, "ring": self.ring, "row": rows, "column": columns}
         return {axis: size for axis, size in {**found, "ulysses": self.ulysses}.items() if size > 1}
 
     @property
@@ -82,7 +85,7 @@ class ParallelConfig:
     @property
     def product(self) -> str:
         """The number of ranks, spelled out."""
-        named = {"cfg": self.cfg, "ulysses": self.ulysses, "ring": self.ring, "dp": self.dp}
+        named = {"cfg": self.cfg, "tp": self.tp, "ulysses": self.ulysses, "ring": self.ring, "dp": self.dp}
         parts = [f"{name} {size}" for name, size in named.items() if size > 1]
         if math.prod(self.attn2d) > 1:
             parts.append(f"attn2d {self.attn2d[0]} x {self.attn2d[1]}")
@@ -92,8 +95,8 @@ class ParallelConfig:
         """Checks what types alone do not say."""
         if len(self.attn2d) != 2:
             raise ConfigError(f"parallel.attn2d: rows and columns, [2, 2] say, got {list(self.attn2d)!r}.")
-        numbers = {"cfg": self.cfg, "ulysses": self.ulysses, "ring": self.ring, "dp": self.dp, "vae": self.vae}
-        for name, size in numbers.items():
+        for name in ("cfg", "tp", "ulysses", "ring", "dp", "vae"):
+            size = getattr(self, name)
             if size < 1:
                 raise ConfigError(f"parallel.{name}: 1 or more, got {size!r}.")
         if self.vae_dim not in ("height", "width"):

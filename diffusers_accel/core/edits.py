@@ -103,17 +103,20 @@ class SwapModule:
 
 @dataclass(eq=False)
 class ParkWeight:
-    """Puts the weight of a module that is no longer used aside: to the host's memory, or away for good.
+    """Puts the weight, or another parameter, of a module that is no longer used aside: to the host's memory, or away
+    for good.
 
     Args:
-        module: The module, with a parameter `weight`.
+        module: The module.
         successor: What stands in its place: tells where the weight belongs when it comes back.
         keep: Whether to keep it. If not, `undo` finds what the successor holds, and `lasting` says so.
+        tensor: The parameter's name.
     """
 
     module: nn.Module
     successor: nn.Module
     keep: bool
+    tensor: str = "weight"
     _moving: Future[None] | None = field(default=None, init=False)
 
     @property
@@ -121,7 +124,7 @@ class ParkWeight:
         return None if self.keep else "the original weights were dropped (keep_original='drop')"
 
     def apply(self) -> None:
-        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        weight: torch.Tensor = getattr(self.module, self.tensor)
         if not self.keep:
             weight.data = weight.data.new_empty(0)
         elif weight.device.type == "cuda":
@@ -140,16 +143,16 @@ class ParkWeight:
             # If it failed, the weight lies in page-locked memory, whole.
             self._moving.exception()
             self._moving = None
-        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        weight: torch.Tensor = getattr(self.module, self.tensor)
         if self.keep:
             there = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
             # A cast of the model since passes the module by; its successor has seen it.
-            seen = getattr(self.successor, "weight", weight)
+            seen = getattr(self.successor, self.tensor, weight)
             dtype = seen.dtype if isinstance(seen, torch.Tensor) and seen.is_floating_point() else weight.dtype
             weight.data = moved(weight.data, there.device).to(dtype)
         else:
             with torch.no_grad():
-                weight.data = self.successor.weight + 0  # type: ignore
+                weight.data = getattr(self.successor, self.tensor) + 0
 
 
 @dataclass(eq=False)

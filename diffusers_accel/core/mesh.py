@@ -1,8 +1,10 @@
 """The mesh: which rank does what.
 
 Ranks are the points of a box whose axes are the ways to divide work. From the outside, where ranks talk least, to the
-inside, where they talk most: data, guidance, ring or the rows and columns of Attention2D, Ulysses. So
-neighbouring ranks, which share a machine and its fast links, are Ulysses' and rings cross machines before it does.
+inside, where they talk most: data, guidance, tensor parallelism, ring or the rows and columns of Attention2D, Ulysses.
+So neighbouring ranks, which share a machine and its fast links, are Ulysses' and rings cross machines before it does.
+Tensor parallelism stands outside a sequence's ranks for their sake: they are neighbours, and hold one shard of the
+weights.
 
 The process group is the process's own: if a launcher has said who this process is and nobody has begun one, it is begun
 here, and it stays.
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from .comm import Group
 
 # From the outside to the inside.
-AXES = ("dp", "cfg", "ring", "row", "column", "ulysses")
+AXES = ("dp", "cfg", "tp", "ring", "row", "column", "ulysses")
 # The axes along which a sequence is divided.
 SEQUENCE = ("ring", "row", "column", "ulysses")
 # A collective that has not ended by then is given up, with an error on every rank.
@@ -108,8 +110,14 @@ class Mesh:
         return Group(handle, dist.get_process_group_ranks(handle), dist.get_rank() % size)
 
     def beside(self) -> Group:
-        """All ranks, over connections of their own: what others send waits for nothing that is sent there."""
-        return Group(_beside(dist.group.WORLD), range(dist.get_world_size()), dist.get_rank())
+        """All ranks that have the same part of each weight (all, without tensor parallelism), over connections of their
+        own: what others send waits for nothing that is sent there."""
+        rank, inside = dist.get_rank(), 1
+        for axis in AXES[AXES.index("tp") + 1 :]:
+            inside *= self.sizes[axis]
+        parts = tuple(other // inside % self.sizes["tp"] for other in range(dist.get_world_size()))
+        ranks = [other for other, part in enumerate(parts) if part == parts[rank]]
+        return Group(_beside(dist.group.WORLD, parts)[parts[rank]], ranks, ranks.index(rank))
 
 
 # Groups are the process's, and each costs a connection: made once.
@@ -121,8 +129,10 @@ def _device_mesh(world: Any, device: str, shape: tuple[int, ...]) -> Any:
 
 
 @functools.cache
-def _beside(world: Any) -> Any:
-    return dist.new_group(timeout=TIMEOUT)
+def _beside(world: Any, parts: tuple[int, ...]) -> list[Any]:
+    """A group for each number in `parts`, of the ranks that have it. All ranks make all of them."""
+    members = ([rank for rank, other in enumerate(parts) if other == part] for part in sorted(set(parts)))
+    return [dist.new_group(ranks, timeout=TIMEOUT) for ranks in members]
 
 
 @functools.cache

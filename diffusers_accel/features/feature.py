@@ -75,7 +75,7 @@ class Target:
         phases: What features do otherwise from step to step within a block, as values to compare.
         transports: (denoiser, last part of an attention module's name) -> what carries its calls, where a sequence is
             divided among ranks.
-        summed: Adds up a tensor over all ranks that share a sequence; `None` where none is shared.
+        summed: Adds up a tensor over all ranks that share a forward; `None` where none is shared.
         gathered: Puts a block's weights in place for as long as its context lasts, for who reads them while the block
             does not run; every rank that shares them must ask at once.
         held: Name of a component -> bytes of its blocks' weights that this rank holds, where ranks share them.
@@ -117,7 +117,8 @@ class Target:
     @property
     def shares_weights(self) -> bool:
         """Whether ranks share, or are to share, the weights of blocks."""
-        return self.config is not None and self.config.weights is not None
+        parallel = self.config.parallel if self.config is not None else None
+        return parallel is not None and parallel.fsdp
 
     def rewrites(self, denoiser: Denoiser) -> bool:
         """Whether graphs of a denoiser's blocks are, or are to be, rewritten before they are compiled."""

@@ -9,6 +9,7 @@ What stays wide: what the adapter lists for its model, what the user lists, and 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +21,11 @@ from torch import nn
 from ..config import LinearConfig
 from ..core.edits import Edit, ParkWeight, SwapModule
 from ..errors import Unsupported
-from ..kernels.linear import LINEARS, LinearKernel, Part, QuantizedLinear, RoundedOnce, StandIn
+from ..kernels.linear import LINEARS, STOCK, LinearKernel, Part, QuantizedLinear, RoundedOnce, StandIn, whole_of
 from ..models.adapter import default_adapter
 from .feature import Denoiser, Plan, Target, refuse_offloaded
 
 WIDE = "none"
-# Where a foreign module remembers the stock layer it stands for; in a tuple, so that it is no child of it.
-_STOCK = "_diffusers_accel_stock"
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,13 @@ class _Layers:
         quantized: Those that are quantized.
         wide: Paths of those that the lists keep wide.
         refused: Path -> why the format named for it cannot take it.
+        parts: Those of them whose whole it could take: a rank's part is too small for it.
     """
 
     quantized: list[_Layer]
     wide: list[str]
     refused: dict[str, str]
+    parts: list[str]
 
 
 def check(target: Target, config: LinearConfig) -> Plan:
@@ -82,7 +83,11 @@ def check(target: Target, config: LinearConfig) -> Plan:
         counts = Counter(layer.kernel.name for layer in found.quantized)
         actions.append(f"{denoiser.name}: {', '.join(f'{name} x {count}' for name, count in counts.items())}")
         before, after = _bytes(found.quantized)
-        notes.append(f"{denoiser.name}: their weights take {after / 2**20:.1f} MiB instead of {before / 2**20:.1f}.")
+        parallel = target.config.parallel if target.config is not None else None
+        together = ", all ranks' parts together" if parallel is not None and parallel.tp > 1 else ""
+        notes.append(
+            f"{denoiser.name}: their weights take {after / 2**20:.1f} MiB instead of {before / 2**20:.1f}{together}."
+        )
         if found.wide:
             notes.append(f"{denoiser.name}: {len(found.wide)} layers stay wide: {_shortened(found.wide)}.")
         for reason in dict.fromkeys(found.refused.values()):
@@ -102,7 +107,9 @@ def edits(target: Target, config: LinearConfig) -> Iterator[Edit]:
     for denoiser in _targets(target, config):
         kernels = {name: _kernel(name, denoiser) for name in _named(config)}
         rounded_once = RoundedOnce()
-        for layer in _layers(denoiser, config, kernels).quantized:
+        found = _layers(denoiser, config, kernels)
+        _warn_of_parts(denoiser, found)
+        for layer in found.quantized:
             made = _made(layer)
             keep = config.keep_original == "cpu"
             if isinstance(made, QuantizedLinear):
@@ -110,7 +117,7 @@ def edits(target: Target, config: LinearConfig) -> Iterator[Edit]:
                 if keep:
                     made.keep(layer.module)
             elif keep:
-                vars(made)[_STOCK] = (layer.module,)
+                vars(made)[STOCK] = (layer.module,)
             elif getattr(getattr(made, "weight", None), "shape", None) != layer.module.weight.shape:
                 # Should a later layer fail, the stock weight would be found nowhere.
                 raise Unsupported(
@@ -121,6 +128,17 @@ def edits(target: Target, config: LinearConfig) -> Iterator[Edit]:
                 )
             yield SwapModule(layer.parent, layer.name, made)
             yield ParkWeight(layer.module, made, keep)
+
+
+def _warn_of_parts(denoiser: Denoiser, found: _Layers) -> None:
+    """Says which layers stay as they are because ranks share them, which shows only when they do."""
+    for reason in dict.fromkeys(found.refused[path] for path in found.parts):
+        paths = [path for path in found.parts if found.refused[path] == reason]
+        warnings.warn(
+            f"accelerate: linear: {denoiser.name}: a rank's part of {len(paths)} layers stays as it is ({reason}): "
+            f"{_shortened(paths)}.",
+            stacklevel=2,
+        )
 
 
 def _made(layer: _Layer) -> nn.Module:
@@ -179,7 +197,7 @@ def _linears(denoiser: Denoiser) -> Iterator[tuple[str, nn.Module, str, nn.Linea
     for parent_path, parent in denoiser.module.named_modules():
         wrapped = isinstance(getattr(parent, "base_layer", None), nn.Module)
         for name, module in parent.named_children():
-            (module,) = vars(module).get(_STOCK, (module,))
+            (module,) = vars(module).get(STOCK, (module,))
             if not isinstance(module, nn.Linear) or (wrapped and name != "base_layer"):
                 continue
             if ".lora_" in f".{parent_path}." or isinstance(parent, Part):
@@ -189,11 +207,14 @@ def _linears(denoiser: Denoiser) -> Iterator[tuple[str, nn.Module, str, nn.Linea
 
 
 def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearKernel]) -> _Layers:
-    found = _Layers([], [], {})
+    found = _Layers([], [], {}, [])
     adapter = denoiser.adapter
     inside, ends = _blocks(denoiser)
     uses = Counter(id(item) for _, item in denoiser.module.named_parameters(remove_duplicate=False))
     for path, parent, name, module in _linears(denoiser):
+        # What stays wide does not depend on how many ranks share a layer.
+        whole = whole_of(module)
+        narrow, divided = min(whole.in_features, whole.out_features), whole is not module
         module = _stock(denoiser, path, module)
         algo = next((algo for glob, algo in (config.plan or {}).items() if _matches(denoiser, path, glob)), None)
         if algo is None:
@@ -202,7 +223,7 @@ def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearK
                 not path.startswith(inside)
                 or path.startswith(ends)
                 or any(_matches(denoiser, path, glob) for glob in config.ignore or ())
-                or min(module.in_features, module.out_features) <= smallest
+                or narrow <= smallest
             )
             algo = None if wide else config.algo
         if algo is None or algo == WIDE:
@@ -212,6 +233,8 @@ def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearK
         refused = shared or _refusal(module) or kernels[algo].refuses(module)
         if refused is not None:
             found.refused[path] = refused
+            if divided and kernels[algo].refuses(whole) is None:
+                found.parts.append(path)
         else:
             found.quantized.append(_Layer(path, parent, name, module, kernels[algo]))
     return found

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .sequence import SequencePlan
+from .tensor import TensorPlan
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class Adapter:
             lies outside the blocks always does: NVIDIA ModelOpt's lists, which were found by measurement, agree on it.
         smallest_linear: Linear layers with no more input or output features than this stay wide.
         sequence: How its tokens may be divided among ranks; `None` if nobody has said.
+        tensor: How its blocks' weights may be; likewise.
         default: Whether this is a default adapter, for a class nobody described.
     """
 
@@ -204,6 +206,7 @@ class Adapter:
     wide_ends: tuple[int, int] = (0, 0)
     smallest_linear: int = 512
     sequence: SequencePlan | None = None
+    tensor: TensorPlan | None = None
     default: bool = False
 
     def __post_init__(self) -> None:

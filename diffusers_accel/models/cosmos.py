@@ -9,6 +9,7 @@ import torch
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
 from .sequence import Along, Attends, SequencePlan
+from .tensor import HEADS, TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -37,6 +38,17 @@ _SEQUENCE = SequencePlan(
     },
 )
 
+# Predict2.5 attends to a picture beside the text, and takes its channels from `out_dim`.
+_TENSOR = TensorPlan(
+    columns={
+        **attention_columns("attn1", "attn2"),
+        **{f"attn2.{name}_img": (HEADS,) for name in "qkv"},
+        **feed_forward_columns("ff"),
+    },
+    rows={**attention_rows("attn1", "attn2"), **feed_forward_rows("ff")},
+    counts={"heads": HEADS, "inner_dim": HEADS, "out_dim": HEADS},
+)
+
 COSMOS = Adapter(
     classes=("CosmosTransformer3DModel",),
     folding=("CosmosAttnProcessor2_0", "CosmosAttnProcessor2_5"),
@@ -44,6 +56,7 @@ COSMOS = Adapter(
     stacks=(Stack("transformer_blocks", ("hidden_states",)),),
     block_signal=_signal,
     sequence=_SEQUENCE,
+    tensor=_TENSOR,
     rows={
         "cosmos-1.0": TeaCacheRow(
             (271.156237, -91.9775607, 2.2443725, 2.08355751, 0.14177633),

@@ -13,6 +13,7 @@ import torch
 
 from .adapter import Adapter, Stack
 from .sequence import Along, Attends, SequencePlan
+from .tensor import FEATURES, HEADS, KEY_HEADS, TensorPlan, attention_columns, attention_rows
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -34,11 +35,26 @@ _SEQUENCE = SequencePlan(
     gathered=("gen_seq",),
 )
 
+_STREAMS = ("mlp", "mlp_moe_gen")
+
+_TENSOR = TensorPlan(
+    columns={
+        **attention_columns("self_attn", keys=KEY_HEADS),
+        **{f"{name}.{layer}": (FEATURES,) for name in _STREAMS for layer in ("gate_proj", "up_proj")},
+    },
+    rows={
+        **attention_rows("self_attn", own="to_out"),
+        **{f"{name}.down_proj": (FEATURES,) for name in _STREAMS},
+    },
+    counts={"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS},
+)
+
 COSMOS3 = Adapter(
     classes=("Cosmos3OmniTransformer",),
     stacks=(Stack("layers", ("und_seq", "gen_seq")),),
     block_signal=_signal,
     sequence=_SEQUENCE,
+    tensor=_TENSOR,
     denoised=("vision_tokens", "sound_tokens", "action_tokens"),
     latents=_latents,
 )

@@ -9,6 +9,15 @@ import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, grid_of_ids, unpacked
 from .sequence import Along, Attends, SequencePlan
+from .tensor import (
+    FEATURES,
+    HEADS,
+    TensorPlan,
+    attention_columns,
+    attention_rows,
+    feed_forward_columns,
+    feed_forward_rows,
+)
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
@@ -63,6 +72,12 @@ _SEQUENCE = SequencePlan(
     gathered_before="norm_out",
 )
 
+# A single-stream block's last layer reads attention and feed-forward side by side.
+_TENSOR = TensorPlan(
+    columns={**attention_columns("attn"), **feed_forward_columns("ff", "ff_context"), "proj_mlp": (FEATURES,)},
+    rows={**attention_rows("attn"), **feed_forward_rows("ff", "ff_context"), "proj_out": (HEADS, FEATURES)},
+)
+
 FLUX = Adapter(
     classes=("FluxTransformer2DModel",),
     smallest_linear=0,
@@ -80,6 +95,7 @@ FLUX = Adapter(
     ),
     guidance="embedded",
     sequence=_SEQUENCE,
+    tensor=_TENSOR,
     block_signal=_signal,
     rows={
         "flux.1-dev": TeaCacheRow(

@@ -9,6 +9,7 @@ import torch
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow, grid_of_ids, unpacked
 from .sequence import Along, Attends, SequencePlan
+from .tensor import FEATURES, HEADS, TensorPlan, attention_columns, attention_rows
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -39,6 +40,25 @@ _SEQUENCE = SequencePlan(
     refused={"kv_cache": "keys and values of reference pictures are kept whole"},
 )
 
+_GATED = (FEATURES, FEATURES)
+
+# A single-stream block has all of a kind in one layer.
+_TENSOR = TensorPlan(
+    columns={
+        **attention_columns("attn"),
+        "attn.to_qkv_mlp_proj": (HEADS, HEADS, HEADS, *_GATED),
+        "ff.linear_in": _GATED,
+        "ff_context.linear_in": _GATED,
+    },
+    rows={
+        **attention_rows("attn"),
+        "attn.to_out": (HEADS, FEATURES),
+        "ff.linear_out": (FEATURES,),
+        "ff_context.linear_out": (FEATURES,),
+    },
+    counts={"heads": HEADS, "inner_dim": HEADS, "mlp_hidden_dim": FEATURES},
+)
+
 FLUX2 = Adapter(
     classes=("Flux2Transformer2DModel",),
     smallest_linear=0,
@@ -49,6 +69,7 @@ FLUX2 = Adapter(
     ),
     guidance="embedded",
     sequence=_SEQUENCE,
+    tensor=_TENSOR,
     block_signal=_signal,
     rows={
         "flux.2-dev": TeaCacheRow((104.58236, -6.87605554, -0.0861659379, 0.0537600252), 0.2, "TensorRT-LLM VisualGen")

@@ -12,6 +12,7 @@ import torch
 
 from .adapter import Adapter, Stack
 from .sequence import Along, Attends, SequencePlan
+from .tensor import HEADS, TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -63,6 +64,26 @@ _SEQUENCE = SequencePlan(
     refused={"video_self_attention_mask": "its mask over pairs of tokens is made for a whole sequence"},
 )
 
+_ATTENTION = tuple(_SEQUENCE.attention)
+
+# Gates are by head; norms run across all of them.
+_TENSOR = TensorPlan(
+    columns={
+        **attention_columns(*_ATTENTION),
+        **{f"{name}.to_gate_logits": (HEADS,) for name in _ATTENTION},
+        **feed_forward_columns("ff", "audio_ff"),
+    },
+    rows={**attention_rows(*_ATTENTION), **feed_forward_rows("ff", "audio_ff")},
+    norms=("norm_q", "norm_k"),
+    counts={"heads": HEADS, "inner_dim": HEADS, "inner_kv_dim": HEADS},
+    tables={
+        "rope": "attn1",
+        "audio_rope": "audio_attn1",
+        "cross_attn_rope": "audio_to_video_attn",
+        "cross_attn_audio_rope": "video_to_audio_attn",
+    },
+)
+
 LTX2 = Adapter(
     classes=("LTX2VideoTransformer3DModel",),
     smallest_linear=0,
@@ -75,6 +96,7 @@ LTX2 = Adapter(
     branches=("cond_uncond", "uncond_stg", "uncond_modality"),
     block_signal=_signal,
     sequence=_SEQUENCE,
+    tensor=_TENSOR,
     denoised=("hidden_states", "audio_hidden_states"),
     grid=_grid,
     latents=_latents,

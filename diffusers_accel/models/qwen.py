@@ -9,6 +9,7 @@ import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, unpacked
 from .sequence import Along, Attends, SequencePlan
+from .tensor import TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
 
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
 
@@ -75,6 +76,11 @@ _SEQUENCE = SequencePlan(
     gathered_before="norm_out",
 )
 
+_TENSOR = TensorPlan(
+    columns={**attention_columns("attn"), **feed_forward_columns("img_mlp", "txt_mlp")},
+    rows={**attention_rows("attn"), **feed_forward_rows("img_mlp", "txt_mlp")},
+)
+
 QWEN = Adapter(
     classes=("QwenImageTransformer2DModel",),
     smallest_linear=0,
@@ -88,6 +94,7 @@ QWEN = Adapter(
     stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     block_signal=_signal,
     sequence=_SEQUENCE,
+    tensor=_TENSOR,
     rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},
     mag_rows=_MAG_ROWS,
     row=_row,

@@ -12,6 +12,7 @@ import torch
 
 from .adapter import Adapter, Modulation, Stack
 from .sequence import Along, Attends, SequencePlan
+from .tensor import TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -32,11 +33,17 @@ _SEQUENCE = SequencePlan(
     gathered_before="norm_out",
 )
 
+_TENSOR = TensorPlan(
+    columns={**attention_columns("attn", "attn2"), **feed_forward_columns("ff", "ff_context")},
+    rows={**attention_rows("attn", "attn2"), **feed_forward_rows("ff", "ff_context")},
+)
+
 SD3 = Adapter(
     classes=("SD3Transformer2DModel",),
     stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     guidance="batched",
     sequence=_SEQUENCE,
+    tensor=_TENSOR,
     branches=("cond_uncond",),
     special_branch=_special_branch,
     modulation=Modulation(

@@ -13,6 +13,7 @@ import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow
 from .sequence import Along, Attends, SequencePlan
+from .tensor import HEADS, TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
@@ -156,6 +157,13 @@ _VACE_SEQUENCE = replace(
     _SEQUENCE, streams={"hidden_states": 1, "control_hidden_states": 1}, gathered_before="norm_out"
 )
 
+_TENSOR = TensorPlan(
+    columns={**attention_columns("attn1", "attn2"), **feed_forward_columns("ffn")},
+    rows={**attention_rows("attn1", "attn2"), **feed_forward_rows("ffn")},
+    norms=("norm_q", "norm_k", "norm_added_k"),
+    counts={"heads": HEADS, "inner_dim": HEADS, "kv_inner_dim": HEADS},
+)
+
 WAN = Adapter(
     classes=("WanTransformer3DModel",),
     smallest_linear=0,
@@ -165,6 +173,7 @@ WAN = Adapter(
     stacks=(Stack("blocks", ("hidden_states",)),),
     timestep_signal=_signal,
     sequence=_SEQUENCE,
+    tensor=_TENSOR,
     rows=ROWS,
     mag_rows=MAG_ROWS,
     row=_row,
@@ -184,6 +193,7 @@ WAN_VACE = Adapter(
     side_stacks=(Stack("vace_blocks", ("control_hidden_states",)),),
     timestep_signal=_signal,
     sequence=_VACE_SEQUENCE,
+    tensor=_TENSOR,
     rows=ROWS,
     mag_rows=MAG_ROWS,
 )

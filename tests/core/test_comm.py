@@ -39,6 +39,12 @@ def test_places(pools):
         assert groups["cfg"] == (rank % 2, rank % 2 + 2)
         assert groups["dp"] == (rank,)
         assert number == rank % 2
+    found = pools[4].run(communicate.places, {"tp": 2, "ulysses": 2})
+    for rank, (place, groups, sequence, number) in enumerate(found):
+        assert (place["tp"], place["ulysses"], number) == (*divmod(rank, 2), rank % 2)
+        # A sequence's ranks are neighbours, of one place along tp.
+        assert groups["ulysses"] == sequence == (rank - rank % 2, rank - rank % 2 + 1)
+        assert groups["tp"] == (rank % 2, rank % 2 + 2)
     found = pools[4].run(communicate.places, {"row": 2, "column": 2})
     for rank, (place, groups, sequence, number) in enumerate(found):
         assert (place["row"], place["column"]) == divmod(rank, 2)

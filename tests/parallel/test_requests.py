@@ -141,9 +141,9 @@ def test_cached(pools, name, cache, way):
 def test_through_windows(pools, name):
     """Compiled and recorded too: a graph knows windows by their address."""
     sections = {"compile": {"backend": "eager"}, "cuda_graph": True, "attention": "sdpa"}
-    found = agrees(pools[2], name, ON_2["ulysses"], sections=sections, steps=4, rest=(None, True, True))
+    found = agrees(pools[2], name, ON_2["ulysses"], sections=sections, steps=4, rest=(None, True, None, True))
     assert all(replays > 0 for *_, replays in found)
-    agrees(pools[4], name, ON_4["ulysses and ring"], rest=(None, False, True))
+    agrees(pools[4], name, ON_4["ulysses and ring"], rest=(None, False, None, True))
 
 
 @pytest.mark.parametrize("name", ["flux", "wan-vace", "ltx2", "sd3"])

@@ -8,6 +8,7 @@ import torch
 from exact import relative
 from tape import TapeRecorder
 from tiny import TINY, build, same, tensors
+from tiny.heads import with_heads
 
 from diffusers_accel import accelerate, explain, register_attention, restore, stats
 from diffusers_accel.core.graphs import RECORDERS
@@ -17,7 +18,7 @@ from diffusers_accel.kernels.attention import KERNELS
 from .shared import SharedFiles
 
 
-def request(name, configuration, steps=2, calls=None, recorded=False, windows=False):
+def request(name, configuration, steps=2, calls=None, recorded=False, heads=None, windows=False):
     """How far a tiny pipeline's outputs under a configuration are from those in this process alone, in relative terms,
     and what `stats` says.
 
@@ -28,17 +29,18 @@ def request(name, configuration, steps=2, calls=None, recorded=False, windows=Fa
         calls: Other arguments of the call.
         recorded: Whether graphs are recorded by a stand-in for CUDA's.
         windows: Whether heads are exchanged through shared memory.
+        heads: How many the denoisers have, if not as many as usual.
     """
     if windows:
         MAKERS["cpu"] = SharedFiles
         try:
             division = {**configuration["parallel"], "exchange": "windows"}
-            return request(name, {**configuration, "parallel": division}, steps, calls, recorded)
+            return request(name, {**configuration, "parallel": division}, steps, calls, recorded, heads)
         finally:
             del MAKERS["cpu"]
     if recorded:
         RECORDERS["cpu"] = TapeRecorder
-    pipe, entry, calls = build(name), TINY[name], calls or {}
+    pipe, entry, calls = with_heads(name, heads), TINY[name], calls or {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if {"cache", "linear"} & set(configuration):

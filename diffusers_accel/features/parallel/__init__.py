@@ -1,10 +1,10 @@
 """Parallel: several ranks share one request, and each ends with the whole result.
 
 Every rank runs the same script with the same pipeline. What is divided: branches of guidance and samples of a batch
-(`guidance.py`), a sequence of tokens (`division.py`, with `kernels/attention/transport.py` for attention), a VAE's
-picture (`vae/`). Scheduler and text encoders run on every rank alike, so ranks must be given the same:
-`agreement.py` sees to that. `gpus.py` gives each a GPU of its own. Weights may be shared too: a feature of its own,
-`weights.py`.
+(`guidance.py`), weights (`tensor.py`, a feature of its own, since it comes before all that touches weights), a sequence
+of tokens (`division.py`, with `kernels/attention/transport.py` for attention), a VAE's picture (`vae/`). Scheduler and
+text encoders run on every rank alike, so ranks must be given the same: `agreement.py` sees to that. `gpus.py` gives
+each a GPU of its own. Whole blocks' weights may be shared too: another feature, `weights.py`, which comes last.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ...core.mesh import Mesh, begin, everyone, launched
 from ...core.windows import MAKERS, open_windows
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Shipping, Transport
+from ...models.tensor import Heads
 from ..feature import Denoiser, Plan, Target, refuse_offloaded
 from . import gpus, vae
 from .agreement import Agreement, same_random_numbers
@@ -63,18 +64,20 @@ def check(target: Target, config: ParallelConfig) -> Plan:
         if config.payload == "fp8" and config.ulysses > 1:
             notes.append("What Ulysses exchanges is rounded to fp8 on its way, and is not overlapped with products.")
         actions.append(f"a sequence on {config.sequence} ({', '.join(ways)})")
-    return Plan("; ".join(actions) or "one rank", target.blocks if config.sequence > 1 else 0, tuple(notes))
+    # What tp does is a row of its own.
+    alone = "requests compared" if config.tp > 1 else "one rank"
+    return Plan("; ".join(actions) or alone, target.blocks if config.sequence > 1 else 0, tuple(notes))
 
 
 def _refuse_neighbours(target: Target, config: ParallelConfig) -> None:
     """Refuses features that would let ranks go different ways."""
     others = target.config
     cache = others.cache if others is not None else None
-    if config.sequence > 1 and getattr(cache, "guard", False):
+    if config.sequence * config.tp > 1 and getattr(cache, "guard", False):
         raise Unsupported(
             "parallel",
-            "a cache's guard looks at what one rank has of a sequence, so ranks would part.",
-            "cache.guard=0, or parallel without ulysses, ring and attn2d.",
+            "a cache's guard looks at what one rank has of a sequence, or at its rounding, so ranks would part.",
+            "cache.guard=0, or parallel without tp, ulysses, ring and attn2d.",
         )
     for denoiser in target.denoisers:
         refuse_offloaded("parallel", denoiser)
@@ -132,14 +135,18 @@ def _refuse_undivided(denoiser: Denoiser, config: ParallelConfig) -> None:
             continue
         if "IPAdapter" in type(processor).__name__:
             raise Unsupported(feature, f"{path} attends to an IP-Adapter's pictures too.", instead, str(denoiser))
-        heads = next(
-            (getattr(module, name) for name in ("heads", "num_attention_heads") if hasattr(module, name)), None
-        )
+        heads = Heads.of(module)
         attends = plan.attention.get(path.rpartition(".")[2])
-        if attends is not None and attends.keys and isinstance(heads, int) and heads < config.ulysses:
+        if attends is None or not attends.keys or heads is None:
+            continue
+        # Too few for tp are refused there.
+        own = heads.query if heads.key < config.tp else heads.shares(config.tp)[-1][0]
+        if own < config.ulysses:
+            whose = f" on a rank of tp={config.tp}" if config.tp > 1 else ""
             raise Unsupported(
-                feature, f"{path} has {heads} heads, which ulysses={config.ulysses} cannot divide.",
-                f"ulysses={heads} or less, with ring for the rest.", str(denoiser),
+                feature,
+                f"{path} has {own} head{'s' if own > 1 else ''}{whose}, which ulysses={config.ulysses} cannot divide.",
+                f"ulysses={own} or less, with ring for the rest.", str(denoiser),
             )  # fmt: skip
 
 
@@ -162,6 +169,9 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     mesh = Mesh(config.axes(launched() or 1), device)
     _open_windows(mesh, config)
     agreement = Agreement(target, ranks)
+    if config.sequence * config.tp > 1:
+        # Ranks of one forward decide together: those of tp see the same, but for rounding.
+        target.summed = mesh.neighbours(config.sequence * config.tp).sum
     if hasattr(target.pipe, "check_inputs"):
         yield AddLayer(target.pipe, target.rank("request"), same_random_numbers(ranks, device), "check_inputs")
     if ranks.rank:
@@ -187,7 +197,6 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh, config: ParallelCon
     adapter, plan = denoiser.adapter, denoiser.adapter.sequence
     assert plan is not None
     division = Division(denoiser, plan, mesh.sequence())
-    target.summed = division.group.sum
     ulysses = mesh.group("ulysses")
     shipping = Shipping(ulysses) if ulysses.windows is not None else None
     transport = Transport(

@@ -22,6 +22,10 @@ _METADATA = {
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.stride}
 
 
+# Where a module that is no `StandIn` remembers the stock layer it stands for; in a tuple, so that it is no child of it.
+STOCK = "_diffusers_accel_stock"
+
+
 class RoundedOnce:
     """Rounded activations that several layers can share: Q, K and V read one tensor, so it is rounded for the first of
     them only. Kept as long as the tensor itself, and only while nobody writes to it."""
