@@ -10,7 +10,7 @@ from diffusers_accel import Unsupported, launch
 from diffusers_accel.cli.common import CommandError
 from diffusers_accel.cli.launch import in_workers
 from diffusers_accel.config import AccelConfig, ParallelConfig
-from diffusers_accel.features.parallel.shards import dense
+from diffusers_accel.features.parallel.shards import _run, dense
 
 # One of each kind of denoiser.
 KINDS = ("flux-true-cfg", "flux2-klein", "wan", "wan-vace", "ltx2-i2v-stg", "qwen", "cosmos", "cosmos3", "sd35")
@@ -198,3 +198,10 @@ def test_dense_tensors():
     x = torch.arange(24.0).view(2, 3, 4)
     assert dense(x) and dense(x.mT) and dense(x.permute(2, 0, 1)) and dense(torch.ones(())) and dense(x[1:])
     assert not dense(x[:, :2]) and not dense(x[..., ::2]) and not dense(torch.ones(1, 4).expand(3, 4))
+
+
+def test_what_is_parked_holds_nothing_else():
+    """A run of values that is moved elsewhere leaves the memory in which it lay to nobody."""
+    weight = torch.nn.Parameter(torch.randn(6, 4).t(), requires_grad=False)
+    run = _run(weight)
+    assert run._base is None and torch.equal(run, weight.t().flatten())

@@ -60,9 +60,9 @@ def restored(name, configuration):
     return changed, same(one, two), back and same(before, entry.run(pipe, steps=2)), len(sharded.GROUPS)
 
 
-def one_after_the_other(name, first, second, heads=None):
+def one_after_the_other(name, first, second, heads=None, options=None):
     """How far requests are from stock under one configuration, and under another that replaces it."""
-    pipe, entry = with_heads(name, heads), TINY[name]
+    pipe, entry = with_heads(name, heads, **(options or {})), TINY[name]
     expected = tensors(entry.run(pipe, steps=2))
     errors = []
     for configuration in (first, second):

@@ -22,6 +22,9 @@ from ..feature import Denoiser, Plan, Target
 from .modulation import Modulations
 
 _RECOMPILE_LIMIT = 64
+# Inductor's options where blocks exchange something with other ranks: it leaves operators in the order in which it finds
+# them, which is that of all ranks, and in which exchanges overlap with what was put beside them.
+EXCHANGING = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 
 
 def check(target: Target, config: CompileConfig) -> Plan:
@@ -122,16 +125,19 @@ def _compiled(
         "mode": _mode(config),
         "options": dict(config.options) if config.options else None,
     }
+    if exchanging and config.backend == "inductor" and options["mode"] is None:
+        # Exchanges that do not depend on each other must come in one order on all ranks.
+        options["options"] = {**EXCHANGING, **(options["options"] or {})}
     if rewrites and config.backend != "inductor":
         from .rewrites import rewritten
 
         options["backend"] = rewritten(config.backend)
     elif rewrites:
-        from .rewrites import OVERLAPPING, REWRITES
+        from .rewrites import REWRITES
 
         # A mode stands for options, and torch takes one or the other.
         own = torch._inductor.list_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
-        own = {**(OVERLAPPING if exchanging else {}), **own}
+        own = {**(EXCHANGING if exchanging else {}), **own}
         options |= {"mode": None, "options": {**own, "pre_grad_custom_pass": REWRITES}}
     if _plain(module):
         kind = type(module)

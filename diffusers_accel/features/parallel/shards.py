@@ -80,8 +80,10 @@ def dense(tensor: torch.Tensor) -> bool:
 
 
 def _run(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a dense tensor, as they lie in memory."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
+    """The values of a dense tensor, as they lie in memory. It is no view of the tensor's: a view would hold on to the
+    memory when its own values are elsewhere."""
+    found = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return found.set_(tensor.untyped_storage(), tensor.storage_offset(), (tensor.numel(),), (1,))
 
 
 def _up(length: int, to: int) -> int:

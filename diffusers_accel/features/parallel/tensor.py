@@ -70,6 +70,9 @@ def check(target: Target, config: ParallelConfig) -> Plan:
             f"{denoiser.name}: their weights take {own / 2**20:.1f} MiB on a rank instead of {whole / 2**20:.1f}; the "
             f"other {rest / 2**20:.1f} stay whole."
         )
+    linear = target.config.linear if target.config is not None else None
+    if linear is not None and linear.keep_original == "drop":
+        notes.append("Whole weights stay in every rank's host memory, whatever linear drops.")
     return Plan("; ".join(actions), modules, tuple(notes))
 
 

@@ -49,7 +49,8 @@ def _sum_over_ranks(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 # Sums that do not depend on each other (of two streams, of a query's and a key's norm) must come in one order on all
-# ranks. Inductor would order them by memory and speed, which differ where shares are uneven.
+# ranks. Inductor would order them by memory and speed, which differ where shares are uneven. (It does not find such
+# graphs in its cache on disk again; two sums changed about would be worse.)
 _register_effectful_op(_sum_over_ranks, _EffectType.ORDERED)
 
 

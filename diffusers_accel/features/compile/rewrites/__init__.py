@@ -31,9 +31,6 @@ from torch.fx import Graph, GraphModule
 
 from . import attention, canonical, linear, overlap, rows
 
-# Inductor's options where exchanges and products overlap.
-OVERLAPPING = overlap.OPTIONS
-
 
 class Rewrites(CustomGraphPass):
     """All rewrites, in the form of inductor's `pre_grad_custom_pass`."""

@@ -22,9 +22,6 @@ from . import graph as graphs
 from .graph import is_call, put, value
 from .linear import LINEAR
 
-# What inductor must leave as it is: it would move products back to where they are read.
-OPTIONS = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
-
 _OPERATORS = torch.ops.diffusers_accel
 _SITES = ("attention", "attention_unprepared", "ship", "attention_arrived")
 _PRODUCTS = ("linear_gelu", "linear_of_parts", "int8_product")
