@@ -22,8 +22,8 @@ from ..feature import Denoiser, Plan, Target
 from .modulation import Modulations
 
 _RECOMPILE_LIMIT = 64
-# Inductor's options where blocks exchange something with other ranks: it leaves operators in the order in which it finds
-# them, which is that of all ranks, and in which exchanges overlap with what was put beside them.
+# Inductor's options where blocks exchange something with other ranks: it leaves operators in the order in which it
+# finds them, which is that of all ranks, and in which exchanges overlap with what was put beside them.
 EXCHANGING = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 
 
