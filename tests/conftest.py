@@ -18,15 +18,6 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(config, items):
-    """Where xdist divides the tests among workers, a file is one worker's, with what its tests share; and so are all
-    tests that ask ranks, which are several processes and started once."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "ranks" if "pools" in item.fixturenames else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     """Compiled code of one test must not be found by another."""

@@ -29,8 +29,9 @@ class ParallelConfig:
         vae_dim: What the VAE's picture is divided along, `"height"` or `"width"`.
         async_ulysses: Whether, in compiled blocks, shards are exchanged while what does not depend on them is
             computed, where they go through windows.
-        exchange: The way Ulysses' shards take: by `"messages"`; through `"windows"`, memory that GPUs of one machine
-            write to directly; or `"auto"`, through windows where there are any.
+        exchange: The way Ulysses' shards take, and the rows that a VAE's strips need of each other: by `"messages"`;
+            through `"windows"`, memory that GPUs of one machine write to directly; or `"auto"`, through windows where
+            there are any.
         payload: How Ulysses' shards travel: in the activations' own type (`"auto"`), or in `"fp8"`, e4m3 with a scale
             for each token and head, for links that are slower than rounding.
         fsdp: Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a

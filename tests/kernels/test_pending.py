@@ -33,8 +33,8 @@ def rotate(x, cos, sin, halves=False):
 FORMS = {
     "neighbours": {},
     "halves": {"halves": True},
-    "neighbours per head": {"heads": 4, "batch": 2},
-    "halves per head": {"heads": 4, "batch": 2, "halves": True},
+    "neighbours per head": {"heads": 2, "batch": 2},
+    "halves per head": {"heads": 2, "batch": 2, "halves": True},
 }
 
 
@@ -46,10 +46,12 @@ def rotary_of(form, length, dim):
     return Rotary(one, two, halves), lambda x: rotate(x, *one, halves), lambda x: rotate(x, *two, halves)
 
 
-def inputs(length=70, dim=64, dtype=torch.float16, kv_heads=2):
+def inputs(length=70, dim=64, dtype=torch.float16, groups=2):
+    """Two heads of keys and values, and so many times as many of queries."""
     generator = torch.Generator().manual_seed(1)
-    shapes = [(2, length, 4, dim), (2, length, kv_heads, dim), (2, length, kv_heads, dim)]
+    shapes = [(2, length, 4, dim), *[(2, length, 4 // groups, dim)] * 2]
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
+    query, key, value = query[:, :, : 2 * groups], key[:, :, :2], value[:, :, :2]
     key += torch.randn(dim, generator=generator)  # turned by another angle at every token: no mean to take away
     return [item.to(DEVICE, dtype) for item in (query, key, value)]
 
@@ -60,7 +62,7 @@ def test_a_recipe_rotates_in_passing(backend, name, length, dim, form):
     pytest.importorskip("triton")
     from diffusers_accel.kernels.attention import low_bit
 
-    query, key, value = inputs(length, dim, kv_heads=4)
+    query, key, value = inputs(length, dim, groups=1)
     rotary, turn_query, turn_key = rotary_of(form, length, dim)
     found, lse = low_bit.attention(query, key, value, RECIPES[backend][name], rotary=rotary, return_lse=True)
     expected, expected_lse = exact.attention(turn_query(query), turn_key(key), value.double())
@@ -101,9 +103,9 @@ def normed(x, weight, eps):
 def test_a_recipe_norms_in_passing(backend, length, dim, form, over_all):
     pytest.importorskip("triton")
     # Heads of another size, which a norm over each of them would not see.
-    query, key, value = inputs(length, dim, kv_heads=4 if over_all or "per head" in str(form) else 2)
+    query, key, value = inputs(length, dim, groups=1 if over_all or "per head" in str(form) else 2)
     query[:, :, 1] *= 3
-    norm = norms(dim, 4 if over_all else 1)
+    norm = norms(dim, 2 if over_all else 1)
     rotary, turn_query, turn_key = rotary_of(form, length, dim) if form else (None, None, None)
     found = KERNELS.get(backend).load()(Inputs(10 * query, key / 10, value, rotary=rotary, norm=norm))
     query, key = normed(10 * query, norm.query, norm.eps), normed(key / 10, norm.key, norm.eps)
@@ -129,10 +131,10 @@ def test_scales_per_head_norm_and_rotate_in_passing(dim, wide, form):
     from diffusers_accel.kernels.attention.quantize import quantize_per_head
     from diffusers_accel.kernels.attention.recipe import hadamard
 
-    query, key, value = inputs(dim=dim, kv_heads=4)
+    query, key, value = inputs(dim=dim, groups=1)
     form, _, over_all = form.partition(", ")
     query[:, :, 1] *= 3
-    norm = norms(dim, 4 if over_all else 1)
+    norm = norms(dim, 2 if over_all else 1)
     rotary, turn_query, turn_key = rotary_of(form, 70, dim)
     given = padded(Inputs(query, key, value, rotary=rotary, norm=norm), wide)
     data = quantize_per_head(given.query, given.key, given.value, 0.125, rotary=given.rotary, norm=given.norm)
@@ -155,12 +157,12 @@ def test_scales_per_head_rotate_in_passing(form):
     from diffusers_accel.kernels.attention.recipe import hadamard
 
     per_head = "per head" in form
-    query, key, value = inputs(kv_heads=4 if per_head else 2)
+    groups = 1 if per_head else 2
+    query, key, value = inputs(groups=groups)
     rotary, turn_query, turn_key = rotary_of(form, 70, 64)
     data = quantize_per_head(query, key, value, 0.125, rotary=rotary, shift=True)
     query, key = turn_query(query), turn_key(key)
     matrix = hadamard(64).to(DEVICE).double()
-    groups = 1 if per_head else 2
     assert close_to_e4m3(data.query, data.query_scale.repeat_interleave(groups, 1), query @ matrix)
     assert close_to_e4m3(data.key, data.key_scale, (key - key.mean(1, keepdim=True)) @ matrix)
     assert close_to_e4m3(data.value, data.value_scale, value.double() - data.value_mean[:, None].double())

@@ -25,6 +25,13 @@ def test_same_as_stock(pools, name, dim, size):
         assert max(found.values()) < CLOSE, found
 
 
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", ["deep kl", "wan", "ltx2", "cosmos"])
+def test_through_windows(pools, name, size):
+    for found, restored in pools[size].run(decode.errors, name, "height", torch.float32, True):
+        assert restored and max(found.values()) < CLOSE, found
+
+
 @pytest.mark.parametrize("name", ["deep kl", "wan"])
 def test_exact_in_double(pools, name):
     """Nothing but the order of sums is different. Wan's upsampling rounds to float32 in between."""

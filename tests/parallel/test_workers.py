@@ -20,28 +20,28 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
 
 
-def test_it_is_called_as_the_pipeline():
+@pytest.mark.parametrize(
+    ("fails", "words", "parallel"),
+    [("raises", "rank 1 raised.*had enough", {"cfg": 2}), ("dies", "rank 1 died .*7", {"ulysses": 2})],
+)
+def test_it_is_called_as_the_pipeline_until_a_rank_fails(fails, words, parallel):
     entry, pipe = TINY["wan"], build("wan")
     expected = [tensors(entry.run(pipe, steps=2)), tensors(entry.run(pipe, steps=3))]
-    with launch(pipelines.tiny, parallel={"cfg": 2}, load={"name": "wan"}) as launched:
+    load = {"name": "wan", "fails": fails, "after": 2}
+    with launch(pipelines.tiny, parallel=parallel, attention="sdpa", load=load) as launched:
         assert launched.ranks == 2
         for steps, one in zip((2, 3), expected, strict=True):
             found = tensors(entry.output(launched(**entry.call(steps))))
             assert all(relative(item, other) < 1e-4 for item, other in zip(found, one, strict=True))
-    assert launched.ranks == 0
-    with pytest.raises(WorkerFailed, match="have ended"):
-        launched()
-
-
-@pytest.mark.parametrize(("fails", "words"), [("raises", "rank 1 raised.*had enough"), ("dies", "rank 1 died .*7")])
-def test_one_ranks_end_is_all_ranks(fails, words):
-    launched = launch(pipelines.tiny, parallel={"ulysses": 2}, attention="sdpa", load={"name": "wan", "fails": fails})
-    begin = time.perf_counter()
-    with pytest.raises(WorkerFailed, match=f"(?s){words}"):
-        launched(**TINY["wan"].call(2))
-    assert launched.ranks == 0
-    # Rank 0 waits for it meanwhile; it would for ten minutes.
-    assert time.perf_counter() - begin < 60
+        begin = time.perf_counter()
+        with pytest.raises(WorkerFailed, match=f"(?s){words}"):
+            launched(**entry.call(2))
+        # Rank 0 waits for it meanwhile; it would for ten minutes.
+        assert time.perf_counter() - begin < 60
+        # One's end is all ranks'.
+        assert launched.ranks == 0
+        with pytest.raises(WorkerFailed, match="have ended"):
+            launched()
 
 
 def test_a_worker_that_cannot_begin_says_why():

@@ -9,9 +9,12 @@ from tiny import components, cosmos, flux2, ltx2, others, qwen
 
 from diffusers_accel.core.edits import Journal
 from diffusers_accel.core.mesh import Mesh, begin
+from diffusers_accel.core.windows import Windows
 from diffusers_accel.errors import Unsupported
 from diffusers_accel.features.parallel import vae as parallel_vae
 from diffusers_accel.features.parallel.vae.strips import Strips
+
+from .shared import SharedFiles
 
 # Channels of the latents.
 VAES = {
@@ -87,10 +90,12 @@ def group():
 
 
 @contextmanager
-def divided(vae, dim="height"):
+def divided(vae, dim="height", windows=False):
     """Within it, a VAE's work is divided among all ranks; afterwards nothing may be left of that."""
-    journal = Journal()
-    journal.apply(parallel_vae.edits(vae, group(), dim, 0))
+    journal, everyone = Journal(), group()
+    if windows:
+        everyone.windows = Windows(everyone, SharedFiles)
+    journal.apply(parallel_vae.edits(vae, everyone, dim, 0))
     try:
         yield vae
     finally:
@@ -105,9 +110,9 @@ def parameters(vae, x):
 
 
 @torch.no_grad()
-def errors(name, dim, dtype=torch.float32):
+def errors(name, dim, dtype=torch.float32, windows=False):
     """Relative errors of what a divided VAE decodes and encodes, against the stock VAE, by call; and whether the stock
-    VAE is the same bit for bit afterwards."""
+    VAE is the same bit for bit afterwards. `windows`: rows are exchanged through shared memory."""
     vae, ranks, found = build(name).to(dtype), group().size, {}
     # Sizes that do not divide, that leave each rank as little as there can be, and that divide.
     for length in (2 * ranks + 1, ranks, 2 * ranks)[: 3 if ranks == 2 else 2]:
@@ -115,7 +120,7 @@ def errors(name, dim, dtype=torch.float32):
         z = latents(name, *size, batch=1 + length % 2).to(dtype)
         sample = vae.decode(z).sample
         moments = parameters(vae, sample)
-        with divided(vae, dim):
+        with divided(vae, dim, windows):
             found[f"decode {size}"] = relative(vae.decode(z).sample, sample)
             found[f"encode {size}"] = relative(parameters(vae, sample), moments)
     return found, torch.equal(vae.decode(z).sample, sample) and torch.equal(parameters(vae, sample), moments)

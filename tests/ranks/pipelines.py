@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 from tiny import build
 
 
-def tiny(name="wan", fails=None):
-    """A tiny pipeline; rank 1's raises or dies when it is called, if asked for."""
+def tiny(name="wan", fails=None, after=0):
+    """A tiny pipeline; rank 1's raises or dies, if asked for, when it has been called so often and is once more."""
     pipe = build(name)
     if fails is not None and os.environ["RANK"] == "1":
         inner = pipe.encode_prompt
 
+        calls = itertools.count()
+
         def encode_prompt(*args, **kwargs):
-            if fails == "raises":
+            if next(calls) >= after:
+                if fails == "dies":
+                    os._exit(7)
                 raise ValueError("this rank has had enough")
-            if fails == "dies":
-                os._exit(7)
             return inner(*args, **kwargs)
 
         pipe.encode_prompt = encode_prompt

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 
 from ...config import ParallelConfig
+from ...core.comm import Group
 from ...core.edits import AddLayer, Edit, SetAttr
 from ...core.mesh import Mesh, begin, everyone, launched
 from ...core.windows import MAKERS, open_windows
@@ -167,7 +168,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     """The mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
     device, ranks = target.denoisers[0].device.type, everyone()
     mesh = Mesh(config.axes(launched() or 1), device)
-    _open_windows(mesh, config)
+    _open_windows(mesh.group("ulysses"), device, config)
     agreement = Agreement(target, ranks)
     if config.sequence * config.tp > 1:
         # Ranks of one forward decide together: those of tp see the same, but for rounding.
@@ -179,7 +180,9 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
         bar = vars(target.pipe).get("_progress_bar_config") or {}
         yield SetAttr(target.pipe, "_progress_bar_config", {**bar, "disable": True})
     if config.vae > 1:
-        yield from vae.edits(target.pipe.vae, mesh.neighbours(config.vae), config.vae_dim, target.rank("vae"))
+        group = mesh.neighbours(config.vae)
+        _open_windows(group, device, config)
+        yield from vae.edits(target.pipe.vae, group, config.vae_dim, target.rank("vae"))
     for denoiser in target.denoisers:
         yield AddLayer(denoiser.module, target.rank("agreement"), agreement.around_denoiser(denoiser))
         if config.cfg > 1:
@@ -222,14 +225,13 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh, config: ParallelCon
         yield AddLayer(module, target.rank("division of a block"), division.before_module)
 
 
-def _open_windows(mesh: Mesh, config: ParallelConfig) -> None:
-    """Memory through which Ulysses exchanges shards, where it is asked for and can be had."""
-    group = mesh.group("ulysses")
-    if config.exchange == "messages" or (config.exchange == "auto" and mesh.device not in MAKERS):
+def _open_windows(group: Group, device: str, config: ParallelConfig) -> None:
+    """Memory through which a group exchanges what it has, where it is asked for and can be had."""
+    if config.exchange == "messages" or (config.exchange == "auto" and device not in MAKERS):
         return
-    group.windows, reason = open_windows(group, mesh.device)
+    group.windows, reason = open_windows(group, device)
     if reason is None:
         return
     if config.exchange == "windows":
         raise Unsupported("parallel.exchange='windows'", f"{reason}.", "exchange='messages' or 'auto'.")
-    warnings.warn(f"parallel: Ulysses exchanges by messages: {reason}.", stacklevel=2)
+    warnings.warn(f"parallel: ranks {list(group.ranks)} exchange by messages: {reason}.", stacklevel=2)

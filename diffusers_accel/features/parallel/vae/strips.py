@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from ....core.comm import Group
+from ....core.windows import Windows, placed
 from .kinds import Halo
 
 
@@ -63,8 +64,10 @@ class Strips:
             zeros: What comes beyond the picture's borders: rows of zeros, or no rows.
 
         Returns:
-            The rows before the strip and those after it.
+            The rows before the strip and those after it, to be read before the exchange after the next one.
         """
+        if self.group.windows is not None:
+            return self._through_windows(self.group.windows, x, halo, zeros)
         rank, axis, length = self.group.rank, self.axis, x.shape[self.axis]
         sends = [[x.new_empty(0)] for _ in self.group.ranks]
         like: list[list[Sequence[int]]] = [[(0,)] for _ in self.group.ranks]
@@ -76,3 +79,23 @@ class Strips:
         found = self.group.exchange(sends, like)
         beyond = [x.new_zeros(shape) if zeros else x.narrow(axis, 0, 0) for shape in rows]
         return beyond[0] if self.first else found[rank - 1][0], beyond[1] if self.last else found[rank + 1][0]
+
+    def _through_windows(
+        self, windows: Windows, x: torch.Tensor, halo: Halo, zeros: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, written to the neighbours' memory: a decoder exchanges rows a thousand times, and messages cost the
+        host more than the rows do the link."""
+        rank, axis, length = self.group.rank, self.axis, x.shape[self.axis]
+        rows = [x.narrow(axis, 0, count).shape for count in (halo.before, halo.after)]
+        offsets, size = placed(rows, [x.dtype] * 2)
+        window = windows.following(max(size, 1))
+        if not self.first:
+            # The first rows are what the strip before this one needs after it.
+            window.part(rank - 1, offsets[1], rows[1], x.dtype).copy_(x.narrow(axis, 0, halo.after))
+        if not self.last:
+            after = x.narrow(axis, length - halo.before, halo.before)
+            window.part(rank + 1, offsets[0], rows[0], x.dtype).copy_(after)
+        window.barrier()
+        beyond = [x.new_zeros(shape) if zeros else x.narrow(axis, 0, 0) for shape in rows]
+        found = [window.part(rank, offset, shape, x.dtype) for offset, shape in zip(offsets, rows, strict=True)]
+        return beyond[0] if self.first else found[0], beyond[1] if self.last else found[1]
