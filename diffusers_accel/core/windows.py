@@ -10,6 +10,7 @@ others; `open_windows` says why there are none.
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -42,6 +43,10 @@ class _SymmetricMemory:
     def __init__(self, group: Any, nbytes: int):
         from torch.distributed import _symmetric_memory as symmetric
 
+        # Multicast is not used. Processes that see one GPU alone all call it the first, and torch would take them for
+        # one; that no two have the same has been seen to (features/parallel/gpus.py).
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         self.nbytes = nbytes
         device = torch.device("cuda", torch.cuda.current_device())
         # Memory lives as long as this tensor.
