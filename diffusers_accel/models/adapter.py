@@ -11,7 +11,7 @@ Private names of diffusers' models (`_repeated_blocks`, `_no_split_modules`) are
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,7 +216,13 @@ class Adapter:
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
         """All repeated blocks, side stacks included, in call order."""
-        return [block for stack in (*self.side_stacks, *self.stacks) for block in stack.blocks(denoiser)]
+        return [block for _, block in self.named_blocks(denoiser)]
+
+    def named_blocks(self, denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The same with their paths in the denoiser."""
+        for stack in (*self.side_stacks, *self.stacks):
+            for number, block in enumerate(stack.blocks(denoiser)):
+                yield f"{stack.path}.{number}", block
 
 
 def default_adapter(denoiser: nn.Module) -> Adapter:

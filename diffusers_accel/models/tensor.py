@@ -13,16 +13,13 @@ queries of a key head; features in granules, so that kernels that work in tiles 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..core.comm import shares
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
 
 # What a segment of a layer's outputs or inputs consists of, and what an attribute of an attention module counts.
 HEADS, KEY_HEADS, FEATURES = "heads", "key heads", "features"
@@ -212,11 +209,9 @@ class Place:
     attention: nn.Module | None
 
 
-def places(denoiser: nn.Module, adapter: Adapter) -> Iterator[Place]:
-    """The layers of a denoiser that its plan divides."""
-    plan = adapter.tensor
-    assert plan is not None
-    for path, block in blocks(denoiser, adapter):
+def places(blocks: Iterable[tuple[str, nn.Module]], plan: TensorPlan) -> Iterator[Place]:
+    """The layers that a plan divides, in blocks with their paths."""
+    for path, block in blocks:
         for rows, layers in ((False, plan.columns), (True, plan.rows)):
             for name, segments in layers.items():
                 parent = _submodule(block, name.rpartition(".")[0])
@@ -227,13 +222,6 @@ def places(denoiser: nn.Module, adapter: Adapter) -> Iterator[Place]:
                     continue
                 attention = None if set(segments) == {FEATURES} else attention_of(block, name)
                 yield Place(f"{path}.{name}", parent, last, segments, rows, attention)
-
-
-def blocks(denoiser: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Module]]:
-    """Paths and blocks of all stacks."""
-    for stack in (*adapter.side_stacks, *adapter.stacks):
-        for number, block in enumerate(stack.blocks(denoiser)):
-            yield f"{stack.path}.{number}", block
 
 
 def attention_of(block: nn.Module, path: str) -> nn.Module:

@@ -91,7 +91,8 @@ def test_shares_of_published_shapes_suit_low_bit_formats(model, options, ranks):
     """Every rank's part of every layer is a multiple of 16 both ways, as the formats of 4 and 8 bits want it, but for
     gates by head."""
     denoiser = real(model, **options)
-    found = list(places(denoiser, adapter_for(denoiser)))
+    adapter = adapter_for(denoiser)
+    found = list(places(adapter.named_blocks(denoiser), adapter.tensor))
     assert len(found) > 5
     for place in found:
         layer = place.parent._modules[place.name]

@@ -12,6 +12,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import torch
+import torch.distributed as dist
+
 from ...config import ParallelConfig
 from ...core.comm import Group
 from ...core.edits import AddLayer, Edit, SetAttr
@@ -159,7 +162,8 @@ def settle(target: Target) -> Iterator[Edit]:
         Unsupported: Ranks are on one GPU and cannot be moved.
     """
     device = target.denoisers[0].device.type
-    begin(device)
+    # A pipeline that is divided on the host may be moved afterwards.
+    begin("cuda" if torch.cuda.is_available() and dist.is_nccl_available() else device)
     if device == "cuda":
         yield from gpus.edits(target, everyone())
 

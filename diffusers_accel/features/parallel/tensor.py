@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ...config import ParallelConfig
@@ -30,7 +29,6 @@ from ...models.tensor import (
     Place,
     Range,
     TooFew,
-    blocks,
     own_count,
     places,
     ranges,
@@ -80,9 +78,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     """The process group and mesh; then, layer by layer, a swap and the stock weight put aside; and what processors
     count."""
     device = target.denoisers[0].device.type
-    # Weights that are too many for a GPU are divided on the host, and moved then.
-    later = torch.cuda.is_available() and dist.is_nccl_available()
-    begin("cuda" if later else device)
+    begin(device)
     group = Mesh(config.sizes, device).group("tp")
     number = sharded.free_number()
     yield SetItem(sharded.GROUPS, number, group)
@@ -130,7 +126,8 @@ class _Layer:
 def _layers(denoiser: Denoiser, ranks: int) -> list[_Layer]:
     """The layers and norms of a denoiser that its plan divides; raises `Unsupported`."""
     found = []
-    for place in places(denoiser.module, denoiser.adapter):
+    assert denoiser.adapter.tensor is not None
+    for place in places(denoiser.adapter.named_blocks(denoiser.module), denoiser.adapter.tensor):
         stock = stock_of(place.parent._modules[place.name])
         reason = _refusal(stock)
         if reason is not None:
@@ -258,7 +255,7 @@ def _tables(target: Target, denoiser: Denoiser, ranks: int, rank: int) -> Iterat
     """Layers around what makes rotary tables of heads: divided once in a call, where they are made."""
     assert denoiser.adapter.tensor is not None
     for path, name in denoiser.adapter.tensor.tables.items():
-        _, block = next(blocks(denoiser.module, denoiser.adapter))
+        block = denoiser.adapter.blocks(denoiser.module)[0]
         heads = Heads.of(block.get_submodule(name))
         assert heads is not None
         counts = [queries for queries, _ in heads.shares(ranks)]
