@@ -7,6 +7,7 @@ import torch
 from ranks import communicate
 
 from diffusers_accel.core.comm import shares
+from diffusers_accel.core.windows import Windows, placed
 
 
 def test_shares_are_tensor_splits():
@@ -53,3 +54,26 @@ def test_places(pools):
         assert groups["row"] == (rank % 2, rank % 2 + 2)
         assert sequence == (0, 1, 2, 3)
         assert number == rank
+
+
+class Memory:
+    """A window that is only counted."""
+
+    def __init__(self, group, nbytes):
+        self.nbytes = nbytes
+
+
+def test_windows_are_used_in_turn_and_grow():
+    windows = Windows(None, Memory)
+    first, second = windows.following(100), windows.following(100)
+    assert first is not second and windows.following(first.nbytes) is first and windows.following(1) is second
+    larger = windows.following(first.nbytes + 1)
+    assert larger is not first and larger.nbytes >= first.nbytes + 1
+    # Recorded graphs write to the smaller one.
+    assert windows._outgrown == [first] and windows.following(1) is second and windows.following(1) is larger
+
+
+def test_places_in_a_window_do_not_overlap():
+    offsets, end = placed([(3, 5), (0,), (7,)], [torch.bfloat16, torch.float32, torch.float64])
+    assert all(offset % 16 == 0 for offset in offsets)
+    assert offsets[1] >= 3 * 5 * 2 and offsets[2] >= offsets[1] and end >= offsets[2] + 7 * 8

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from ranks import requests
 
+from diffusers_accel import AccelConfig, ConfigError
+
 FAMILIES = (
     "flux", "flux-true-cfg", "flux-kontext", "flux-controlnet", "flux2", "flux2-klein", "wan", "wan22", "wan-ti2v-i2v",
     "wan-i2v", "wan-vace", "ltx2", "ltx2-i2v-stg", "ltx23-stg", "qwen", "qwen-edit-plus", "cosmos", "cosmos-predict2",
@@ -146,6 +148,40 @@ def test_through_windows(pools, name):
     agrees(pools[4], name, ON_4["ulysses and ring"], rest=(None, False, None, True))
 
 
+@pytest.mark.parametrize("name", ["flux", "wan", "ltx2"])
+def test_products_beside_exchanges(pools, name):
+    """Query, key and value are sent off before something that they do not wait for, and no exchange begins before the
+    last one has ended."""
+    for (error, *_), graphs in pools[2].run(requests.overlapped, name):
+        assert error < 1e-4
+        beside = 0
+        for graph in graphs:
+            underway = 0
+            for node in graph:
+                if node == "ship":
+                    underway += 1
+                elif node == "attention_arrived":
+                    assert underway == 3
+                    underway = 0
+                elif node == "*":
+                    beside += underway > 0
+                else:
+                    assert not underway, graph
+            assert not underway
+        assert beside, graphs
+
+
+def test_rounded_on_their_way(pools):
+    found = agrees(pools[2], "flux", {"ulysses": 2, "payload": "fp8"}, bound=0.1)
+    assert all(error > 1e-4 for error, *_ in found)
+
+
+@pytest.mark.parametrize("wrong", [{"exchange": "pigeons"}, {"payload": "int2"}])
+def test_words_that_nobody_knows(wrong):
+    with pytest.raises(ConfigError, match=r"parallel\.(exchange|payload): one of"):
+        AccelConfig.from_dict({"parallel": {"ulysses": 2, **wrong}})
+
+
 @pytest.mark.parametrize("name", ["flux", "wan-vace", "ltx2", "sd3"])
 def test_restored_and_repeated(pools, name):
     for way in ({"ulysses": 2}, {"cfg": 2}):
@@ -171,6 +207,7 @@ def test_ranks_that_differ_are_told(pools):
         ("pixart", {"parallel": {"ulysses": 2}}, "no adapter says how its tokens may be divided"),
         ("flux", {"parallel": {"ulysses": 2}, "cache": {"kind": "fbcache", "guard": 0.5}}, "ranks would part"),
         ("flux", {"parallel": {"ring": 2}, "attention": "plain"}, "returns no logsumexp"),
+        ("flux", {"parallel": {"ulysses": 2, "exchange": "windows"}}, "there are none on cpu"),
     ],
 )
 def test_refused(pools, name, sections, words):

@@ -19,6 +19,8 @@ from ...core.windows import Window, placed
 from .record import Tables
 
 QUERY, KEY, VALUE = range(3)
+# Types that `scatter.py` writes; others go by torch's own operations.
+_IN_ONE_PASS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -232,9 +234,10 @@ class Shipping:
 
     def _write(self, operand: Operand, places: Sequence[torch.Tensor], key: Any) -> None:
         """Writes this rank's tokens to where their heads go."""
-        cuda, start = operand.parts[0].is_cuda, 0
+        first, start = operand.parts[0], 0
+        in_one_pass = first.is_cuda and first.dtype in _IN_ONE_PASS
         for part, norm, tables in operand.lacking():
-            if cuda:
+            if in_one_pass:
                 from .scatter import Places, scatter
 
                 if key not in self._tables:
