@@ -169,8 +169,8 @@ def test_a_move_that_fails_is_taken_back(fake):
 def test_it_is_moved_before_anything_is_done_to_weights(monkeypatch):
     order = []
     monkeypatch.setattr(api.parallel, "settle", lambda target: order.append("settle") or ())
-    for name, feature in api.FEATURES.items():
-        monkeypatch.setattr(feature, "edits", lambda target, section, name=name: order.append(name) or ())
-    config = AccelConfig.from_dict({"linear": "int8", "fuse": True, "parallel": {"ulysses": 2}})
+    for name, entry in api.FEATURES.items():
+        monkeypatch.setattr(entry.feature, "edits", lambda target, section, name=name: order.append(name) or ())
+    config = AccelConfig.from_dict({"linear": "int8", "fuse": True, "parallel": {"ulysses": 2, "tp": 2}})
     assert not list(api._edits(None, config))
-    assert order == ["settle", "linear", "fuse", "parallel", "request"]
+    assert order == ["settle", "tensor parallel", "linear", "fuse", "parallel", "request"]
