@@ -171,6 +171,10 @@ def _bpe(suffix: str, specials: tuple[str, ...], size: int) -> tuple[str, str]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     ending = {"end_of_word_suffix": suffix} if suffix else {}
+    # Letters come in another order in every process, and the numbers of tokens with them, if nobody puts them in one;
+    # those that end a word can be put in one as special tokens alone.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [letter + suffix for letter in alphabet] if suffix else []
     tokenizer = Tokenizer(models.BPE(**ending))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if suffix:  # CLIP: words carry no leading space
@@ -178,16 +182,14 @@ def _bpe(suffix: str, specials: tuple[str, ...], size: int) -> tuple[str, str]:
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet,
+        special_tokens=letters,
         **ending,
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     vocab = dict(model["vocab"])
-    if suffix:
-        for letter in pre_tokenizers.ByteLevel.alphabet():
-            vocab.setdefault(letter + suffix, len(vocab))
     for special in specials:
         vocab.setdefault(special, len(vocab))
     return json.dumps(vocab), json.dumps(model["merges"])
@@ -197,7 +199,7 @@ def clip_tokenizer(max_length: int = 32):
     from transformers import CLIPTokenizer
 
     specials = ("<|startoftext|>", "<|endoftext|>")
-    vocab, merges = _bpe("</w>", specials, 400)
+    vocab, merges = _bpe("</w>", specials, 620)
     return CLIPTokenizer(
         vocab=json.loads(vocab), merges=[tuple(m) for m in json.loads(merges)], model_max_length=max_length
     )
