@@ -31,7 +31,7 @@ from diffusers_accel import ParallelConfig, accelerate, restore, stats
 from diffusers_accel.core.mesh import begin
 
 # In the names of what brings something to another GPU.
-_EXCHANGES = ("nccl", "_scatter", "barrier", "Memcpy PtoP", "Memcpy DtoD")
+_EXCHANGES = ("nccl", "_scatter", "_hand_back", "_collect", "barrier", "Memcpy PtoP", "Memcpy DtoD")
 LOSSLESS: dict[str, Any] = {"attention": "auto", "fuse": True, "compile": True, "cuda_graph": True}
 
 

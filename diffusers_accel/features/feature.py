@@ -19,6 +19,7 @@ from torch import nn
 from ..config import AccelConfig
 from ..core.edits import Edit
 from ..core.mesh import own_gpu
+from ..core.parts import parts
 from ..core.platform import Device
 from ..core.step import StepClock
 from ..errors import Unsupported
@@ -47,8 +48,8 @@ class Denoiser:
     @property
     def dtype(self) -> torch.dtype:
         """The type that activations have: that of the model's largest floating-point parameter."""
-        floating = [item for item in self.module.parameters() if item.is_floating_point()]
-        return max(floating, key=lambda item: item.numel()).dtype
+        found = (item for part in parts(self.module) for item in part._parameters.values() if item is not None)
+        return max((item for item in found if item.is_floating_point()), key=torch.Tensor.numel).dtype
 
     @property
     def config(self) -> dict[str, Any]:

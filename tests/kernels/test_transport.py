@@ -7,6 +7,8 @@ import pytest
 import torch
 from ranks import attend
 
+from diffusers_accel.kernels.attention.shipping import KEY, QUERY, VALUE
+
 WAYS = {
     "ulysses": (2, {"ulysses": 2}),
     "ring": (2, {"ring": 2}),
@@ -97,11 +99,15 @@ def test_rounded_on_their_way(pools, way, windows):
     assert 5e-3 < exact.relative(found, exact.attention(*given)[0]) < 0.06
 
 
-@pytest.mark.parametrize("aside", [False, True])
+@pytest.mark.parametrize(
+    ("aside", "together"),
+    [(False, [[VALUE, QUERY, KEY]]), (True, [[VALUE], [QUERY], [KEY]]), (True, [[VALUE, KEY], [QUERY]])],
+    ids=["together", "one by one", "two at once"],
+)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kv_heads", [8, 4])
 @pytest.mark.parametrize("way", ["ulysses of 4", "ulysses in a ring"])
-def test_one_after_another(pools, way, kv_heads, masked, aside):
+def test_before_norm_and_rotation(pools, way, kv_heads, masked, aside, together):
     """Query, key and value that are normed and turned on their way."""
     generator = torch.Generator().manual_seed(0)
     streams, (size, sizes) = [13, 30], WAYS[way]
@@ -113,7 +119,9 @@ def test_one_after_another(pools, way, kv_heads, masked, aside):
     expected, _ = exact.attention(*ready, value, mask)
     tables = [item.repeat_interleave(2, -1).float() for item in (angles.cos(), angles.sin())]
     found = torch.full_like(query, float("nan"))
-    for rows, out in pools[size].run(attend.shipped, sizes, query, key, value, mask, streams, weights, tables, aside):
+    for rows, out in pools[size].run(
+        attend.shipped, sizes, query, key, value, mask, streams, weights, tables, aside, together
+    ):
         found[:, rows] = out
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 

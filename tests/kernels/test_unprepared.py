@@ -21,7 +21,7 @@ from diffusers_accel.kernels.attention import (
     rotate,
 )
 from diffusers_accel.kernels.attention.prepare import prepare
-from diffusers_accel.kernels.attention.scatter import Places, collect, scatter
+from diffusers_accel.kernels.attention.scatter import Places, Ways, collect, hand_back, scatter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,33 +66,63 @@ def test_kernel(dim, norm, rotation, own_tables):
 @pytest.mark.parametrize("norm", [None, "head", "all"])
 @pytest.mark.parametrize(("dim", "dtype"), [(16, torch.float32), (64, torch.bfloat16)])
 def test_scattered_heads(dim, dtype, norm, rotation):
-    """To memory of three ranks, which have unlike numbers of heads and lie about with unlike strides."""
+    """To memory of three ranks, which have unlike numbers of heads and lie about with unlike strides, from parts, one
+    of which has no tokens."""
     counts, length, start, eps = (2, 1, 2), 7, 2, 1e-6
+    lengths = (4, 0, 2, 1)
     x = random(2, length, sum(counts) * dim + 8).to(dtype)[..., 8:].unflatten(-1, (sum(counts), dim))
     weight = None if norm is None else random(dim * (sum(counts) if norm == "all" else 1), seed=4)
     turning, angles = tables(length, 1, dim, rotation == "halves")
     # Each rank's memory has tokens of others before and behind, and something else after its heads.
     memory = [torch.full((2, length + 4, count + 1, dim), 7.0, dtype=dtype, device=DEVICE) for count in counts]
-    places = [item[:, 1:, :count] for item, count in zip(memory, counts, strict=True)]
-    scatter(
-        x, Places.of(places, DEVICE), start, weight, eps, None if rotation is None else turning, rotation == "halves"
-    )
+    places = [item[:, 1 + start :, :count] for item, count in zip(memory, counts, strict=True)]
+    turned = [item.split(lengths, 1) for item in turning]
+    parts = [
+        (part, weight, None if rotation is None else pair)
+        for part, *pair in zip(x.split(lengths, 1), *turned, strict=True)
+    ]
+    scatter([(parts, Places.of(places, DEVICE))], eps, rotation == "halves")
     wanted = prepared(x, weight, eps, None if rotation is None else angles, rotation == "halves")
     bound = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.01}
-    found = torch.cat([place[:, start : start + length] for place in places], 2)
+    found = torch.cat([place[:, :length] for place in places], 2)
     torch.testing.assert_close(found.double(), wanted, **bound)
     for item, place in zip(memory, places, strict=True):
-        place[:, start : start + length] = 7.0
+        place[:, :length] = 7.0
         assert bool((item == 7.0).all()), "nothing is written beside its place"
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 2), (2, 3), (1, 1)])
+def test_parts_of_two_kinds():
+    """One with a norm, one without."""
+    x, weight = random(1, 6, 2, 16), random(16, seed=4)
+    memory = torch.zeros_like(x)
+    scatter([([(x[:, :4], weight, None), (x[:, 4:], None, None)], Places.of([memory], DEVICE))], 1e-6)
+    torch.testing.assert_close(memory[:, :4].double(), prepared(x[:, :4], weight, 1e-6, None, False))
+    assert torch.equal(memory[:, 4:], x[:, 4:])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+@pytest.mark.parametrize(("dim", "dtype"), [(24, torch.float32), (64, torch.bfloat16)])
+def test_heads_that_are_handed_back(rank, dim, dtype):
+    """To memory of other ranks, one of which has no tokens, and to this rank's own."""
+    lengths, heads = (3, 0, 5, 2), 3
+    x = random(2, sum(lengths), heads + 1, dim).to(dtype)[:, :, 1:]
+    memory = [torch.full((2, length + 1, heads + 2, dim), 7.0, dtype=dtype, device=DEVICE) for length in lengths]
+    own = torch.full((2, lengths[rank], heads + 2, dim), 7.0, dtype=dtype, device=DEVICE)
+    places = [item[:, :length, 1 : 1 + heads] for item, length in zip(memory, lengths, strict=True)]
+    hand_back(x, own[:, :, 1 : 1 + heads], Ways.of(places, DEVICE), rank)
+    places[rank] = own[:, :, 1 : 1 + heads]
+    for place, part in zip(places, x.split(lengths, 1), strict=True):
+        assert torch.equal(place, part)
+        place.fill_(7.0)
+    assert all(bool((item == 7.0).all()) for item in (*memory, own)), "nothing is written beside its place"
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 2), (2, 3), (1, 1), (0, 5)])
 def test_collected_heads(first, count):
     out, come = (random(2, 7, 5, 24, seed=seed) for seed in (1, 2))
-    own = random(2, 11, count, 24)[:, 3:10]
     wanted = come.clone()
-    wanted[:, :, first : first + count] = own
-    collect(out, own, come, first)
+    wanted[:, :, first : first + count] = out[:, :, first : first + count]
+    collect(out, come, first, count)
     assert torch.equal(out, wanted)
 
 

@@ -52,9 +52,9 @@ def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=
     return rows, found[2]
 
 
-def shipped(sizes, query, key, value, mask, streams, weights, tables, aside):
-    """The same with query, key and value sent off one by one, before norm and rotation, in two parts along the
-    sequence."""
+def shipped(sizes, query, key, value, mask, streams, weights, tables, aside, together):
+    """The same with query, key and value sent off before norm and rotation, in two parts along the sequence, those at
+    once that are `together`."""
     begin("cpu")
     mesh = Mesh(sizes, "cpu")
     everyone, ulysses = mesh.sequence(), mesh.group("ulysses")
@@ -73,9 +73,9 @@ def shipped(sizes, query, key, value, mask, streams, weights, tables, aside):
 
     assert transport.ships(heads)
     for sign in (-1, 1):
-        transport.ship(VALUE, operand(value * sign), heads, layout, aside)
-        transport.ship(QUERY, operand(query, weights[0]), heads, layout, aside)
-        transport.ship(KEY, operand(key, weights[1]), heads, layout, aside)
+        operands = {VALUE: operand(value * sign), QUERY: operand(query, weights[0]), KEY: operand(key, weights[1])}
+        for some in together:
+            transport.ship({which: operands[which] for which in some}, heads, layout, aside)
         found = transport.arrived(heads[0], layout, mask, None, KERNELS.get("sdpa").load())
     return rows, found
 

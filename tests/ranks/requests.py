@@ -70,7 +70,7 @@ def request(name, configuration, steps=2, calls=None, recorded=False, heads=None
     return max(errors), seen.branches, seen.attention_kernels, seen.graph_replays
 
 
-def overlapped(name):
+def overlapped(name, fuse):
     """A request whose exchanges are rewritten to go on beside products, through shared memory: what `request` returns,
     and the operators of attention in each graph, in their order, with `*` for a product."""
     from diffusers_accel.features import feature
@@ -95,7 +95,8 @@ def overlapped(name):
     torch.compiler.reset()
     try:
         compiled = {"backend": "watched", "rewrites": True}
-        found = request(name, {"compile": compiled, "parallel": {"ulysses": 2}, "attention": "sdpa"}, windows=True)
+        sections = {"compile": compiled, "parallel": {"ulysses": 2}, "attention": "sdpa", "fuse": fuse}
+        found = request(name, sections, windows=True)
     finally:
         rewrites.graph.KINDS, feature.REWRITTEN_ON, overlap._WORTH = before
         torch._dynamo.backends.registry._COMPILER_FNS.pop("watched")

@@ -3,13 +3,14 @@ call."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...core.parts import parts
 from .segments import CONSTANTS
 
 
@@ -30,23 +31,36 @@ class State:
 
 def state_of(module: nn.Module) -> State:
     """What a graph of a module's forward would depend on, and what forbids one."""
-    why, adapters, found = None, [], []
-    for path, part in module.named_modules():
-        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
-        if "_hf_hook" in vars(part) or any("offload" in name for name in hooks):
+    why: str | None = None
+    adapters: list[tuple[Any, tuple[str, ...]]] = []
+    found: list[Hashable] = []
+    for part in parts(module):
+        own = vars(part)
+        if "_hf_hook" in own or ("_diffusers_hook" in own and any("offload" in name for name in _hooks_of(part))):
             why = "its weights are offloaded"
-        if path and any(map(_foreign, (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))):
+        called = part._forward_hooks or part._forward_pre_hooks
+        if called and part is not module and _has_foreign_hooks(part):
+            path = next(path for path, each in module.named_modules() if each is part)
             why = f"{path} has hooks, which a graph would not call"
-        tensors = (*part._parameters.values(), *part._buffers.values())
-        found.append((id(part), part.training, *(_address(item) for item in tensors if item is not None)))
-        if hasattr(part, "scaling") and hasattr(part, "active_adapters"):
+        found += (id(part), part.training)
+        for tensors in (part._parameters, part._buffers):
+            if tensors:
+                found += [_address(item) for item in tensors.values() if item is not None]
+        if "scaling" in own and hasattr(part, "active_adapters"):
             adapters.append((part, adapter_of(part)))
     return State((*found, *(state for _, state in adapters)), adapters, why)
 
 
-def _foreign(hook: Any) -> bool:
-    """Whether a hook is somebody's own: transformers has some by which a model returns what its layers computed."""
-    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
+def _hooks_of(module: Any) -> Iterable[str]:
+    """Names of diffusers' hooks."""
+    return getattr(module._diffusers_hook, "hooks", ())
+
+
+def _has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether torch's hooks are somebody's own: transformers has some by which a model returns what its layers
+    computed."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def adapter_of(module: Any) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ blocks (rotary tables, say) is divided once in a call, so that it stays one obje
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -213,7 +213,7 @@ class Carrier:
         return self._transport.attend(inputs, replace(layout, shared=shared), here)
 
     def ships(self, heads: tuple[int, int]) -> bool:
-        """Whether query, key and value may be sent off one by one, by `ship`, given the heads of query and key."""
+        """Whether query, key and value may be sent off by `ship`, given the heads of query and key."""
         return bool(self._attends.keys) and not self._attends.shared and self._transport.ships(heads)
 
     @property
@@ -221,13 +221,13 @@ class Carrier:
         """Whether something else may be computed while they are on their way."""
         return self._transport.overlaps
 
-    def ship(self, which: int, operand: Operand, heads: tuple[int, int], aside: bool) -> None:
-        """Sends one of them off; see `Transport.ship`."""
-        layout, length = self._division.layout(self._attends), operand.length
-        own = [layout.lengths(streams, self._division.group.size) for streams in (layout.queries, layout.keys)]
-        rank = self._division.group.rank
-        self._checked(layout, *((length, own[1][rank]) if which == QUERY else (own[0][rank], length)))
-        self._transport.ship(which, operand, heads, layout, aside)
+    def ship(self, operands: Mapping[int, Operand], heads: tuple[int, int], aside: bool) -> None:
+        """Sends them off, or some of them; see `Transport.ship`."""
+        layout, rank = self._division.layout(self._attends), self._division.group.rank
+        own = [layout.lengths(streams, self._division.group.size)[rank] for streams in (layout.queries, layout.keys)]
+        for which, operand in operands.items():
+            self._checked(layout, *((operand.length, own[1]) if which == QUERY else (own[0], operand.length)))
+        self._transport.ship(operands, heads, layout, aside)
 
     def arrived(
         self, heads: int, attn_mask: torch.Tensor | None, scale: float | None, here: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""Query, key and value on their way to the ranks that have their heads, one by one, through a window.
+"""Query, key and value on their way to the ranks that have their heads, together or one by one, through a window.
 
 What a rank has of them is read once, normed and rotated if that is still to be done, and written to where attention
 will read it, on this GPU and on the others. Or, where there is something else to compute meanwhile, it is written to
@@ -8,7 +8,7 @@ nothing of what computes but bandwidth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,33 +128,34 @@ class Shipping:
         self._tables: dict[Any, Any] = {}
         self._stream: Any = None
 
-    def ship(self, which: int, operand: Operand, size: Size, aside: bool) -> None:
-        """Sends one operand off.
+    def ship(self, operands: Mapping[int, Operand], size: Size, aside: bool) -> None:
+        """Sends operands off.
 
         Args:
-            which: `VALUE`, which begins an exchange, `QUERY` or `KEY`.
-            operand: This rank's tokens of it, all heads.
+            operands: This rank's tokens, all heads, of `VALUE`, which begins an exchange, `QUERY` and `KEY`, or of some
+                of them; the others follow.
             size: Of the exchange; the same for its three operands.
-            aside: Whether copy engines bring it, beside what is computed next.
+            aside: Whether copy engines bring them, beside what is computed next.
         """
         group = self.group
-        if which == VALUE:
+        if VALUE in operands:
             shapes = [size.shapes(rank, group.size) for rank in range(group.size)]
             window = self._windows.following(max(placed(each, [size.dtype] * 3)[1] for each in shapes))
             self._underway = _Underway(size, window)
         now = self._underway
         assert now is not None and now.size == size
-        there = self._there(now.window, size, which)
+        there = {which: self._there(now.window, size, which) for which in operands}
         if not aside:
-            self._write(operand, there, (which, size, id(now.window)))
+            self._write([(item, there[which], (which, size, id(now.window))) for which, item in operands.items()])
             return
-        here = self._here(size, which, there)
-        self._write(operand, here, (which, size, id(now.window), "aside"))
+        here = {which: self._here(size, which, places) for which, places in there.items()}
+        self._write([(item, here[which], (which, size, id(now.window), "aside")) for which, item in operands.items()])
         now.aside = True
-        with self._beside(operand.parts[0].device):
+        with self._beside(next(iter(operands.values())).parts[0].device):
             for step in range(1, group.size):
                 rank = (group.rank + step) % group.size
-                there[rank].copy_(here[rank])
+                for which in operands:
+                    there[which][rank].copy_(here[which][rank])
 
     def arrived(self) -> list[torch.Tensor]:
         """Query, key and value of all tokens, this rank's heads; to be read before the exchange after the next one
@@ -185,23 +186,27 @@ class Shipping:
         shapes = [(batch, length, sum(heads), dim) for length in lengths]
         window = self._windows.following(max(placed([shape], [out.dtype])[1] for shape in shapes))
         first = sum(heads[: group.rank])
-        parts = out.split(list(lengths), 1)
-        for step in range(1, group.size):
-            rank = (group.rank + step) % group.size
-            key = ("returned", id(window), rank, shapes[rank], first, own, out.dtype)
-            if key not in self._places:
-                self._places[key] = [window.part(rank, 0, shapes[rank], out.dtype)[:, :, first : first + own]]
-            self._write(Operand((parts[rank],)), self._places[key], key)
-        found, mine = out.new_empty(shapes[group.rank]), parts[group.rank]
-        window.barrier()
+        key = ("returned", id(window), tuple(shapes), first, own, out.dtype)
+        if key not in self._places:
+            self._places[key] = [
+                window.part(rank, 0, shape, out.dtype)[:, :, first : first + own] for rank, shape in enumerate(shapes)
+            ]
+        there = self._places[key]
         # What is read after the next exchange does not stay in a window.
-        come = window.part(group.rank, 0, shapes[group.rank], out.dtype)
-        if out.is_cuda and mine.stride(2) == dim and mine.stride(3) == 1:
-            from .scatter import collect
+        found, come = out.new_empty(shapes[group.rank]), window.part(group.rank, 0, shapes[group.rank], out.dtype)
+        mine = found[:, :, first : first + own]
+        if out.is_cuda and out.dtype in _IN_ONE_PASS:
+            from .scatter import Ways, collect, hand_back
 
-            collect(found, mine, come, first)
+            if key not in self._tables:
+                self._tables[key] = Ways.of(there, out.device)
+            hand_back(out, mine, self._tables[key], group.rank)
+            window.barrier()
+            collect(found, come, first, own)
             return found
-        found[:, :, first : first + own].copy_(mine)
+        for rank, part in enumerate(out.split(list(lengths), 1)):
+            (mine if rank == group.rank else there[rank]).copy_(part)
+        window.barrier()
         for begins, ends in ((0, first), (first + own, sum(heads))):
             if ends > begins:
                 found[:, :, begins:ends].copy_(come[:, :, begins:ends])
@@ -232,22 +237,26 @@ class Shipping:
         found[self.group.rank] = there[self.group.rank]
         return found
 
-    def _write(self, operand: Operand, places: Sequence[torch.Tensor], key: Any) -> None:
-        """Writes this rank's tokens to where their heads go."""
-        first, start = operand.parts[0], 0
-        in_one_pass = first.is_cuda and first.dtype in _IN_ONE_PASS
-        for part, norm, tables in operand.lacking():
-            if in_one_pass:
-                from .scatter import Places, scatter
+    def _write(self, sent: Sequence[tuple[Operand, Sequence[torch.Tensor], Any]]) -> None:
+        """Writes this rank's tokens to where their heads go: operands, their places, and what these depend on."""
+        first = sent[0][0].parts[0]
+        if first.is_cuda and first.dtype in _IN_ONE_PASS:
+            from .scatter import Places, scatter
 
+            for _, places, key in sent:
                 if key not in self._tables:
-                    self._tables[key] = Places.of(places, part.device)
-                scatter(part, self._tables[key], start, norm, operand.eps, tables, operand.halves)
-            else:
+                    self._tables[key] = Places.of(places, first.device)
+            going = [(operand.lacking(), self._tables[key]) for operand, _, key in sent]
+            eps, halves = max(operand.eps for operand, *_ in sent), any(operand.halves for operand, *_ in sent)
+            scatter(going, eps, halves)
+            return
+        for operand, places, _ in sent:
+            start = 0
+            for part, norm, tables in operand.lacking():
                 ready = plain(part, norm, operand.eps, tables, operand.halves)
                 for place, heads in zip(places, ready.split([place.shape[2] for place in places], 2), strict=True):
                     place[:, start : start + part.shape[1]].copy_(heads)
-            start += part.shape[1]
+                start += part.shape[1]
 
     def _beside(self, device: torch.device) -> Any:
         """The stream on which copy engines are given their work, after what is on the current one."""

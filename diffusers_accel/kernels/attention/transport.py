@@ -13,7 +13,7 @@ shard holds tokens of two streams, that is not the order of a whole sequence, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,24 +119,23 @@ class Transport:
     # --- one operand after another ------------------------------------------------------------------------------------
 
     def ships(self, heads: tuple[int, int]) -> bool:
-        """Whether query, key and value of so many heads may be sent off one by one, by `ship`."""
+        """Whether query, key and value of so many heads may be sent off by `ship`."""
         return self.shipping is not None and not self.rounded and not heads[1] % self.ulysses.size
 
-    def ship(self, which: int, operand: Operand, heads: tuple[int, int], layout: Layout, aside: bool) -> None:
-        """Sends one of them off; `arrived` is to follow the three.
+    def ship(self, operands: Mapping[int, Operand], heads: tuple[int, int], layout: Layout, aside: bool) -> None:
+        """Sends them off, or some of them; `arrived` is to follow the three.
 
         Args:
-            which: `shipping.QUERY`, `KEY` or `VALUE`.
-            operand: This rank's.
+            operands: This rank's, by `shipping.VALUE`, `QUERY` and `KEY`.
             heads: Of query and key, all of them.
             layout: Whose tokens they are.
             aside: Whether something else is computed meanwhile.
         """
         assert self.shipping is not None
-        first = operand.parts[0]
+        first = next(iter(operands.values())).parts[0]
         lengths = [tuple(each[rank] for rank in self._peers) for each in self._lengths(layout)]
         size = Size(first.shape[0], heads, first.shape[3], (lengths[0], lengths[1]), first.dtype)
-        self.shipping.ship(which, operand, size, aside)
+        self.shipping.ship(operands, size, aside)
 
     def arrived(
         self, heads: int, layout: Layout, attn_mask: torch.Tensor | None, scale: float | None, attend: Attend

@@ -165,27 +165,31 @@ def attention_unprepared(
         scale: See there.
         site: Number of the site.
     """
-    count = len(query)
-    operands = {
-        VALUE: Operand((value,)),
-        QUERY: _operand(query, norms[:count], eps, query_tables, halves),
-        KEY: _operand(key, norms[count:], eps, key_tables, halves),
-    }
+    operands = _operands(query, key, [value], norms, eps, query_tables, key_tables, halves)
     found, heads = SITES[site], (query[0].shape[2], key[0].shape[2])
     if _ships(found, heads, is_causal, *operands.values()):
-        for which, operand in operands.items():
-            found.transport.ship(which, operand, heads, False)
+        found.transport.ship(operands, heads, False)
         out: torch.Tensor = found.transport.arrived(heads[0], attn_mask, scale, found.here)
         return out.contiguous()
     return _attended(found, operands, attn_mask, is_causal, scale)
 
 
-def _operand(
-    parts: Sequence[torch.Tensor], norms: Sequence[torch.Tensor], eps: float, tables: Sequence[torch.Tensor],
+def _operands(
+    query: Sequence[torch.Tensor], key: Sequence[torch.Tensor], value: Sequence[torch.Tensor],
+    norms: Sequence[torch.Tensor], eps: float, query_tables: Sequence[torch.Tensor], key_tables: Sequence[torch.Tensor],
     halves: bool,
-) -> Operand:  # fmt: skip
-    pairs = _tables(tables, [part.shape[1] for part in parts]) if tables else []
-    return Operand(tuple(parts), norms, eps, pairs, halves)
+) -> dict[int, Operand]:  # fmt: skip
+    """Those that there are, the value first."""
+    found = {VALUE: Operand(tuple(value))} if value else {}
+    count = len(query)
+    for which, parts, weights, tables in (
+        (QUERY, query, norms[:count], query_tables),
+        (KEY, key, norms[count:], key_tables),
+    ):
+        if parts:
+            pairs = _tables(tables, [part.shape[1] for part in parts]) if tables else []
+            found[which] = Operand(tuple(parts), weights, eps, pairs, halves)
+    return found
 
 
 def _attended(
@@ -211,32 +215,36 @@ def _ships(site: AttentionSite, heads: tuple[int, int], is_causal: bool, *operan
 # --- the same in several steps, with something else to compute between them -------------------------------------------
 
 
-def _ship_fake(parts: list[torch.Tensor], *_: Any) -> torch.Tensor:
-    return parts[0].new_empty(0)
+def _ship_fake(query: list[torch.Tensor], key: list[torch.Tensor], value: list[torch.Tensor], *_: Any) -> torch.Tensor:
+    return (value + query + key)[0].new_empty(0)
 
 
 @operator("ship", _ship_fake)
 def ship(
-    parts: list[torch.Tensor],
+    query: list[torch.Tensor],
+    key: list[torch.Tensor],
+    value: list[torch.Tensor],
     norms: list[torch.Tensor],
     eps: float,
-    tables: list[torch.Tensor],
+    query_tables: list[torch.Tensor],
+    key_tables: list[torch.Tensor],
     halves: bool,
-    which: int,
     heads: list[int],
     is_causal: bool,
     site: int,
 ) -> torch.Tensor:
-    """Sends query, key or value to the ranks that have its heads, if there are others; `attention_arrived` follows the
-    three, the value first.
+    """Sends query, key and value, or some of them, to the ranks that have their heads, if there are others; when all
+    three are sent, the value with the first, `attention_arrived` follows.
 
     Args:
-        parts: (batch, sequence of the part, heads, head_dim) each.
-        norms: As in `attention_unprepared`, of these parts; so are the next three.
+        query: As in `attention_unprepared`, or none.
+        key: Likewise.
+        value: The value, or none.
+        norms: As there, of what there is; so are the next four.
         eps: See there.
-        tables: See there.
+        query_tables: See there.
+        key_tables: See there.
         halves: See there.
-        which: `shipping.VALUE`, `QUERY` or `KEY`.
         heads: Of query and key.
         is_causal: As in `Inputs`.
         site: Number of the site.
@@ -244,12 +252,13 @@ def ship(
     Returns:
         An empty tensor, which says that it has been sent.
     """
-    found, operand = SITES[site], _operand(parts, norms, eps, tables, halves)
-    if _ships(found, (heads[0], heads[1]), is_causal, operand):
-        found.transport.ship(which, operand, (heads[0], heads[1]), True)
+    found = SITES[site]
+    operands = _operands(query, key, value, norms, eps, query_tables, key_tables, halves)
+    if _ships(found, (heads[0], heads[1]), is_causal, *operands.values()):
+        found.transport.ship(operands, (heads[0], heads[1]), True)
     else:
-        found.kept[which] = operand
-    return parts[0].new_empty(0)
+        found.kept |= operands
+    return (value + query + key)[0].new_empty(0)
 
 
 def _attention_arrived_fake(
@@ -272,7 +281,7 @@ def attention_arrived(
     """Attention of what has been sent off.
 
     Args:
-        shipped: What the three calls of `ship` returned.
+        shipped: What calls of `ship` returned.
         query: Parts of the query, for their shapes.
         value: Likewise.
         attn_mask: As in `Inputs`, as are the next two.

@@ -1,8 +1,8 @@
 """Exchanges between ranks beside what does not depend on them.
 
-Where attention's heads are exchanged among ranks, query, key and value are sent off one after another, each as soon as
-there is one; what attention does not read is computed after that and before attention: FLUX's feed-forward in
-single-stream blocks, say. Layers that make query and key apart from the value come after the value is on its way.
+Where attention's heads are exchanged among ranks, query, key and value are sent off as soon as they are there, together
+if one layer makes them; what attention does not read is computed after that and before attention: FLUX's feed-forward
+in single-stream blocks, say. Layers that make query and key apart from the value come after the value is on its way.
 (Async Ulysses: https://github.com/NVIDIA/TensorRT-LLM, VisualGen.)
 
 An exchange ends before the next one begins, so no other attention is moved into it.
@@ -64,14 +64,28 @@ def _split(graph: Graph, node: Any, settled: set[Any]) -> None:
         return
     placed = first | of_others
     order = [item for item in before if item in placed]
-    shipped = []
-    for which, (parts, weights, tables) in sent.items():
-        order += [item for item in before if item in its[which] and item not in placed]
-        placed |= its[which]
-        sending = (parts, weights, eps, tables, halves, which, heads, causal, site)
-        made = put(graph, node, _OPERATORS.ship.default, sending, value(parts[0]).new_empty(0))
-        shipped.append(made)
-        order.append(made)
+    shipped: list[Any] = []
+    waiting: list[int] = []
+
+    def ship() -> None:
+        """Sends off what waits."""
+        lists = {which: sent[which] if which in waiting else ([], [], []) for which in sent}
+        (query, query_norms, query_turns), (key, key_norms, key_turns) = lists[QUERY], lists[KEY]
+        sending = (query, key, lists[VALUE][0], [*query_norms, *key_norms], eps, query_turns, key_turns, halves, heads,
+                   causal, site)  # fmt: skip
+        shipped.append(put(graph, node, _OPERATORS.ship.default, sending, value(value_).new_empty(0)))
+        order.append(shipped[-1])
+        waiting.clear()
+
+    for which, needs in its.items():
+        new = [item for item in before if item in needs and item not in placed]
+        # What is there already goes before a product, and together with what is there at once.
+        if waiting and any(map(_is_product, new)):
+            ship()
+        order += new
+        placed |= needs
+        waiting.append(which)
+    ship()
     order += [item for item in before if item not in placed]
     for item in order:
         node.prepend(item)
