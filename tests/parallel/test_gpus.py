@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload, SequentialHook
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -148,8 +149,36 @@ def test_hooks_two_gpus_and_another_kind_bind_it(fake):
     hooked._hf_hook = object()
     refused("hooks of its OnGPU move tensors", transformer=OnGPU(FIRST), text_encoder=hooked)
     refused("its OnGPU is on cuda:1 and not on cuda:0", transformer=OnGPU(FIRST), vae=OnGPU(SECOND))
+    grouped = OnGPU("cpu")
+    group = SimpleNamespace(onload_device=FIRST, stream=None)
+    grouped._diffusers_hook = SimpleNamespace(hooks={"group_offloading": SimpleNamespace(group=group)})
+    refused("offloaded in groups that go to cuda:0", transformer=OnGPU(FIRST), vae=grouped)
+    group.onload_device, group.stream = "cuda", object()
+    refused("in groups, by a stream of another GPU", transformer=OnGPU(FIRST), vae=grouped)
     fake.kinds[1] = "A100"
     refused(r"cuda:1 \(A100\) is another kind of GPU than cuda:0 \(H100\)", transformer=OnGPU(FIRST))
+
+
+@pytest.mark.parametrize("device", [FIRST, "cuda:0", 0])
+def test_models_that_wait_on_the_host_go_to_the_ranks_gpu(fake, device):
+    """Also those that are offloaded afterwards, or once more, as after every request."""
+    transformer, encoder, grouped = OnGPU("cpu"), OnGPU("cpu"), OnGPU("cpu")
+    transformer._hf_hook, inside = CpuOffload(device), CpuOffload(device)
+    encoder._hf_hook = SequentialHook(inside)
+    group = SimpleNamespace(onload_device="cuda", stream=None)
+    grouped._diffusers_hook = SimpleNamespace(hooks={"group_offloading": SimpleNamespace(group=group)})
+    pipeline = target(transformer=transformer, text_encoder=encoder, vae=grouped)
+    pipeline.pipe._offload_gpu_id, pipeline.pipe._offload_device = 0, FIRST
+    journal = Journal()
+    with pytest.warns(UserWarning, match=r"those of ranks \[1\] have been moved"):
+        journal.apply(gpus.edits(pipeline, Ranks()))
+    assert transformer._hf_hook.execution_device == inside.execution_device == SECOND
+    assert (pipeline.pipe._offload_gpu_id, pipeline.pipe._offload_device) == (1, SECOND)
+    # What is renewed after a request is found by `restore` all the same.
+    transformer._hf_hook = CpuOffload(SECOND)
+    journal.undo()
+    assert transformer._hf_hook.execution_device == inside.execution_device == FIRST
+    assert (pipeline.pipe._offload_gpu_id, pipeline.pipe._offload_device) == (0, FIRST)
 
 
 def test_a_move_that_fails_is_taken_back(fake):

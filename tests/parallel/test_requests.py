@@ -215,9 +215,34 @@ def test_refused(pools, name, sections, words):
         assert kind == "Unsupported" and words in text and stock
 
 
-def test_offloaded_weights_are_refused(pools):
-    for kind, text, stock in pools[2].run(requests.refusal, "wan", {"parallel": {"cfg": 2}}, True):
-        assert kind == "Unsupported" and "its weights are offloaded" in text and stock
+OFFLOADED = {
+    "ulysses": ("flux", {"ulysses": 2}),
+    "ring": ("ltx2", {"ring": 2}),
+    "cfg and vae": ("wan", {"cfg": 2, "vae": 2}),
+    "tp": ("qwen", {"tp": 2}),
+}
+
+
+@pytest.mark.parametrize("way", OFFLOADED)
+@pytest.mark.parametrize(
+    ("kind", "ours_first"),
+    [("models", False), ("models", True), ("block_level", True), ("leaf_level", True)],
+)
+def test_offloading(pools, way, kind, ours_first):
+    """Models, or blocks, that wait on the host, enabled before and after."""
+    offloaded(pools, way, kind, ours_first)
+
+
+@pytest.mark.parametrize("way", ["ulysses", "ring", "cfg and vae"])  # tp changes weights: test_tensor.py
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_groups_that_are_offloaded_already(pools, way, kind):
+    offloaded(pools, way, kind, False)
+
+
+def offloaded(pools, way, kind, ours_first):
+    name, division = OFFLOADED[way]
+    for errors in pools[2].run(requests.offloaded_request, name, {"parallel": division}, kind, ours_first):
+        assert max(errors) < 1e-4 and errors[-1] == 0
 
 
 def test_heads_that_do_not_divide_are_refused(pools):

@@ -28,6 +28,33 @@ def _pipeline(name, heads):
     return with_heads(name, heads)
 
 
+def offload(pipe, kind):
+    """Has models wait elsewhere for their turn; the host stands in for both places."""
+    host = torch.device("cpu")
+    if kind == "models":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        pipe.transformer.enable_group_offload(host, host, offload_type=kind, **options)
+
+
+def offloaded_request(name, configuration, kind, ours_first):
+    """How far outputs with offloading are from stock ones without, in two requests, and in one after `restore`."""
+    pipe, entry = build(name), TINY[name]
+    expected = tensors(entry.run(pipe, steps=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not ours_first:
+            offload(pipe, kind)
+        accelerate(pipe, **configuration)
+        if ours_first:
+            offload(pipe, kind)
+        outs = [tensors(entry.run(pipe, steps=2)) for _ in range(2)]
+        restore(pipe)
+        outs.append(tensors(entry.run(pipe, steps=2)))
+    return [max(relative(one, other) for one, other in zip(out, expected, strict=True)) for out in outs]
+
+
 def request(name, configuration, steps=2, calls=None, recorded=False, heads=None, windows=False):
     """How far a tiny pipeline's outputs under a configuration are from those in this process alone, in relative terms,
     and what `stats` says.

@@ -23,7 +23,7 @@ from ...core.windows import MAKERS, open_windows
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Shipping, Transport
 from ...models.tensor import Heads
-from ..feature import Denoiser, Plan, Target, refuse_offloaded
+from ..feature import Denoiser, Plan, Target
 from . import gpus, vae
 from .agreement import Agreement, same_random_numbers
 from .division import Division
@@ -83,15 +83,6 @@ def _refuse_neighbours(target: Target, config: ParallelConfig) -> None:
             "a cache's guard looks at what one rank has of a sequence, or at its rounding, so ranks would part.",
             "cache.guard=0, or parallel without tp, ulysses, ring and attn2d.",
         )
-    for denoiser in target.denoisers:
-        refuse_offloaded("parallel", denoiser)
-        if any("_hf_hook" in vars(module) for module in denoiser.module.modules()):
-            raise Unsupported(
-                "parallel",
-                "its weights move between devices.",
-                "no offloading: ranks share the work, not the weights.",
-                str(denoiser),
-            )
 
 
 def _vae(target: Target, config: ParallelConfig, world: int) -> str:

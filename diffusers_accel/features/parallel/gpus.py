@@ -7,7 +7,9 @@ that has placed its pipelines otherwise is left alone, and whatever is wrong is 
 
 That GPU becomes the process's current one, and stays it, as the process group stays: generators and tensors that a
 script makes on "cuda" from then on are there. A generator made before may be on the first GPU, since torch draws the
-same numbers from it on any; tensors made before are brought along where a denoiser is given them.
+same numbers from it on any; tensors made before are brought along where a denoiser is given them. Models that wait on
+the host for their turn (`enable_model_cpu_offload`, `enable_sequential_cpu_offload`, before or after) go to the rank's
+GPU too.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ...core.comm import Group
-from ...core.edits import AddLayer, Edit, MoveTensors
+from ...core.edits import AddLayer, Edit, MoveTensors, SetAttr
 from ...core.mesh import own_gpu
+from ...core.parts import parts
 from ...errors import Unsupported
-from ..feature import Target, offloaded
+from ..feature import Target
 
 _INSTEAD = (
     "`torchrun --virtual-local-rank ...`, which shows each process a GPU of its own, or torch.cuda.set_device(n) with "
@@ -81,6 +84,11 @@ def edits(target: Target, ranks: Group) -> Iterator[Edit]:
                 stacklevel=2,
             )
         yield MoveTensors(modules, here, own)
+        yield _MoveHooks(modules, here, own)
+        # Where they go that are offloaded from now on, or whose hooks are renewed, as after every request.
+        yield SetAttr(target.pipe, "_offload_gpu_id", own.index)
+        if "_offload_device" in vars(target.pipe):
+            yield SetAttr(target.pipe, "_offload_device", own)
         for denoiser in target.denoisers:
             yield AddLayer(denoiser.module, target.rank("gpu"), brought(here, own))
     if moved:
@@ -112,6 +120,70 @@ def moving(seats: Sequence[Seat]) -> tuple[int, ...]:
     return moved
 
 
+@dataclass(eq=False)
+class _MoveHooks:
+    """Has accelerate's hooks bring models to another GPU than they would.
+
+    Args:
+        modules: The models.
+        here: The GPU that they bring them to.
+        there: The one that they are to.
+    """
+
+    modules: Sequence[nn.Module]
+    here: torch.device
+    there: torch.device
+
+    def apply(self) -> None:
+        self._turn(self.here, self.there)
+
+    def undo(self) -> None:
+        self._turn(self.there, self.here)
+
+    def _turn(self, here: torch.device, there: torch.device) -> None:
+        for module in self.modules:
+            for hook in _hooks(module):
+                if _brings_to(hook) == here:
+                    hook.execution_device = there
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Hooks of accelerate's, on a model and all that is in it."""
+    found: list[Any] = []
+    waiting = [vars(part)["_hf_hook"] for part in parts(module) if "_hf_hook" in vars(part)]
+    while waiting:
+        hook = waiting.pop()
+        inside = getattr(hook, "hooks", None)
+        waiting += inside or []
+        found += [] if inside else [hook]
+    return found
+
+
+def _brings_to(hook: Any) -> torch.device | None:
+    """The device that a hook brings weights to."""
+    device = getattr(hook, "execution_device", None)
+    if isinstance(device, int):
+        return torch.device("cuda", device)
+    return None if device is None else torch.device(device)
+
+
+def _bound_by(module: nn.Module) -> str | None:
+    """What keeps a model on a GPU of its own."""
+    name = type(module).__name__
+    if any(_brings_to(hook) is None for hook in _hooks(module)):
+        return f"hooks of its {name} move tensors to a device of their own"
+    for part in parts(module):
+        for hook in getattr(vars(part).get("_diffusers_hook"), "hooks", {}).values():
+            group = getattr(hook, "group", None)
+            if group is None:
+                continue
+            if torch.device(group.onload_device).index is not None:
+                return f"its {name} is offloaded in groups that go to {group.onload_device} and not to 'cuda'"
+            if getattr(group, "stream", None) is not None:
+                return f"its {name} is offloaded in groups, by a stream of another GPU"
+    return None
+
+
 def brought(here: torch.device, there: torch.device) -> Callable[..., Any]:
     """The layer around a moved denoiser's forward: what the script has made on the first GPU is brought along."""
 
@@ -132,9 +204,11 @@ def _own() -> torch.device | None:
 
 
 def _gpu(target: Target) -> torch.device:
-    device = next(target.denoisers[0].module.parameters()).device
-    # A model that waits on the host goes to its rank's own GPU.
-    return device if device.type == "cuda" else own_gpu()
+    module = target.denoisers[0].module
+    found = [next(module.parameters()).device, *filter(None, map(_brings_to, _hooks(module)))]
+    gpus = [device for device in found if device.type == "cuda"]
+    # A model that waits on the host for anything else goes to its rank's own GPU.
+    return gpus[0] if gpus else own_gpu()
 
 
 def _seat(modules: Sequence[nn.Module], here: torch.device, own: torch.device | None) -> Seat:
@@ -150,8 +224,9 @@ def _seat(modules: Sequence[nn.Module], here: torch.device, own: torch.device | 
 def _bound(modules: Sequence[nn.Module], here: torch.device, own: torch.device) -> str | None:
     """Why a pipeline cannot be moved."""
     for module in modules:
-        if any("_hf_hook" in vars(each) for each in module.modules()) or offloaded(module):
-            return f"hooks of its {type(module).__name__} move tensors to a device of their own"
+        bound = _bound_by(module)
+        if bound is not None:
+            return bound
         for tensor in itertools.chain(module.parameters(), module.buffers()):
             if tensor.device.type == "cuda" and tensor.device != here:
                 return f"its {type(module).__name__} is on {tensor.device} and not on {here}"
