@@ -119,10 +119,13 @@ def test_heads_that_are_handed_back(rank, dim, dtype):
 
 @pytest.mark.parametrize(("first", "count"), [(0, 2), (2, 3), (1, 1), (0, 5)])
 def test_collected_heads(first, count):
+    """From memory of one rank's after another's, with unlike strides."""
     out, come = (random(2, 7, 5, 24, seed=seed) for seed in (1, 2))
     wanted = come.clone()
     wanted[:, :, first : first + count] = out[:, :, first : first + count]
-    collect(out, come, first, count)
+    counts = [part for part in (first, count, 5 - first - count) if part]
+    memory = [torch.cat([part, part], 1) for part in come.split(counts, 2)]
+    collect(out, Places.of([item[:, :7] for item in memory], DEVICE), first, count)
     assert torch.equal(out, wanted)
 
 

@@ -153,16 +153,22 @@ def _hand_back(
 
 @triton.jit
 def _collect(
-    out_ptr, come_ptr, so_b, so_s, sc_b, sc_s, heads, first, count,
-    D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
+    out_ptr, table_ptr, so_b, so_s, heads, first, count,
+    D: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program (token, batch)."""
     s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     h, d = tl.arange(0, HEADS), tl.arange(0, DP)[None, :]
     # All but this rank's.
     h = tl.where(h < first, h, h + count)
-    inside = (d < D) & (h < heads)[:, None]
-    x = tl.load(come_ptr + b * sc_b + s * sc_s + h[:, None] * D + d, mask=inside, other=0.0)
+    exists = h < heads
+    inside = (d < D) & exists[:, None]
+    come = tl.load(table_ptr + 3 * h, mask=exists, other=0).to(out_ptr.dtype, bitcast=True)
+    come += b * tl.load(table_ptr + 3 * h + 2, mask=exists, other=0)
+    come += s * tl.load(table_ptr + 3 * h + 1, mask=exists, other=0)
+    if ALIGNED:
+        come = tl.multiple_of(come, 16)
+    x = tl.load(come[:, None] + d, mask=inside, other=0.0)
     tl.store(out_ptr + b * so_b + s * so_s + h[:, None] * D + d, x, mask=inside)
 
 
@@ -173,7 +179,7 @@ def _aligned(rows: Sequence[Sequence[int]], size: int) -> bool:
 
 @dataclass(frozen=True)
 class Places:
-    """Where each head goes.
+    """Where each head goes, or has come to.
 
     Attributes:
         table: Its address, and the steps from token to token and from batch to batch, in elements: int64 (heads, 3),
@@ -341,12 +347,12 @@ def hand_back(x: torch.Tensor, own: torch.Tensor, ways: Ways, rank: int, warps: 
     )  # fmt: skip
 
 
-def collect(out: torch.Tensor, come: torch.Tensor, first: int, count: int) -> None:
+def collect(out: torch.Tensor, come: Places, first: int, count: int) -> None:
     """Writes those heads of some tokens that have come from other ranks to where this rank's are.
 
     Args:
-        out: (batch, sequence, heads, channels), heads and channels next to each other, as is the next one.
-        come: Like `out`; this rank's heads of it are not read.
+        out: (batch, sequence, heads, channels), heads and channels next to each other.
+        come: Where all heads of these tokens are, but for this rank's, which are not read.
         first: Which of the heads is this rank's first.
         count: How many it has.
     """
@@ -355,6 +361,6 @@ def collect(out: torch.Tensor, come: torch.Tensor, first: int, count: int) -> No
         return
     wide, padded = triton.next_power_of_2(heads - count), triton.next_power_of_2(dim)
     _collect[(length, batch)](
-        out, come, out.stride(0), out.stride(1), come.stride(0), come.stride(1), heads, first, count,
-        D=dim, DP=padded, HEADS=wide, num_warps=max(1, min(8, wide * padded // 1024)),
+        out, come.table, out.stride(0), out.stride(1), heads, first, count,
+        D=dim, DP=padded, HEADS=wide, ALIGNED=come.aligned, num_warps=max(1, min(8, wide * padded // 1024)),
     )  # fmt: skip

@@ -183,33 +183,41 @@ class Shipping:
         """
         group = self.group
         batch, _, own, dim = out.shape
-        shapes = [(batch, length, sum(heads), dim) for length in lengths]
-        window = self._windows.following(max(placed([shape], [out.dtype])[1] for shape in shapes))
-        first = sum(heads[: group.rank])
-        key = ("returned", id(window), tuple(shapes), first, own, out.dtype)
+        # What comes from one rank lies in one piece, which is written faster than a part of every token's row.
+        shapes = [[(batch, length, count, dim) for count in heads] for length in lengths]
+        dtypes = [out.dtype] * len(heads)
+        window = self._windows.following(max(placed(each, dtypes)[1] for each in shapes))
+        key = ("returned", id(window), batch, tuple(lengths), tuple(heads), dim, out.dtype)
         if key not in self._places:
             self._places[key] = [
-                window.part(rank, 0, shape, out.dtype)[:, :, first : first + own] for rank, shape in enumerate(shapes)
+                window.part(rank, placed(each, dtypes)[0][group.rank], each[group.rank], out.dtype)
+                for rank, each in enumerate(shapes)
             ]
-        there = self._places[key]
+            self._places[(*key, "come")] = [
+                window.part(group.rank, offset, shape, out.dtype)
+                for offset, shape in zip(placed(shapes[group.rank], dtypes)[0], shapes[group.rank], strict=True)
+            ]
+        there, come = self._places[key], self._places[(*key, "come")]
         # What is read after the next exchange does not stay in a window.
-        found, come = out.new_empty(shapes[group.rank]), window.part(group.rank, 0, shapes[group.rank], out.dtype)
+        found = out.new_empty((batch, lengths[group.rank], sum(heads), dim))
+        first = sum(heads[: group.rank])
         mine = found[:, :, first : first + own]
         if out.is_cuda and out.dtype in _IN_ONE_PASS:
-            from .scatter import Ways, collect, hand_back
+            from .scatter import Places, Ways, collect, hand_back
 
             if key not in self._tables:
-                self._tables[key] = Ways.of(there, out.device)
-            hand_back(out, mine, self._tables[key], group.rank)
+                self._tables[key] = Ways.of(there, out.device), Places.of(come, out.device)
+            ways, places = self._tables[key]
+            hand_back(out, mine, ways, group.rank)
             window.barrier()
-            collect(found, come, first, own)
+            collect(found, places, first, own)
             return found
         for rank, part in enumerate(out.split(list(lengths), 1)):
             (mine if rank == group.rank else there[rank]).copy_(part)
         window.barrier()
-        for begins, ends in ((0, first), (first + own, sum(heads))):
-            if ends > begins:
-                found[:, :, begins:ends].copy_(come[:, :, begins:ends])
+        for rank, part in enumerate(found.split(list(heads), 2)):
+            if rank != group.rank:
+                part.copy_(come[rank])
         return found
 
     # --- where they go ------------------------------------------------------------------------------------------------
