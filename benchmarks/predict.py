@@ -6,9 +6,10 @@ A forward on N ranks of one machine, by Ulysses, takes
     t(N) = t(1) / N  +  bytes(N) / rate  +  2 x layers x wait  +  rest
 
 `bytes` is what a rank sends in a forward: of each layer's query, key, value and output its tokens, but for its own
-heads. `rate` and `wait` (for the slowest rank, at each of the two exchanges of a layer) are read off the time in which
-exchanges run with nothing beside them, on two and on four GPUs; `rest`, which no division makes shorter (gaps between
-kernels, products that are too small), is what is then missing, on average.
+heads. `rate` is that of Wan's exchanges on four GPUs, beside which nothing runs; `wait` (for the slowest rank, at
+each of the two exchanges of a layer) is what else there is of the time in which exchanges run with nothing beside them,
+and `rest`, which no division makes shorter (gaps between kernels, products that are too small), is what is then
+missing: both on average of two and four GPUs.
 
 Between machines a ring passes keys and values on while attention works: a turn costs what is longer of the two, and the
 link is slower; then what has been found is merged, at a cost for each value of the output, which FLUX's ring of four
@@ -43,7 +44,6 @@ class Work:
         width: Channels of all heads.
         forwards: Of a request, all branches.
         guided: Whether a request has two branches.
-        one: Milliseconds of a forward on one GPU, where no result beside the others has it.
     """
 
     name: str
@@ -53,7 +53,6 @@ class Work:
     width: int
     forwards: int
     guided: bool
-    one: float | None = None
 
     def sent(self, ranks: int) -> float:
         """Bytes that a rank sends in a forward by Ulysses."""
@@ -62,7 +61,7 @@ class Work:
 
 WORKS = (
     Work("flux", 57, 4608, 24, 3072, 28, False),
-    Work("wan", 30, 32760, 12, 1536, 24, True, 437.5),
+    Work("wan", 30, 32760, 12, 1536, 24, True),
 )
 # Ranks by what they share: guidance, Ulysses within a machine of eight, ring between machines.
 PLANS = {
@@ -86,18 +85,22 @@ class Costs:
     rest: float
 
 
+def rate() -> float:
+    """Bytes a millisecond that a rank sends: by the kernels of Wan's exchanges on four, beside which nothing runs."""
+    work, found = WORKS[1], results("wan", 4)["ulysses"]["a request on the GPU, ms"]
+    return work.forwards * work.sent(4) / (found["of them, _scatter"] + found["of them, _hand_back"])
+
+
 def fitted(work: Work) -> Costs:
     """From results on two and four GPUs."""
-    two, four = (results(work.name, ranks) for ranks in (2, 4))
-    one = work.one if work.one is not None else four["one GPU"]["forward, ms"]
-    alone = [each["ulysses"]["a request on the GPU, ms"]["exchanges alone"] / work.forwards for each in (two, four)]
-    rate = (work.sent(2) - work.sent(4)) / (alone[0] - alone[1])
-    wait = (alone[0] - work.sent(2) / rate) / (2 * work.layers)
-    missing = [
-        each["ulysses"]["forward, ms"] - one / ranks - lone
-        for each, ranks, lone in zip((two, four), (2, 4), alone, strict=True)
-    ]
-    return Costs(one, rate, wait, sum(missing) / 2)
+    waits, rests, sent = [], [], rate()
+    for ranks in (2, 4):
+        found = results(work.name, ranks)
+        lone = found["ulysses"]["a request on the GPU, ms"]["exchanges alone"] / work.forwards
+        waits.append((lone - work.sent(ranks) / sent) / (2 * work.layers))
+        rests.append(found["ulysses"]["forward, ms"] - found["one GPU"]["forward, ms"] / ranks - lone)
+    one = results(work.name, 4)["one GPU"]["forward, ms"]
+    return Costs(one, sent, sum(waits) / 2, sum(rests) / 2)
 
 
 def merging() -> float:

@@ -79,6 +79,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: kinds[device.index])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device.index}"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(0, device.index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     with FakeTensorMode():
         yield SimpleNamespace(kinds=kinds, current=current, freed=freed)
 
@@ -120,6 +121,15 @@ def test_a_pipeline_is_moved_and_moved_back(fake):
     journal.undo()
     assert places(transformer, encoder, on_host) == [FIRST, FIRST, torch.device("cpu")]
     assert transformer(x) == (FIRST, []) and "forward" not in vars(transformer)
+
+
+def test_one_on_its_own_gpu_is_offloaded_to_it(fake):
+    """By whoever says `enable_model_cpu_offload()` afterwards, without a number."""
+    pipeline, journal = target(transformer=OnGPU(SECOND)), Journal()
+    journal.apply(gpus.edits(pipeline, Ranks()))
+    assert pipeline.pipe._offload_gpu_id == 1
+    journal.undo()
+    assert "_offload_gpu_id" not in vars(pipeline.pipe)
 
 
 def test_one_that_is_alone_stays(fake):

@@ -85,12 +85,14 @@ def edits(target: Target, ranks: Group) -> Iterator[Edit]:
             )
         yield MoveTensors(modules, here, own)
         yield _MoveHooks(modules, here, own)
-        # Where they go that are offloaded from now on, or whose hooks are renewed, as after every request.
-        yield SetAttr(target.pipe, "_offload_gpu_id", own.index)
         if "_offload_device" in vars(target.pipe):
             yield SetAttr(target.pipe, "_offload_device", own)
         for denoiser in target.denoisers:
             yield AddLayer(denoiser.module, target.rank("gpu"), brought(here, own))
+    index = torch.cuda.current_device()
+    if index != vars(target.pipe).get("_offload_gpu_id", 0):
+        # Where models go that are offloaded from now on, or whose hooks are renewed, as after every request.
+        yield SetAttr(target.pipe, "_offload_gpu_id", index)
     if moved:
         # Whoever stays has the GPU to itself before it goes on.
         ranks.objects(None)
