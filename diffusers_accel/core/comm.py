@@ -34,7 +34,8 @@ class Group:
         rank: Which of them this process is, from 0.
 
     Attributes:
-        windows: Memory that they share, if there is any: `reshard` goes through it then.
+        windows: Memory that they share, if there is any: what shards need goes through it then, sums and small things
+            by messages all the same.
     """
 
     def __init__(self, handle: Any, ranks: Sequence[int], rank: int):
@@ -52,19 +53,27 @@ class Group:
         return x.narrow(dim, sum(counts[: self.rank]), counts[self.rank])
 
     def exchange(
-        self, sends: Sequence[Sequence[torch.Tensor]], like: Sequence[Sequence[Sequence[int]]]
+        self,
+        sends: Sequence[Sequence[torch.Tensor]],
+        like: Sequence[Sequence[Sequence[int]]],
+        largest: Sequence[Sequence[int]] | None = None,
     ) -> list[list[torch.Tensor]]:
         """All to all, in one message from each rank to each: the n-th of `sends` goes to the n-th rank.
 
         Args:
             sends: Tensors for each rank, all of one type.
             like: The shapes of what each rank sends here.
+            largest: Shapes that are as large as what any rank sends to any other, or larger. With them it may go
+                through windows.
 
         Returns:
-            What each rank sent, parts of one buffer.
+            What each rank sent, parts of one buffer; in a window, if `largest` is given, and to be read before the
+            exchange after the next one of this group begins.
         """
         if self.size == 1:
             return [list(sends[0])]
+        if self.windows is not None and largest is not None:
+            return self._exchange_in_window(self.windows, sends, like, largest)
         counts = [[item.numel() for item in items] for items in sends]
         flat = sends[0][0].new_empty(sum(map(sum, counts)))
         # Straight into the buffer, whatever the strides: one pass.
@@ -139,18 +148,56 @@ class Group:
                         each.narrow(toward, first, last - first).copy_(come.narrow(toward, first, last - first))
         return kept
 
-    def gather(self, x: torch.Tensor, dim: int, lengths: Sequence[int] | None = None) -> list[torch.Tensor]:
+    def _exchange_in_window(
+        self,
+        windows: Windows,
+        sends: Sequence[Sequence[torch.Tensor]],
+        like: Sequence[Sequence[Sequence[int]]],
+        largest: Sequence[Sequence[int]],
+    ) -> list[list[torch.Tensor]]:
+        dtype = sends[0][0].dtype
+        # Each rank has a part of everybody's window, as long as the largest.
+        _, part = placed(largest, [dtype] * len(largest))
+        window = windows.following(part * self.size)
+        for step in range(1, self.size):
+            rank = (self.rank + step) % self.size
+            offsets, _ = placed([item.shape for item in sends[rank]], [dtype] * len(sends[rank]))
+            for item, offset in zip(sends[rank], offsets, strict=True):
+                window.part(rank, part * self.rank + offset, item.shape, dtype).copy_(item)
+        window.barrier()
+        found = []
+        for rank, shapes in enumerate(like):
+            offsets, _ = placed(shapes, [dtype] * len(shapes))
+            found.append(
+                list(sends[rank]) if rank == self.rank else
+                [window.part(self.rank, part * rank + offset, shape, dtype)
+                 for offset, shape in zip(offsets, shapes, strict=True)]
+            )  # fmt: skip
+        return found
+
+    def gather(
+        self, x: torch.Tensor, dim: int, lengths: Sequence[int] | None = None, passing: bool = False
+    ) -> list[torch.Tensor]:
         """Everybody's shard.
 
         Args:
             x: This rank's.
             dim: The dimension in which they may differ.
             lengths: Of each rank's shard in that dimension; as long as this rank's if `None`.
+            passing: As in `reshard`.
         """
         if self.size == 1:
             return [x]
+        dim %= x.ndim
         lengths = [x.shape[dim]] * self.size if lengths is None else lengths
         most = max(lengths)
+        if self.windows is not None:
+            shapes = [[_with(x.shape, {dim: length})] for length in lengths]
+            largest = [_with(x.shape, {dim: most})]
+            come = self._exchange_in_window(self.windows, [[x]] * self.size, shapes, largest)
+            return [
+                each if passing or rank == self.rank else each.clone() for rank, (each,) in enumerate(come)
+            ]  # fmt: skip
         # Along the first dimension, so that what comes from each rank lies in one piece; the longest decides.
         moved = x.movedim(dim, 0)
         sent = moved.contiguous()
@@ -181,16 +228,24 @@ class Group:
             dist.broadcast(x, self.ranks[source], group=self.handle)
         return x
 
-    def pass_on(self, tensors: Sequence[torch.Tensor], like: Sequence[Sequence[int]]) -> tuple[list[torch.Tensor], Any]:
+    def pass_on(
+        self,
+        tensors: Sequence[torch.Tensor],
+        like: Sequence[Sequence[int]],
+        largest: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[list[torch.Tensor], Any]:
         """Begins to send tensors to the next rank and to receive the previous one's.
 
         Args:
             tensors: What the next rank is to have.
             like: The shapes of what the previous rank sends.
+            largest: As in `exchange`, and so is what comes.
 
         Returns:
             What comes, and a function to be called before it is read or `tensors` are written to.
         """
+        if self.windows is not None and largest is not None:
+            return self._pass_through_window(self.windows, tensors, like, largest)
         following = self.ranks[(self.rank + 1) % self.size]
         previous = self.ranks[(self.rank - 1) % self.size]
         found = [item.new_empty(tuple(shape)) for item, shape in zip(tensors, like, strict=True)]
@@ -207,6 +262,31 @@ class Group:
             work.clear()
 
         return found, wait
+
+    def _pass_through_window(
+        self,
+        windows: Windows,
+        tensors: Sequence[torch.Tensor],
+        like: Sequence[Sequence[int]],
+        largest: Sequence[Sequence[int]],
+    ) -> tuple[list[torch.Tensor], Any]:
+        dtypes = [item.dtype for item in tensors]
+        offsets, size = placed(largest, dtypes)
+        window, following = windows.following(size), (self.rank + 1) % self.size
+        # In one piece, so that copy engines can take them.
+        sent = [item.contiguous() for item in tensors]
+        with windows.beside(sent[0].device):
+            for item, offset in zip(sent, offsets, strict=True):
+                window.part(following, offset, item.shape, item.dtype).copy_(item)
+
+        def wait() -> None:
+            windows.join()
+            # Till then what is on its way keeps its memory.
+            sent.clear()
+            window.barrier()
+
+        where = zip(offsets, like, dtypes, strict=True)
+        return [window.part(self.rank, *each) for each in where], wait
 
     def objects(self, value: Any) -> list[Any]:
         """Everybody's value, for small things that Python must know. Waits for the device where the group has no

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +81,7 @@ class Windows:
     def __init__(self, group: Any, make: Callable[[Any, int], Window]):
         self._group, self._make = group, make
         self._turn = 0
+        self._stream: Any = None
         self._windows: list[Window | None] = [None, None]
         # Recorded graphs know outgrown ones by their address.
         self._outgrown: list[Window] = []
@@ -93,9 +95,23 @@ class Windows:
                 raise RuntimeError(f"a window of {nbytes} bytes is needed in a graph, and no request before had one.")
             if window is not None:
                 self._outgrown.append(window)
-            window = self._make(self._group, max(_SMALLEST, 1 << math.ceil(math.log2(nbytes))))
+            window = self._make(self._group, max(_SMALLEST, 1 << math.ceil(math.log2(max(1, nbytes)))))
             self._windows[turn] = window
         return window
+
+    def beside(self, device: torch.device) -> Any:
+        """A context in which copies go on beside what follows, by copy engines, after what is on the current stream."""
+        if device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._stream)
+
+    def join(self) -> None:
+        """What follows on the current stream comes after these copies."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 def placed(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> tuple[list[int], int]:

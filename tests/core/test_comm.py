@@ -18,12 +18,13 @@ def test_shares_are_tensor_splits():
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("length", [8, 7, 3])
-def test_collectives(pools, size, length):
+@pytest.mark.parametrize("windows", [False, True], ids=["messages", "windows"])
+def test_collectives(pools, size, length, windows):
     whole = torch.arange(2.0 * length * 3).view(2, length, 3)
     shards = whole.tensor_split(size, 1)
-    for rank, found in enumerate(pools[size].run(communicate.collectives, length)):
+    for rank, found in enumerate(pools[size].run(communicate.collectives, length, windows)):
         assert torch.equal(found["mine"], shards[rank])
-        assert torch.equal(found["gathered"], whole)
+        assert torch.equal(found["gathered"], whole) and torch.equal(found["passing"], whole.mT)
         assert torch.equal(found["exchanged"], whole * (rank + 1))
         assert torch.equal(found["turned"], whole.mT)
         assert torch.equal(found["passed"], shards[rank - 1])

@@ -72,9 +72,10 @@ def test_fewer_keys_than_ranks(pools, way):
     check(pools, way, [17], [3])
 
 
-@pytest.mark.parametrize("way", [way for way, (_, sizes) in WAYS.items() if "ulysses" in sizes])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kv_heads", [5, 1])
 def test_through_windows(pools, way, kv_heads):
+    """Of which some ranks have more keys, or more queries, than others."""
     check(pools, way, [13, 30], [7, 22], heads=5, kv_heads=kv_heads, shared=3 if kv_heads == 1 else 0, windows=True)
 
 

@@ -27,7 +27,7 @@ def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=
         streams: Lengths of the query's streams, and of the key's.
         shared: How many keys all have.
         local_mask: Whether a rank is given the mask of its own keys alone.
-        windows: Whether heads are exchanged through shared memory.
+        windows: Whether everything is exchanged through shared memory.
         rounded: Whether they travel in 8 bits.
     """
     begin("cpu")
@@ -36,7 +36,8 @@ def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=
     groups = [mesh.group(axis) for axis in ("ulysses", "ring", "column", "row")]
     transport = Transport(everyone, *groups, rounded=rounded)
     if windows:
-        groups[0].windows = Windows(groups[0], SharedFiles)
+        for group in groups:
+            group.windows = Windows(group, SharedFiles) if group.size > 1 else None
 
     rows, columns = _own(streams[0], everyone), _own(streams[1], everyone)
     kept = torch.cat([torch.arange(shared), columns + shared])

@@ -6,29 +6,40 @@ import torch
 
 from diffusers_accel.core.comm import shares
 from diffusers_accel.core.mesh import Mesh, begin
+from diffusers_accel.core.windows import Windows
+
+from .shared import SharedFiles
 
 
-def collectives(length):
+def collectives(length, windows):
     """Every collective on shards of a known tensor; returns what came."""
     begin("cpu")
     mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, "cpu")
     group = mesh.group("ulysses")
+    if windows:
+        group.windows = Windows(group, SharedFiles)
     whole = torch.arange(2.0 * length * 3).view(2, length, 3)
     counts = shares(length, group.size)
     mine = group.part(whole, 1)
-    gathered = torch.cat(group.gather(mine, 1, counts), 1)
+    parts = group.gather(mine, 1, counts)
+    passing = torch.cat(group.gather(mine.mT, -1, counts, passing=True), 2)
+    # Windows have come round.
+    group.gather(mine, 1, counts)
+    gathered = torch.cat(parts, 1)
     # Two tensors in one message, one of them with other strides.
     sends = [[mine * (rank + 1), mine.mT] for rank in range(group.size)]
-    found = group.exchange(sends, [[(2, count, 3), (2, 3, count)] for count in counts])
+    most = [(2, max(counts), 3), (2, 3, max(counts))]
+    found = group.exchange(sends, [[(2, count, 3), (2, 3, count)] for count in counts], most)
     exchanged, turned = torch.cat([pair[0] for pair in found], 1), torch.cat([pair[1] for pair in found], 2)
     previous = (group.rank - 1) % group.size
-    (passed,), wait = group.pass_on([mine], [(2, counts[previous], 3)])
+    (passed,), wait = group.pass_on([mine], [(2, counts[previous], 3)], most[:1])
     wait()
+    passed = passed.clone()
     summed = group.sum(torch.full((3,), float(group.rank)))
     told = group.broadcast(torch.full((1,), float(group.rank)), group.size - 1)
     return {
-        "mine": mine, "gathered": gathered, "exchanged": exchanged, "turned": turned, "passed": passed,
-        "summed": summed, "told": told,
+        "mine": mine, "gathered": gathered, "passing": passing, "exchanged": exchanged, "turned": turned,
+        "passed": passed, "summed": summed, "told": told,
         "objects": group.objects({"rank": group.rank}),
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ...config import ParallelConfig
 from ...core.comm import Group
 from ...core.edits import AddLayer, Edit, SetAttr
-from ...core.mesh import Mesh, begin, everyone, launched
+from ...core.mesh import SEQUENCE, Mesh, begin, everyone, launched
 from ...core.windows import MAKERS, open_windows
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Shipping, Transport
@@ -163,7 +163,8 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     """The mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
     device, ranks = target.denoisers[0].device.type, everyone()
     mesh = Mesh(config.axes(launched() or 1), device)
-    _open_windows(mesh.group("ulysses"), device, config)
+    for axis in SEQUENCE:
+        _open_windows(mesh.group(axis), device, config)
     agreement = Agreement(target, ranks)
     if config.sequence * config.tp > 1:
         # Ranks of one forward decide together: those of tp see the same, but for rounding.

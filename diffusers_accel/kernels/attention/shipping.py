@@ -126,7 +126,6 @@ class Shipping:
         # By what they depend on: where operands go, tables of it on the device, and memory that they leave from.
         self._places: dict[Any, list[torch.Tensor]] = {}
         self._tables: dict[Any, Any] = {}
-        self._stream: Any = None
 
     def ship(self, operands: Mapping[int, Operand], size: Size, aside: bool) -> None:
         """Sends operands off.
@@ -151,7 +150,7 @@ class Shipping:
         here = {which: self._here(size, which, places) for which, places in there.items()}
         self._write([(item, here[which], (which, size, id(now.window), "aside")) for which, item in operands.items()])
         now.aside = True
-        with self._beside(next(iter(operands.values())).parts[0].device):
+        with self._windows.beside(next(iter(operands.values())).parts[0].device):
             for step in range(1, group.size):
                 rank = (group.rank + step) % group.size
                 for which in operands:
@@ -162,8 +161,8 @@ class Shipping:
         begins."""
         now, self._underway = self._underway, None
         assert now is not None
-        if now.aside and self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+        if now.aside:
+            self._windows.join()
         now.window.barrier()
         group = self.group
         shapes = now.size.shapes(group.rank, group.size)
@@ -265,12 +264,3 @@ class Shipping:
                 for place, heads in zip(places, ready.split([place.shape[2] for place in places], 2), strict=True):
                     place[:, start : start + part.shape[1]].copy_(heads)
                 start += part.shape[1]
-
-    def _beside(self, device: torch.device) -> Any:
-        """The stream on which copy engines are given their work, after what is on the current one."""
-        if device.type != "cuda":
-            return torch.no_grad()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self._stream)

@@ -247,6 +247,7 @@ class Transport:
     ) -> torch.Tensor:
         """Keys and values come by, the previous rank's first."""
         group, own = self.ring, blocks[self.ring.rank]
+        most = max(sum(key_lengths[rank] for rank in block) for block in blocks)
         merged = _Merged(x.query.dtype)
         key, value = x.key, x.value
         for turn in range(group.size):
@@ -255,7 +256,8 @@ class Transport:
             if turn < group.size - 1:
                 length = sum(key_lengths[rank] for rank in blocks[(source - 1) % group.size])
                 like = [(item.shape[0], length, *item.shape[2:]) for item in (key, value)]
-                coming, wait = group.pass_on([key, value], like)
+                largest = [(item.shape[0], most, *item.shape[2:]) for item in (key, value)]
+                coming, wait = group.pass_on([key, value], like, largest)
             part = replace(x, key=key, value=value, attn_mask=mask.of(own, blocks[source]), return_lse=True)
             merged.add(_partial(_with_shared(part, together if turn == 0 else None), attend))
             if coming is not None and wait is not None:
@@ -279,9 +281,10 @@ class Transport:
         column = blocks[self.row.rank :: width]
         queries = [sum(query_lengths[rank] for rank in block) for block in row]
         keys = [sum(key_lengths[rank] for rank in block) for block in column]
-        query = torch.cat(self.row.gather(x.query, 1, queries), 1)
+        query = torch.cat(self.row.gather(x.query, 1, queries, passing=True), 1)
         both = torch.cat([x.key, x.value], -1)
-        key, value = torch.cat(self.column.gather(both, 1, keys), 1).split([x.key.shape[3], x.value.shape[3]], -1)
+        whole = torch.cat(self.column.gather(both, 1, keys, passing=True), 1)
+        key, value = whole.split([x.key.shape[3], x.value.shape[3]], -1)
         part = replace(
             x, query=query, key=key, value=value, return_lse=True,
             attn_mask=mask.of([rank for block in row for rank in block], [rank for block in column for rank in block]),
@@ -297,8 +300,10 @@ class Transport:
         ]
         mine, wide = queries[self.row.rank], lse.element_size() // out.element_size()
         like = [[(batch, mine, heads, dim), (batch, heads, mine * wide)] for _ in row]
+        most = max(queries)
+        largest = [(batch, most, heads, dim), (batch, heads, most * wide)]
         merged = _Merged(x.query.dtype)
-        for piece, sums in self.row.exchange(sends, like):
+        for piece, sums in self.row.exchange(sends, like, largest):
             # A part of a buffer begins where it may: float32 wants its own alignment.
             merged.add((piece, sums.clone().view(lse.dtype)))
         return merged.out

@@ -55,7 +55,7 @@ def group_norm(strips: Strips, norm: Any, inner: Callable[..., torch.Tensor], x:
     batch, channels = x.shape[:2]
     values = x.reshape(batch, norm.num_groups, -1)
     variance, mean = torch.var_mean(values.to(torch.promote_types(x.dtype, torch.float32)), -1, correction=0)
-    found = torch.cat(strips.group.gather(torch.stack([mean, variance])[None], 0))
+    found = torch.cat(strips.group.gather(torch.stack([mean, variance])[None], 0, passing=True))
     means, variances = found.unbind(1)
     mean = (strips.weights * means).sum(0)
     variance = (strips.weights * (variances + (means - mean).square())).sum(0)

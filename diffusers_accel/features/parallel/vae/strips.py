@@ -53,7 +53,7 @@ class Strips:
         """Everybody's, joined along `dim`, in which lengths are in proportion to the strips."""
         mine = self._counts[self.group.rank]
         lengths = [x.shape[dim] * count // mine for count in self._counts]
-        return torch.cat(self.group.gather(x, dim, lengths), dim)
+        return torch.cat(self.group.gather(x, dim, lengths, passing=True), dim)
 
     def neighbours(self, x: torch.Tensor, halo: Halo, zeros: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """The neighbours' nearest rows, in one exchange.
