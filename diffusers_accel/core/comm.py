@@ -6,6 +6,7 @@ Every rank knows everybody's share without asking.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,10 @@ from .windows import Windows, placed
 
 # Newer torch has another name for it, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+# Parts of a sum begin where copies are fast; sums of no more bytes are not divided.
+_GRANULE, _FEW_BYTES = 128, 1 << 16
 
 
 def shares(length: int, ranks: int) -> list[int]:
@@ -34,8 +39,7 @@ class Group:
         rank: Which of them this process is, from 0.
 
     Attributes:
-        windows: Memory that they share, if there is any: what shards need goes through it then, sums and small things
-            by messages all the same.
+        windows: Memory that they share, if there is any: shards and sums go through it then.
     """
 
     def __init__(self, handle: Any, ranks: Sequence[int], rank: int):
@@ -217,10 +221,43 @@ class Group:
         _all_gather(out, x, group=self.handle)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of everybody's tensor; `x` is written to."""
+        """The sum of everybody's tensor, the same on all ranks bit for bit; `x` may be written to."""
+        if self.size > 1 and self.windows is not None:
+            return self._sum_in_window(self.windows, x)
         if self.size > 1:
             dist.all_reduce(x, group=self.handle)
         return x
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as a new tensor, whose values lie in order."""
+        if self.windows is None:
+            x = x.clone(memory_format=torch.contiguous_format)
+        return self.sum(x)
+
+    def _sum_in_window(self, windows: Windows, x: torch.Tensor) -> torch.Tensor:
+        """Each rank sums a part of it and tells the others; of few values, each sums all."""
+        flat, size = x.contiguous().view(-1), x.element_size()
+        few = flat.numel() * size <= _FEW_BYTES
+        cuts = [0]
+        for granules in shares(-(-flat.numel() // _GRANULE), self.size):
+            cuts.append(min(flat.numel(), cuts[-1] + granules * _GRANULE))
+        parts = [flat] * self.size if few else [flat[first:last] for first, last in itertools.pairwise(cuts)]
+        own, slot = parts[self.rank].numel(), -(-max(part.numel() for part in parts) // _GRANULE) * _GRANULE
+        window = windows.following(slot * size * self.size)
+        for step in range(1, self.size + 1):
+            rank = (self.rank + step) % self.size
+            window.part(rank, slot * size * self.rank, parts[rank].shape, x.dtype).copy_(parts[rank])
+        window.barrier()
+        # Added up in float32, and rounded once.
+        summed = window.part(self.rank, 0, (self.size, slot), x.dtype)[:, :own].sum(0, dtype=x.dtype)
+        if few:
+            return summed.view(x.shape)
+        window = windows.following(flat.numel() * size)
+        for step in range(1, self.size + 1):
+            rank = (self.rank + step) % self.size
+            window.part(rank, cuts[self.rank] * size, (own,), x.dtype).copy_(summed)
+        window.barrier()
+        return window.part(self.rank, 0, x.shape, x.dtype).clone()
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """`x` with the values that the `source`-th rank has; it is written to."""

@@ -28,6 +28,7 @@ def test_collectives(pools, size, length, windows):
         assert torch.equal(found["exchanged"], whole * (rank + 1))
         assert torch.equal(found["turned"], whole.mT)
         assert torch.equal(found["passed"], shards[rank - 1])
+        assert found["total"]
         assert found["summed"].tolist() == [sum(range(size))] * 3
         assert found["told"].item() == size - 1
         assert found["objects"] == [{"rank": other} for other in range(size)]

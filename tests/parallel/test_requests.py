@@ -146,6 +146,7 @@ def test_through_windows(pools, name):
     found = agrees(pools[2], name, ON_2["ulysses"], sections=sections, steps=4, rest=(None, True, None, True))
     assert all(replays > 0 for *_, replays in found)
     agrees(pools[4], name, ON_4["ulysses and ring"], rest=(None, False, None, True))
+    agrees(pools[4], name, ON_4["grid"], sections=sections, steps=4, rest=(None, True, None, True))
 
 
 @pytest.mark.parametrize(("name", "fuse"), [("flux", False), ("flux", True), ("wan", False), ("ltx2", False)])

@@ -32,11 +32,11 @@ def heads_of(name, most=None):
     return most
 
 
-def agrees(pool, name, way, sections=None, steps=2, rest=(), heads=None, bound=None):
+def agrees(pool, name, way, sections=None, steps=2, rest=(), heads=None, bound=None, windows=False):
     """float32. Sums over ranks are in another order, which the tiny Cosmos, whose guidance and preconditioning multiply
     differences, carries to 2e-4; its denoiser alone, in float64, agrees to 6e-16."""
     bound = bound or (5e-4 if name.startswith("cosmos") else 1e-4)
-    call = (*rest, *(None, False)[len(rest) :], heads_of(name, heads))
+    call = (*rest, *(None, False)[len(rest) :], heads_of(name, heads), windows)
     found = pool.run(requests.request, name, {"parallel": way, **(sections or {})}, steps, *call)
     for error, *_ in found:
         assert error < bound, error
@@ -47,6 +47,18 @@ def agrees(pool, name, way, sections=None, steps=2, rest=(), heads=None, bound=N
 def test_two_ranks(pools, name):
     for _, branches, *_ in agrees(pools[2], name, {"tp": 2}):
         assert all(branch["computed"] > 0 == branch["skipped"] for branch in branches.values())
+
+
+@pytest.mark.parametrize("way", ON_4)
+def test_sums_through_windows(pools, way):
+    """And norms across heads."""
+    agrees(pools[4], "wan", ON_4[way], heads=6, windows=True)
+
+
+def test_recorded_sums_through_windows(pools):
+    sections = {"compile": {"backend": "eager"}, "cuda_graph": True}
+    for *_, replays in agrees(pools[2], "flux", {"tp": 2}, sections, 4, (None, True), windows=True):
+        assert replays > 0
 
 
 @pytest.mark.parametrize("way", ON_4)

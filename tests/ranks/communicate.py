@@ -36,10 +36,14 @@ def collectives(length, windows):
     wait()
     passed = passed.clone()
     summed = group.sum(torch.full((3,), float(group.rank)))
+    # Enough to be divided, with an odd rest, and not in one piece.
+    many = torch.arange(2.0 * 40_001).view(40_001, 2).mT
+    total, kept = group.total(many * (group.rank + 1)), many.clone()
     told = group.broadcast(torch.full((1,), float(group.rank)), group.size - 1)
     return {
         "mine": mine, "gathered": gathered, "passing": passing, "exchanged": exchanged, "turned": turned,
         "passed": passed, "summed": summed, "told": told,
+        "total": torch.equal(total, many * sum(range(1, group.size + 1))) and torch.equal(kept, many),
         "objects": group.objects({"rank": group.rank}),
     }  # fmt: skip
 

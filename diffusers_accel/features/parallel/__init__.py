@@ -4,22 +4,20 @@ Every rank runs the same script with the same pipeline. What is divided: branche
 (`guidance.py`), weights (`tensor.py`, a feature of its own, since it comes before all that touches weights), a sequence
 of tokens (`division.py`, with `kernels/attention/transport.py` for attention), a VAE's picture (`vae/`). Scheduler and
 text encoders run on every rank alike, so ranks must be given the same: `agreement.py` sees to that. `gpus.py` gives
-each a GPU of its own. Whole blocks' weights may be shared too: another feature, `weights.py`, which comes last.
+each a GPU of its own, `opening.py` memory that others write to. Whole blocks' weights may be shared too: another
+feature, `weights.py`, which comes last.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from ...config import ParallelConfig
-from ...core.comm import Group
 from ...core.edits import AddLayer, Edit, SetAttr
 from ...core.mesh import SEQUENCE, Mesh, begin, everyone, launched
-from ...core.windows import MAKERS, open_windows
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Shipping, Transport
 from ...models.tensor import Heads
@@ -28,6 +26,7 @@ from . import gpus, vae
 from .agreement import Agreement, same_random_numbers
 from .division import Division
 from .guidance import Guidance, Samples
+from .opening import open_for
 
 _LAUNCH = "start it with `torchrun --nproc-per-node N script.py`, N the product of the numbers in `parallel`."
 
@@ -164,7 +163,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     device, ranks = target.denoisers[0].device.type, everyone()
     mesh = Mesh(config.axes(launched() or 1), device)
     for axis in SEQUENCE:
-        _open_windows(mesh.group(axis), device, config)
+        open_for(mesh.group(axis), device, config)
     agreement = Agreement(target, ranks)
     if config.sequence * config.tp > 1:
         # Ranks of one forward decide together: those of tp see the same, but for rounding.
@@ -177,7 +176,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
         yield SetAttr(target.pipe, "_progress_bar_config", {**bar, "disable": True})
     if config.vae > 1:
         group = mesh.neighbours(config.vae)
-        _open_windows(group, device, config)
+        open_for(group, device, config)
         yield from vae.edits(target.pipe.vae, group, config.vae_dim, target.rank("vae"))
     for denoiser in target.denoisers:
         yield AddLayer(denoiser.module, target.rank("agreement"), agreement.around_denoiser(denoiser))
@@ -219,15 +218,3 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh, config: ParallelCon
     if plan.gathered_before is not None:
         module = denoiser.module.get_submodule(plan.gathered_before)
         yield AddLayer(module, target.rank("division of a block"), division.before_module)
-
-
-def _open_windows(group: Group, device: str, config: ParallelConfig) -> None:
-    """Memory through which a group exchanges what it has, where it is asked for and can be had."""
-    if config.exchange == "messages" or (config.exchange == "auto" and device not in MAKERS):
-        return
-    group.windows, reason = open_windows(group, device)
-    if reason is None:
-        return
-    if config.exchange == "windows":
-        raise Unsupported("parallel.exchange='windows'", f"{reason}.", "exchange='messages' or 'auto'.")
-    warnings.warn(f"parallel: ranks {list(group.ranks)} exchange by messages: {reason}.", stacklevel=2)

@@ -35,6 +35,7 @@ from ...models.tensor import (
     whole_count,
 )
 from ..feature import Denoiser, Plan, Target, refuse_offloaded
+from .opening import open_for
 
 _FEATURE = "parallel.tp"
 _INSTEAD = "parallel without tp (ulysses, ring and cfg divide the work, and leave the weights whole)."
@@ -80,6 +81,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     device = target.denoisers[0].device.type
     begin(device)
     group = Mesh(config.sizes, device).group("tp")
+    open_for(group, device, config)
     number = sharded.free_number()
     yield SetItem(sharded.GROUPS, number, group)
     for name in _CLOSED_OF_PIPE:
