@@ -8,19 +8,16 @@ every GPU and with weights divided among them, in one run. Seconds, peak memory,
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import flux
 import measure
+import ranks as several
 import torch
 import torch.distributed as dist
 
 from diffusers_accel import ParallelConfig, accelerate, restore, stats
-from diffusers_accel.core.mesh import begin
 
 
 def ways(ranks: int, cuda: bool, from_host: bool) -> dict[str, dict[str, Any]]:
@@ -45,22 +42,13 @@ def ways(ranks: int, cuda: bool, from_host: bool) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser = several.parser(__doc__)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--from-host", action="store_true", help="divide a model that lies in the host's memory")
-    parser.add_argument("--only", nargs="*", help="these variants alone")
-    parser.add_argument("--tiny", action="store_true", help="a small model: a dry run of the script")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the result; benchmarks/results if not given")
     options = parser.parse_args()
+    rank, ranks, dtype = several.start(options.device)
     cuda = options.device == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    begin(options.device)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    dtype = torch.bfloat16 if cuda else torch.float32
     size, steps = (64, 2) if options.tiny else (options.size, options.steps)
     pipe: Any = flux.build("cpu" if options.from_host else options.device, dtype, options.tiny)
     torch.manual_seed(1)

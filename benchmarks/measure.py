@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -92,7 +93,8 @@ def environment() -> dict[str, Any]:
     if "--out" in arguments:  # where the file went says nothing about what was measured
         place = arguments.index("--out")
         del arguments[place : place + 2]
-    found["command"] = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+    launcher = ["torchrun", "--nproc-per-node", os.environ["WORLD_SIZE"]] if "WORLD_SIZE" in os.environ else ["python"]
+    found["command"] = shlex.join([*launcher, f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
     return found
 
 

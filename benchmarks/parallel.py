@@ -13,25 +13,18 @@ else runs beside. Waiting for the other ranks is part of it.
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flux
 import measure
+import ranks as several
 import torch
 import torch.distributed as dist
 import wan
 
 from diffusers_accel import ParallelConfig, accelerate, restore, stats
-from diffusers_accel.core.mesh import begin
 
-# In the names of what brings something to another GPU.
-_EXCHANGES = ("nccl", "_scatter", "_hand_back", "_collect", "barrier", "Memcpy PtoP", "Memcpy DtoD")
 LOSSLESS: dict[str, Any] = {"attention": "auto", "fuse": True, "compile": True, "cuda_graph": True}
 
 
@@ -57,57 +50,12 @@ def ways(ranks: int, guided: bool) -> dict[str, ParallelConfig]:
     return found
 
 
-def spans(generate: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of one request on the GPU: all of it, with something on its way to another GPU, and with nothing
-    else."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        generate()
-        measure.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    others, exchanges = [], []
-    kinds: Counter[str] = Counter()
-    for event in kernels:
-        # The whole of NCCL's calls is marked too, without being a kernel.
-        if event.name.startswith("nccl:"):
-            continue
-        part = (event.time_range.start, event.time_range.end)
-        kind = next((name for name in _EXCHANGES if name in event.name), None)
-        (exchanges if kind is not None else others).append(part)
-        if kind is not None:
-            kinds[kind] += part[1] - part[0]
-    both = _length(exchanges + others)
-    return {
-        "all": round(both / 1000, 2),
-        "exchanges": round(_length(exchanges) / 1000, 2),
-        "exchanges alone": round((both - _length(others)) / 1000, 2),
-        **{f"of them, {kind}": round(length / 1000, 2) for kind, length in kinds.items()},
-    }
-
-
-def _length(parts: list[tuple[float, float]]) -> float:
-    """Time that intervals cover."""
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(parts):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = several.parser(__doc__)
     parser.add_argument("work", choices=["flux", "wan"])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--only", nargs="*", help="these variants alone")
-    parser.add_argument("--tiny", action="store_true", help="a small model: a dry run of the script")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the result; benchmarks/results if not given")
     options = parser.parse_args()
+    rank, ranks, dtype = several.start(options.device)
     cuda = options.device == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    begin(options.device)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    dtype = torch.bfloat16 if cuda else torch.float32
     pipe: Any = (flux if options.work == "flux" else wan).build(options.device, dtype, options.tiny)
     torch.manual_seed(1)
 
@@ -155,7 +103,7 @@ def main() -> None:
         if cuda:
             figure["peak memory, GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if cuda and profiled:
-            figure["a request on the GPU, ms"] = spans(generate)
+            figure["a request on the GPU, ms"] = several.spans(generate)
         if vars(pipe).get("_diffusers_accel_session"):
             figure["attention kernels of one request"] = stats(pipe).attention_kernels
         found[name] = figure

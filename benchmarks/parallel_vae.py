@@ -7,21 +7,17 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-from pathlib import Path
 from typing import Any
 
 import flux
 import measure
+import ranks as several
 import torch
 import torch.distributed as dist
 import wan
 from diffusers import AutoencoderKL, AutoencoderKLWan
-from parallel import spans
 
 from diffusers_accel import ParallelConfig, accelerate, restore
-from diffusers_accel.core.mesh import begin
 
 
 def works(tiny: bool) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -41,19 +37,9 @@ def works(tiny: bool) -> dict[str, tuple[Any, tuple[int, ...]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="these works alone")
-    parser.add_argument("--tiny", action="store_true", help="small models: a dry run of the script")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the result; benchmarks/results if not given")
-    options = parser.parse_args()
+    options = several.parser(__doc__, repeats=3).parse_args()
+    rank, ranks, dtype = several.start(options.device)
     cuda = options.device == "cuda"
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    begin(options.device)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    dtype = torch.bfloat16 if cuda else torch.float32
     pipe: Any = wan.build(options.device, dtype, tiny=True)
     found: dict[str, Any] = {}
     for name, (make, shape) in works(options.tiny).items():
@@ -91,7 +77,7 @@ def main() -> None:
                     timed["relative difference"] = float((out - expected).norm() / expected.norm())
                     timed["times as fast"] = round(figure["one GPU"]["seconds"] / timed["seconds"], 2)
                     if cuda:
-                        timed["on the GPU, ms"] = spans(function)
+                        timed["on the GPU, ms"] = several.spans(function)
                     restore(pipe)
                 figure[label] = timed
             found[f"{name}, {what}"] = figure
