@@ -85,6 +85,7 @@ ORDER = (
     "agreement",
     "vae",
     "whole graph",
+    "vae of others",
     "request",
     "gpu",
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 
 EXCHANGES = ("auto", "windows", "messages")
+OTHERS = ("compute", "receive", "idle")
 PAYLOADS = ("auto", "fp8")
 
 
@@ -27,11 +28,14 @@ class ParallelConfig:
         vae: Ranks that share the VAE's decoding and encoding, a strip of the picture each; all ranks or a divisor. No
             factor of the product: the same ranks do it that share the denoiser's work.
         vae_dim: What the VAE's picture is divided along, `"height"` or `"width"`.
+        vae_others: What ranks behind the first `vae` do when a picture is decoded or encoded: `"compute"` it too, as
+            many together; `"receive"` it from the first; or be `"idle"` and get zeros instead of a decoded picture,
+            where one rank alone saves it.
         async_ulysses: Whether, in compiled blocks, shards are exchanged while what does not depend on them is
             computed, where they go through windows.
-        exchange: The way Ulysses' shards take, and the rows that a VAE's strips need of each other: by `"messages"`;
-            through `"windows"`, memory that GPUs of one machine write to directly; or `"auto"`, through windows where
-            there are any.
+        exchange: The way that what ranks share takes, a sequence, sums of `tp`, a VAE's rows: by `"messages"`; through
+            `"windows"`, memory that GPUs of one machine write to directly; or `"auto"`, through windows where there are
+            any.
         payload: How Ulysses' shards travel: in the activations' own type (`"auto"`), or in `"fp8"`, e4m3 with a scale
             for each token and head, for links that are slower than rounding.
         fsdp: Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a
@@ -51,6 +55,7 @@ class ParallelConfig:
     dp: int = 1
     vae: int = 1
     vae_dim: str = "height"
+    vae_others: str = "compute"
     exchange: str = "auto"
     payload: str = "auto"
     fsdp: bool = False
@@ -102,6 +107,8 @@ class ParallelConfig:
                 raise ConfigError(f"parallel.{name}: 1 or more, got {size!r}.")
         if self.vae_dim not in ("height", "width"):
             raise ConfigError(f"parallel.vae_dim: 'height' or 'width', got {self.vae_dim!r}.")
+        if self.vae_others not in OTHERS:
+            raise ConfigError(f"parallel.vae_others: one of {', '.join(OTHERS)}, got {self.vae_others!r}.")
         if self.exchange not in EXCHANGES:
             raise ConfigError(f"parallel.exchange: one of {', '.join(EXCHANGES)}, got {self.exchange!r}.")
         if self.payload not in PAYLOADS:

@@ -177,9 +177,9 @@ def test_rounded_on_their_way(pools):
     assert all(error > 1e-4 for error, *_ in found)
 
 
-@pytest.mark.parametrize("wrong", [{"exchange": "pigeons"}, {"payload": "int2"}])
+@pytest.mark.parametrize("wrong", [{"exchange": "pigeons"}, {"payload": "int2"}, {"vae_others": "sleep"}])
 def test_words_that_nobody_knows(wrong):
-    with pytest.raises(ConfigError, match=r"parallel\.(exchange|payload): one of"):
+    with pytest.raises(ConfigError, match=r"parallel\.(exchange|payload|vae_others): one of"):
         AccelConfig.from_dict({"parallel": {"ulysses": 2, **wrong}})
 
 
@@ -214,6 +214,19 @@ def test_ranks_that_differ_are_told(pools):
 def test_refused(pools, name, sections, words):
     for kind, text, stock in pools[2].run(requests.refusal, name, sections):
         assert kind == "Unsupported" and words in text and stock
+
+
+@pytest.mark.parametrize("name", ["flux-img2img", "wan-i2v", "ltx2"])
+def test_pictures_that_are_received(pools, name):
+    """Those that are encoded too."""
+    agrees(pools[2], name, {"ulysses": 2, "vae_others": "receive"})
+    agrees(pools[4], name, {"ulysses": 2, "cfg": 2, "vae": 2, "vae_others": "receive"})
+
+
+def test_pictures_on_one_rank(pools):
+    """The others have zeros, which a VAE's pictures are not."""
+    first, second = pools[2].run(requests.request, "flux", {"parallel": {"ulysses": 2, "vae_others": "idle"}})
+    assert first[0] < 1e-4 and second[0] > 0.1
 
 
 OFFLOADED = {

@@ -56,6 +56,26 @@ def test_bfloat16(pools):
         assert found < 1.2 * stock, (found, stock)
 
 
+@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize("computing", [1, 2])
+@pytest.mark.parametrize("name", ["kl", "wan", "cosmos"])
+def test_ranks_that_do_not_compute(pools, name, computing, idle):
+    """They receive everything, or zeros for what is decoded, in whatever way the VAE is called."""
+    for rank, (found, computed, left) in enumerate(pools[4].run(decode.by_others, name, computing, idle)):
+        assert computed == (rank < computing) and not left
+        for what, error in found.items():
+            if idle and "decode" in what and rank >= computing:
+                assert error == pytest.approx(1.0, abs=1e-4), what
+            else:
+                assert error < CLOSE, what
+
+
+def test_who_waits_hears_of_an_error(pools):
+    first, *others = pools[4].run(decode.others_error)
+    assert first == "ValueError: no"
+    assert all("RuntimeError" in other and "rank 0: ValueError: no" in other for other in others)
+
+
 def test_refused_calls(pools):
     for few, odd, tiled in pools[2].run(decode.refused):
         assert "a latent height of 1 is too little for 2 ranks" in few and "AutoencoderKL" in few

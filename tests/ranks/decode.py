@@ -12,6 +12,7 @@ from diffusers_accel.core.mesh import Mesh, begin
 from diffusers_accel.core.windows import Windows
 from diffusers_accel.errors import Unsupported
 from diffusers_accel.features.parallel import vae as parallel_vae
+from diffusers_accel.features.parallel.vae import others as vae_others
 from diffusers_accel.features.parallel.vae.strips import Strips
 
 from .shared import SharedFiles
@@ -160,6 +161,47 @@ def ways():
         # A part of the VAE called by itself is not divided.
         found["decoder"] = relative(vae.decoder(z[:1]), part)
     return found
+
+
+@torch.no_grad()
+def by_others(name, computing, idle):
+    """Relative errors by call where the first ranks alone compute, whether this one did, and what is left of it."""
+    vae, found, computed, everyone = build(name), {}, [], group()
+    mesh = Mesh({"ulysses": everyone.size}, "cpu")
+    z = latents(name, 5, 4, batch=2)
+    sample = vae.decode(z).sample
+    moments = parameters(vae, sample)
+    hook = vae.decoder.register_forward_pre_hook(lambda *_: computed.append(True))
+    journal = Journal()
+    journal.apply(parallel_vae.edits(vae, mesh.neighbours(computing), "height", 0))
+    journal.apply(vae_others.edits(vae, everyone, computing, idle, 1))
+    found["decode"] = relative(vae.decode(z).sample, sample)
+    found["decode, tuple"] = relative(vae.decode(z, return_dict=False)[0], sample)
+    found["decode, by name"] = relative(vae.decode(z=z).sample, sample)
+    found["encode"] = relative(parameters(vae, sample), moments)
+    found["encode, tuple"] = relative(vae.encode(sample, return_dict=False)[0].parameters, moments)
+    journal.undo()
+    hook.remove()
+    return found, bool(computed), {"decode", "encode"} & set(vars(vae))
+
+
+def others_error():
+    """What each rank raises where the first one fails."""
+    vae, everyone = build("kl"), group()
+    if everyone.rank == 0:
+
+        def decode(z):
+            raise ValueError("no")
+
+        vae.decode = decode
+    journal = Journal()
+    journal.apply(vae_others.edits(vae, everyone, 1, False, 1))
+    try:
+        vae.decode(latents("kl", 5, 4))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        journal.undo()
 
 
 @torch.no_grad()

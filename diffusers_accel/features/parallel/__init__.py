@@ -27,6 +27,7 @@ from .agreement import Agreement, same_random_numbers
 from .division import Division
 from .guidance import Guidance, Samples
 from .opening import open_for
+from .vae import others as vae_others
 
 _LAUNCH = "start it with `torchrun --nproc-per-node N script.py`, N the product of the numbers in `parallel`."
 
@@ -57,6 +58,11 @@ def check(target: Target, config: ParallelConfig) -> Plan:
             notes.append(f"{', '.join(embedded)} calls several branches only with true guidance (a negative prompt).")
     if config.vae > 1:
         actions.append(_vae(target, config, world))
+    if config.vae_others != "compute" and config.vae < world:
+        if getattr(target.pipe, "vae", None) is None:
+            raise Unsupported("parallel.vae_others", "there is no VAE.", "vae_others='compute'.")
+        what = "receive what the others decode" if config.vae_others == "receive" else "get zeros for pictures"
+        actions.append(f"{world - config.vae} of {world} ranks {what}")
     if config.sequence > 1:
         _refuse_kernels(target, config)
         for denoiser in target.denoisers:
@@ -178,6 +184,9 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
         group = mesh.neighbours(config.vae)
         open_for(group, device, config)
         yield from vae.edits(target.pipe.vae, group, config.vae_dim, target.rank("vae"))
+    if config.vae_others != "compute":
+        idle = config.vae_others == "idle"
+        yield from vae_others.edits(target.pipe.vae, ranks, config.vae, idle, target.rank("vae of others"))
     for denoiser in target.denoisers:
         yield AddLayer(denoiser.module, target.rank("agreement"), agreement.around_denoiser(denoiser))
         if config.cfg > 1:

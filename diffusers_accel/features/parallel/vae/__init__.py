@@ -11,6 +11,7 @@ is what one rank computes, borders included, because what looks beyond a strip i
 - Attention over the picture gets everybody's keys and values; each rank has only its own queries.
 
 Everything else in these VAEs acts on one pixel, on one place over time, or on patches that lie within one strip.
+`others.py` is for ranks that do not take part.
 """
 
 from __future__ import annotations
