@@ -72,7 +72,7 @@ class Group:
 
         Returns:
             What each rank sent, parts of one buffer; in a window, if `largest` is given, and to be read before the
-            exchange after the next one of this group begins.
+            exchange after the next one of this group begins, and before `rest`.
         """
         if self.size == 1:
             return [list(sends[0])]
@@ -188,7 +188,7 @@ class Group:
             x: This rank's.
             dim: The dimension in which they may differ.
             lengths: Of each rank's shard in that dimension; as long as this rank's if `None`.
-            passing: As in `reshard`.
+            passing: As in `reshard`; `rest` is to follow.
         """
         if self.size == 1:
             return [x]
@@ -199,9 +199,11 @@ class Group:
             shapes = [[_with(x.shape, {dim: length})] for length in lengths]
             largest = [_with(x.shape, {dim: most})]
             come = self._exchange_in_window(self.windows, [[x]] * self.size, shapes, largest)
-            return [
-                each if passing or rank == self.rank else each.clone() for rank, (each,) in enumerate(come)
-            ]  # fmt: skip
+            if passing:
+                return [each for (each,) in come]
+            kept = [each if rank == self.rank else each.clone() for rank, (each,) in enumerate(come)]
+            self.rest()
+            return kept
         # Along the first dimension, so that what comes from each rank lies in one piece; the longest decides.
         moved = x.movedim(dim, 0)
         sent = moved.contiguous()
@@ -251,6 +253,7 @@ class Group:
         # Added up in float32, and rounded once.
         summed = window.part(self.rank, 0, (self.size, slot), x.dtype)[:, :own].sum(0, dtype=x.dtype)
         if few:
+            windows.rest()
             return summed.view(x.shape)
         window = windows.following(flat.numel() * size)
         for step in range(1, self.size + 1):
@@ -299,6 +302,11 @@ class Group:
             work.clear()
 
         return found, wait
+
+    def rest(self) -> None:
+        """Ends what a graph may record: a number of exchanges, when what has come in windows is read."""
+        if self.windows is not None:
+            self.windows.rest()
 
     def _pass_through_window(
         self,

@@ -99,6 +99,15 @@ class Windows:
             self._windows[turn] = window
         return window
 
+    def rest(self) -> None:
+        """Ends an operation that may have used windows an odd number of times, after all that it reads is read.
+
+        A recorded graph uses the same windows whenever it is played, whatever was played before it. So every operation
+        begins with the first one; after an odd number of exchanges that takes one more barrier.
+        """
+        if self._turn:
+            self.following(0).barrier()
+
     def beside(self, device: torch.device) -> Any:
         """A context in which copies go on beside what follows, by copy engines, after what is on the current stream."""
         if device.type != "cuda":

@@ -28,7 +28,8 @@ def test_collectives(pools, size, length, windows):
         assert torch.equal(found["exchanged"], whole * (rank + 1))
         assert torch.equal(found["turned"], whole.mT)
         assert torch.equal(found["passed"], shards[rank - 1])
-        assert found["total"]
+        # A recorded graph uses the windows it has used, whatever comes before and after it.
+        assert found["total"] and not any(found["turns"])
         assert found["summed"].tolist() == [sum(range(size))] * 3
         assert found["told"].item() == size - 1
         assert found["objects"] == [{"rank": other} for other in range(size)]

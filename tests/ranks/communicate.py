@@ -24,7 +24,9 @@ def collectives(length, windows):
     parts = group.gather(mine, 1, counts)
     passing = torch.cat(group.gather(mine.mT, -1, counts, passing=True), 2)
     # Windows have come round.
+    group.rest()
     group.gather(mine, 1, counts)
+    turns = [group.windows._turn] if windows else []
     gathered = torch.cat(parts, 1)
     # Two tensors in one message, one of them with other strides.
     sends = [[mine * (rank + 1), mine.mT] for rank in range(group.size)]
@@ -35,14 +37,18 @@ def collectives(length, windows):
     (passed,), wait = group.pass_on([mine], [(2, counts[previous], 3)], most[:1])
     wait()
     passed = passed.clone()
+    group.rest()
+    turns += [group.windows._turn] if windows else []
     summed = group.sum(torch.full((3,), float(group.rank)))
     # Enough to be divided, with an odd rest, and not in one piece.
     many = torch.arange(2.0 * 40_001).view(40_001, 2).mT
     total, kept = group.total(many * (group.rank + 1)), many.clone()
+    turns += [group.windows._turn] if windows else []
     told = group.broadcast(torch.full((1,), float(group.rank)), group.size - 1)
     return {
         "mine": mine, "gathered": gathered, "passing": passing, "exchanged": exchanged, "turned": turned,
         "passed": passed, "summed": summed, "told": told,
+        "turns": turns,
         "total": torch.equal(total, many * sum(range(1, group.size + 1))) and torch.equal(kept, many),
         "objects": group.objects({"rank": group.rank}),
     }  # fmt: skip

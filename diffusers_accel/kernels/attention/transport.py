@@ -263,6 +263,7 @@ class Transport:
             if coming is not None and wait is not None:
                 wait()
                 key, value = coming
+        group.rest()
         return merged.out
 
     def _grid(
@@ -284,6 +285,7 @@ class Transport:
         query = torch.cat(self.row.gather(x.query, 1, queries, passing=True), 1)
         both = torch.cat([x.key, x.value], -1)
         whole = torch.cat(self.column.gather(both, 1, keys, passing=True), 1)
+        self.column.rest()
         key, value = whole.split([x.key.shape[3], x.value.shape[3]], -1)
         part = replace(
             x, query=query, key=key, value=value, return_lse=True,
@@ -306,6 +308,7 @@ class Transport:
         for piece, sums in self.row.exchange(sends, like, largest):
             # A part of a buffer begins where it may: float32 wants its own alignment.
             merged.add((piece, sums.clone().view(lse.dtype)))
+        self.row.rest()
         return merged.out
 
 
