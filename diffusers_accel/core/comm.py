@@ -6,7 +6,6 @@ Every rank knows everybody's share without asking.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,14 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .windows import Windows, placed
+from . import windowed
+from .windows import Windows
 
 # Newer torch has another name for it, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-# Parts of a sum begin where copies are fast; sums of no more bytes are not divided.
-_GRANULE, _FEW_BYTES = 128, 1 << 16
 
 
 def shares(length: int, ranks: int) -> list[int]:
@@ -77,7 +73,7 @@ class Group:
         if self.size == 1:
             return [list(sends[0])]
         if self.windows is not None and largest is not None:
-            return self._exchange_in_window(self.windows, sends, like, largest)
+            return windowed.exchange(self, self.windows, sends, like, largest)
         counts = [[item.numel() for item in items] for items in sends]
         flat = sends[0][0].new_empty(sum(map(sum, counts)))
         # Straight into the buffer, whatever the strides: one pass.
@@ -130,54 +126,7 @@ class Group:
             ]  # fmt: skip
             found = self.exchange(sends, like)
             return [torch.cat([items[which] for items in found], toward) for which in range(len(tensors))]
-        dtypes = [x.dtype for x in tensors]
-        window = self.windows.following(max(placed(each, dtypes)[1] for each in shapes))
-        starts = [sum(length[: self.rank]) for length in lengths]
-        # Everybody begins with another one, so that nobody is written to by all at once.
-        for rank in (*range(self.rank + 1, self.size), *range(self.rank)):
-            offsets, _ = placed(shapes[rank], dtypes)
-            for offset, shape, dtype, start, part in zip(offsets, shapes[rank], dtypes, starts, parts, strict=True):
-                place = window.part(rank, offset, shape, dtype)
-                place.narrow(toward, start, part[rank].shape[toward]).copy_(part[rank])
-        offsets, _ = placed(shapes[self.rank], dtypes)
-        own = [window.part(self.rank, *where) for where in zip(offsets, shapes[self.rank], dtypes, strict=True)]
-        kept = own if passing else [torch.empty_like(each) for each in own]
-        for each, start, part in zip(kept, starts, parts, strict=True):
-            each.narrow(toward, start, part[self.rank].shape[toward]).copy_(part[self.rank])
-        window.barrier()
-        if not passing:
-            for each, come, start, length in zip(kept, own, starts, lengths, strict=True):
-                for first, last in ((0, start), (start + length[self.rank], sum(length))):
-                    if last > first:
-                        each.narrow(toward, first, last - first).copy_(come.narrow(toward, first, last - first))
-        return kept
-
-    def _exchange_in_window(
-        self,
-        windows: Windows,
-        sends: Sequence[Sequence[torch.Tensor]],
-        like: Sequence[Sequence[Sequence[int]]],
-        largest: Sequence[Sequence[int]],
-    ) -> list[list[torch.Tensor]]:
-        dtype = sends[0][0].dtype
-        # Each rank has a part of everybody's window, as long as the largest.
-        _, part = placed(largest, [dtype] * len(largest))
-        window = windows.following(part * self.size)
-        for step in range(1, self.size):
-            rank = (self.rank + step) % self.size
-            offsets, _ = placed([item.shape for item in sends[rank]], [dtype] * len(sends[rank]))
-            for item, offset in zip(sends[rank], offsets, strict=True):
-                window.part(rank, part * self.rank + offset, item.shape, dtype).copy_(item)
-        window.barrier()
-        found = []
-        for rank, shapes in enumerate(like):
-            offsets, _ = placed(shapes, [dtype] * len(shapes))
-            found.append(
-                list(sends[rank]) if rank == self.rank else
-                [window.part(self.rank, part * rank + offset, shape, dtype)
-                 for offset, shape in zip(offsets, shapes, strict=True)]
-            )  # fmt: skip
-        return found
+        return windowed.reshard(self, self.windows, tensors, shapes, parts, toward, lengths, passing)
 
     def gather(
         self, x: torch.Tensor, dim: int, lengths: Sequence[int] | None = None, passing: bool = False
@@ -198,7 +147,7 @@ class Group:
         if self.windows is not None:
             shapes = [[_with(x.shape, {dim: length})] for length in lengths]
             largest = [_with(x.shape, {dim: most})]
-            come = self._exchange_in_window(self.windows, [[x]] * self.size, shapes, largest)
+            come = windowed.exchange(self, self.windows, [[x]] * self.size, shapes, largest)
             if passing:
                 return [each for (each,) in come]
             kept = [each if rank == self.rank else each.clone() for rank, (each,) in enumerate(come)]
@@ -225,7 +174,8 @@ class Group:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's tensor, the same on all ranks bit for bit; `x` may be written to."""
         if self.size > 1 and self.windows is not None:
-            return self._sum_in_window(self.windows, x)
+            granules = shares(-(-x.numel() // windowed.GRANULE), self.size)
+            return windowed.total(self, self.windows, x, granules)
         if self.size > 1:
             dist.all_reduce(x, group=self.handle)
         return x
@@ -235,32 +185,6 @@ class Group:
         if self.windows is None:
             x = x.clone(memory_format=torch.contiguous_format)
         return self.sum(x)
-
-    def _sum_in_window(self, windows: Windows, x: torch.Tensor) -> torch.Tensor:
-        """Each rank sums a part of it and tells the others; of few values, each sums all."""
-        flat, size = x.contiguous().view(-1), x.element_size()
-        few = flat.numel() * size <= _FEW_BYTES
-        cuts = [0]
-        for granules in shares(-(-flat.numel() // _GRANULE), self.size):
-            cuts.append(min(flat.numel(), cuts[-1] + granules * _GRANULE))
-        parts = [flat] * self.size if few else [flat[first:last] for first, last in itertools.pairwise(cuts)]
-        own, slot = parts[self.rank].numel(), -(-max(part.numel() for part in parts) // _GRANULE) * _GRANULE
-        window = windows.following(slot * size * self.size)
-        for step in range(1, self.size + 1):
-            rank = (self.rank + step) % self.size
-            window.part(rank, slot * size * self.rank, parts[rank].shape, x.dtype).copy_(parts[rank])
-        window.barrier()
-        # Added up in float32, and rounded once.
-        summed = window.part(self.rank, 0, (self.size, slot), x.dtype)[:, :own].sum(0, dtype=x.dtype)
-        if few:
-            windows.rest()
-            return summed.view(x.shape)
-        window = windows.following(flat.numel() * size)
-        for step in range(1, self.size + 1):
-            rank = (self.rank + step) % self.size
-            window.part(rank, cuts[self.rank] * size, (own,), x.dtype).copy_(summed)
-        window.barrier()
-        return window.part(self.rank, 0, x.shape, x.dtype).clone()
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """`x` with the values that the `source`-th rank has; it is written to."""
@@ -285,7 +209,7 @@ class Group:
             What comes, and a function to be called before it is read or `tensors` are written to.
         """
         if self.windows is not None and largest is not None:
-            return self._pass_through_window(self.windows, tensors, like, largest)
+            return windowed.pass_on(self, self.windows, tensors, like, largest)
         following = self.ranks[(self.rank + 1) % self.size]
         previous = self.ranks[(self.rank - 1) % self.size]
         found = [item.new_empty(tuple(shape)) for item, shape in zip(tensors, like, strict=True)]
@@ -307,31 +231,6 @@ class Group:
         """Ends what a graph may record: a number of exchanges, when what has come in windows is read."""
         if self.windows is not None:
             self.windows.rest()
-
-    def _pass_through_window(
-        self,
-        windows: Windows,
-        tensors: Sequence[torch.Tensor],
-        like: Sequence[Sequence[int]],
-        largest: Sequence[Sequence[int]],
-    ) -> tuple[list[torch.Tensor], Any]:
-        dtypes = [item.dtype for item in tensors]
-        offsets, size = placed(largest, dtypes)
-        window, following = windows.following(size), (self.rank + 1) % self.size
-        # In one piece, so that copy engines can take them.
-        sent = [item.contiguous() for item in tensors]
-        with windows.beside(sent[0].device):
-            for item, offset in zip(sent, offsets, strict=True):
-                window.part(following, offset, item.shape, item.dtype).copy_(item)
-
-        def wait() -> None:
-            windows.join()
-            # Till then what is on its way keeps its memory.
-            sent.clear()
-            window.barrier()
-
-        where = zip(offsets, like, dtypes, strict=True)
-        return [window.part(self.rank, *each) for each in where], wait
 
     def objects(self, value: Any) -> list[Any]:
         """Everybody's value, for small things that Python must know. Waits for the device where the group has no
