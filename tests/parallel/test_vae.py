@@ -70,6 +70,11 @@ def test_ranks_that_do_not_compute(pools, name, computing, idle):
                 assert error < CLOSE, what
 
 
+def test_latents_that_are_received(pools):
+    """Of a VAE of another kind, which names them otherwise."""
+    assert all(max(errors) == 0 for errors in pools[2].run(decode.others_latents))
+
+
 def test_who_waits_hears_of_an_error(pools):
     first, *others = pools[4].run(decode.others_error)
     assert first == "ValueError: no"

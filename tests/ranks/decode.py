@@ -1,4 +1,4 @@
-"""What a rank does in tests of `features/parallel_vae`."""
+"""What a rank does in tests of `features/parallel/vae`."""
 
 from __future__ import annotations
 
@@ -183,6 +183,24 @@ def by_others(name, computing, idle):
     journal.undo()
     hook.remove()
     return found, bool(computed), {"decode", "encode"} & set(vars(vae))
+
+
+@torch.no_grad()
+def others_latents():
+    """Relative errors where the first rank alone computes, of a VAE whose encoder gives latents and no distribution."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    small = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
+             "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "upsampling_scaling_factor": 2}  # fmt: skip
+    vae, x, everyone = AutoencoderTiny(**small).eval(), torch.rand(1, 3, 16, 16), group()
+    encoded = vae.encode(x).latents
+    sample = vae.decode(encoded).sample
+    journal = Journal()
+    journal.apply(vae_others.edits(vae, everyone, 1, False, 1))
+    found = relative(vae.encode(x).latents, encoded), relative(vae.decode(encoded).sample, sample)
+    journal.undo()
+    return found
 
 
 def others_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class _Form:
         found = x if self.distribution is None else self.distribution(x)
         if self.result is tuple:
             return (found,)
-        return self.result(**{"sample" if self.distribution is None else "latent_dist": found})
+        # Outputs name what they hold differently: `sample`, `latent_dist`, `latent`, `latents`.
+        return self.result(**{dataclasses.fields(self.result)[0].name: found})
 
 
 class _Others:
@@ -59,7 +61,11 @@ class _Others:
         self.everyone, self._computes = everyone, everyone.rank < computing
 
     def shared(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], idle: bool) -> Any:
-        """A call's result: computed here, received, or zeros."""
+        """A call's result: computed here, received, or zeros.
+
+        Raises:
+            RuntimeError: Those who compute could not; it says what they raised.
+        """
         result, form, x = None, None, None
         if self._computes:
             try:
