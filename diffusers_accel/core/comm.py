@@ -172,7 +172,7 @@ class Group:
         _all_gather(out, x, group=self.handle)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of everybody's tensor, the same on all ranks bit for bit; `x` may be written to."""
+        """The sum of everybody's tensor, through windows the same on all ranks bit for bit; `x` may be written to."""
         if self.size > 1 and self.windows is not None:
             granules = shares(-(-x.numel() // windowed.GRANULE), self.size)
             return windowed.total(self, self.windows, x, granules)

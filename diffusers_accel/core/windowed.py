@@ -13,7 +13,8 @@ from .windows import Windows, placed
 if TYPE_CHECKING:
     from .comm import Group
 
-# Parts of a sum begin where copies are fast; sums of no more bytes are not divided.
+# Parts of a sum begin where copies are fast. Sums of no more bytes, of norms that is, are not divided: one barrier less
+# (a guess, until `benchmarks/exchanges.py` has been run).
 GRANULE, _FEW_BYTES = 128, 1 << 16
 
 
