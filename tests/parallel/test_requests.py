@@ -162,7 +162,7 @@ def test_products_beside_exchanges(pools, name, fuse):
                 if node == "ship":
                     underway += 1
                 elif node == "attention_arrived":
-                    assert underway == 1 if fuse else underway > 1
+                    assert underway == (1 if fuse else 3)
                     underway = 0
                 elif node == "*":
                     beside += underway > 0
@@ -173,7 +173,8 @@ def test_products_beside_exchanges(pools, name, fuse):
 
 
 def test_rounded_on_their_way(pools):
-    found = agrees(pools[2], "flux", {"ulysses": 2, "payload": "fp8"}, bound=0.1)
+    # e4m3 moves a value by 3% or so; of that 0.14% is left at the end of this request.
+    found = agrees(pools[2], "flux", {"ulysses": 2, "payload": "fp8"}, bound=5e-3)
     assert all(error > 1e-4 for error, *_ in found)
 
 
