@@ -14,6 +14,7 @@ import ranks as several
 import torch
 import torch.distributed as dist
 
+from diffusers_accel.core import windowed
 from diffusers_accel.core.comm import Group
 from diffusers_accel.core.mesh import Mesh
 from diffusers_accel.core.windows import Window, open_windows
@@ -91,6 +92,22 @@ def calls(name: str, group: Group, window: Window, device: str, dtype: torch.dty
     }
 
 
+def sums(group: Group, device: str) -> dict[str, Callable[[], Any]]:
+    """Sums of some sizes, each rank's whole tensor sent to all and each rank's part added up by it, and NCCL's."""
+
+    def by(few: bool, x: torch.Tensor) -> torch.Tensor:
+        windowed.FEW_BYTES = x.nbytes if few else 0
+        return group.total(x)
+
+    found: dict[str, Callable[[], Any]] = {}
+    for size in (1 << 12, 1 << 14, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22):
+        x = torch.randn(size // 4, device=device)
+        found[f"{size >> 10} KiB, whole"] = lambda x=x: by(True, x)  # type: ignore[misc]
+        found[f"{size >> 10} KiB, in parts"] = lambda x=x: by(False, x)  # type: ignore[misc]
+        found[f"{size >> 10} KiB, NCCL"] = lambda x=x: dist.all_reduce(x, group=group.handle)  # type: ignore[misc]
+    return found
+
+
 def share_bytes(name: str, ranks: int, dtype: torch.dtype) -> int:
     """What a rank sends to each other, of one operand."""
     streams, heads, _ = WORKS[name]
@@ -114,7 +131,11 @@ def main() -> None:
         found[name] = {"MB to each other rank, of one operand": megabytes, "microseconds": times}
         if rank == 0:
             print(name, found[name], flush=True)
+    found["sums, float32"] = {
+        what: microseconds(call, options.repeats) for what, call in sums(group, options.device).items()
+    }
     if rank == 0:
+        print(found["sums, float32"])
         work = f"exchanges alone, {dtype}, {ranks} GPUs, in CUDA graphs of {CALLS}"
         measure.write(f"exchanges-{ranks}", {"work": work, "ranks": ranks, "works": found}, options.out)
     dist.barrier()

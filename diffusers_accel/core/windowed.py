@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Parts of a sum begin where copies are fast. Sums of no more bytes, of norms that is, are not divided: one barrier less
 # (a guess, until `benchmarks/exchanges.py` has been run).
-GRANULE, _FEW_BYTES = 128, 1 << 16
+GRANULE, FEW_BYTES = 128, 1 << 16
 
 
 def reshard(
@@ -105,12 +105,12 @@ def pass_on(
     window, following = windows.following(size), (group.rank + 1) % group.size
     # In one piece, so that copy engines can take them.
     sent = [item.contiguous() for item in tensors]
-    with windows.beside(sent[0].device):
+    with windows.beside(sent[0].device) as join:
         for item, offset in zip(sent, offsets, strict=True):
             window.part(following, offset, item.shape, item.dtype).copy_(item)
 
     def wait() -> None:
-        windows.join()
+        join()
         # Till then what is on its way keeps its memory.
         sent.clear()
         window.barrier()
@@ -129,25 +129,35 @@ def total(group: Group, windows: Windows, x: torch.Tensor, granules: Sequence[in
         granules: How many times `GRANULE` values each rank sums, with the last ones as many as there are.
     """
     flat, size = x.contiguous().view(-1), x.element_size()
-    few = flat.numel() * size <= _FEW_BYTES
+    few = flat.numel() * size <= FEW_BYTES
     cuts = [0]
     for count in granules:
         cuts.append(min(flat.numel(), cuts[-1] + count * GRANULE))
     parts = [flat] * group.size if few else [flat[first:last] for first, last in itertools.pairwise(cuts)]
     own, slot = parts[group.rank].numel(), -(-max(part.numel() for part in parts) // GRANULE) * GRANULE
     window = windows.following(slot * size * group.size)
-    for step in range(1, group.size + 1):
+    # This rank's own part stays where it is if there is one other.
+    for step in range(1, group.size + (group.size > 2)):
         rank = (group.rank + step) % group.size
         window.part(rank, slot * size * group.rank, parts[rank].shape, x.dtype).copy_(parts[rank])
     window.barrier()
+    come = window.part(group.rank, 0, (group.size, slot), x.dtype)[:, :own]
+    out = torch.empty_like(flat)
+    summed = out if few else out[cuts[group.rank] : cuts[group.rank + 1]]
     # Added up in float32, and rounded once.
-    summed = window.part(group.rank, 0, (group.size, slot), x.dtype)[:, :own].sum(0, dtype=x.dtype)
+    if group.size == 2:
+        torch.add(parts[group.rank], come[1 - group.rank], out=summed)
+    else:
+        torch.sum(come, 0, dtype=x.dtype, out=summed)
     if few:
         windows.rest()
-        return summed.view(x.shape)
+        return out.view(x.shape)
     window = windows.following(flat.numel() * size)
-    for step in range(1, group.size + 1):
+    for step in range(1, group.size):
         rank = (group.rank + step) % group.size
         window.part(rank, cuts[group.rank] * size, (own,), x.dtype).copy_(summed)
     window.barrier()
-    return window.part(group.rank, 0, x.shape, x.dtype).clone()
+    told = window.part(group.rank, 0, flat.shape, x.dtype)
+    for first, last in ((0, cuts[group.rank]), (cuts[group.rank + 1], flat.numel())):
+        out[first:last].copy_(told[first:last])
+    return out.view(x.shape)

@@ -132,6 +132,15 @@ def test_one_on_its_own_gpu_is_offloaded_to_it(fake):
     assert "_offload_gpu_id" not in vars(pipeline.pipe)
 
 
+def test_one_on_the_host_is_offloaded_to_its_ranks_gpu(fake):
+    """By whoever moves or offloads it afterwards."""
+    pipeline, journal = target(transformer=OnGPU("cpu")), Journal()
+    journal.apply(gpus.beforehand(pipeline))
+    assert pipeline.pipe._offload_gpu_id == 1 and fake.current == [1]
+    journal.undo()
+    assert "_offload_gpu_id" not in vars(pipeline.pipe)
+
+
 def test_one_that_is_alone_stays(fake):
     transformer = OnGPU(FIRST)
     journal = Journal()

@@ -75,7 +75,14 @@ def check(target: Target, config: ParallelConfig) -> Plan:
         actions.append(f"a sequence on {config.sequence} ({', '.join(ways)})")
     # What tp does is a row of its own.
     alone = "requests compared" if config.tp > 1 else "one rank"
-    return Plan("; ".join(actions) or alone, target.blocks if config.sequence > 1 else 0, tuple(notes))
+    left = []
+    on_host = target.denoisers[0].device.type == "cpu" and torch.cuda.is_available()
+    if on_host and config.exchange == "auto" and config.sequence * config.tp * config.vae > 1:
+        left.append(
+            "The pipeline is on the CPU, so ranks will exchange by messages, also if it is moved to GPUs later: slower "
+            "than through windows. Move or offload it before accelerate, or say parallel.exchange='messages'."
+        )
+    return Plan("; ".join(actions) or alone, target.blocks if config.sequence > 1 else 0, tuple(notes), tuple(left))
 
 
 def _refuse_neighbours(target: Target, config: ParallelConfig) -> None:
@@ -162,6 +169,8 @@ def settle(target: Target) -> Iterator[Edit]:
     begin("cuda" if torch.cuda.is_available() and dist.is_nccl_available() else device)
     if device == "cuda":
         yield from gpus.edits(target, everyone())
+    elif torch.cuda.is_available():
+        yield from gpus.beforehand(target)
 
 
 def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:

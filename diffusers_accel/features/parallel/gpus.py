@@ -65,6 +65,13 @@ def notes(target: Target) -> list[str]:
     return [f"The pipeline goes from {here} to {own}, this rank's GPU by LOCAL_RANK, if others are on {here} too."]
 
 
+def beforehand(target: Target) -> Iterator[Edit]:
+    """Has a pipeline on the host go to this rank's GPU, should it be moved or offloaded afterwards."""
+    if _own() is not None:
+        torch.cuda.set_device(own_gpu())
+        yield from _offloading(target)
+
+
 def edits(target: Target, ranks: Group) -> Iterator[Edit]:
     """Moves this rank's pipeline if it has to be."""
     here, own = _gpu(target), _own()
@@ -89,13 +96,18 @@ def edits(target: Target, ranks: Group) -> Iterator[Edit]:
             yield SetAttr(target.pipe, "_offload_device", own)
         for denoiser in target.denoisers:
             yield AddLayer(denoiser.module, target.rank("gpu"), brought(here, own))
-    index = torch.cuda.current_device()
-    if index != vars(target.pipe).get("_offload_gpu_id", 0):
-        # Where models go that are offloaded from now on, or whose hooks are renewed, as after every request.
-        yield SetAttr(target.pipe, "_offload_gpu_id", index)
+    yield from _offloading(target)
     if moved:
         # Whoever stays has the GPU to itself before it goes on.
         ranks.objects(None)
+
+
+def _offloading(target: Target) -> Iterator[Edit]:
+    """Models that are offloaded from now on, or whose hooks are renewed, as after every request, go to the current
+    GPU."""
+    index = torch.cuda.current_device()
+    if index != vars(target.pipe).get("_offload_gpu_id", 0):
+        yield SetAttr(target.pipe, "_offload_gpu_id", index)
 
 
 def moving(seats: Sequence[Seat]) -> tuple[int, ...]:
