@@ -6,6 +6,7 @@ bytes and NCCL's messages; and sums as tensor parallelism makes them. In CUDA gr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,18 +94,17 @@ def calls(name: str, group: Group, window: Window, device: str, dtype: torch.dty
 
 
 def sums(group: Group, device: str) -> dict[str, Callable[[], Any]]:
-    """Sums of some sizes, each rank's whole tensor sent to all and each rank's part added up by it, and NCCL's."""
+    """Sums of some sizes, through windows and by NCCL."""
 
-    def by(few: bool, x: torch.Tensor) -> torch.Tensor:
-        windowed.FEW_BYTES = x.nbytes if few else 0
-        return group.total(x)
+    def through(x: torch.Tensor) -> torch.Tensor:
+        assert group.windows is not None
+        return windowed.total(group, group.windows, x)
 
     found: dict[str, Callable[[], Any]] = {}
-    for size in (1 << 12, 1 << 14, 1 << 16, 1 << 17, 1 << 18, 1 << 20, 1 << 22):
+    for size in (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 22, 1 << 24):
         x = torch.randn(size // 4, device=device)
-        found[f"{size >> 10} KiB, whole"] = lambda x=x: by(True, x)  # type: ignore[misc]
-        found[f"{size >> 10} KiB, in parts"] = lambda x=x: by(False, x)  # type: ignore[misc]
-        found[f"{size >> 10} KiB, NCCL"] = lambda x=x: dist.all_reduce(x, group=group.handle)  # type: ignore[misc]
+        found[f"{size >> 10} KiB, windows"] = functools.partial(through, x)
+        found[f"{size >> 10} KiB, NCCL"] = functools.partial(dist.all_reduce, x, group=group.handle)
     return found
 
 

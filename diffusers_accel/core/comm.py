@@ -173,16 +173,15 @@ class Group:
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of everybody's tensor, through windows the same on all ranks bit for bit; `x` may be written to."""
-        if self.size > 1 and self.windows is not None:
-            granules = shares(-(-x.numel() // windowed.GRANULE), self.size)
-            return windowed.total(self, self.windows, x, granules)
+        if self.size > 1 and self.windows is not None and x.nbytes >= windowed.SMALL:
+            return windowed.total(self, self.windows, x)
         if self.size > 1:
             dist.all_reduce(x, group=self.handle)
         return x
 
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The same as a new tensor, whose values lie in order."""
-        if self.windows is None:
+        if self.windows is None or x.nbytes < windowed.SMALL:
             x = x.clone(memory_format=torch.contiguous_format)
         return self.sum(x)
 

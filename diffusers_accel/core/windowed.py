@@ -13,9 +13,10 @@ from .windows import Windows, placed
 if TYPE_CHECKING:
     from .comm import Group
 
-# Parts of a sum begin where copies are fast. Sums of no more bytes, of norms that is, are not divided: one barrier less
-# (a guess, until `benchmarks/exchanges.py` has been run).
-GRANULE, FEW_BYTES = 128, 1 << 16
+# Parts of a sum begin where copies are fast.
+_GRANULE = 128
+# Sums of fewer bytes, of norms that is, go by messages: 12 to 17 us instead of 18 to 24 (`benchmarks/exchanges.py`).
+SMALL = 1 << 20
 
 
 def reshard(
@@ -105,12 +106,12 @@ def pass_on(
     window, following = windows.following(size), (group.rank + 1) % group.size
     # In one piece, so that copy engines can take them.
     sent = [item.contiguous() for item in tensors]
-    with windows.beside(sent[0].device) as join:
+    with windows.beside(sent[0].device):
         for item, offset in zip(sent, offsets, strict=True):
             window.part(following, offset, item.shape, item.dtype).copy_(item)
 
     def wait() -> None:
-        join()
+        windows.join()
         # Till then what is on its way keeps its memory.
         sent.clear()
         window.barrier()
@@ -119,45 +120,43 @@ def pass_on(
     return [window.part(group.rank, *each) for each in where], wait
 
 
-def total(group: Group, windows: Windows, x: torch.Tensor, granules: Sequence[int]) -> torch.Tensor:
-    """`Group.total`: each rank sums a part and tells the others; of few values, each sums all.
+def total(group: Group, windows: Windows, x: torch.Tensor) -> torch.Tensor:
+    """`Group.total`: added up in float32, and rounded once.
+
+    Two ranks send each other all they have. More send each a part, which it sums and tells the others: half the bytes
+    for four.
 
     Args:
         group: The ranks.
         windows: Theirs.
         x: This rank's tensor.
-        granules: How many times `GRANULE` values each rank sums, with the last ones as many as there are.
     """
     flat, size = x.contiguous().view(-1), x.element_size()
-    few = flat.numel() * size <= FEW_BYTES
-    cuts = [0]
-    for count in granules:
-        cuts.append(min(flat.numel(), cuts[-1] + count * GRANULE))
-    parts = [flat] * group.size if few else [flat[first:last] for first, last in itertools.pairwise(cuts)]
-    own, slot = parts[group.rank].numel(), -(-max(part.numel() for part in parts) // GRANULE) * GRANULE
+    if group.size == 2:
+        window = windows.following(flat.numel() * size)
+        window.part(1 - group.rank, 0, flat.shape, x.dtype).copy_(flat)
+        window.barrier()
+        out = flat + window.part(group.rank, 0, flat.shape, x.dtype)
+        windows.rest()
+        return out.view(x.shape)
+    slot = -(-flat.numel() // (group.size * _GRANULE)) * _GRANULE
+    cuts = [min(flat.numel(), slot * rank) for rank in range(group.size + 1)]
+    parts = [flat[first:last] for first, last in itertools.pairwise(cuts)]
     window = windows.following(slot * size * group.size)
-    # This rank's own part stays where it is if there is one other.
-    for step in range(1, group.size + (group.size > 2)):
+    for step in range(1, group.size + 1):
         rank = (group.rank + step) % group.size
         window.part(rank, slot * size * group.rank, parts[rank].shape, x.dtype).copy_(parts[rank])
     window.barrier()
-    come = window.part(group.rank, 0, (group.size, slot), x.dtype)[:, :own]
     out = torch.empty_like(flat)
-    summed = out if few else out[cuts[group.rank] : cuts[group.rank + 1]]
-    # Added up in float32, and rounded once.
-    if group.size == 2:
-        torch.add(parts[group.rank], come[1 - group.rank], out=summed)
-    else:
-        torch.sum(come, 0, dtype=x.dtype, out=summed)
-    if few:
-        windows.rest()
-        return out.view(x.shape)
+    before, summed, after = out.tensor_split(cuts[group.rank : group.rank + 2])
+    come = window.part(group.rank, 0, (group.size, slot), x.dtype)[:, : summed.numel()]
+    torch.sum(come, 0, dtype=x.dtype, out=summed)
     window = windows.following(flat.numel() * size)
     for step in range(1, group.size):
         rank = (group.rank + step) % group.size
-        window.part(rank, cuts[group.rank] * size, (own,), x.dtype).copy_(summed)
+        window.part(rank, cuts[group.rank] * size, summed.shape, x.dtype).copy_(summed)
     window.barrier()
     told = window.part(group.rank, 0, flat.shape, x.dtype)
-    for first, last in ((0, cuts[group.rank]), (cuts[group.rank + 1], flat.numel())):
-        out[first:last].copy_(told[first:last])
+    before.copy_(told[: cuts[group.rank]])
+    after.copy_(told[cuts[group.rank + 1] :])
     return out.view(x.shape)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -108,23 +108,19 @@ class Windows:
         if self._turn:
             self.following(0).barrier()
 
-    @contextmanager
-    def beside(self, device: torch.device) -> Iterator[Callable[[], None]]:
-        """A context in which copies go on beside what follows, by copy engines, after what is on the current stream.
-
-        Yields:
-            What is called afterwards, so that what follows on the then current stream comes after these copies.
-        """
+    def beside(self, device: torch.device) -> Any:
+        """A context in which copies go on beside what follows, by copy engines, after what is on the current stream."""
         if device.type != "cuda":
-            yield lambda: None
-            return
+            return nullcontext()
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
-        done = torch.cuda.Event()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield lambda: torch.cuda.current_stream().wait_event(done)
-        done.record(self._stream)
+        return torch.cuda.stream(self._stream)
+
+    def join(self) -> None:
+        """What follows on the current stream comes after these copies."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
 
 def placed(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> tuple[list[int], int]:

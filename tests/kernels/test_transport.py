@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import attend
 
-from diffusers_accel.kernels.attention.shipping import KEY, QUERY, VALUE, grouped
+from diffusers_accel.kernels.attention.shipping import KEY, QUERY, VALUE
 
 WAYS = {
     "ulysses": (2, {"ulysses": 2}),
@@ -120,43 +120,11 @@ def test_before_norm_and_rotation(pools, way, kv_heads, masked, aside, together)
     expected, _ = exact.attention(*ready, value, mask)
     tables = [item.repeat_interleave(2, -1).float() for item in (angles.cos(), angles.sin())]
     found = torch.full_like(query, float("nan"))
-    for rows, out, _ in pools[size].run(
+    for rows, out in pools[size].run(
         attend.shipped, sizes, query, key, value, mask, streams, weights, tables, aside, together
     ):
         found[:, rows] = out
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("size", "heads", "kv_heads", "groups"),
-    [(2, 12, 12, [1, 4, 1]), (2, 4, 4, [1, 1]), (2, 2, 2, [1]), (4, 12, 12, [1, 1, 1]), (2, 12, 6, [2, 2, 2])],
-)
-@pytest.mark.parametrize("masked", [False, True])
-def test_groups_of_heads(pools, size, heads, kv_heads, groups, masked):
-    """Attention begins with some heads, while the others are on their way. Masks may be by head."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 43, count, 16, generator=generator) for count in (heads, kv_heads, kv_heads))
-    weights = [torch.randn(count, generator=generator) for count in (16, 16 * kv_heads)]
-    angles = torch.rand(1, 43, 1, 8, generator=generator, dtype=torch.float64)
-    mask = torch.rand(2, heads, 1, 43, generator=generator) > 0.4 if masked else None
-    ready = [exact.prepared(x, weight, 1e-6, angles) for x, weight in zip((query, key), weights, strict=True)]
-    expected, _ = exact.attention(*ready, value, mask)
-    tables = [item.repeat_interleave(2, -1).float() for item in (angles.cos(), angles.sin())]
-    found = torch.full_like(query, float("nan"))
-    given = (query, key, value, mask, [43], weights, tables, False, [[VALUE, QUERY, KEY]], 0)
-    for rows, out, counts in pools[size].run(attend.shipped, {"ulysses": size}, *given):
-        found[:, rows] = out
-        assert counts == groups
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_groups_keep_no_unit_waiting():
-    # Wan's 32760 tokens at 480p, 128 to a piece, on 132 units: as many turns in groups as at once.
-    assert grouped(6, 256, 132) == (1, 4, 1) and grouped(3, 256, 132) == (1, 1, 1)
-    # FLUX's 4608: the last turn would be nearly empty for each of the groups.
-    assert grouped(12, 36, 132) == (2, 7, 3)
-    # One head alone would leave most of its second turn empty.
-    assert grouped(2, 150, 132) == (2,)
 
 
 @pytest.mark.parametrize("way", ["ring of 4", "grid"])

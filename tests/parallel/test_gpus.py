@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.hooks import CpuOffload, SequentialHook
+from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -183,7 +183,7 @@ def test_models_that_wait_on_the_host_go_to_the_ranks_gpu(fake, device):
     """Also those that are offloaded afterwards, or once more, as after every request."""
     transformer, encoder, grouped = OnGPU("cpu"), OnGPU("cpu"), OnGPU("cpu")
     transformer._hf_hook, inside = CpuOffload(device), CpuOffload(device)
-    encoder._hf_hook = SequentialHook(inside)
+    encoder._hf_hook = SequentialHook(AlignDevicesHook(io_same_device=True), inside)
     group = SimpleNamespace(onload_device="cuda", stream=None)
     grouped._diffusers_hook = SimpleNamespace(hooks={"group_offloading": SimpleNamespace(group=group)})
     pipeline = target(transformer=transformer, text_encoder=encoder, vae=grouped)

@@ -9,7 +9,7 @@ import torch
 from diffusers_accel.core.comm import shares
 from diffusers_accel.core.mesh import Mesh, begin
 from diffusers_accel.core.windows import Windows
-from diffusers_accel.kernels.attention import KERNELS, Inputs, Layout, Operand, Shipping, Transport, shipping
+from diffusers_accel.kernels.attention import KERNELS, Inputs, Layout, Operand, Shipping, Transport
 from diffusers_accel.kernels.attention.shipping import KEY, QUERY, VALUE
 
 from .shared import SharedFiles
@@ -56,11 +56,10 @@ def attend(sizes, query, key, value, mask, streams, shared, local_mask, windows=
     return rows, found[2]
 
 
-def shipped(sizes, query, key, value, mask, streams, weights, tables, aside, together, long=None):
+def shipped(sizes, query, key, value, mask, streams, weights, tables, aside, together):
     """The same with query, key and value sent off before norm and rotation, in two parts along the sequence, those at
-    once that are `together`. Of more than `long` bytes, heads go in groups: how many there were is returned too."""
+    once that are `together`."""
     begin("cpu")
-    shipping._LONG = long if long is not None else 1 << 30
     mesh = Mesh(sizes, "cpu")
     everyone, ulysses = mesh.sequence(), mesh.group("ulysses")
     ulysses.windows = Windows(ulysses, SharedFiles)
@@ -77,20 +76,12 @@ def shipped(sizes, query, key, value, mask, streams, weights, tables, aside, tog
         return Operand(parts, [weight, weight], 1e-6, list(zip(cos, sin, strict=True)))
 
     assert transport.ships(heads)
-    calls = []
-    kernel = KERNELS.get("sdpa").load()
-
-    def counted(inputs):
-        calls.append(inputs.query.shape[2])
-        return kernel(inputs)
-
-    # As often as windows come round.
-    for sign in (-1, 1, -1, 1):
+    for sign in (-1, 1):
         operands = {VALUE: operand(value * sign), QUERY: operand(query, weights[0]), KEY: operand(key, weights[1])}
         for some in together:
             transport.ship({which: operands[which] for which in some}, heads, layout, aside)
-        found = transport.arrived(layout, mask, None, counted)
-    return rows, found, calls[len(calls) * 3 // 4 :]
+        found = transport.arrived(heads[0], layout, mask, None, KERNELS.get("sdpa").load())
+    return rows, found
 
 
 def _own(lengths, group):

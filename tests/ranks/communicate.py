@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffusers_accel.core import windowed
 from diffusers_accel.core.comm import shares
 from diffusers_accel.core.mesh import Mesh, begin
 from diffusers_accel.core.windows import Windows
@@ -18,6 +19,7 @@ def collectives(length, windows):
     group = mesh.group("ulysses")
     if windows:
         group.windows = Windows(group, SharedFiles)
+        windowed.SMALL = 64
     whole = torch.arange(2.0 * length * 3).view(2, length, 3)
     counts = shares(length, group.size)
     mine = group.part(whole, 1)

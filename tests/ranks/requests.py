@@ -12,6 +12,7 @@ from tiny import TINY, build, same, tensors
 from tiny.heads import with_heads
 
 from diffusers_accel import accelerate, explain, register_attention, restore, stats
+from diffusers_accel.core import windowed
 from diffusers_accel.core.graphs import RECORDERS
 from diffusers_accel.core.windows import MAKERS
 from diffusers_accel.kernels.attention import KERNELS
@@ -70,11 +71,13 @@ def request(name, configuration, steps=2, calls=None, recorded=False, heads=None
     """
     if windows:
         MAKERS["cpu"] = SharedFiles
+        small, windowed.SMALL = windowed.SMALL, 0
         try:
             division = {**configuration["parallel"], "exchange": "windows"}
             return request(name, {**configuration, "parallel": division}, steps, calls, recorded, heads)
         finally:
             del MAKERS["cpu"]
+            windowed.SMALL = small
     if recorded:
         RECORDERS["cpu"] = TapeRecorder
     pipe, entry, calls = _pipeline(name, heads), TINY[name], calls or {}

@@ -229,9 +229,11 @@ class Carrier:
             self._checked(layout, *((operand.length, own[1]) if which == QUERY else (own[0], operand.length)))
         self._transport.ship(operands, heads, layout, aside)
 
-    def arrived(self, attn_mask: torch.Tensor | None, scale: float | None, here: Callable[..., Any]) -> torch.Tensor:
+    def arrived(
+        self, heads: int, attn_mask: torch.Tensor | None, scale: float | None, here: Callable[..., Any]
+    ) -> torch.Tensor:
         """Attention of what was sent off; see `Transport.arrived`."""
-        return self._transport.arrived(self._division.layout(self._attends), attn_mask, scale, here)
+        return self._transport.arrived(heads, self._division.layout(self._attends), attn_mask, scale, here)
 
     def _checked(self, layout: Layout, queries: int, keys: int) -> int:
         """How many of the keys every rank has in front of its own."""

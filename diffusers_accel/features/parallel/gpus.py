@@ -184,7 +184,8 @@ def _brings_to(hook: Any) -> torch.device | None:
 def _bound_by(module: nn.Module) -> str | None:
     """What keeps a model on a GPU of its own."""
     name = type(module).__name__
-    if any(_brings_to(hook) is None for hook in _hooks(module)):
+    # One whose device is nobody's only puts outputs where inputs were, as sequential offloading has them.
+    if not all(hasattr(hook, "execution_device") for hook in _hooks(module)):
         return f"hooks of its {name} move tensors to a device of their own"
     for part in parts(module):
         for hook in getattr(vars(part).get("_diffusers_hook"), "hooks", {}).values():

@@ -13,7 +13,7 @@ shard holds tokens of two streams, that is not the order of a whole sequence, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,10 +97,23 @@ class Transport:
         heads = inputs.query.shape[2], inputs.key.shape[2]
         mask = inputs.attn_mask
         inputs, together = self._to_heads(inputs, layout, heads)
+        return self._attended(inputs, together, layout, heads[0], mask, attend)
+
+    def _attended(
+        self,
+        inputs: Inputs,
+        together: _Partial | None,
+        layout: Layout,
+        heads: int,
+        attn_mask: torch.Tensor | None,
+        attend: Attend,
+    ) -> torch.Tensor:
+        """The rest of `attend`, of tokens of all peers and this rank's heads."""
         query_lengths, key_lengths = self._lengths(layout)
-        counts = shares(heads[0], self.ulysses.size)
-        own = _Mask.over(mask, layout, self.everyone, query_lengths, key_lengths).of_heads(counts, self.ulysses.rank)
-        out = self._among_blocks(inputs, together, query_lengths, key_lengths, own, attend)
+        mask = _Mask.over(attn_mask, layout, self.everyone, query_lengths, key_lengths)
+        counts = shares(heads, self.ulysses.size)
+        mask = mask.of_heads(counts, self.ulysses.rank)
+        out = self._among_blocks(inputs, together, query_lengths, key_lengths, mask, attend)
         return self._to_tokens(out, counts, [query_lengths[rank] for rank in self._peers])
 
     # --- one operand after another ------------------------------------------------------------------------------------
@@ -121,37 +134,25 @@ class Transport:
         assert self.shipping is not None
         first = next(iter(operands.values())).parts[0]
         lengths = [tuple(each[rank] for rank in self._peers) for each in self._lengths(layout)]
-        size = Size(
-            first.shape[0], heads, first.shape[3], (lengths[0], lengths[1]), first.dtype, (heads[1] // len(lengths[0]),)
-        )
-        if self.overlaps and not aside and not self.partial:
-            size = size.divided(self.shipping.units)
+        size = Size(first.shape[0], heads, first.shape[3], (lengths[0], lengths[1]), first.dtype)
         self.shipping.ship(operands, size, aside)
 
     def arrived(
-        self, layout: Layout, attn_mask: torch.Tensor | None, scale: float | None, attend: Attend
+        self, heads: int, layout: Layout, attn_mask: torch.Tensor | None, scale: float | None, attend: Attend
     ) -> torch.Tensor:
         """This rank's rows of the attention of what was sent off.
 
         Args:
+            heads: Of the query.
             layout: As in `attend`, as are the mask and the kernel.
             attn_mask: See there.
             scale: Of the logits.
             attend: See there.
         """
         assert self.shipping is not None
-        query_lengths, key_lengths = self._lengths(layout)
-        mask = _Mask.over(attn_mask, layout, self.everyone, query_lengths, key_lengths)
-        own, arriving = self.shipping.arrived()
-        heads, first = own * self.ulysses.size, len(own) * self.ulysses.rank
-
-        def outs() -> Iterator[torch.Tensor]:
-            for which, (query, key, value) in enumerate(arriving, first):
-                inputs, of_heads = Inputs(query, key, value, None, False, scale), mask.of_heads(heads, which)
-                yield self._among_blocks(inputs, None, query_lengths, key_lengths, of_heads, attend)
-
-        lengths = [query_lengths[rank] for rank in self._peers]
-        return self.shipping.returned(outs(), [own] * self.ulysses.size, lengths)
+        query, key, value = self.shipping.arrived()
+        inputs = Inputs(query, key, value, attn_mask, False, scale)
+        return self._attended(inputs, None, layout, heads, attn_mask, attend)
 
     # --- Ulysses ------------------------------------------------------------------------------------------------------
 
@@ -195,7 +196,7 @@ class Transport:
         if group.size == 1:
             return out
         if self.shipping is not None and not self.rounded:
-            return self.shipping.returned([out], [[count] for count in heads], lengths)
+            return self.shipping.returned(out, heads, lengths)
         (found,) = self._exchanged([out], 1, [lengths], 2, [heads])
         return found
 

@@ -169,7 +169,7 @@ def attention_unprepared(
     found, heads = SITES[site], (query[0].shape[2], key[0].shape[2])
     if _ships(found, heads, is_causal, *operands.values()):
         found.transport.ship(operands, heads, False)
-        out: torch.Tensor = found.transport.arrived(attn_mask, scale, found.here)
+        out: torch.Tensor = found.transport.arrived(heads[0], attn_mask, scale, found.here)
         return out.contiguous()
     return _attended(found, operands, attn_mask, is_causal, scale)
 
@@ -293,5 +293,5 @@ def attention_arrived(
     if found.kept:
         operands, found.kept = found.kept, {}
         return _attended(found, operands, attn_mask, is_causal, scale)
-    out: torch.Tensor = found.transport.arrived(attn_mask, scale, found.here)
+    out: torch.Tensor = found.transport.arrived(query[0].shape[2], attn_mask, scale, found.here)
     return out.contiguous()
