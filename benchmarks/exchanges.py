@@ -88,13 +88,13 @@ def calls(name: str, group: Group, window: Window, device: str, dtype: torch.dty
         "barrier": window.barrier,
         "a plain copy of one rank's share": lambda: neighbour.copy_(room[0][0]),
         "NCCL, all to all, of one operand": lambda: dist.all_to_all_single(received, flat, group=group.handle),
-        "a sum over ranks, windows": lambda: group.total(everything),
+        "a sum over ranks": lambda: group.total(everything),
         "a sum over ranks, NCCL": lambda: dist.all_reduce(everything, group=group.handle),
     }
 
 
 def sums(group: Group, device: str) -> dict[str, Callable[[], Any]]:
-    """Sums of some sizes, through windows and by NCCL."""
+    """Sums of some sizes, by NCCL, and of two ranks through windows."""
 
     def through(x: torch.Tensor) -> torch.Tensor:
         assert group.windows is not None
@@ -103,7 +103,8 @@ def sums(group: Group, device: str) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {}
     for size in (1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 22, 1 << 24):
         x = torch.randn(size // 4, device=device)
-        found[f"{size >> 10} KiB, windows"] = functools.partial(through, x)
+        if group.size == 2:
+            found[f"{size >> 10} KiB, windows"] = functools.partial(through, x)
         found[f"{size >> 10} KiB, NCCL"] = functools.partial(dist.all_reduce, x, group=group.handle)
     return found
 

@@ -50,7 +50,9 @@ def main() -> None:
     rank, ranks, dtype = several.start(options.device)
     cuda = options.device == "cuda"
     size, steps = (64, 2) if options.tiny else (options.size, options.steps)
-    pipe: Any = flux.build("cpu" if options.from_host else options.device, dtype, options.tiny)
+    pipe: Any = flux.build(options.device, dtype, options.tiny)
+    if options.from_host:
+        pipe.to("cpu")
     torch.manual_seed(1)
     call = {
         name: torch.randn(*shape, device=options.device, dtype=dtype)

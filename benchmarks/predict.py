@@ -9,7 +9,7 @@ A forward on N ranks of one machine, by Ulysses, takes
 heads. `rate` is that of Wan's exchanges on four GPUs, beside which nothing runs; `wait` (for the slowest rank, at
 each of the two exchanges of a layer) is what else there is of the time in which exchanges run with nothing beside them,
 and `rest`, which no division makes shorter (gaps between kernels, products that are too small), is what is then
-missing: both on average of two and four GPUs.
+missing: both on average of two and four GPUs, each beside one GPU of its own run.
 
 Between machines a ring passes keys and values on while attention works: a turn costs what is longer of the two, and the
 link is slower; then what has been found is merged, at a cost for each value of the output, which FLUX's ring of four
@@ -105,10 +105,11 @@ def fitted(work: Work) -> Costs:
 
 def merging() -> float:
     """Milliseconds for each value of a turn's output, from FLUX's ring of four."""
-    work, found = WORKS[0], results("flux", 4)["ring"]
-    costs, values = fitted(work), work.tokens / 4 * work.width
-    lone = found["a request on the GPU, ms"]["exchanges alone"] / work.forwards
-    rest: float = found["forward, ms"] - costs.one / 4 - costs.rest - lone
+    work, found = WORKS[0], results("flux", 4)
+    ring, one = (found[f"{name}, a later run"] for name in ("ring", "one GPU"))
+    lone = ring["a request on the GPU, ms"]["exchanges alone"] / work.forwards
+    values = work.tokens / 4 * work.width
+    rest: float = ring["forward, ms"] - one["forward, ms"] / 4 - fitted(work).rest - lone
     return rest / (work.layers * 4 * values)
 
 

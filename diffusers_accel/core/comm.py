@@ -172,16 +172,20 @@ class Group:
         _all_gather(out, x, group=self.handle)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of everybody's tensor, through windows the same on all ranks bit for bit; `x` may be written to."""
-        if self.size > 1 and self.windows is not None and x.nbytes >= windowed.SMALL:
+        """The sum of everybody's tensor; `x` may be written to."""
+        if self.windows is not None and self._swaps(x):
             return windowed.total(self, self.windows, x)
         if self.size > 1:
             dist.all_reduce(x, group=self.handle)
         return x
 
+    def _swaps(self, x: torch.Tensor) -> bool:
+        """Whether a tensor's sum goes through windows, if there are any."""
+        return self.size == 2 and x.nbytes >= windowed.SUMMED
+
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The same as a new tensor, whose values lie in order."""
-        if self.windows is None or x.nbytes < windowed.SMALL:
+        if self.windows is None or not self._swaps(x):
             x = x.clone(memory_format=torch.contiguous_format)
         return self.sum(x)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,10 @@ from .windows import Windows, placed
 if TYPE_CHECKING:
     from .comm import Group
 
-# Parts of a sum begin where copies are fast.
-_GRANULE = 128
-# Sums of fewer bytes, of norms that is, go by messages: 12 to 17 us instead of 18 to 24 (`benchmarks/exchanges.py`).
-SMALL = 1 << 20
+# Bytes from which two ranks' sums are made here: 27 us where NCCL takes 32. It makes smaller ones in 12 to 18 us, which
+# take 19 to 24 here. So it does all sums of more ranks: divided among four, 28 MB took 196 us through windows, and 152 by
+# NCCL (`benchmarks/exchanges.py`).
+SUMMED = 2 << 20
 
 
 def reshard(
@@ -121,42 +120,17 @@ def pass_on(
 
 
 def total(group: Group, windows: Windows, x: torch.Tensor) -> torch.Tensor:
-    """`Group.total`: added up in float32, and rounded once.
-
-    Two ranks send each other all they have. More send each a part, which it sums and tells the others: half the bytes
-    for four.
+    """`Group.total` of two ranks, which send each other all they have: added up in float32, and rounded once.
 
     Args:
         group: The ranks.
         windows: Theirs.
         x: This rank's tensor.
     """
-    flat, size = x.contiguous().view(-1), x.element_size()
-    if group.size == 2:
-        window = windows.following(flat.numel() * size)
-        window.part(1 - group.rank, 0, flat.shape, x.dtype).copy_(flat)
-        window.barrier()
-        out = flat + window.part(group.rank, 0, flat.shape, x.dtype)
-        windows.rest()
-        return out.view(x.shape)
-    slot = -(-flat.numel() // (group.size * _GRANULE)) * _GRANULE
-    cuts = [min(flat.numel(), slot * rank) for rank in range(group.size + 1)]
-    parts = [flat[first:last] for first, last in itertools.pairwise(cuts)]
-    window = windows.following(slot * size * group.size)
-    for step in range(1, group.size + 1):
-        rank = (group.rank + step) % group.size
-        window.part(rank, slot * size * group.rank, parts[rank].shape, x.dtype).copy_(parts[rank])
+    x = x.contiguous()
+    window = windows.following(x.nbytes)
+    window.part(1 - group.rank, 0, x.shape, x.dtype).copy_(x)
     window.barrier()
-    out = torch.empty_like(flat)
-    before, summed, after = out.tensor_split(cuts[group.rank : group.rank + 2])
-    come = window.part(group.rank, 0, (group.size, slot), x.dtype)[:, : summed.numel()]
-    torch.sum(come, 0, dtype=x.dtype, out=summed)
-    window = windows.following(flat.numel() * size)
-    for step in range(1, group.size):
-        rank = (group.rank + step) % group.size
-        window.part(rank, cuts[group.rank] * size, summed.shape, x.dtype).copy_(summed)
-    window.barrier()
-    told = window.part(group.rank, 0, flat.shape, x.dtype)
-    before.copy_(told[: cuts[group.rank]])
-    after.copy_(told[cuts[group.rank + 1] :])
-    return out.view(x.shape)
+    out = x + window.part(group.rank, 0, x.shape, x.dtype)
+    windows.rest()
+    return out

@@ -19,7 +19,7 @@ def collectives(length, windows):
     group = mesh.group("ulysses")
     if windows:
         group.windows = Windows(group, SharedFiles)
-        windowed.SMALL = 64
+        windowed.SUMMED = 64
     whole = torch.arange(2.0 * length * 3).view(2, length, 3)
     counts = shares(length, group.size)
     mine = group.part(whole, 1)

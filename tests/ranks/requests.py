@@ -71,13 +71,13 @@ def request(name, configuration, steps=2, calls=None, recorded=False, heads=None
     """
     if windows:
         MAKERS["cpu"] = SharedFiles
-        small, windowed.SMALL = windowed.SMALL, 0
+        summed, windowed.SUMMED = windowed.SUMMED, 0
         try:
             division = {**configuration["parallel"], "exchange": "windows"}
             return request(name, {**configuration, "parallel": division}, steps, calls, recorded, heads)
         finally:
             del MAKERS["cpu"]
-            windowed.SMALL = small
+            windowed.SUMMED = summed
     if recorded:
         RECORDERS["cpu"] = TapeRecorder
     pipe, entry, calls = _pipeline(name, heads), TINY[name], calls or {}

@@ -81,7 +81,8 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     device = target.denoisers[0].device.type
     begin(device)
     group = Mesh(config.sizes, device).group("tp")
-    open_for(group, device, config)
+    if group.size == 2:  # sums of more are NCCL's: core/windowed.py
+        open_for(group, device, config)
     number = sharded.free_number()
     yield SetItem(sharded.GROUPS, number, group)
     for name in _CLOSED_OF_PIPE:
