@@ -33,9 +33,9 @@ class ParallelConfig:
             where one rank alone saves it.
         async_ulysses: Whether, in compiled blocks, shards are exchanged while what does not depend on them is
             computed, where they go through windows.
-        exchange: The way that what ranks share takes, a sequence, sums of `tp=2`, a VAE's rows: by `"messages"`; through
-            `"windows"`, memory that GPUs of one machine write to directly; or `"auto"`, through windows where there are
-            any.
+        exchange: The way that what ranks share takes, a sequence, sums of `tp=2`, a VAE's rows: by `"messages"`;
+            through `"windows"`, memory that GPUs of one machine write to directly; or `"auto"`, through windows where
+            there are any.
         payload: How Ulysses' shards travel: in the activations' own type (`"auto"`), or in `"fp8"`, e4m3 with a scale
             for each token and head, for links that are slower than rounding.
         fsdp: Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a

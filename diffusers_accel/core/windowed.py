@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .comm import Group
 
 # Bytes from which two ranks' sums are made here: 27 us where NCCL takes 32. It makes smaller ones in 12 to 18 us, which
-# take 19 to 24 here. So it does all sums of more ranks: divided among four, 28 MB took 196 us through windows, and 152 by
-# NCCL (`benchmarks/exchanges.py`).
+# take 19 to 24 here. All sums of more ranks are NCCL's: divided among four, 28 MB took 196 us through windows, and 152
+# by NCCL (`benchmarks/exchanges.py`).
 SUMMED = 2 << 20
 
 

@@ -6,7 +6,9 @@ import torch
 from tiny import build
 
 from diffusers_accel.api import _target
-from diffusers_accel.features.parallel.guidance import _samples
+from diffusers_accel.core.comm import Group
+from diffusers_accel.core.later import Later
+from diffusers_accel.features.parallel.guidance import _PUT_OFF, Guidance, _Call, _Form, _samples
 
 
 def test_samples_of_what_has_them():
@@ -33,3 +35,16 @@ def test_samples_of_what_has_them():
     for name in ("control_hidden_states_scale", "one_for_all"):
         assert torch.equal(found[name], given[name])
     assert found["numbers"] == [3, 4]
+
+
+def test_what_waits_for_a_branch_that_does_not_come():
+    """Some operations are put off, and not a whole VAE."""
+    target = _target(build("wan"))
+    branches = Guidance(target, target.denoisers[0], Group(None, (0,), 0))
+    branches._calls, branches._expected = 1, 2
+    x = branches._later(_Call([(0, 1)], [torch.ones(3)], _Form((3,), torch.float32)))
+    for _ in range(_PUT_OFF):
+        assert type(x) is Later
+        x = x + 1
+    x = x + 1
+    assert type(x) is torch.Tensor and x.tolist() == [_PUT_OFF + 2.0] * 3

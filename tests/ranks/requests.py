@@ -15,6 +15,7 @@ from diffusers_accel import accelerate, explain, register_attention, restore, st
 from diffusers_accel.core import windowed
 from diffusers_accel.core.graphs import RECORDERS
 from diffusers_accel.core.windows import MAKERS
+from diffusers_accel.features.parallel import guidance
 from diffusers_accel.kernels.attention import KERNELS
 
 from .shared import SharedFiles
@@ -133,6 +134,33 @@ def overlapped(name, fuse):
         rewrites.rewritten.cache_clear()
         torch.compiler.reset()
     return found, graphs
+
+
+def rounds(name, configuration):
+    """Three requests, the third one of one step and without guidance: how many calls each exchange of branches was for,
+    and how far outputs are from stock."""
+    pipe, entry, found = build(name), TINY[name], []
+    calls = [{"steps": 3}, {"steps": 3}, {"steps": 1, "guidance_scale": 1.0}]
+    expected = [tensors(entry.run(pipe, **call)) for call in calls]
+    resolve = guidance.Guidance._resolve
+
+    def counted(self, call):
+        if not call.found:
+            found[-1].append(len(self._open) if call in self._open else 1)
+        return resolve(self, call)
+
+    guidance.Guidance._resolve = counted
+    errors = []
+    try:
+        accelerate(pipe, **configuration)
+        for call, stock in zip(calls, expected, strict=True):
+            found.append([])
+            out = tensors(entry.run(pipe, **call))
+            errors.append(max(relative(one, other) for one, other in zip(out, stock, strict=True)))
+        restore(pipe)
+    finally:
+        guidance.Guidance._resolve = resolve
+    return found, errors
 
 
 def twice(name, configuration, steps=2):

@@ -25,6 +25,10 @@ from ...core.later import Later, settled
 from ...models.adapter import by_name, parameter_names
 from ..feature import Denoiser, Target
 
+# What pipelines do to a branch before they call the next one takes fewer operations; those after the last step, a VAE's
+# say, are not put off for a branch that does not come.
+_PUT_OFF = 24
+
 
 @dataclass(frozen=True)
 class _Form:
@@ -70,7 +74,7 @@ class Guidance:
         self._step: tuple[Any, ...] = ()
         self._turn = 0
         self._calls = 0
-        # Calls of the step before, in the same request: how many are to come.
+        # Calls of the step before, or of the last request's last: how many are to come, as far as one can know.
         self._expected = 0
         self._open: list[_Call] = []
         self._forms: dict[Hashable, Any] = {}
@@ -105,7 +109,7 @@ class Guidance:
         state = self.target.clock.current
         step = (state.request, state.step) if state is not None else ()
         if step != self._step or not step:
-            self._expected = self._calls if step and self._step and step[0] == self._step[0] else 0
+            self._expected = self._calls if step and self._step else 0
             self._step, self._turn, self._calls = step, 0, 0
             self._level()
             # What nobody asked for is nobody's: every rank knows it alike.
@@ -173,20 +177,20 @@ class Guidance:
         """A call's output, whose tensors are found when they are needed."""
         # As a tensor names its device.
         device = torch.empty(0, device=self.denoiser.device.type).device
-        places = itertools.count()
+        places, asked = itertools.count(), itertools.count()
+
+        def waiting() -> bool:
+            """Whether another branch of this step is to come, as far as one can know."""
+            return self._calls < self._expected and next(asked) < _PUT_OFF
 
         def later(form: Any) -> Any:
             if not isinstance(form, _Form):
                 return form
             index = next(places)
             like = torch.empty(form.shape, dtype=form.dtype, device="meta")
-            return Later(like, device, lambda: self._resolve(call)[index], self._waiting)
+            return Later(like, device, lambda: self._resolve(call)[index], waiting)
 
         return pytree.tree_map(later, call.form)
-
-    def _waiting(self) -> bool:
-        """Whether another branch of this step is to come."""
-        return self._calls < self._expected
 
     def _resolve(self, call: _Call) -> list[torch.Tensor]:
         """Has every rank tell what it has of all calls that are open, in their order."""
