@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ...core.comm import Group
-from ...errors import RanksDiffer
+from ...errors import RanksDiffer, Unsupported
 from ...models.adapter import by_name, parameter_names
 from ..feature import Denoiser, Target
 
@@ -77,7 +77,9 @@ class Agreement:
         """Compares forms, and begins to exchange values; what is returned compares these."""
         marks = {name: _marks(value) for name, value in arguments.items()}
         forms = {name: [_form(mark) for mark in each] for name, each in marks.items()}
-        for rank, other in enumerate(everyone := self.everyone.objects(forms)):
+        told = self.everyone.objects((_gpu(arguments), forms))
+        _refuse_one_gpu([gpu for gpu, _ in told], denoiser)
+        for rank, other in enumerate(everyone := [form for _, form in told]):
             for name in dict.fromkeys([*everyone[0], *other]):
                 if name not in everyone[0] or name not in other or everyone[0][name] != other[name]:
                     raise _differ(denoiser, name, rank, everyone[0].get(name), other.get(name))
@@ -104,6 +106,28 @@ class Agreement:
                         raise _differ(denoiser, name, rank, forms[name], forms[name])
 
         return judge
+
+
+def _gpu(arguments: Any) -> str | None:
+    """What tells the GPU that a call's tensors are on from all others."""
+    for leaf in pytree.tree_leaves(arguments):
+        if isinstance(leaf, torch.Tensor) and leaf.device.type == "cuda":
+            return str(torch.cuda.get_device_properties(leaf.device).uuid)
+    return None
+
+
+def _refuse_one_gpu(gpus: list[str | None], denoiser: str) -> None:
+    """Ranks on one GPU, where something has brought them since `accelerate`, would wait for each other for ever."""
+    for rank, gpu in enumerate(gpus):
+        first = gpus.index(gpu)
+        if gpu is not None and first != rank:
+            raise Unsupported(
+                "parallel",
+                f"ranks {first} and {rank} are on one GPU.",
+                "after accelerate, pipe.to('cuda') and offloading without a GPU's number, or with the process's own "
+                "(LOCAL_RANK).",
+                denoiser,
+            )
 
 
 def _form(mark: Any) -> Any:
@@ -149,13 +173,6 @@ def _marks(value: Any) -> list[Any]:
     leaves = pytree.tree_leaves(value)
     kept = [leaf for leaf in leaves if isinstance(leaf, (torch.Tensor, bool, int, float, str, type(None)))]
     return [_Mark.of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in kept]
-
-
-def _alike(first: list[Any], other: list[Any]) -> bool:
-    return len(first) == len(other) and all(
-        one.alike(two) if isinstance(one, _Mark) and isinstance(two, _Mark) else one == two
-        for one, two in zip(first, other, strict=True)
-    )
 
 
 def _short(forms: list[Any] | None) -> str:
