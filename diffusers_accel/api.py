@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -21,19 +21,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import presets
-from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
-from .core.chain import Chain
+from .asked import SESSION, meant, target_of
+from .config import AccelConfig
 from .core.edits import Edit, Journal
-from .core.mesh import own_gpu
-from .core.platform import describe
-from .core.step import Mode, StepClock
-from .errors import ConfigError, NotAccelerated, Unsupported
+from .core.step import Mode
+from .errors import NotAccelerated, Unsupported
 from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
-from .features.feature import Denoiser, Feature, Plan, Target
+from .features.feature import Feature, Plan, Target
 from .features.parallel import tensor, weights
 from .kernels.linear import kind_of, modules_of
-from .models import adapter_for
 from .reporting import Explanation, Row, Stats
 
 Pipe = TypeVar("Pipe")
@@ -90,11 +86,6 @@ ORDER = (
     "gpu",
 )
 
-# Where pipelines keep their denoisers.
-DENOISERS = ("transformer", "transformer_2", "unet", "prior")
-
-_SESSION = "_diffusers_accel_session"
-
 
 @dataclass
 class Session:
@@ -123,10 +114,10 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         TypeError: `pipe` is not a diffusers pipeline.
     """
     target = _target(pipe, config, sections)
-    resolved, notes = _resolve(target, config, sections)
+    resolved, notes = meant(target, config, sections)
     target.config = resolved
     plans = [feature.check(target, section) for _, feature, section in _active(resolved)]
-    session = vars(pipe).get(_SESSION)
+    session = vars(pipe).get(SESSION)
     if session is not None:
         restore(pipe)
     weight_bytes = _weight_bytes(target)
@@ -135,7 +126,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         torch.cuda.set_device(target.home)
     journal = Journal()
     journal.apply(_edits(target, resolved))
-    vars(pipe)[_SESSION] = Session(resolved, target, journal, notes, weight_bytes)
+    vars(pipe)[SESSION] = Session(resolved, target, journal, notes, weight_bytes)
     # What was left off or stays as it was is said here too, not only to those who ask `explain`.
     for note in (*notes, *(note for plan in plans for note in plan.left)):
         warnings.warn(f"accelerate: {note}", stacklevel=2)
@@ -153,7 +144,7 @@ def restore(pipe: Pipe) -> Pipe:
     for reason in session.journal.lasting:
         raise Unsupported("restore", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
     session.journal.undo()
-    del vars(pipe)[_SESSION]
+    del vars(pipe)[SESSION]
     return pipe
 
 
@@ -167,7 +158,7 @@ def explain(
         TypeError: `pipe` is not a diffusers pipeline.
     """
     target = _target(pipe, config, sections)
-    resolved, notes = _resolve(target, config, sections)
+    resolved, notes = meant(target, config, sections)
     target.config = resolved
     rows = []
     for name, feature, section in _active(resolved):
@@ -291,7 +282,7 @@ def recorded(pipe: Any, use_ret_steps: bool = False) -> Iterator[Target]:
     Raises:
         Unsupported: The pipeline is accelerated, or no adapter says what signal to watch.
     """
-    if vars(pipe).get(_SESSION) is not None:
+    if vars(pipe).get(SESSION) is not None:
         raise Unsupported("calibrate", "the pipeline is accelerated.", "restore(pipe) first.", type(pipe).__name__)
     target, journal = _target(pipe), Journal()
     journal.apply(itertools.chain(cache.recording(target, use_ret_steps), request.edits(target, None)))
@@ -310,28 +301,11 @@ def resolve(
         ConfigError: The configuration cannot be read.
         TypeError: `pipe` is not a diffusers pipeline.
     """
-    return _resolve(_target(pipe, config, sections), config, sections)
-
-
-def resolve_parallel(config: Any, sections: Mapping[str, Any]) -> ParallelConfig | None:
-    """What a configuration says of ranks, before there is a pipeline. No preset says anything of them.
-
-    Raises:
-        ConfigError: The configuration cannot be read.
-    """
-    if "parallel" in sections:
-        return AccelConfig.from_dict({"parallel": sections["parallel"]}).parallel
-    if isinstance(config, AccelConfig):
-        return config.parallel
-    if isinstance(config, Mapping):
-        return AccelConfig.from_dict(config).parallel
-    if isinstance(config, (str, Path)) and Path(config).suffix in (".yaml", ".yml", ".json"):
-        return AccelConfig.from_yaml(config).parallel
-    return None
+    return meant(_target(pipe, config, sections), config, sections)
 
 
 def _session(pipe: Any, what: str) -> Session:
-    session = vars(pipe).get(_SESSION) if hasattr(pipe, "__dict__") else None
+    session = vars(pipe).get(SESSION) if hasattr(pipe, "__dict__") else None
     if session is None:
         raise NotAccelerated(f"{what}: this {type(pipe).__name__} is not accelerated. Call accelerate(pipe) first.")
     return session
@@ -352,98 +326,8 @@ def _edits(target: Target, config: AccelConfig) -> Iterator[Edit]:
         yield from feature.edits(target, section)
 
 
-def _resolve(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
-    """The configuration meant by what a user wrote, and notes on what was left off or put in."""
-    meant, notes = _meant(target, config, sections)
-    if meant.parallel is not None and meant.parallel.sequence > 1 and meant.attention is None:
-        # Somebody must carry attention between ranks.
-        meant = dataclasses.replace(meant, attention=AttentionConfig(backend="sdpa"))
-        notes = (*notes, "attention='sdpa', which carries a sequence that ranks share; name a faster one.")
-    return meant, notes
-
-
-def _meant(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
-    notes: tuple[str, ...] = ()
-    if config is None:
-        base, notes = (AccelConfig(), ()) if sections else presets.resolve("lossless", target)
-    elif isinstance(config, AccelConfig):
-        base = config
-    elif isinstance(config, Mapping):
-        base = AccelConfig.from_dict(config)
-    elif isinstance(config, (str, Path)):
-        # A file is meant by its ending, so that a missing one is not taken for an unknown preset.
-        if isinstance(config, Path) or Path(config).suffix in (".yaml", ".yml", ".json"):
-            base = AccelConfig.from_dict(read_yaml(config))
-        else:
-            return presets.resolve(config, target, sections)
-    else:
-        raise ConfigError(
-            f"config: expected a preset's name, a file, an AccelConfig, a mapping or None, got {type(config).__name__}."
-        )
-    if not sections:
-        return base, notes
-    kept = {entry.name: getattr(base, entry.name) for entry in fields(base)}
-    return AccelConfig.from_dict({**kept, **sections}), notes
-
-
 def _target(pipe: Any, config: Any = None, sections: Mapping[str, Any] | None = None) -> Target:
-    """The pipeline as the features see it; refuses what cannot be one. What is asked for may say where it is to run."""
-    import diffusers
-
-    if not isinstance(pipe, diffusers.DiffusionPipeline):
-        raise TypeError(
-            f"Expected a diffusers pipeline, got {type(pipe).__name__}. "
-            "Give the object that DiffusionPipeline.from_pretrained(...) returns."
-        )
-    session = vars(pipe).get(_SESSION)
-    if session is not None and session.target.held:
-        raise Unsupported(
-            "accelerate", "its weights are divided among ranks.", "restore(pipe) first, on every rank.",
-            type(pipe).__name__,
-        )  # fmt: skip
-    ranks = resolve_parallel(config, sections or {})
-    found = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}  # type: ignore[attr-defined]
-    denoisers = tuple(
-        Denoiser(name, module, adapter_for(module), describe(_device(pipe, module, ranks)))
-        for name, module in found.items()
-        if isinstance(module, nn.Module)
-    )
-    kind = type(pipe).__name__
-    if not denoisers:
-        reason = f"{', '.join(found)} is None." if found else f"it has none of {', '.join(DENOISERS)}."
-        raise Unsupported("accelerate", reason, "load the pipeline with its denoiser.", kind)
-    for denoiser in denoisers:
-        _refuse_compiled(denoiser)
-        if Chain.find(denoiser.module) is not None and session is None:
-            raise Unsupported(
-                "accelerate",
-                "another pipeline that shares it is accelerated.",
-                "restore(...) that pipeline first, or load this one with its own denoiser.",
-                str(denoiser),
-            )
-    clock = StepClock(lambda: getattr(pipe, "scheduler", None), lambda: getattr(pipe, "current_timestep", None))
-    return Target(pipe, denoisers, ORDER.index, clock)
-
-
-def _device(pipe: Any, module: nn.Module, ranks: ParallelConfig | None) -> torch.device:
-    device = next(module.parameters()).device
-    if device.type == "cpu" and ranks is not None and ranks.fsdp and torch.cuda.is_available():
-        # A model that is larger than a GPU waits on the host until it is divided.
-        return own_gpu()
-    # Under an offload hook the weights wait on the CPU (or on meta), and the pipeline knows where they will run.
-    return device if device.type not in ("cpu", "meta") else pipe._execution_device
-
-
-def _refuse_compiled(denoiser: Denoiser) -> None:
-    modules = [denoiser.module, *denoiser.adapter.blocks(denoiser.module)]
-    wrapped = hasattr(denoiser.module, "_orig_mod")
-    if wrapped or any(module._compiled_call_impl is not None for module in modules):
-        raise Unsupported(
-            "accelerate",
-            "it is compiled already, and layers cannot be put inside a compiled module.",
-            "load it uncompiled and use accelerate(pipe, compile=True).",
-            str(denoiser),
-        )
+    return target_of(pipe, ORDER.index, config, sections)
 
 
 def _weight_bytes(target: Target) -> int:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .api import accelerate, resolve_parallel
+from .api import accelerate
+from .asked import resolve_parallel
 from .config import AccelConfig
 from .errors import AccelError, Unsupported
 

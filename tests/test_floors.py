@@ -14,6 +14,7 @@ FLOORS = [
     {"kernels", "models", "policies"},
     {"checkpoints", "features"},
     {"reporting", "presets"},
+    {"asked"},
     {"api"},
     {"demo", "workers"},
     {"quality"},

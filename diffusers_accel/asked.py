@@ -1,0 +1,153 @@
+"""What is asked for, and of which pipeline: a stock pipeline as features see it, and the configuration that a user's
+words mean for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import presets
+from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
+from .core.chain import Chain
+from .core.mesh import own_gpu
+from .core.platform import describe
+from .core.step import StepClock
+from .errors import ConfigError, Unsupported
+from .features.feature import Denoiser, Target
+from .models import adapter_for
+
+# Where pipelines keep their denoisers.
+DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+
+# Where a pipeline keeps what is in force on it.
+SESSION = "_diffusers_accel_session"
+
+
+def target_of(
+    pipe: Any, rank: Callable[[str], int], config: Any = None, sections: Mapping[str, Any] | None = None
+) -> Target:
+    """The pipeline as features see it. What is asked for may say where it is to run.
+
+    Args:
+        pipe: A stock pipeline.
+        rank: Place of a named layer in the order of all.
+        config: As in `accelerate`.
+        sections: Likewise.
+
+    Raises:
+        TypeError: It is not a diffusers pipeline.
+        Unsupported: It has no denoiser, or one that is compiled or accelerated by another pipeline.
+    """
+    import diffusers
+
+    if not isinstance(pipe, diffusers.DiffusionPipeline):
+        raise TypeError(
+            f"Expected a diffusers pipeline, got {type(pipe).__name__}. "
+            "Give the object that DiffusionPipeline.from_pretrained(...) returns."
+        )
+    session = vars(pipe).get(SESSION)
+    if session is not None and session.target.held:
+        raise Unsupported(
+            "accelerate", "its weights are divided among ranks.", "restore(pipe) first, on every rank.",
+            type(pipe).__name__,
+        )  # fmt: skip
+    ranks = resolve_parallel(config, sections or {})
+    found = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}  # type: ignore[attr-defined]
+    denoisers = tuple(
+        Denoiser(name, module, adapter_for(module), describe(_device(pipe, module, ranks)))
+        for name, module in found.items()
+        if isinstance(module, nn.Module)
+    )
+    kind = type(pipe).__name__
+    if not denoisers:
+        reason = f"{', '.join(found)} is None." if found else f"it has none of {', '.join(DENOISERS)}."
+        raise Unsupported("accelerate", reason, "load the pipeline with its denoiser.", kind)
+    for denoiser in denoisers:
+        _refuse_compiled(denoiser)
+        if Chain.find(denoiser.module) is not None and session is None:
+            raise Unsupported(
+                "accelerate",
+                "another pipeline that shares it is accelerated.",
+                "restore(...) that pipeline first, or load this one with its own denoiser.",
+                str(denoiser),
+            )
+    clock = StepClock(lambda: getattr(pipe, "scheduler", None), lambda: getattr(pipe, "current_timestep", None))
+    return Target(pipe, denoisers, rank, clock)
+
+
+def _device(pipe: Any, module: nn.Module, ranks: ParallelConfig | None) -> torch.device:
+    device = next(module.parameters()).device
+    if device.type == "cpu" and ranks is not None and ranks.fsdp and torch.cuda.is_available():
+        # A model that is larger than a GPU waits on the host until it is divided.
+        return own_gpu()
+    # Under an offload hook the weights wait on the CPU (or on meta), and the pipeline knows where they will run.
+    return device if device.type not in ("cpu", "meta") else pipe._execution_device
+
+
+def _refuse_compiled(denoiser: Denoiser) -> None:
+    modules = [denoiser.module, *denoiser.adapter.blocks(denoiser.module)]
+    wrapped = hasattr(denoiser.module, "_orig_mod")
+    if wrapped or any(module._compiled_call_impl is not None for module in modules):
+        raise Unsupported(
+            "accelerate",
+            "it is compiled already, and layers cannot be put inside a compiled module.",
+            "load it uncompiled and use accelerate(pipe, compile=True).",
+            str(denoiser),
+        )
+
+
+def meant(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
+    """The configuration meant by what a user wrote, and notes on what was left off or put in."""
+    found, notes = _written(target, config, sections)
+    if found.parallel is not None and found.parallel.sequence > 1 and found.attention is None:
+        # Somebody must carry attention between ranks.
+        found = replace(found, attention=AttentionConfig(backend="sdpa"))
+        notes = (*notes, "attention='sdpa', which carries a sequence that ranks share; name a faster one.")
+    return found, notes
+
+
+def _written(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
+    notes: tuple[str, ...] = ()
+    if config is None:
+        base, notes = (AccelConfig(), ()) if sections else presets.resolve("lossless", target)
+    elif isinstance(config, AccelConfig):
+        base = config
+    elif isinstance(config, Mapping):
+        base = AccelConfig.from_dict(config)
+    elif isinstance(config, (str, Path)):
+        # A file is meant by its ending, so that a missing one is not taken for an unknown preset.
+        if isinstance(config, Path) or Path(config).suffix in (".yaml", ".yml", ".json"):
+            base = AccelConfig.from_dict(read_yaml(config))
+        else:
+            return presets.resolve(config, target, sections)
+    else:
+        raise ConfigError(
+            f"config: expected a preset's name, a file, an AccelConfig, a mapping or None, got {type(config).__name__}."
+        )
+    if not sections:
+        return base, notes
+    kept = {entry.name: getattr(base, entry.name) for entry in fields(base)}
+    return AccelConfig.from_dict({**kept, **sections}), notes
+
+
+def resolve_parallel(config: Any, sections: Mapping[str, Any]) -> ParallelConfig | None:
+    """What a configuration says of ranks, before there is a pipeline. No preset says anything of them.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+    """
+    if "parallel" in sections:
+        return AccelConfig.from_dict({"parallel": sections["parallel"]}).parallel
+    if isinstance(config, AccelConfig):
+        return config.parallel
+    if isinstance(config, Mapping):
+        return AccelConfig.from_dict(config).parallel
+    if isinstance(config, (str, Path)) and Path(config).suffix in (".yaml", ".yml", ".json"):
+        return AccelConfig.from_yaml(config).parallel
+    return None
