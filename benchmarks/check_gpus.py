@@ -105,7 +105,7 @@ class Checks:
     def check(
         self, name: str, label: str, sections: dict[str, Any], bound: float, offloaded: tuple[str, str] | None = None
     ) -> None:
-        """Two requests under a configuration, and one after `restore`."""
+        """Requests under a configuration, and one after `restore`."""
         faulthandler.dump_traceback_later(SECONDS, exit=True)
         start, figures = time.perf_counter(), {}
         label, quantized = f"{name}, {label}", "linear" in sections

@@ -281,3 +281,10 @@ def test_without_a_launcher_it_is_refused():
 def test_explained(pools):
     (one, _) = pools[2].run(requests.explained, "flux", {"parallel": {"ulysses": 2}})
     assert "a sequence on 2 (ulysses 2)" in one and "attention='sdpa'" in one
+
+
+def test_a_pipeline_on_the_host_of_gpus(pools):
+    """What it will exchange by is said, since it is not what one would get after moving it."""
+    for way, said in (({"ulysses": 2}, True), ({"ulysses": 2, "exchange": "messages"}, False), ({"cfg": 2}, False)):
+        one, _ = pools[2].run(requests.explained, "flux", {"parallel": way}, True)
+        assert ("will exchange by messages" in one) is said

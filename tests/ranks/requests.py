@@ -189,8 +189,13 @@ def refusal(name, configuration, offloaded=False):
     return None
 
 
-def explained(name, configuration):
-    return str(explain(build(name), **configuration))
+def explained(name, configuration, gpus=False):
+    """What would be done, on a machine that has GPUs or has none."""
+    available, torch.cuda.is_available = torch.cuda.is_available, lambda: gpus
+    try:
+        return str(explain(build(name), **configuration))
+    finally:
+        torch.cuda.is_available = available
 
 
 def without_generator(name, configuration):
