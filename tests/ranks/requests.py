@@ -11,7 +11,7 @@ from tape import TapeRecorder
 from tiny import TINY, build, same, tensors
 from tiny.heads import with_heads
 
-from diffusers_accel import accelerate, explain, register_attention, restore, stats
+from diffusers_accel import accelerate, demo, explain, register_attention, restore, stats
 from diffusers_accel.core import windowed
 from diffusers_accel.core.graphs import RECORDERS
 from diffusers_accel.core.windows import MAKERS
@@ -161,6 +161,35 @@ def rounds(name, configuration):
     finally:
         guidance.Guidance._resolve = resolve
     return found, errors
+
+
+@functools.lru_cache(maxsize=1)
+def _checkpoint(name):
+    """A shipped checkpoint, loaded once for all requests in a row, and what it makes in this process alone."""
+    pipe = demo.load(name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, _made(pipe, name)
+
+
+def _made(pipe, name):
+    record = demo.CHECKPOINTS[name]
+    arguments = {**record.arguments, "num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}
+    if record.kind == "video":
+        arguments["num_frames"] = 5
+    out = pipe(record.captions[0], output_type="pt", **arguments)
+    return out.images if record.kind == "image" else out.frames
+
+
+def checkpoint(name, configuration):
+    """How far the picture or video of a shipped checkpoint, in float32, is from stock; and whether it is the same bit
+    for bit after `restore`."""
+    pipe, expected = _checkpoint(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        accelerate(pipe, **configuration)
+        out = _made(pipe, name)
+        restore(pipe)
+    return relative(out, expected), torch.equal(_made(pipe, name), expected)
 
 
 def twice(name, configuration, steps=2):
