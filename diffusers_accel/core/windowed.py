@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .windows import Windows, placed
-
-if TYPE_CHECKING:
-    from .comm import Group
 
 # Bytes from which two ranks' sums are made here: 27 us where NCCL takes 32. It makes smaller ones in 12 to 18 us, which
 # take 19 to 24 here. All sums of more ranks are NCCL's: divided among four, 28 MB took 196 us through windows, and 152
@@ -19,7 +16,7 @@ SUMMED = 2 << 20
 
 
 def reshard(
-    group: Group,
+    group: Any,
     windows: Windows,
     tensors: Sequence[torch.Tensor],
     shapes: Sequence[Sequence[Sequence[int]]],
@@ -64,7 +61,7 @@ def reshard(
 
 
 def exchange(
-    group: Group,
+    group: Any,
     windows: Windows,
     sends: Sequence[Sequence[torch.Tensor]],
     like: Sequence[Sequence[Sequence[int]]],
@@ -93,7 +90,7 @@ def exchange(
 
 
 def pass_on(
-    group: Group,
+    group: Any,
     windows: Windows,
     tensors: Sequence[torch.Tensor],
     like: Sequence[Sequence[int]],
@@ -119,7 +116,7 @@ def pass_on(
     return [window.part(group.rank, *each) for each in where], wait
 
 
-def total(group: Group, windows: Windows, x: torch.Tensor) -> torch.Tensor:
+def total(group: Any, windows: Windows, x: torch.Tensor) -> torch.Tensor:
     """`Group.total` of two ranks, which send each other all they have: added up in float32, and rounded once.
 
     Args:
