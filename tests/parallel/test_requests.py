@@ -94,12 +94,21 @@ def test_batches_and_masks(pools, name, calls, way):
     agrees(pools[2], name, {**ON_2, **ALSO_ON_2}[way], rest=(calls,))
 
 
-@pytest.mark.parametrize("name", ["wan", "cosmos-predict2", "cosmos-predict25-v2w"])
-def test_branches_are_computed_at_once(pools, name):
-    """Cosmos works on a branch before it calls the next one. That there is one is not known in the very first step."""
-    first = [1, 1] if name.startswith("cosmos") else [2]
+@pytest.mark.parametrize(
+    ("name", "first", "branches", "alone"),
+    [
+        ("wan", [2], 2, 1),
+        ("cosmos-predict2", [1, 1], 2, 1),
+        ("cosmos-predict25-v2w", [1, 1], 2, 1),
+        # Its other guidances stay on.
+        ("ltx2-i2v-stg", [1, 1, 1], 3, 3),
+    ],
+)
+def test_branches_are_computed_at_once(pools, name, first, branches, alone):
+    """Cosmos and LTX-2 work on a branch before they call the next one. That there is one is not known in the very first
+    step."""
     for found, errors in pools[2].run(requests.rounds, name, {"parallel": {"cfg": 2}}):
-        assert found == [[*first, 2, 2], [2, 2, 2], [1]] and max(errors) < 2e-4
+        assert found == [[*first, branches, branches], [branches] * 3, [alone]] and max(errors) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["wan", "sd3", "cosmos", "ltx2"])
