@@ -49,9 +49,9 @@ def test_two_ranks(pools, name):
         assert all(branch["computed"] > 0 == branch["skipped"] for branch in branches.values())
 
 
-@pytest.mark.parametrize("way", ON_4)
+@pytest.mark.parametrize("way", [way for way in ON_4 if ON_4[way]["tp"] == 2])
 def test_sums_through_windows(pools, way):
-    """And norms across heads."""
+    """And norms across heads. Sums of more than two ranks do not go there."""
     agrees(pools[4], "wan", ON_4[way], heads=6, windows=True)
 
 

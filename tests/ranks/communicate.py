@@ -13,13 +13,21 @@ from .shared import SharedFiles
 
 
 def collectives(length, windows):
-    """Every collective on shards of a known tensor; returns what came."""
+    """Every collective on shards of a known tensor; returns what came. With windows, also sums of few values go through
+    them."""
+    summed, windowed.SUMMED = windowed.SUMMED, 64
+    try:
+        return _collectives(length, windows)
+    finally:
+        windowed.SUMMED = summed
+
+
+def _collectives(length, windows):
     begin("cpu")
     mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, "cpu")
     group = mesh.group("ulysses")
     if windows:
         group.windows = Windows(group, SharedFiles)
-        windowed.SUMMED = 64
     whole = torch.arange(2.0 * length * 3).view(2, length, 3)
     counts = shares(length, group.size)
     mine = group.part(whole, 1)
@@ -42,7 +50,7 @@ def collectives(length, windows):
     group.rest()
     turns += [group.windows._turn] if windows else []
     summed = group.sum(torch.full((3,), float(group.rank)))
-    # Enough to be divided, with an odd rest, and not in one piece.
+    # Not in one piece, and through windows where there are two ranks.
     many = torch.arange(2.0 * 40_001).view(40_001, 2).mT
     total, kept = group.total(many * (group.rank + 1)), many.clone()
     turns += [group.windows._turn] if windows else []
