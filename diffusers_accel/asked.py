@@ -103,7 +103,16 @@ def _refuse_compiled(denoiser: Denoiser) -> None:
 
 
 def meant(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
-    """The configuration meant by what a user wrote, and notes on what was left off or put in."""
+    """The configuration meant by what a user wrote, and notes on what was left off or put in.
+
+    Args:
+        target: The pipeline, for which presets are filled in.
+        config: As in `accelerate`.
+        sections: Likewise.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+    """
     found, notes = _written(target, config, sections)
     if found.parallel is not None and found.parallel.sequence > 1 and found.attention is None:
         # Somebody must carry attention between ranks.
@@ -138,6 +147,10 @@ def _written(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[
 
 def resolve_parallel(config: Any, sections: Mapping[str, Any]) -> ParallelConfig | None:
     """What a configuration says of ranks, before there is a pipeline. No preset says anything of them.
+
+    Args:
+        config: As in `accelerate`.
+        sections: Likewise.
 
     Raises:
         ConfigError: The configuration cannot be read.

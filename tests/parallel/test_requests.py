@@ -297,3 +297,10 @@ def test_a_pipeline_on_the_host_of_gpus(pools):
     for way, said in (({"ulysses": 2}, True), ({"ulysses": 2, "exchange": "messages"}, False), ({"cfg": 2}, False)):
         one, _ = pools[2].run(requests.explained, "flux", {"parallel": way}, True)
         assert ("will exchange by messages" in one) is said
+
+
+def test_sums_that_do_not_go_as_asked(pools):
+    for tp, said in ((4, True), (2, False)):
+        way = {"tp": tp, "ulysses": 4 // tp, "exchange": "windows"}
+        one, *_ = pools[4].run(requests.explained, "flux", {"parallel": way}, False, 4)
+        assert ("more than two ranks of tp go by messages" in one) is said

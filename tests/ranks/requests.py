@@ -218,11 +218,13 @@ def refusal(name, configuration, offloaded=False):
     return None
 
 
-def explained(name, configuration, gpus=False):
+def explained(name, configuration, gpus=False, heads=None):
     """What would be done, on a machine that has GPUs or has none."""
+    pipe = with_heads(name, heads)
+    explain(pipe, **configuration)  # what is imported looks for GPUs too
     available, torch.cuda.is_available = torch.cuda.is_available, lambda: gpus
     try:
-        return str(explain(build(name), **configuration))
+        return str(explain(pipe, **configuration))
     finally:
         torch.cuda.is_available = available
 

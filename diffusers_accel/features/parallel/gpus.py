@@ -66,7 +66,8 @@ def notes(target: Target) -> list[str]:
 
 
 def beforehand(target: Target) -> Iterator[Edit]:
-    """Has a pipeline on the host go to this rank's GPU, should it be moved or offloaded afterwards."""
+    """Has a pipeline on the host go to this rank's GPU, should it be moved or offloaded afterwards: that is the
+    process's current one from now on."""
     if _own() is not None:
         torch.cuda.set_device(own_gpu())
         yield from _offloading(target)

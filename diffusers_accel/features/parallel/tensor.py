@@ -72,7 +72,10 @@ def check(target: Target, config: ParallelConfig) -> Plan:
     linear = target.config.linear if target.config is not None else None
     if linear is not None and linear.keep_original == "drop":
         notes.append("Whole weights stay in every rank's host memory, whatever linear drops.")
-    return Plan("; ".join(actions), modules, tuple(notes))
+    left = []
+    if config.exchange == "windows" and config.tp > 2:
+        left.append("parallel.exchange='windows': sums of more than two ranks of tp go by messages, which is faster.")
+    return Plan("; ".join(actions), modules, tuple(notes), tuple(left))
 
 
 def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
