@@ -96,7 +96,9 @@ class AttentionSite:
         scale: float | None = None,
     ) -> torch.Tensor:
         """Attention on (batch, sequence, heads, head_dim) tensors, compiled or not."""
-        return enter(self.number, query, key, value, attn_mask, is_causal, scale)
+        if torch.compiler.is_compiling():
+            return _attention(query, key, value, attn_mask, is_causal, scale, self.number)
+        return self.run(Inputs(query, key, value, attn_mask, is_causal, scale))
 
 
 # Sites by number, while the pipeline exists whose layers have them. The number is a constant in compiled graphs: freed
