@@ -233,7 +233,7 @@ def _loaded(load: Any, options: dict[str, Any], config: Any, sections: dict[str,
     if callable(load):
         made = load(**options)
     else:
-        # Files of one pipeline may differ in their type, which no model takes.
+        # Without a type, diffusers' models are loaded in float32 and transformers' in that of their files.
         usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         made = from_pretrained(load, **({} if "torch_dtype" in options else {"dtype": usual}) | options)
     ranks = resolve_parallel(config, sections)

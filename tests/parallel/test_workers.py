@@ -97,9 +97,9 @@ def standing():
 
 
 def test_weights_of_one_type(tmp_path):
-    """A folder whose files differ in their type is loaded in one, unless another is asked for."""
+    """Without a type, diffusers' models and transformers' would be loaded in two: float32, and the file's."""
     pipe = build("flux")
-    pipe.transformer.to(torch.bfloat16)
+    pipe.to(torch.bfloat16)
     pipe.save_pretrained(tmp_path)
     sections = {"attention": "sdpa"}
     loaded = workers._loaded(str(tmp_path), {}, None, sections)
