@@ -59,6 +59,8 @@ class Agreement:
             state = self.target.clock.current
             if state is not None and state.request != self._request:
                 self._request = state.request
+                for windows in self.target.windows:
+                    windows.begin()
                 self._judge = self._compare(by_name(names, args, kwargs), str(denoiser))
                 out = inner(*args, **kwargs)
                 # There may be no next call.
