@@ -30,6 +30,14 @@ class on_its_device:
         return partial(_launch, self.kernel[grid])
 
 
+# Told by their type first: thousands of launches ask in every request.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def _launch(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    with on(next(item for item in args if isinstance(item, torch.Tensor))):
-        launch(*args, **kwargs)
+    for item in args:
+        if type(item) in _PLAIN or isinstance(item, torch.Tensor):
+            with on(item):
+                launch(*args, **kwargs)
+            return
+    raise TypeError("a kernel is launched with a tensor among its arguments")
