@@ -13,7 +13,7 @@ FLOORS = [
     {"core"},
     {"kernels", "models", "policies"},
     {"checkpoints", "features"},
-    {"reporting", "presets"},
+    {"reporting", "presets", "session"},
     {"asked"},
     {"api"},
     {"demo", "workers"},
