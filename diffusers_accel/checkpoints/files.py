@@ -106,7 +106,7 @@ def read_json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{str(file)!r} is missing.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{str(file)!r} is not JSON: {error}.") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{str(file)!r} holds a {type(found).__name__}, not a mapping.")
