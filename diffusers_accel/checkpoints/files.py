@@ -166,14 +166,15 @@ def judge_file(file: Path) -> None:
         begin = opened.read(32)
     if not begin:
         raise CheckpointError(f"{str(file)!r} is empty.{_FULL}")
-    # A header of 0x4680 bytes begins like a pickle: what follows it is told by its brace.
-    found = None if begin[8:9] == b"{" else next((each for key, each in _BYTES.items() if begin.startswith(key)), None)
-    found = found or _NAMES.get(file.suffix.lower())
+    # The length of a header may look like another kind's first bytes: its brace, and that it is there, tell it first.
+    if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") + 8 <= file.stat().st_size:
+        return
+    found = next((each for key, each in _BYTES.items() if begin.startswith(key)), None) or _NAMES.get(
+        file.suffix.lower()
+    )
     if found is not None:
         raise CheckpointError(f"{str(file)!r} is {found[0]}; only safetensors can be read here. Instead: {found[1]}.")
-    length = int.from_bytes(begin[:8], "little")
-    if len(begin) < 9 or begin[8:9] != b"{" or length + 8 > file.stat().st_size:
-        raise CheckpointError(f"{str(file)!r} cannot be read: it has no whole header of safetensors.{_FULL}")
+    raise CheckpointError(f"{str(file)!r} cannot be read: it has no whole header of safetensors.{_FULL}")
 
 
 def judge_tensors(names: Iterable[str], file: Path) -> None:

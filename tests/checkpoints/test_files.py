@@ -59,10 +59,12 @@ class TestSingleFiles:
         [
             ("x.gguf", b"GGUF\x03" + bytes(60), r"x.gguf' is a GGUF file.*GGUFQuantizationConfig"),
             ("x.safetensors", b"GGUF\x03" + bytes(60), "is a GGUF file"),
+            ("x.safetensors", b"GGUF\x03\x00\x00\x00{" + bytes(60), "is a GGUF file"),  # of 123 tensors
             ("x.pt", pickled(), r"is a pickle.*safetensors.torch.save_file\(torch.load"),
             ("x.safetensors", pickled(), "is a pickle"),
             ("x.ckpt", b"\x80\x02}q\x00" + bytes(60), "is a pickle"),
             ("x.bin", bytes(64), "is a pickle"),
+            ("x.bin", WHOLE, "says nothing of a quantization"),  # told by what it holds
             ("x.safetensors", b"", r"is empty\. Was it downloaded in full\?"),
             ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is Git LFS's pointer"),
             ("x.safetensors", b"<!doctype html><html>" + bytes(60), "is a web page"),
@@ -70,7 +72,7 @@ class TestSingleFiles:
             ("x.safetensors", WHOLE[:-5], "cannot be read.*downloaded in full"),
             ("x.safetensors", None, "There is no file"),
         ],
-        ids=range(12),
+        ids=range(14),
     )  # fmt: skip
     def test_other_kinds(self, made, tmp_path, name, data, message):
         if data is not None:
