@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from ...core.operators import operator
+from ...core.platform import on
 from .choice import Choice, shape_class
 from .pending import pending, settled
 from .record import KERNELS, AttentionFunction, AttentionKernel, Call, Inputs
@@ -55,6 +56,10 @@ class AttentionSite:
 
     def here(self, inputs: Inputs) -> Any:
         """The same on this rank alone; with the logsumexp, if that is asked for."""
+        with on(inputs.value):
+            return self._here(inputs)
+
+    def _here(self, inputs: Inputs) -> Any:
         folded = inputs
         query, key = inputs.query, inputs.key
         to_do = pending(query, key)
