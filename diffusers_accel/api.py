@@ -333,6 +333,10 @@ def warmup(
     return pipe
 
 
+# Devices on which weights wait for their turn elsewhere.
+_WAITING = ("cpu", "meta")
+
+
 @contextmanager
 def recorded(pipe: Any, use_ret_steps: bool = False) -> Iterator[Target]:
     """Records, in the target's `cache_records`, how signal and residual change from step to step of every request in
@@ -421,7 +425,7 @@ def _look(session: Session, pipe: Any) -> None:
                 str(denoiser),
             )
         now = next(denoiser.module.parameters()).device.type
-        if now not in ("cpu", "meta", denoiser.device.type) and config.parallel is None:
+        if now not in (*_WAITING, denoiser.device.type) and config.parallel is None:
             moved = f"accelerate: {denoiser} has moved from {denoiser.device.type} to {now}"
             if pipe is not None:
                 warnings.warn(f"{moved}: everything is chosen again.", stacklevel=2)

@@ -293,10 +293,10 @@ class ParkWeight:
             if seen is None:
                 seen = getattr(self.successor, self.tensor, weight)
             dtype = seen.dtype if isinstance(seen, torch.Tensor) and seen.is_floating_point() else weight.dtype
-            there_now = getattr(self.successor, self.tensor, None)
-            loaded = type(there_now) is nn.Parameter and self._made is not nn.Parameter
-            if loaded and type(there_now.data) is torch.Tensor and there_now.shape == weight.shape:
-                weight.data = there_now.data
+            now: Any = getattr(self.successor, self.tensor, None)
+            loaded = type(now) is nn.Parameter and self._made is not nn.Parameter
+            if loaded and type(now.data) is torch.Tensor and now.shape == weight.shape:
+                weight.data = now.data
             else:
                 weight.data = moved(weight.data, there.device).to(dtype)
             self._follow()

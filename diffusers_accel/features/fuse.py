@@ -20,7 +20,7 @@ from torch import nn
 from ..config import FuseConfig
 from ..core.edits import Edit, Places, SwapModule
 from ..errors import Unsupported
-from ..kernels.linear import Apart, Part, Stack, emptied, unstacked
+from ..kernels.linear import STOCK, Apart, Part, Stack, emptied, unstacked
 from .feature import Denoiser, Plan, Target, refuse_offloaded
 
 # Names of an attention module's projections that read its own stream, another one, and one beside it.
@@ -42,6 +42,11 @@ class _Group:
         found = [parent._modules[name] for parent, name in self.places]
         return [layer.original if isinstance(layer, Part) else layer for layer in found]
 
+    @property
+    def before(self) -> list[Any]:
+        """The layers as they are before another package's take their places: an earlier `accelerate` makes way."""
+        return [vars(layer).get(STOCK, (layer,))[0] for layer in self.layers]
+
     def __str__(self) -> str:
         return ", ".join(self.paths)
 
@@ -60,7 +65,7 @@ def check(target: Target, config: FuseConfig) -> Plan:
             if not any(_matches(denoiser, path, glob) for group in groups for path in group.paths):
                 raise Unsupported(f"fuse.ignore: {glob!r}", "it matches no projection.", "another glob.", str(denoiser))
         wanted = _wanted(target, denoiser, groups, config)
-        reasons = [(group, Stack.refusal(group.layers)) for group in wanted]
+        reasons = [(group, Stack.refusal(group.before)) for group in wanted]
         fit = [group for group, reason in reasons if reason is None]
         left += [f"{denoiser.name}: {group} stay apart: {reason}." for group, reason in reasons if reason is not None]
         if not fit:

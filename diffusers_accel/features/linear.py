@@ -9,10 +9,11 @@ What stays wide: what the adapter lists for its model, what the user lists, and 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from ..config import LinearConfig
 from ..core.edits import Edit, ParkWeight, SwapModule
-from ..errors import Unsupported
+from ..errors import AccelError, Unsupported
 from ..kernels.linear import LINEARS, STOCK, LinearKernel, Part, QuantizedLinear, RoundedOnce, StandIn, whole_of
 from ..models.adapter import default_adapter
 from .feature import Denoiser, Plan, Target, refuse_offloaded
@@ -79,6 +80,7 @@ def check(target: Target, config: LinearConfig) -> Plan:
                 "another format, or linear.plan={'*': ...} to name layers that are kept wide by default.",
                 str(denoiser),
             )
+        _refuse_untaken(denoiser, found.quantized)
         modules += len(found.quantized)
         counts = Counter(layer.kernel.name for layer in found.quantized)
         actions.append(f"{denoiser.name}: {', '.join(f'{name} x {count}' for name, count in counts.items())}")
@@ -100,6 +102,35 @@ def check(target: Target, config: LinearConfig) -> Plan:
     if config.keep_original == "drop":
         notes.append("The original weights are dropped: restore cannot bring them back.")
     return Plan("; ".join(actions), modules, tuple(dict.fromkeys(notes)), tuple(left))
+
+
+def _refuse_untaken(denoiser: Denoiser, layers: list[_Layer]) -> None:
+    """Tries another package's format on a copy of its smallest layer, which is all that tells whether it can take it.
+
+    Raises:
+        Unsupported: It fails.
+    """
+    for name in dict.fromkeys(layer.kernel.name for layer in layers if layer.kernel.foreign):
+        mine = [layer for layer in layers if layer.kernel.name == name]
+        layer = min(mine, key=lambda each: each.module.weight.numel())
+        if layer.module.weight.is_meta:
+            continue
+        try:
+            with torch.no_grad():
+                made = _made(replace(layer, module=copy.deepcopy(layer.module)))
+                weight = layer.module.weight
+                if weight.device.type == denoiser.device.type:
+                    made(torch.zeros(32, layer.module.in_features, dtype=weight.dtype, device=weight.device))
+        except AccelError:
+            raise
+        except Exception as error:  # whatever a foreign package raises on a layer it cannot take
+            first = (str(error).strip() or "no message").splitlines()[0]
+            raise Unsupported(
+                f"linear={name!r}",
+                f"it cannot take {layer.path}, on which it was tried: {type(error).__name__}: {first}",
+                f"another format, or linear.plan={{{layer.path!r}: 'none'}} for layers like it.",
+                str(denoiser),
+            ) from error
 
 
 def components(target: Target, config: LinearConfig) -> tuple[str, ...]:
@@ -151,13 +182,13 @@ def _warn_of_parts(denoiser: Denoiser, found: _Layers) -> None:
 
 def _made(layer: _Layer) -> nn.Module:
     """The quantized layer, on the stock one's device; a weight on the host is quantized on the GPU if there is one."""
-    replace, weight = layer.kernel.load(), layer.module.weight
+    make, weight = layer.kernel.load(), layer.module.weight
     if weight.device.type != "cpu" or not torch.cuda.is_available():
-        return replace(layer.module)
+        return make(layer.module)
     kept = weight.data
     weight.data = kept.cuda()
     try:
-        return replace(layer.module).to(kept.device)
+        return make(layer.module).to(kept.device)
     finally:
         weight.data = kept
 

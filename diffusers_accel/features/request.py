@@ -7,6 +7,7 @@ its turn, whichever pipeline it is of.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,7 @@ def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = clock.requests
+        config = target.config
         timestep = kwargs["timestep"] if "timestep" in kwargs else by_name(names, args, {}).get("timestep")
         state = clock.enter(denoiser.name, adapter.branches, timestep, adapter.special_branch(kwargs))
         if clock.requests != before:
@@ -50,6 +52,12 @@ def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
             except BaseException:
                 clock.abandon()
                 raise
+            if state.step is None and config is not None and (config.cache or config.attention):
+                warnings.warn(
+                    f"accelerate: {type(clock.scheduler).__name__} does not tell which step it is at: nothing is "
+                    "skipped, and steps that depend on their place are computed with care.",
+                    stacklevel=2,
+                )
             target.attention_calls.clear()
             target.attention_timings.clear()
             target.attention_broadcasts.clear()

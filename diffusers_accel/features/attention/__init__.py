@@ -142,7 +142,8 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
                     yield SetAttr(processor, "_attention_backend", member)
                 else:
                     # One class per stock class, so that all blocks share one compiled graph.
-                    clone: Any = object.__new__(rebound_class(type(processor), site.number, fold, mark))
+                    kind: Any = type(processor)
+                    clone: Any = object.__new__(rebound_class(kind, site.number, fold, mark))
                     vars(clone).update(vars(processor))
                     yield SetProcessor(layer.module, "processor", clone)
         if config.dense_layers or any(len(set(role.backends)) > 1 for role in roles):

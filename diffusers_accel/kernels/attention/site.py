@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from ...core.operators import operator
+from ...errors import Unsupported
 from ...core.platform import on
 from .choice import Choice, shape_class
 from .pending import pending, settled
@@ -127,7 +128,18 @@ def enter(
     """Attention by the site of a number, on (batch, sequence, heads, head_dim) tensors, compiled or not."""
     if torch.compiler.is_compiling():
         return _attention(query, key, value, attn_mask, is_causal, scale, number)
-    return SITES[number].run(Inputs(query, key, value, attn_mask, is_causal, scale))
+    return _site(number).run(Inputs(query, key, value, attn_mask, is_causal, scale))
+
+
+def _site(number: int) -> AttentionSite:
+    found = SITES.get(number)
+    if found is None:
+        raise Unsupported(
+            "attention",
+            "a processor of a pipeline that was restored, or is gone, was called.",
+            "a stock processor: set_attn_processor(...) with one of diffusers' own.",
+        )
+    return found
 
 
 def _attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -144,5 +156,5 @@ def _attention(
     scale: float | None,
     site: int,
 ) -> torch.Tensor:
-    out = SITES[site].run(Inputs(query, key, value, attn_mask, is_causal, scale))
+    out = _site(site).run(Inputs(query, key, value, attn_mask, is_causal, scale))
     return out.contiguous()

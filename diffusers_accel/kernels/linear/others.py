@@ -30,6 +30,7 @@ def _torchao(name: str) -> LinearKernel:
         modules=("torchao",),
         install="pip install torchao",
         everywhere=False,
+        foreign=True,
     )
 
 

@@ -31,6 +31,7 @@ class LinearKernel:
         out_multiple: The same for output features.
         bits: Of a stored weight, scales included, to tell a user what it will take; `None` if it is not known.
         note: What a user should know of how it runs, by the device.
+        foreign: Whether it is somebody else's code: what it takes is known once it has been tried on a layer.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LinearKernel:
     out_multiple: int = 1
     bits: float | None = None
     note: Callable[[Device], str | None] = lambda device: None
+    foreign: bool = False
 
     def missing(self, device: Device) -> str | None:
         """Why it cannot run on a device, or `None` if it can."""
@@ -98,7 +100,11 @@ def register_linear(name: str, function: Any = None, *, replace: bool = False, *
                 )
             return found
 
-        LINEARS.add(name, LinearKernel(**{"name": name, "load": lambda: checked, **properties}), replace=replace)
+        LINEARS.add(
+            name,
+            LinearKernel(**{"name": name, "load": lambda: checked, "foreign": True, **properties}),
+            replace=replace,
+        )
         return function
 
     return register if function is None else register(function)
