@@ -19,8 +19,8 @@ from weakref import WeakValueDictionary
 import torch
 
 from ...core.operators import operator
-from ...errors import Unsupported
 from ...core.platform import on
+from ...errors import Unsupported
 from .choice import Choice, shape_class
 from .pending import pending, settled
 from .record import KERNELS, AttentionFunction, AttentionKernel, Call, Inputs
