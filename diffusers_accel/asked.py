@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import presets
+from . import names, presets
 from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
 from .core.chain import Chain
 from .core.mesh import own_gpu
@@ -114,6 +114,7 @@ def meant(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[Acc
         ConfigError: The configuration cannot be read.
     """
     found, notes = _written(target, config, sections)
+    names.refuse_unknown(found)
     if found.parallel is not None and found.parallel.sequence > 1 and found.attention is None:
         # Somebody must carry attention between ranks.
         found = replace(found, attention=AttentionConfig(backend="sdpa"))

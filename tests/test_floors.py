@@ -13,7 +13,7 @@ FLOORS = [
     {"core"},
     {"kernels", "models", "policies"},
     {"checkpoints", "features"},
-    {"reporting", "presets"},
+    {"names", "reporting", "presets"},
     {"asked"},
     {"api"},
     {"demo", "workers"},

@@ -14,10 +14,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 
 from .. import api, demo
-from ..config import AccelConfig, ParallelConfig, read_yaml
+from ..config import AccelConfig, ParallelConfig, parsed, read_yaml
 from ..errors import AccelError, ConfigError, nearest
 from ..presets import PRESETS
 
@@ -157,8 +156,8 @@ def key_value(text: str, option: str, example: str) -> tuple[str, Any]:
     if not separator or not key.strip(". "):
         raise CommandError(f"{option} {text}: expected KEY=VALUE, e.g. {option} {example}.")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return key.strip(), parsed(value)
+    except ValueError as error:
         raise CommandError(f"{option} {text}: {value!r} is not YAML.") from error
 
 

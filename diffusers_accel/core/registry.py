@@ -6,10 +6,10 @@ keeps at module level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from ..errors import Unsupported, nearest
+from ..errors import UnknownName, nearest, shown
 
 Record = TypeVar("Record")
 
@@ -19,10 +19,11 @@ class Registry(Generic[Record]):
 
     Args:
         kind: What the records are, as a user reads it in an error.
+        register: The public function that lets a user's own in.
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, register: str):
+        self.kind, self.register = kind, register
         self._records: dict[str, Record] = {}
         self._families: dict[str, Callable[[str], Record]] = {}
 
@@ -36,13 +37,30 @@ class Registry(Generic[Record]):
         self._families[prefix] = make
 
     def get(self, name: str) -> Record:
-        """The record of that name; `Unsupported` with the nearest known name if there is none."""
+        """The record of that name; `UnknownName` with the nearest known name if there is none."""
         if name not in self._records:
             for prefix, make in self._families.items():
                 if name.startswith(prefix):
                     return make(name)
-            raise Unsupported(repr(name), f"There is no {self.kind} of that name.", nearest(name, self._records))
+            raise self.unknown(name)
         return self._records[name]
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a record of that name, or a family that may make one."""
+        return name in self._records or name.startswith(tuple(self._families))
+
+    def unknown(self, name: str, field: str = "", besides: Iterable[str] = ()) -> UnknownName:
+        """The error for a name that is not here.
+
+        Args:
+            name: The name.
+            field: Section and field of the configuration that have it.
+            besides: What else that field takes.
+        """
+        none = f"None is registered; diffusers_accel.{self.register} lets one in."
+        where = f"{field}={shown(name)}" if field else shown(name)
+        reason = f"There is no {self.kind} of that name."
+        return UnknownName(where, reason, nearest(name, (*self._records, *besides), none))
 
     def __contains__(self, name: str) -> bool:
         return name in self._records

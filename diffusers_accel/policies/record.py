@@ -30,7 +30,7 @@ class PolicyRecord:
     first: int = 0
 
 
-POLICIES: Registry[PolicyRecord] = Registry("caching policy")
+POLICIES: Registry[PolicyRecord] = Registry("caching policy", "register_policy")
 
 
 def register_policy(

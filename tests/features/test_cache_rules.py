@@ -208,7 +208,7 @@ def test_what_is_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: {"kind": "mask", "mask": "slowly"}, "unknown mask 'slowly'.*Did you mean 'slow'"),
+        (lambda: {"kind": "mask", "mask": "slowly"}, "got 'slowly'.*Did you mean 'slow'"),
         (lambda: {"kind": "mask", "mask": (0, 1)}, "the first one computed"),
         (lambda: {"kind": "mask", "mask": (1, 0.5)}, "ones for computed"),
         (lambda: {"kind": "taylorseer", "order": 5}, "between 0 and 4, got 5"),

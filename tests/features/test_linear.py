@@ -400,7 +400,7 @@ class TestRefusals:
             ),
         ):
             assert AccelConfig(linear=values).linear == LinearConfig(**expected)
-        with pytest.raises(ConfigError, match=r"'FP9' is not known. Did you mean 'FP8'"):
+        with pytest.raises(ConfigError, match=r"got 'FP9'. Did you mean 'FP8'"):
             AccelConfig(linear={"quant_algo": "FP9"})
         with pytest.raises(ConfigError, match="a loaded model has no input scales"):
             AccelConfig(linear={"quant_algo": "FP8", "dynamic": False})

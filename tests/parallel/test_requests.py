@@ -197,7 +197,7 @@ def test_rounded_on_their_way(pools):
 
 @pytest.mark.parametrize("wrong", [{"exchange": "pigeons"}, {"payload": "int2"}, {"vae_others": "sleep"}])
 def test_words_that_nobody_knows(wrong):
-    with pytest.raises(ConfigError, match=r"parallel\.(exchange|payload|vae_others): one of"):
+    with pytest.raises(ConfigError, match=r"parallel\.(exchange|payload|vae_others): expected"):
         AccelConfig.from_dict({"parallel": {"ulysses": 2, **wrong}})
 
 

@@ -18,6 +18,7 @@ from ...config import (
     StepMaskConfig,
     TaylorSeerConfig,
     TeaCacheConfig,
+    plain,
 )
 from ...errors import Unsupported, nearest
 from ...models import MAGCACHE_ROWS, TEACACHE_ROWS, Checkpoint
@@ -221,7 +222,7 @@ def _seacache(target: Target, denoiser: Denoiser, config: SeaCacheConfig) -> Rul
 def _own(target: Target, denoiser: Denoiser, config: PolicyConfig) -> Rule:
     record = POLICIES.get(config.name)
     watch: WatchFactory = signal_of(denoiser) if record.watches == "signal" else WATCHES[record.watches]
-    options = dict(config.options or {})
+    options = plain(config.options or {})
     try:
         record.factory(**options)
     except TypeError as error:

@@ -19,6 +19,7 @@ from ...core.chain import Chain
 from ...core.edits import AddLayer, Edit
 from ...errors import Unsupported
 from ..feature import Denoiser, Plan, Target
+from .known import options_of
 from .modulation import Modulations
 
 _RECOMPILE_LIMIT = 64
@@ -123,7 +124,7 @@ def _compiled(
         "fullgraph": config.fullgraph,
         "dynamic": config.dynamic,
         "mode": _mode(config),
-        "options": dict(config.options) if config.options else None,
+        "options": options_of(config) or None,
     }
     if exchanging and config.backend == "inductor" and options["mode"] is None:
         # Exchanges that do not depend on each other must come in one order on all ranks.
