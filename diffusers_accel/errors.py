@@ -37,6 +37,10 @@ class UnknownName(Unsupported, ConfigError):
     """A configuration names what no registry has."""
 
 
+class PolicyFailed(AccelError):
+    """A caching policy of the user's own raised, or returned what is no mode."""
+
+
 class RanksDiffer(AccelError):
     """Processes that share a request were given different ones."""
 

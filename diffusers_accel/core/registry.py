@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
+from ..config.declared import LONGEST
 from ..errors import UnknownName, nearest, shown
 
 Record = TypeVar("Record")
@@ -20,14 +21,19 @@ class Registry(Generic[Record]):
     Args:
         kind: What the records are, as a user reads it in an error.
         register: The public function that lets a user's own in.
+        reserved: Words that a configuration takes beside names.
     """
 
-    def __init__(self, kind: str, register: str):
-        self.kind, self.register = kind, register
+    def __init__(self, kind: str, register: str, reserved: tuple[str, ...] = ()):
+        self.kind, self.register, self.reserved = kind, register, reserved
         self._records: dict[str, Record] = {}
         self._families: dict[str, Callable[[str], Record]] = {}
 
     def add(self, name: str, record: Record, replace: bool = False) -> None:
+        if not isinstance(name, str) or not name.strip() or len(name) > LONGEST or not name.isprintable():
+            raise ValueError(f"A {self.kind} is named by text of one line, got {shown(name)}.")
+        if name in self.reserved or name.startswith(tuple(self._families)):
+            raise ValueError(f"{name!r} means something else where a {self.kind} is named. Give another name.")
         if name in self._records and not replace:
             raise ValueError(f"There is a {self.kind} named {name!r} already. Give another name, or replace=True.")
         self._records[name] = record
@@ -60,7 +66,9 @@ class Registry(Generic[Record]):
         none = f"None is registered; diffusers_accel.{self.register} lets one in."
         where = f"{field}={shown(name)}" if field else shown(name)
         reason = f"There is no {self.kind} of that name."
-        return UnknownName(where, reason, nearest(name, (*self._records, *besides), none))
+        # Records that say more than their name, behind a slash, are told to those who know that.
+        known = [each for each in self._records if "/" in name or "/" not in each]
+        return UnknownName(where, reason, nearest(name, (*known, *besides), none))
 
     def __contains__(self, name: str) -> bool:
         return name in self._records

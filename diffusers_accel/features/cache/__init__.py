@@ -81,7 +81,7 @@ def _edits(target: Target, cache: StepCache) -> Iterator[Edit]:
     if cache.rule.whole:
         return
     # What the first blocks return is measured, and what the last ones are given is predicted.
-    stacks, first, last = denoiser.adapter.stacks, cache.rule.first, cache.rule.last
+    stacks, first, last = denoiser.stacks, cache.rule.first, cache.rule.last
     looked_at = [stacks[0].blocks(denoiser.module)[first]] if first else []
     looked_at += [stacks[-1].blocks(denoiser.module)[-last]] if last else []
     target.looked_at.update((denoiser.name, id(block)) for block in looked_at)

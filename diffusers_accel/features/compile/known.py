@@ -4,6 +4,7 @@ only of a configuration that names something."""
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from typing import Any
 
@@ -60,11 +61,25 @@ def refuse_options(config: CompileConfig) -> None:
                 f"{f'{close} ' if close.startswith('Did') else ''}{listed}"
             )
         kind = inductor.get_type(own)  # type: ignore[attr-defined]
-        number = isinstance(value, bool) and kind is int
-        if typing.get_origin(kind) is None and isinstance(kind, type) and (number or not isinstance(value, kind)):
+        if not _of_type(value, kind):
+            words = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "")
             raise ConfigError(
-                f"compile.options[{name!r}]: expected {kind.__name__}, got {shown(value)}. torch has {known[own]!r}."
+                f"compile.options[{name!r}]: expected {words}, got {shown(value)}. torch has {known[own]!r}."
             )
+
+
+def _of_type(value: Any, kind: Any) -> bool:
+    """Whether plain data is of a type that inductor has for an option, as far as it says."""
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value in of
+    if origin in (typing.Union, types.UnionType):
+        return any(_of_type(value, one) for one in of)
+    kind = origin or kind
+    if not isinstance(kind, type):
+        return True
+    number = isinstance(value, bool) and kind in (int, float)
+    return not number and isinstance(value, (int, float) if kind is float else kind)
 
 
 def _value(name: str, value: Any) -> Any:
