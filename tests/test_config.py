@@ -140,7 +140,7 @@ def test_keys_of_a_merged_mapping_may_be_overridden(tmp_path):
         ({"linear": {"quant_algo": "FP8", "quantized_layers": {"a": {}}}}, r"quantized_layers\['a'\]: expected"),
         (
             {"linear": {"quant_algo": "FP8", "quantized_layers": {"a": {"quant_algo": ["FP8"]}}}},
-            r"linear.quantized_layers.quant_algo: expected one of.*got \('FP8',\)",
+            r"linear.quantized_layers.quant_algo: expected one of.*got \['FP8'\]",
         ),
         (
             {"linear": {"quant_algo": "FP8", "quantized_layers": {"a": {"quant_algo": "NVFP4", "group_size": 32}}}},

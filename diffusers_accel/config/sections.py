@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
-from .declared import Section, declared
+from ..errors import ConfigError, shown
+from .declared import Section, declared, plain
 
 # What strings of the configuration name, as their registries call it.
 KERNEL, FORMAT = "attention kernel", "linear kernel"
@@ -123,10 +123,10 @@ class ModelOptConfig(Section):
         for glob, values in (self.quantized_layers or {}).items():
             where = f"linear.quantized_layers[{glob!r}]"
             if not isinstance(values, Mapping) or "quant_algo" not in values:
-                raise ConfigError(f"{where}: expected a mapping with a quant_algo, got {values!r}.")
+                raise ConfigError(f"{where}: expected a mapping with a quant_algo, got {shown(plain(values))}.")
             if unknown := sorted(set(values) - {"quant_algo", "group_size"}):
                 raise ConfigError(f"{where}: {unknown} cannot be applied to a loaded model.")
-            found[glob] = _MODELOPT[ModelOptLayer(**values).quant_algo]
+            found[glob] = _MODELOPT[ModelOptLayer(**plain(values)).quant_algo]
         return found or None
 
     def validate(self) -> None:
