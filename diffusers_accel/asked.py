@@ -18,7 +18,7 @@ from .core.chain import Chain
 from .core.mesh import own_gpu
 from .core.platform import describe
 from .core.step import StepClock
-from .errors import ConfigError, Unsupported
+from .errors import ConfigError, Unsupported, shown
 from .features.feature import Denoiser, Target
 from .models import adapter_for
 
@@ -138,7 +138,8 @@ def _written(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[
             return presets.resolve(config, target, sections)
     else:
         raise ConfigError(
-            f"config: expected a preset's name, a file, an AccelConfig, a mapping or None, got {type(config).__name__}."
+            f"config: expected a preset's name, a file, an AccelConfig, a mapping or None, got {type(config).__name__} "
+            f"({shown(config)})."
         )
     if not sections:
         return base, notes

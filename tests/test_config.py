@@ -75,13 +75,16 @@ def test_bad_values_are_named(values, message):
     ("text", "message"),
     [
         (None, "no configuration file"),
-        ("a: [", "not YAML"),
+        ("a: [", "is not YAML"),
         ("just words", "no mapping"),
         ("wat: 1", "'wat'"),
         ("", "is empty"),
         ("# nothing\n", "is empty"),
         ("- attention: sdpa", "is a list and holds no mapping"),
-        ("attention: sdpa\ncompile: true\nattention: fa3", r"line 3: the key 'attention' stands there twice"),
+        (
+            "attention: sdpa\ncompile: true\nattention: fa3",
+            r"accel.yaml' is not YAML that can be read: line 3: the key 'attention' stands there twice",
+        ),
         ("attention: {backend: sdpa, backend: fa3}", "the key 'backend' stands there twice"),
         ("linear: {algo: fp8, smallest: " + "1" * 5000 + "}", "not YAML"),
         ("linear: {algo: fp8, smallest: 2026-11-30}", "linear.smallest: expected a whole number.*got datetime.date"),
@@ -106,7 +109,7 @@ def test_a_file_that_is_none(tmp_path):
     (tmp_path / "accel.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not YAML"):
         AccelConfig.from_yaml(tmp_path / "accel.yaml")
-    with pytest.raises(ConfigError, match="no configuration file"):
+    with pytest.raises(ConfigError, match="^There is no configuration file"):
         AccelConfig.from_yaml(tmp_path)
     with pytest.raises(ConfigError):
         AccelConfig.from_yaml("x" * 5000 + ".yaml")
@@ -158,6 +161,9 @@ def test_keys_of_a_merged_mapping_may_be_overridden(tmp_path):
         ({"linear": {"algo": "fp8", "ignore": "*.to_q"}}, r"linear.ignore.*Write \['\*\.to_q'\]"),
         ({"compile": {"mode": "max-autotune", "backend": "eager"}}, "compile.mode: modes are inductor's"),
         ({"compile": {"options": {"a": object()}}}, "compile.options: expected a mapping of names to plain data"),
+        ({"vae": "tiling"}, r"vae: expected VAEConfig, a mapping of its fields \(tiling, slicing, compile\), or None"),
+        ({"fuse": 1}, "fuse: expected FuseConfig.*true, or None, got 1"),
+        ({"cache": True}, "cache: expected the class of a rule.*teacache.*got True"),
         ({3: 1}, "Unknown configuration key 3"),
         ({"attention": {3: 1}}, "attention: unknown key 3"),
     ],

@@ -136,7 +136,8 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 def _family(algo: Any, source: str) -> str:
     if not isinstance(algo, str) or algo.upper() not in _FAMILIES:
         raise CheckpointError(
-            f"{source}: the algorithm {shown(plain(algo))} is not known here. Known: {', '.join(_FAMILIES)}, MIXED_PRECISION."
+            f"{source}: the algorithm {shown(plain(algo))} is not known here. "
+            f"Known: {', '.join(_FAMILIES)}, MIXED_PRECISION."
         )
     return _FAMILIES[algo.upper()]
 

@@ -17,13 +17,17 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     """The mapping in a YAML file; `ConfigError` if there is no such file or no mapping in it."""
     file = Path(path)
     try:
-        if not file.is_file():
-            raise ConfigError(f"There is no configuration file {str(path)!r}. Give the path of a YAML file.")
-        values = parsed(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8") if file.is_file() else None
     except OSError as error:
         raise ConfigError(f"{shown(str(path))} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{str(path)!r} is not YAML: {error}") from error
+    if text is None:
+        raise ConfigError(f"There is no configuration file {str(path)!r}. Give the path of a YAML file.")
+    try:
+        values = parsed(text)
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} is not YAML that can be read: {error}") from error
     if not isinstance(values, Mapping):
         found = "is empty" if values is None else f"is a {type(values).__name__}"
         raise ConfigError(
@@ -92,20 +96,16 @@ def section_of(entry: dataclasses.Field[Any], value: Any) -> Any:
             return section()
         if section.shorthand is not None and isinstance(value, str):
             return section(**{section.shorthand: value})
-    names = " or ".join(item.__name__ for item in classes)
-    shorthand = section_words(section)
-    raise ConfigError(
-        f"{entry.name}: expected {names}, a mapping of its fields, {shorthand}or None, got {shown(value)}."
-    )
+    raise ConfigError(f"{entry.name}: expected {_ways(section)}, or None, got {shown(value)}.")
 
 
-def section_words(section: Any) -> str:
-    """The short ways of writing a section, for an error."""
+def _ways(section: Any) -> str:
+    """The ways of writing a section, for an error."""
     if isinstance(section, dict):
-        return f"a kind ({', '.join(section)}), "
-    words = [f"a string (its {section.shorthand})"] if section.shorthand is not None else []
-    words += ["true"] if section.switch else []
-    return "".join(f"{word}, " for word in words)
+        return f"the class of a rule, a mapping of its kind and its fields, a kind ({', '.join(section)})"
+    words = [section.__name__, f"a mapping of its fields ({', '.join(item.name for item in fields(section))})"]
+    words += [f"a string (its {section.shorthand})"] if section.shorthand is not None else []
+    return ", ".join([*words, *(["true"] if section.switch else [])])
 
 
 def _registered(section: str, name: str, values: Mapping[str, Any]) -> PolicyConfig:

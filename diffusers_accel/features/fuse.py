@@ -68,7 +68,13 @@ def check(target: Target, config: FuseConfig) -> Plan:
             notes.append(f"{denoiser.name}: diffusers' own fuse_qkv_projections() has joined {len(fused)} modules.")
         for glob in config.ignore or ():
             if not any(_matches(denoiser, path, glob) for group in groups for path in group.paths):
-                raise Unsupported(f"fuse.ignore: {glob!r}", "it matches no projection.", "another glob.", str(denoiser))
+                example = groups[0].paths[0] if groups else None
+                raise Unsupported(
+                    f"fuse.ignore: {glob!r}",
+                    "it matches no projection.",
+                    f"a glob over names like {example!r}." if example else "fuse=None.",
+                    str(denoiser),
+                )
         wanted = _wanted(target, denoiser, groups, config)
         reasons = [(group, Stack.refusal(group.layers)) for group in wanted]
         fit = [group for group, reason in reasons if reason is None]

@@ -169,7 +169,7 @@ def _targets(target: Target, config: LinearConfig) -> tuple[Denoiser, ...]:
             raise Unsupported(
                 f"linear.targets: {name!r}",
                 f"the pipeline has no such model{' loaded' if name in target.pipe.components else ''}.",
-                f"of {', '.join(modules)}.",
+                f"linear.targets of {', '.join(modules)}.",
             )
         device = target.denoisers[0].device
         found.append(known.get(name) or Denoiser(name, module, default_adapter(module), device))
@@ -223,7 +223,7 @@ def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearK
             if any(_matches(denoiser, path, glob) for glob in config.ignore or ()):
                 found.wide[path] = "named by linear.ignore"
             elif not path.startswith(inside) or path.startswith(ends):
-                found.wide[path] = "of those that are kept wide in this model"
+                found.wide[path] = "outside the blocks whose layers are quantized by default"
             elif narrow <= smallest:
                 found.wide[path] = f"no larger than {bound}"
             algo = None if path in found.wide else config.algo
@@ -330,10 +330,14 @@ def _refuse_unmatched(denoisers: tuple[Denoiser, ...], config: LinearConfig) -> 
     for option, globs in (("ignore", config.ignore or ()), ("plan", tuple(config.plan or ()))):
         for glob in globs:
             if not any(_matches(denoiser, path, glob) for denoiser, path in paths):
+                names = ", ".join(str(denoiser) for denoiser in denoisers)
                 raise Unsupported(
                     f"linear.{option}: {glob!r}",
-                    "it matches no linear layer.",
-                    f"a glob over names like {paths[0][1] if paths else 'none'!r}; nn.Module.named_modules lists them.",
+                    "it matches no linear layer." if paths else "there is no linear layer at all.",
+                    f"a glob over names like {paths[0][1]!r}; nn.Module.named_modules lists them."
+                    if paths
+                    else "other linear.targets.",
+                    names,
                 )
 
 

@@ -199,6 +199,44 @@ def test_names_that_nobody_knows(sections, field, close):
                 act(built("flux"), **sections)
 
 
+@pytest.mark.parametrize(
+    ("name", "attention", "field"),
+    [
+        ("wan", "fa3", ""),
+        ("wan", {"backend": "sdpa", "cross_attention": "fa3"}, ".cross_attention"),
+        ("wan", {"backend": "sdpa", "self_attention": "fa3"}, ".self_attention"),
+        ("wan", {"backend": "sdpa", "layers": {"*.attn2": "fa3"}}, ".layers['*.attn2']"),
+        ("wan", {"backend": "sdpa", "dense_steps": 0.5, "dense_backend": "fa3"}, ".dense_backend"),
+    ],
+)
+def test_the_field_that_names_a_kernel(name, attention, field):
+    text = refusal(built(name), attention=attention)
+    assert text.startswith(f"attention{field}='fa3' on transformer")
+    assert text.endswith(f"Instead: attention{field}='auto' or 'sdpa'.")
+
+
+def test_a_cache_where_no_adapter_knows_the_blocks():
+    assert "Instead: cache='pab'," in refusal(built("pixart"), cache="mask")
+    assert explain(built("pixart"), cache="pab").ok
+    assert "Instead: cache=None" in refusal(built("pixart"), cache="mask", compile=CompileConfig(backend="eager"))
+
+
+def test_globs_that_match_nothing():
+    """Each is answered with a name that there is."""
+    for sections in (
+        {"attention": {"layers": {"nowhere": "sdpa"}}},
+        {"cache": {"kind": "pab", "layers": {"nowhere": 2}}},
+        {"linear": {"algo": "fp8", "ignore": ["nowhere"]}},
+        {"fuse": {"ignore": ["nowhere"]}},
+    ):
+        (path,) = re.findall(r"names like '([^']+)'", refusal(built("wan"), **sections))
+        assert path in dict(built("wan").transformer.named_modules())
+    text = refusal(built("wan"), linear={"algo": "fp8", "ignore": ["*"], "targets": ["vae"]})
+    assert "there is no linear layer at all" in text and "other linear.targets" in text
+    text = refusal(built("wan"), linear={"algo": "fp8", "targets": ["tokenizer"]})
+    assert text.endswith("Instead: linear.targets of vae, text_encoder, transformer.")
+
+
 def test_a_recipe_that_no_layer_uses():
     own = {"self_attention": "sdpa", "cross_attention": "sdpa"}
     assert "no recipes" in refusal(built("flux"), attention={"recipe": "int8-1-16-1", **own})

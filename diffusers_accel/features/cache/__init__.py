@@ -42,8 +42,9 @@ def check(target: Target, config: CacheConfig | PABConfig) -> Plan:
     for denoiser in target.denoisers:
         adapter = denoiser.adapter
         if adapter.default or not adapter.stacks:
+            pab = "cache='pab', which looks at attention alone, or " if broadcast.able(target) else ""
             raise Unsupported(
-                "cache", "no adapter says what its blocks hand on.", "cache=None for this model.", str(denoiser)
+                "cache", "no adapter says what its blocks hand on.", f"{pab}cache=None for this model.", str(denoiser)
             )
         rule = rule_of(target, denoiser, config)
         actions.append(f"{denoiser.name}: {rule.label}")

@@ -144,7 +144,10 @@ def _teacache(target: Target, denoiser: Denoiser, config: TeaCacheConfig) -> Rul
     if isinstance(given, tuple):
         if config.threshold is None:
             raise Unsupported(
-                "cache='teacache'", "own coefficients have no published threshold.", "threshold=...", str(denoiser)
+                "cache='teacache'",
+                "own coefficients have no published threshold.",
+                "cache.threshold beside them.",
+                str(denoiser),
             )
         threshold, coefficients, source = config.threshold, given, "given coefficients"
     else:
@@ -198,11 +201,11 @@ def _row_name(
     name = given if given is not None else denoiser.adapter.row(checkpoint)
     missing = "ratios" if known is MAGCACHE_ROWS else "coefficients"
     if name is None or (given is None and name not in known):
+        published = f", or the name of published ones ({', '.join(rows)})" if rows else ""
         raise Unsupported(
             what,
             f"no {missing} are published for this configuration.",
-            "calibrate(pipe, prompts), which fits them, or the name of published ones "
-            f"({', '.join(rows) or 'none for this class'}).",
+            f"calibrate(pipe, prompts), which fits them{published}.",
             str(denoiser),
         )
     if name not in known:
