@@ -3,6 +3,7 @@ for every field from what it declares."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -109,7 +110,7 @@ def test_a_file_that_is_none(tmp_path):
     (tmp_path / "accel.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not YAML"):
         AccelConfig.from_yaml(tmp_path / "accel.yaml")
-    with pytest.raises(ConfigError, match="^There is no configuration file"):
+    with pytest.raises(ConfigError, match=r"^There is no configuration file"):
         AccelConfig.from_yaml(tmp_path)
     with pytest.raises(ConfigError):
         AccelConfig.from_yaml("x" * 5000 + ".yaml")
@@ -407,6 +408,41 @@ def test_legal_values_round_trip(section, field, tmp_path):
         assert AccelConfig.from_yaml(tmp_path / "accel.yaml") == config
         for twin in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
             assert twin == config and hash(twin) == hash(config)
+
+
+def test_any_mapping_is_read_or_refused(tmp_path):
+    """Nested junk in every place, from Python and from YAML text that is cut short or has a character changed."""
+    draw = random.Random(21)
+    names = [field.name for section in SECTIONS for field in dataclasses.fields(section)]
+    names += [entry.name for entry in dataclasses.fields(AccelConfig)] + [*CACHE_CONFIGS, "kind", "quant_algo", "FP8"]
+    scalars = [value for values in NONSENSE.values() for value in values if not isinstance(value, (list, dict))]
+
+    def junk(depth):
+        kind = draw.random()
+        if depth and kind < 0.4:
+            return {draw.choice([*names, 3, None, "", (1,)]): junk(depth - 1) for _ in range(draw.randint(0, 4))}
+        if depth and kind < 0.6:
+            return [junk(depth - 1) for _ in range(draw.randint(0, 3))]
+        return draw.choice([*scalars, *names, *names])
+
+    sections = [entry.name for entry in dataclasses.fields(AccelConfig)]
+    refused = 0
+    for _ in range(1500):
+        try:
+            AccelConfig.from_dict({draw.choice(sections): junk(3)} if draw.random() < 0.9 else junk(3))
+        except ConfigError:
+            refused += 1
+    assert refused > 1000
+    FULL.to_yaml(tmp_path / "accel.yaml")
+    text = (tmp_path / "accel.yaml").read_text()
+    for _ in range(300):
+        place = draw.randrange(len(text))
+        changed = text[:place] + draw.choice(
+            ["", "\0", "é", "[", "}", ":", "-", "!!set", "&a", "*a", "\t", "'", "9" * 5000]
+        )
+        (tmp_path / "accel.yaml").write_text(changed + text[place + draw.choice([0, 1, len(text)]) :])
+        with contextlib.suppress(ConfigError):
+            AccelConfig.from_yaml(tmp_path / "accel.yaml")
 
 
 def test_every_cache_has_its_section():
