@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from tape import TapeRecorder
 from tiny import TINY, build, same
 from torch import nn
 
@@ -22,6 +23,7 @@ from diffusers_accel import (
     stats,
 )
 from diffusers_accel.config import POLICY_NAMES
+from diffusers_accel.core.graphs import RECORDERS
 from diffusers_accel.errors import PolicyFailed
 from diffusers_accel.kernels.attention import KERNELS
 from diffusers_accel.kernels.linear import LINEARS
@@ -262,6 +264,22 @@ def test_options_of_compile(options, message):
     with pytest.raises(ConfigError, match=message):
         accelerate(built("flux"), compile=options)
     assert explain(built("flux"), compile={"options": {"max_autotune": True, "coordinate-descent-tuning": True}}).ok
+
+
+@pytest.mark.parametrize(
+    ("compile", "instead"),
+    [
+        ("reduce-overhead", ["default"]),
+        ("max-autotune", ["default", "max-autotune-no-cudagraphs"]),
+        ({"options": {"triton.cudagraphs": True}}, []),
+    ],
+)
+def test_two_kinds_of_graphs(compile, instead, monkeypatch):
+    monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+    text = refusal(built("wan"), compile=compile, cuda_graph=True)
+    assert "torch.compile records graphs of its own" in text
+    assert re.findall(r"'([^']+)'", text.partition("Instead: ")[2]) == instead
+    assert all(explain(built("wan"), compile=mode, cuda_graph=True).ok for mode in instead)
 
 
 def test_own_backends_may_take_options():
