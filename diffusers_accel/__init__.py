@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         VAEConfig,
         WarmupConfig,
     )
-    from .errors import AccelError, ConfigError, NotAccelerated, RanksDiffer, Unsupported
+    from .errors import AccelError, Busy, ConfigError, NotAccelerated, RanksDiffer, Unsupported
     from .kernels.attention import register_attention
     from .kernels.linear import register_linear
     from .policies import register_policy
@@ -74,7 +74,7 @@ _HOMES = {
     "checkpoints.loading": ("from_pretrained",),
     "checkpoints.modelopt": ("CheckpointError",),
     "checkpoints.saving": ("save_quantized",),
-    "errors": ("AccelError", "ConfigError", "NotAccelerated", "RanksDiffer", "Unsupported"),
+    "errors": ("AccelError", "Busy", "ConfigError", "NotAccelerated", "RanksDiffer", "Unsupported"),
     "kernels.attention": ("register_attention",),
     "kernels.linear": ("register_linear",),
     "policies": ("register_policy",),
@@ -87,6 +87,7 @@ __all__ = [
     "AccelConfig",
     "AccelError",
     "AttentionConfig",
+    "Busy",
     "CheckpointError",
     "CompileConfig",
     "ConfigError",

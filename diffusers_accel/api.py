@@ -1,7 +1,7 @@
 """The five functions a user calls, the table of features, and the one order in which everything is applied.
 
 `accelerate` builds a target, runs every feature's check, and only then lets the journal apply their edits. What it did
-is kept in a session on the pipeline instance; nothing is kept anywhere else.
+is kept in a session (`session.py`) on the components that it changes; nothing is kept anywhere else.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .asked import SESSION, meant, target_of
+from .asked import meant, target_of
 from .config import AccelConfig
-from .core.edits import Edit, Journal
+from .core.edits import Edit, Journal, SetAttr
 from .core.step import Mode
-from .errors import NotAccelerated, Unsupported
+from .errors import AccelError, NotAccelerated, Unsupported
 from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
 from .features.feature import Feature, Plan, Target
 from .features.parallel import tensor, weights
 from .kernels.linear import kind_of, modules_of
 from .reporting import Explanation, Row, Stats
+from .session import Session, Wanted, dropped, session_of, shared_with, taken
 
 Pipe = TypeVar("Pipe")
 
@@ -87,17 +88,6 @@ ORDER = (
 )
 
 
-@dataclass
-class Session:
-    """What is in force on one pipeline."""
-
-    config: AccelConfig
-    target: Target
-    journal: Journal
-    notes: tuple[str, ...]
-    weight_bytes_before: int
-
-
 def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path | None = None, **sections: Any) -> Pipe:
     """Makes a stock pipeline faster, in place, and returns it. A second call replaces the first.
 
@@ -116,35 +106,106 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     target = _target(pipe, config, sections)
     resolved, notes = meant(target, config, sections)
     target.config = resolved
+    earlier = shared_with(pipe, target)
+    if earlier is not None and (others := earlier.others(pipe)):
+        if earlier.config != resolved:
+            raise Unsupported(
+                "accelerate",
+                f"another pipeline that shares it ({', '.join(others)}) is accelerated otherwise.",
+                "the same configuration, or restore(pipe), which takes it back for all that share it.",
+                str(target.denoisers[0]),
+            )
+        if pipe not in earlier.pipes:
+            earlier.join(pipe)
+        return pipe
     plans = [feature.check(target, section) for _, feature, section in _active(resolved)]
-    session = vars(pipe).get(SESSION)
-    if session is not None:
-        restore(pipe)
-    weight_bytes = _weight_bytes(target)
-    if target.shares_weights and target.home.type == "cuda":
-        # Where weights are quantized that lie on the host.
-        torch.cuda.set_device(target.home)
-    journal = Journal()
-    journal.apply(_edits(target, resolved))
-    vars(pipe)[SESSION] = Session(resolved, target, journal, notes, weight_bytes)
+    wanted = _wanted(target, resolved)
+    target.taken = taken(target, wanted, earlier)
+    if earlier is not None:
+        for reason in earlier.journal.lasting:
+            raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
+        earlier.target.clock.settle()
+        earlier.end()
+    _begin(pipe, target, (config, sections), notes, wanted, earlier)
     # What was left off or stays as it was is said here too, not only to those who ask `explain`.
-    for note in (*notes, *(note for plan in plans for note in plan.left)):
+    left = [note for plan in plans for note in plan.left]
+    if torch.cuda.is_available() and all(denoiser.device.type == "cpu" for denoiser in target.denoisers):
+        left.append("the pipeline is on the CPU, for which all was chosen. On a GPU it is chosen again.")
+    for note in (*notes, *left):
         warnings.warn(f"accelerate: {note}", stacklevel=2)
     return pipe
 
 
+def _begin(
+    pipe: Any,
+    target: Target,
+    asked: tuple[Any, Mapping[str, Any]],
+    notes: tuple[str, ...],
+    wanted: Wanted,
+    earlier: Session | None = None,
+) -> None:
+    """Puts a configuration in force, that of the target. What fails puts back the one that was in force before.
+
+    Args:
+        pipe: The pipeline.
+        target: The same as features see it.
+        asked: What the user wrote.
+        notes: Sentences about it.
+        wanted: What is to be changed besides the denoisers.
+        earlier: What was in force before, and is taken back.
+    """
+    config = target.config
+    assert config is not None
+    session = Session(config, target, notes, asked, _weight_bytes(target), wanted)
+    if target.shares_weights and target.home.type == "cuda":
+        # Where weights are quantized that lie on the host.
+        torch.cuda.set_device(target.home)
+    doing: list[str] = []
+    try:
+        session.begin(_edits(target, config, doing), {pipe, *(earlier.pipes if earlier is not None else ())})
+    except BaseException as error:
+        if earlier is not None:
+            _again(pipe, earlier, error)
+        if isinstance(error, Exception) and not isinstance(error, AccelError):
+            feature = doing[-1] if doing else "accelerate"
+            raise Unsupported(
+                feature,
+                f"{type(error).__name__}: {str(error).strip() or 'no message'}.",
+                f"another setting of {feature}, or none.",
+                str(target.denoisers[0]),
+            ) from error
+        raise
+    target.begun.append(lambda pipe: _look(session, pipe))
+
+
+def _again(pipe: Any, earlier: Session, error: BaseException) -> None:
+    """Puts back what was in force before something failed."""
+    try:
+        target = _target(pipe)
+        target.config, target.taken = earlier.config, taken(_target(pipe), earlier.wanted, None)
+        _begin(pipe, target, earlier.asked, earlier.notes, earlier.wanted)
+    except Exception as other:  # the error that is reported is the first one
+        error.add_note(f"What was in force before could not be put back ({other}); the pipeline is stock.")
+
+
 def restore(pipe: Pipe) -> Pipe:
-    """Takes back everything `accelerate` did; the pipeline is the stock one again, bit for bit.
+    """Takes back everything `accelerate` did; the pipeline is the stock one again, bit for bit, and so are all that
+    share its denoisers. What its user has changed meanwhile stays.
 
     Raises:
         NotAccelerated: It was never accelerated, or is restored already.
         Unsupported: The stock weights are gone, as the configuration asked; nothing was changed.
     """
+    if session_of(pipe) is None and dropped(pipe):
+        return pipe  # taken back through another pipeline that shares its denoisers
     session = _session(pipe, "restore")
     for reason in session.journal.lasting:
         raise Unsupported("restore", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
-    session.journal.undo()
-    del vars(pipe)[SESSION]
+    session.target.clock.settle()
+    try:
+        session.end()
+    finally:
+        dropped(pipe)
     return pipe
 
 
@@ -198,7 +259,7 @@ def stats(pipe: Any) -> Stats:
         if isinstance(module, nn.Linear)
     )
     return Stats(
-        requests=clock.request,
+        requests=clock.requests,
         steps_computed=len(steps) - skipped,
         steps_skipped=skipped,
         branches=branches,
@@ -282,7 +343,7 @@ def recorded(pipe: Any, use_ret_steps: bool = False) -> Iterator[Target]:
     Raises:
         Unsupported: The pipeline is accelerated, or no adapter says what signal to watch.
     """
-    if vars(pipe).get(SESSION) is not None:
+    if session_of(pipe) is not None:
         raise Unsupported("calibrate", "the pipeline is accelerated.", "restore(pipe) first.", type(pipe).__name__)
     target, journal = _target(pipe), Journal()
     journal.apply(itertools.chain(cache.recording(target, use_ret_steps), request.edits(target, None)))
@@ -305,7 +366,7 @@ def resolve(
 
 
 def _session(pipe: Any, what: str) -> Session:
-    session = vars(pipe).get(SESSION) if hasattr(pipe, "__dict__") else None
+    session = session_of(pipe) if hasattr(pipe, "__dict__") else None
     if session is None:
         raise NotAccelerated(f"{what}: this {type(pipe).__name__} is not accelerated. Call accelerate(pipe) first.")
     return session
@@ -318,12 +379,71 @@ def _active(config: AccelConfig) -> Iterable[tuple[str, Feature, Any]]:
             yield name, entry.feature, section  # type: ignore[misc]
 
 
-def _edits(target: Target, config: AccelConfig) -> Iterator[Edit]:
-    """Everything that `accelerate` does, in its order."""
+def _edits(target: Target, config: AccelConfig, doing: list[str]) -> Iterator[Edit]:
+    """Everything that `accelerate` does, in its order; `doing` is told which feature is at it."""
     if config.parallel is not None:
+        doing.append("parallel")
         yield from parallel.settle(target)
-    for _, feature, section in _active(config):
+    for name, feature, section in _active(config):
+        doing.append(name)
         yield from feature.edits(target, section)
+
+
+def _wanted(target: Target, config: AccelConfig) -> Wanted:
+    """What a configuration changes besides the denoisers."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, feature, section in _active(config):
+        components = getattr(feature, "components", None)
+        for component in components(target, section) if components is not None else ():
+            found.setdefault(component, {})[name] = section
+    return found
+
+
+def _look(session: Session, pipe: Any) -> None:
+    """Says what has come in the way of a session since it began, as a request begins.
+
+    Args:
+        session: The session.
+        pipe: The pipeline, where nothing of the request has been done; `None` where a denoiser is about to run.
+
+    Raises:
+        Unsupported: The request would be wrong.
+    """
+    target, config = session.target, session.config
+    for denoiser in target.denoisers:
+        if config.cache is not None and getattr(denoiser.module, "is_cache_enabled", False):
+            raise Unsupported(
+                "cache",
+                "one of diffusers' own caches has been enabled since, and two would skip each other's steps.",
+                f"{denoiser.name}.disable_cache(), or accelerate(pipe, cache=None, ...).",
+                str(denoiser),
+            )
+        now = next(denoiser.module.parameters()).device.type
+        if now not in ("cpu", "meta", denoiser.device.type) and config.parallel is None:
+            moved = f"accelerate: {denoiser} has moved from {denoiser.device.type} to {now}"
+            if pipe is not None:
+                warnings.warn(f"{moved}: everything is chosen again.", stacklevel=2)
+                asked, sections = session.asked
+                accelerate(pipe, asked, **sections)
+                return
+            _once(session, f"{moved}, for which nothing was chosen. Instead: accelerate(pipe, ...) again.")
+    replaced: Counter[str] = Counter()
+    for edit in session.journal:
+        if isinstance(edit, SetAttr) and edit.replaced:
+            replaced[f"{edit.name} of {type(edit.owner).__name__}"] += 1
+    for name, count in replaced.items():
+        _once(
+            session,
+            f"accelerate: {name} was set by somebody else since ({count} of them), and stays as it is now. Instead: "
+            "accelerate(pipe, ...) again, which takes it along.",
+        )
+
+
+def _once(session: Session, message: str) -> None:
+    """Warns of something unless this session has."""
+    if message not in session.said:
+        session.said.add(message)
+        warnings.warn(message, stacklevel=2)
 
 
 def _target(pipe: Any, config: Any = None, sections: Mapping[str, Any] | None = None) -> Target:

@@ -4,6 +4,7 @@ words mean for it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,20 +15,17 @@ from torch import nn
 
 from . import names, presets
 from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
-from .core.chain import Chain
+from .core.calls import Calls
 from .core.mesh import own_gpu
 from .core.platform import describe
 from .core.step import StepClock
 from .errors import ConfigError, Unsupported, shown
 from .features.feature import Denoiser, Target
 from .models import adapter_for
+from .session import session_of
 
 # Where pipelines keep their denoisers.
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
-
-# Where a pipeline keeps what is in force on it.
-SESSION = "_diffusers_accel_session"
-
 
 def target_of(
     pipe: Any, rank: Callable[[str], int], config: Any = None, sections: Mapping[str, Any] | None = None
@@ -42,7 +40,7 @@ def target_of(
 
     Raises:
         TypeError: It is not a diffusers pipeline.
-        Unsupported: It has no denoiser, or one that is compiled or accelerated by another pipeline.
+        Unsupported: It has no denoiser, or one that is compiled or divided among ranks.
     """
     import diffusers
 
@@ -51,7 +49,7 @@ def target_of(
             f"Expected a diffusers pipeline, got {type(pipe).__name__}. "
             "Give the object that DiffusionPipeline.from_pretrained(...) returns."
         )
-    session = vars(pipe).get(SESSION)
+    session = session_of(pipe)
     if session is not None and session.target.held:
         raise Unsupported(
             "accelerate", "its weights are divided among ranks.", "restore(pipe) first, on every rank.",
@@ -70,15 +68,24 @@ def target_of(
         raise Unsupported("accelerate", reason, "load the pipeline with its denoiser.", kind)
     for denoiser in denoisers:
         _refuse_compiled(denoiser)
-        if Chain.find(denoiser.module) is not None and session is None:
-            raise Unsupported(
-                "accelerate",
-                "another pipeline that shares it is accelerated.",
-                "restore(...) that pipeline first, or load this one with its own denoiser.",
-                str(denoiser),
-            )
-    clock = StepClock(lambda: getattr(pipe, "scheduler", None), lambda: getattr(pipe, "current_timestep", None))
-    return Target(pipe, denoisers, rank, clock)
+    return Target(pipe, denoisers, rank, _clock(pipe, [denoiser.module for denoiser in denoisers]))
+
+
+def _clock(pipe: Any, modules: list[nn.Module]) -> StepClock:
+    """What places the calls of denoisers. It does not keep the pipeline alive: others may share its denoisers."""
+    import diffusers
+
+    known, here = {id(module) for module in modules}, weakref.ref(pipe)
+
+    def owns(item: Any) -> bool:
+        return isinstance(item, diffusers.DiffusionPipeline) and any(id(each) in known for each in vars(item).values())
+
+    clock: StepClock
+    calls = Calls(owns, resting=lambda: clock.current is None)
+    clock = StepClock(
+        lambda: getattr(here(), "scheduler", None), lambda: getattr(here(), "current_timestep", None), calls
+    )
+    return clock
 
 
 def _device(pipe: Any, module: nn.Module, ranks: ParallelConfig | None) -> torch.device:

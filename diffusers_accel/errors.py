@@ -45,6 +45,10 @@ class RanksDiffer(AccelError):
     """Processes that share a request were given different ones."""
 
 
+class Busy(AccelError):
+    """Another request is running on the same denoiser, and was not to be waited for."""
+
+
 class NotAccelerated(AccelError):
     """`restore`, `stats` or `warmup` was called with a pipeline that `accelerate` has not touched."""
 

@@ -107,7 +107,7 @@ def test_failure_midway_leaves_the_stock_pipeline(flux, monkeypatch):
         raise RuntimeError("midway")
 
     monkeypatch.setattr(accel.api.vae, "edits", broken)
-    with pytest.raises(RuntimeError, match="midway"):
+    with pytest.raises(Unsupported, match="vae.*RuntimeError: midway"):
         accelerate(flux, attention="sdpa", cache=SKIP_ALL, vae={"tiling": True})
     assert fingerprint(flux) == before
     with pytest.raises(NotAccelerated):
@@ -127,15 +127,6 @@ def test_two_pipelines_of_one_class_do_not_see_each_other():
     restore(first)
     assert torch.equal(run(second), stock)
     assert sum(stats(second).attention_kernels.values()) > 0
-
-
-def test_a_shared_denoiser_is_refused_to_a_second_pipeline(flux):
-    other = FluxImg2ImgPipeline(**flux.components)
-    accelerate(flux, attention="sdpa")
-    with pytest.raises(Unsupported, match="another pipeline that shares it"):
-        accelerate(other, attention="sdpa")
-    restore(flux)
-    accelerate(other, attention="sdpa")
 
 
 def test_a_pipeline_sharing_an_accelerated_denoiser_is_never_wrong(flux):

@@ -13,7 +13,7 @@ FLOORS = [
     {"core"},
     {"kernels", "models", "policies"},
     {"checkpoints", "features"},
-    {"names", "reporting", "presets"},
+    {"names", "presets", "reporting", "session"},
     {"asked"},
     {"api"},
     {"demo", "workers"},

@@ -45,8 +45,9 @@ class Chain:
         self.inner: Callable[..., Any] = getattr(owner, self._slot)
         self._layers: list[Layer] = []
         self._call: Callable[..., Any] = self.inner
-        slots[self._slot] = self
+        # Marked first: a chain that was interrupted here is found by its mark, and undone.
         slots[_MARK.format(method)] = self
+        slots[self._slot] = self
 
     @classmethod
     def find(cls, owner: Any, method: str = "forward") -> Chain | None:
@@ -69,7 +70,9 @@ class Chain:
         self._compose()
 
     def remove(self, layer: Layer) -> None:
-        self._layers.remove(layer)
+        """Takes a layer out, if it is there; the last one takes the chain along."""
+        if layer in self._layers:
+            self._layers.remove(layer)
         self._compose()
         if not self._layers:
             self._detach()
@@ -85,7 +88,6 @@ class Chain:
         if owner is None:
             return
         slots = vars(owner)
-        slots.pop(_MARK.format(self.method), None)
         # A hook added or removed since may have moved the chain between the two places.
         for slot in (self.method, "_old_forward"):
             if slots.get(slot) is self:
@@ -93,6 +95,8 @@ class Chain:
                     del slots[slot]
                 else:
                     slots[slot] = self.inner
+        # The mark goes last: without it a chain that is left behind would not be found.
+        slots.pop(_MARK.format(self.method), None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)

@@ -1,15 +1,20 @@
 """Edits and the journal: the only way this package touches anything that is not its own.
 
-An edit knows how to apply itself and holds what it replaced (a value, or that there was none). The journal applies
-edits as they are yielded; an error unwinds all of them, and `undo` takes them back last-in first-out. No feature writes
-an undo of its own.
+An edit knows how to apply itself and holds what it replaced (a value, or that there was none). The journal records an
+edit before it is applied, so that an error or Ctrl-C in the middle of one is unwound too, and `undo` takes all of them
+back last-in first-out. No feature writes an undo of its own.
+
+Between `apply` and `undo` the pipeline belongs to its user. A LoRA may have wrapped a module, a setter may have put
+another value in an attribute's place. So `undo` looks for its module where it is now, and leaves alone a value that is
+not its own any more.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,11 +22,16 @@ import torch
 from torch import nn
 
 from .chain import Chain, Layer
+from .hooks import hand_over, share
 from .platform import moved, parked
 
 
 class Edit(Protocol):
-    """One reversible change."""
+    """One reversible change.
+
+    `undo` is right for an edit that was applied in full, in part or not at all, and may be called twice. `apply` may be
+    called again after `undo`.
+    """
 
     def apply(self) -> None: ...
 
@@ -36,24 +46,69 @@ class _Absent:
 ABSENT = _Absent()
 
 
+def _slots(owner: Any, name: str) -> MutableMapping[str, Any]:
+    """The mapping that holds an instance's attribute: a module keeps parameters, buffers and children apart."""
+    own = vars(owner)
+    if name not in own and isinstance(owner, nn.Module):
+        for kind in ("_parameters", "_buffers", "_modules"):
+            if name in own[kind]:
+                found: MutableMapping[str, Any] = own[kind]
+                return found
+    return own
+
+
 @dataclass(eq=False)
 class SetAttr:
-    """Sets an attribute of one instance; a class attribute it hides shows again after `undo`."""
+    """Sets an attribute of one instance; a class attribute it hides shows again after `undo`.
+
+    Args:
+        owner: The instance.
+        name: The attribute. A child module, parameter or buffer of that name keeps its place among the others.
+        value: Its value.
+    """
 
     owner: Any
     name: str
     value: Any
-    _old: Any = field(default=ABSENT, init=False)
+    _old: Any = field(default=None, init=False)
+    _held: MutableMapping[str, Any] | None = field(default=None, init=False)
 
     def apply(self) -> None:
-        self._old = vars(self.owner).get(self.name, ABSENT)
-        setattr(self.owner, self.name, self.value)
+        held = _slots(self.owner, self.name)
+        self._old, self._held = held.get(self.name, ABSENT), held
+        if held is vars(self.owner):
+            setattr(self.owner, self.name, self.value)
+        elif isinstance(self.value, nn.Module):
+            held[self.name] = self.value
+        else:
+            # Python finds an instance's own attribute before it asks the module for a child of that name.
+            vars(self.owner)[self.name] = self.value
+            held[self.name] = None
+
+    @property
+    def place(self) -> Any:
+        """The instance that it changes."""
+        return self.owner
+
+    @property
+    def replaced(self) -> bool:
+        """Whether somebody has put another value in its place since."""
+        return _slots(self.owner, self.name).get(self.name, ABSENT) is not self.value
 
     def undo(self) -> None:
+        held = self._held
+        if held is None or self.replaced:
+            return
+        current = _slots(self.owner, self.name)
         if self._old is ABSENT:
-            vars(self.owner).pop(self.name, None)
-        else:
+            current.pop(self.name, None)
+        elif held is current and held is vars(self.owner):
             setattr(self.owner, self.name, self._old)
+        else:
+            held[self.name] = self._old
+            if current is not held:
+                current.pop(self.name, None)
+        self._held = None
 
 
 @dataclass(eq=False)
@@ -63,13 +118,16 @@ class SetItem:
     mapping: MutableMapping
     key: Any
     value: Any
-    _old: Any = field(default=ABSENT, init=False)
+    _old: Any = field(default=None, init=False)
+    _applied: bool = field(default=False, init=False)
 
     def apply(self) -> None:
-        self._old = self.mapping.get(self.key, ABSENT)
+        self._old, self._applied = self.mapping.get(self.key, ABSENT), True
         self.mapping[self.key] = self.value
 
     def undo(self) -> None:
+        if not self._applied or self.mapping.get(self.key, ABSENT) is not self.value:
+            return
         if self._old is ABSENT:
             self.mapping.pop(self.key, None)
         else:
@@ -78,27 +136,61 @@ class SetItem:
 
 @dataclass(eq=False)
 class SwapModule:
-    """Puts another module in a child's place. The replacement keeps the parent's order of children."""
+    """Puts another module in a child's place. The replacement keeps the parent's order of children, and the hooks that
+    others hang on either of the two are hooks of both.
+
+    Args:
+        parent: The module whose child it is.
+        name: The child's name.
+        module: The replacement.
+        root: The model that both are part of: where the replacement is looked for if it has been moved, as LoRA layers
+            do when they are put around it or taken away.
+    """
 
     parent: nn.Module
     name: str
     module: nn.Module
+    root: nn.Module | None = None
     _old: nn.Module | None = field(default=None, init=False)
 
     def apply(self) -> None:
-        self._old = self.parent._modules[self.name]
-        self.parent._modules[self.name] = self.module
+        if self._old is None:
+            self._old = self.parent._modules[self.name]
+        assert self._old is not None
+        share(self._old, self.module)
+        self._exchange(self._old, self.module)
 
     def undo(self) -> None:
-        current = self.parent._modules[self.name]
-        if current is not self.module and current is not None:
-            # Someone (a LoRA loader, say) has put a wrapper around it since: it stays, around the old module.
-            for owner in current.modules():
-                for name, child in owner._modules.items():
-                    if child is self.module:
-                        owner._modules[name] = self._old
-                        return
-        self.parent._modules[self.name] = self._old
+        if self._old is None:
+            return
+        hand_over(self.module, self._old)
+        self._exchange(self.module, self._old)
+
+    @property
+    def place(self) -> Any:
+        """The module that is now part of the model."""
+        return self.module
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the model has it no longer."""
+        return not self._places(self.module)
+
+    def _exchange(self, here: nn.Module, there: nn.Module) -> None:
+        for owner, name in self._places(here):
+            owner._modules[name] = there
+
+    def _places(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """The parent and name under which a module is found; none if its user has taken it out of the model."""
+        if self.parent._modules.get(self.name) is module:
+            return [(self.parent, self.name)]
+        root = self.root if self.root is not None else self.parent
+        return [
+            (owner, name)
+            for owner in [*root.modules(), *self.parent.modules()]
+            for name, child in owner._modules.items()
+            if child is module
+        ]
 
 
 @dataclass(eq=False)
@@ -118,6 +210,11 @@ class ParkWeight:
     keep: bool
     tensor: str = "weight"
     _moving: Future[None] | None = field(default=None, init=False)
+
+    @property
+    def place(self) -> Any:
+        """The module that is now part of the model."""
+        return self.successor
 
     @property
     def lasting(self) -> str | None:
@@ -150,7 +247,7 @@ class ParkWeight:
             seen = getattr(self.successor, self.tensor, weight)
             dtype = seen.dtype if isinstance(seen, torch.Tensor) and seen.is_floating_point() else weight.dtype
             weight.data = moved(weight.data, there.device).to(dtype)
-        else:
+        elif not weight.numel():
             with torch.no_grad():
                 weight.data = getattr(self.successor, self.tensor) + 0
 
@@ -170,12 +267,7 @@ class MoveTensors:
     there: torch.device
 
     def apply(self) -> None:
-        try:
-            self._move(self.here, self.there)
-        except BaseException:
-            # There is no room, say: the journal does not know of an edit that was half applied.
-            self.undo()
-            raise
+        self._move(self.here, self.there)
 
     def undo(self) -> None:
         self._move(self.there, self.here)
@@ -206,8 +298,14 @@ class AddLayer:
     method: str = "forward"
     _layer: Layer | None = field(default=None, init=False)
 
+    @property
+    def place(self) -> Any:
+        """The instance that it changes."""
+        return self.owner
+
     def apply(self) -> None:
-        self._layer = Layer(self.rank, self.function)
+        if self._layer is None:
+            self._layer = Layer(self.rank, self.function)
         Chain.around(self.owner, self.method).add(self._layer)
 
     def undo(self) -> None:
@@ -225,6 +323,9 @@ class Journal:
     def __len__(self) -> int:
         return len(self._applied)
 
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self._applied)
+
     @property
     def lasting(self) -> list[str]:
         """Why some of the edits cannot be undone."""
@@ -235,17 +336,63 @@ class Journal:
         """Applies each edit as it is yielded. On any error, Ctrl-C included, everything in the journal is undone."""
         try:
             for edit in edits:
-                edit.apply()
+                # Recorded first: an edit that is interrupted has changed something too.
                 self._applied.append(edit)
-            for edit in self._applied:
-                finish = getattr(edit, "finish", None)
-                if finish is not None:
-                    finish()
+                edit.apply()
+            self._finish()
         except BaseException:
             self.undo()
             raise
 
     def undo(self) -> None:
-        """Takes every edit back, last first. Safe to call twice."""
+        """Takes every edit back, last first. Safe to call twice.
+
+        Ctrl-C does not stop it, and is raised when all is undone. An edit that cannot be undone does not keep others
+        from it; its error is raised in the end.
+        """
+        try:
+            self._unwind()
+        except KeyboardInterrupt:
+            self.undo()
+            raise
+
+    def _unwind(self) -> None:
+        failed: Exception | None = None
         while self._applied:
-            self._applied.pop().undo()
+            edit = self._applied[-1]
+            try:
+                edit.undo()
+            except Exception as error:  # whatever a foreign module raises while it is put back
+                failed = failed or error
+            # Undone first: if it is interrupted here, it is undone twice.
+            if self._applied and self._applied[-1] is edit:
+                self._applied.pop()
+        if failed is not None:
+            raise failed
+
+    def take(self, belongs: Callable[[Edit], bool]) -> list[Edit]:
+        """Takes edits out of the journal as they are, in their order, for another journal to undo."""
+        taken = [edit for edit in self._applied if belongs(edit)]
+        self._applied = [edit for edit in self._applied if edit not in taken]
+        return taken
+
+    def give(self, edits: Iterable[Edit]) -> None:
+        """Takes over edits of another journal, as if they had been applied before its own."""
+        self._applied[:0] = edits
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """A context within which every edit is undone; the same edits are applied again behind it."""
+        edits = list(self._applied)
+        self.undo()
+        try:
+            yield
+        finally:
+            self.apply(edits)
+
+    def _finish(self) -> None:
+        """Waits for whatever edits do beside what comes after them."""
+        for edit in self._applied:
+            finish = getattr(edit, "finish", None)
+            if finish is not None:
+                finish()

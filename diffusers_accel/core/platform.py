@@ -117,7 +117,9 @@ def parked(x: torch.Tensor) -> Future[None]:
     def move() -> None:
         try:
             there.synchronize()
-            x.data = staged.clone()
+            # Whoever was interrupted while the copy was under way may have put the data back already.
+            if x.data.data_ptr() == staged.data_ptr():
+                x.data = staged.clone()
         finally:
             _WAITING.release()
 

@@ -76,6 +76,9 @@ class Target:
         attention_calls: Kernel name -> calls in the last request.
         attention_timings: Shape class -> kernel -> seconds, where `"auto"` chose among several.
         config: What is, or is to be, applied; for a feature that cannot be had together with another.
+        taken: Components, besides the denoisers, that another pipeline which shares them has changed in the same way.
+        begun: Called as a request begins, with its pipeline where that has done nothing yet, and with `None` where its
+            denoiser is about to run.
         looked_at: (denoiser, id of a block) whose input some feature looks at from outside the block, besides each
             stack's first.
         phases: What features do otherwise from step to step within a block, as values to compare.
@@ -102,6 +105,8 @@ class Target:
     attention_calls: Counter[str] = field(default_factory=Counter)
     attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
     config: AccelConfig | None = None
+    taken: frozenset[str] = frozenset()
+    begun: list[Callable[[Any], None]] = field(default_factory=list)
     looked_at: set[tuple[str, int]] = field(default_factory=set)
     phases: list[Callable[[], Hashable]] = field(default_factory=list)
     transports: dict[tuple[str, str], Callable[..., torch.Tensor]] = field(default_factory=dict)

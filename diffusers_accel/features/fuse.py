@@ -112,7 +112,7 @@ def edits(target: Target, config: FuseConfig) -> Iterator[Edit]:
             reason = Stack.refusal(group.layers)
             if reason is None:
                 try:
-                    yield _Stacked(group.places, Stack(group.layers))
+                    yield _Stacked(group.places, Stack(group.layers), denoiser.module)
                 except Apart as error:
                     reason = str(error)
             if reason is not None:
@@ -125,16 +125,20 @@ class _Stacked:
 
     places: tuple[tuple[nn.Module, str], ...]
     stack: Stack
+    root: nn.Module
     _swaps: list[tuple[Part, SwapModule]] = field(default_factory=list, init=False)
 
     def apply(self) -> None:
-        for place, (parent, name) in enumerate(self.places):
-            original: Any = parent._modules[name]
-            part = Part(self.stack, place, original)
-            swap = SwapModule(parent, name, part)
+        if not self._swaps:
+            originals: list[Any] = [parent._modules[name] for parent, name in self.places]
+            parts = [Part(self.stack, place, original) for place, original in enumerate(originals)]
+            self._swaps = [
+                (part, SwapModule(parent, name, part, self.root))
+                for part, (parent, name) in zip(parts, self.places, strict=True)
+            ]
+        for part, swap in self._swaps:
             swap.apply()
-            self._swaps.append((part, swap))
-            emptied(original)
+            emptied(part.original)
 
     def undo(self) -> None:
         for part, swap in reversed(self._swaps):

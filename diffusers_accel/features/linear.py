@@ -101,9 +101,17 @@ def check(target: Target, config: LinearConfig) -> Plan:
     return Plan("; ".join(actions), modules, tuple(dict.fromkeys(notes)), tuple(left))
 
 
+def components(target: Target, config: LinearConfig) -> tuple[str, ...]:
+    """What it changes besides the denoisers."""
+    denoisers = {denoiser.name for denoiser in target.denoisers}
+    return tuple(name for name in config.targets or () if name not in denoisers)
+
+
 def edits(target: Target, config: LinearConfig) -> Iterator[Edit]:
     """One swap per layer, and its stock weight put aside, before the next layer is touched."""
     for denoiser in _targets(target, config):
+        if denoiser.name in target.taken:
+            continue
         kernels = {name: _kernel(name, denoiser) for name in _named(config)}
         rounded_once = RoundedOnce()
         found = _layers(denoiser, config, kernels)
@@ -125,7 +133,7 @@ def edits(target: Target, config: LinearConfig) -> Iterator[Edit]:
                     "keep_original='cpu'.",
                     str(denoiser),
                 )
-            yield SwapModule(layer.parent, layer.name, made)
+            yield SwapModule(layer.parent, layer.name, made, denoiser.module)
             yield ParkWeight(layer.module, made, keep)
 
 

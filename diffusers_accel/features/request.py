@@ -1,7 +1,8 @@
 """Request scope: every denoiser call is placed (request, step, branch) before anything else looks at it.
 
 Always on. It adds one layer around each denoiser's forward and, where the class has a `cache_context`, one around that,
-so that the branch a pipeline names is known and forgotten again, also when the call raises.
+so that the branch a pipeline names is known and forgotten again, also when the call raises. Here a request waits for
+its turn, whichever pipeline it is of.
 """
 
 from __future__ import annotations
@@ -10,13 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from ..core.edits import AddLayer, Edit
+from ..models.adapter import by_name, parameter_names
 from .feature import Denoiser, Plan, Target
 
 
 def check(target: Target, config: Any) -> Plan:
     """Always possible."""
-    return Plan("place every call: request, step, guidance branch", len(target.denoisers))
+    beside = [
+        f"{name} ({type(module).__name__}) stays stock: it is no denoiser."
+        for name, module in target.pipe.components.items()
+        if isinstance(module, nn.Module) and "controlnet" in name
+    ]
+    return Plan("place every call: request, step, guidance branch", len(target.denoisers), left=tuple(beside))
 
 
 def edits(target: Target, config: Any) -> Iterator[Edit]:
@@ -28,13 +37,19 @@ def edits(target: Target, config: Any) -> Iterator[Edit]:
 
 
 def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
-    clock, adapter = target.clock, denoiser.adapter
+    clock, adapter, names = target.clock, denoiser.adapter, parameter_names(denoiser.module)
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        request = clock.request
-        special = adapter.special_branch(kwargs)
-        state = clock.enter(denoiser.name, adapter.branches, kwargs.get("timestep"), special)
-        if state.request != request:
+        before = clock.requests
+        timestep = kwargs["timestep"] if "timestep" in kwargs else by_name(names, args, {}).get("timestep")
+        state = clock.enter(denoiser.name, adapter.branches, timestep, adapter.special_branch(kwargs))
+        if clock.requests != before:
+            try:
+                for look in target.begun:
+                    look(None)
+            except BaseException:
+                clock.abandon()
+                raise
             target.attention_calls.clear()
             target.attention_timings.clear()
             target.attention_broadcasts.clear()
@@ -56,6 +71,7 @@ def _named(target: Target) -> Callable[..., Any]:
 
     @contextmanager
     def cache_context(inner: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        clock.arrive()
         before, clock.context = clock.context, name
         try:
             with inner(name, *args, **kwargs):

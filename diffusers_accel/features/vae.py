@@ -39,8 +39,15 @@ def check(target: Target, config: VAEConfig) -> Plan:
     return Plan(", ".join(actions) or "nothing", int(bool(actions)))
 
 
+def components(target: Target, config: VAEConfig) -> tuple[str, ...]:
+    """What it changes besides the denoisers."""
+    return ("vae",)
+
+
 def edits(target: Target, config: VAEConfig) -> Iterator[Edit]:
     """The switches that were given, and one layer around the decoder."""
+    if "vae" in target.taken:
+        return
     vae = target.pipe.vae
     for name, attribute in _SWITCHES.items():
         value = getattr(config, name)

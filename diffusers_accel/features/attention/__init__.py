@@ -130,8 +130,6 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
             )
             # Compiled graphs have them prepared in one launch, by a rewrite.
             mark = target.rewrites(denoiser)
-            # One class per stock class, so that all blocks share one compiled graph.
-            classes: dict[type, type] = {}
             for layer in role.layers:
                 processor: Any = layer.module.processor
                 fold = folding and type(processor).__name__ in denoiser.adapter.folding
@@ -142,10 +140,8 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
                         yield SetAttr(layer.module, "processor", processor)
                     yield SetAttr(processor, "_attention_backend", member)
                 else:
-                    kind = type(processor)
-                    if kind not in classes:
-                        classes[kind] = rebound_class(kind, site, fold, mark)
-                    clone: Any = object.__new__(classes[kind])
+                    # One class per stock class, so that all blocks share one compiled graph.
+                    clone: Any = object.__new__(rebound_class(type(processor), site.number, fold, mark))
                     vars(clone).update(vars(processor))
                     yield SetAttr(layer.module, "processor", clone)
         if config.dense_layers or any(len(set(role.backends)) > 1 for role in roles):

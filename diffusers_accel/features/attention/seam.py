@@ -18,6 +18,7 @@ import importlib
 import inspect
 import textwrap
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,18 +28,48 @@ from torch import nn
 
 from ...core.edits import Edit, SetItem
 from ...errors import Unsupported
-from ...kernels.attention import AttentionSite, Pending, rotate
+from ...kernels.attention import SITES, AttentionSite, Pending, enter, rotate
 
 
 def dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:
     """A backend name of ours, and the edits that enter it in the dispatcher's tables.
 
+    The tables hold no pipeline. Should one be dropped that was never restored, what was entered for it goes with it.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
+
+    number, (member, attention) = site.number, _backend(site.number)
+    arguments = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
+    entries: list[tuple[dict[Any, Any], Any]] = [
+        (registry._backends, attention),
+        (registry._constraints, []),
+        (registry._supported_arg_names, arguments | {"_parallel_config"}),
+    ]
+
+    def drop() -> None:
+        # A pipeline may be freed while Dynamo is looking at these tables. Entries of a number are the same whoever has
+        # it, so one that stays then is taken over by the next site of that number, and goes with that.
+        if number not in SITES and torch._guards.CompileContext.try_get() is None:
+            for table, _ in entries:
+                table.pop(member, None)
+
+    weakref.finalize(site, drop).atexit = False
+    for table, _ in entries:
+        table.pop(member, None)
+    return member, [SetItem(table, member, entry) for table, entry in entries]
+
+
+@functools.cache
+def _backend(number: int) -> tuple[Any, Callable[..., Any]]:
+    """The backend name of a site's number, and the function behind it: compiled graphs know both by identity, so they
+    are the same for every site that has the number.
+
     The name is an instance of the dispatcher's enumeration that is not one of its members: the class stays as it is.
     """
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+    from diffusers.models.attention_dispatch import AttentionBackendName
 
-    value = f"diffusers_accel_{site.number}"
-    member = str.__new__(AttentionBackendName, value)
+    value = f"diffusers_accel_{number}"
+    member: Any = str.__new__(AttentionBackendName, value)
     member._name_, member._value_ = value, value
 
     def attention(
@@ -53,15 +84,9 @@ def dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:
         _parallel_config: Any = None,
     ) -> Any:
         _refuse_neighbours(_parallel_config)
-        return site(query, key, value, attn_mask, is_causal, scale)
+        return enter(number, query, key, value, attn_mask, is_causal, scale)
 
-    registry = _AttentionBackendRegistry
-    arguments = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
-    return member, [
-        SetItem(registry._backends, member, attention),
-        SetItem(registry._constraints, member, []),
-        SetItem(registry._supported_arg_names, member, arguments | {"_parallel_config"}),
-    ]
+    return member, attention
 
 
 def _refuse_neighbours(given: Any) -> None:
@@ -99,12 +124,15 @@ class _Functional:
         return getattr(F, name)
 
 
-def rebound_class(stock: type, site: AttentionSite, fold: bool = False, mark: bool = False) -> type:
-    """A subclass of a stock processor that runs the stock code with its attention function bound to `site`.
+@functools.cache
+def rebound_class(stock: type, number: int, fold: bool = False, mark: bool = False) -> type:
+    """A subclass of a stock processor that runs the stock code with its attention function bound to a site.
+
+    It is made once: compiled graphs know a class by identity, and would be made anew for each. It holds no pipeline.
 
     Args:
         stock: Its class.
-        site: What attention enters.
+        number: Of the site that attention enters.
         fold: Let query and key reach it with their norm and rotation still to be done, in eager.
         mark: Have rotations be operators that a rewrite finds, in compiled graphs.
     """
@@ -126,7 +154,7 @@ def rebound_class(stock: type, site: AttentionSite, fold: bool = False, mark: bo
         parallel_config: Any = None,
     ) -> Any:
         _refuse_neighbours(parallel_config or attention_kwargs)
-        return site(query, key, value, attn_mask, is_causal, scale)
+        return enter(number, query, key, value, attn_mask, is_causal, scale)
 
     def heads_first(
         query: Any,
@@ -139,7 +167,7 @@ def rebound_class(stock: type, site: AttentionSite, fold: bool = False, mark: bo
         enable_gqa: bool = False,
     ) -> Any:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        return site(query, key, value, attn_mask, is_causal, scale).transpose(1, 2)
+        return enter(number, query, key, value, attn_mask, is_causal, scale).transpose(1, 2)
 
     scope = dict(call.__globals__)
     # Dynamo looks a function's globals up in the module that `__name__` names; without it, in the dictionary itself.

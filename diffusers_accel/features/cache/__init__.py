@@ -62,6 +62,7 @@ def edits(target: Target, config: CacheConfig | PABConfig) -> Iterator[Edit]:
         return
     caches = [StepCache(target, denoiser, rule_of(target, denoiser, config)) for denoiser in target.denoisers]
     for cache in caches:
+        target.clock.ended.append(cache.forget)
         cache.others = [other for other in caches if other is not cache]
         yield from _edits(target, cache)
 

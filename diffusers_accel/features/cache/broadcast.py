@@ -25,9 +25,8 @@ from .signals import leaves
 
 @dataclass
 class _Kept:
-    """The last output of one module in one branch, the step it is of, and the shapes it was computed for."""
+    """The last output of one module in one branch, its step, and the shapes it was computed for."""
 
-    request: int
     place: int
     shapes: list[torch.Size]
     output: Any
@@ -90,6 +89,7 @@ def edits(target: Target, config: PABConfig) -> Iterator[Edit]:
     low, high = config.window
     for denoiser in target.denoisers:
         state = _State(target, denoiser)
+        target.clock.ended.append(state.forget)
         for path, module in _modules(denoiser):
             interval = _interval(denoiser, path, config)
             if interval is not None and interval > 1:
@@ -99,11 +99,11 @@ def edits(target: Target, config: PABConfig) -> Iterator[Edit]:
 
 
 class _State:
-    """What all modules of one denoiser keep, by path and branch."""
+    """What all modules of one denoiser keep, by request, path and branch."""
 
     def __init__(self, target: Target, denoiser: Denoiser):
         self.target, self.denoiser = target, denoiser
-        self.kept: dict[tuple[str, str], _Kept] = {}
+        self.kept: dict[tuple[int, str, str], _Kept] = {}
         self.open = False
         self._noise: tuple[int, list[float] | None] = (0, None)
 
@@ -113,25 +113,29 @@ class _State:
         if step is None or step.repeated:
             return inner(*args, **kwargs)
         if self._noise[0] != step.request:
-            self.kept.clear()
-            self._noise = (step.request, noise_shares(self.target.pipe.scheduler))
+            self._noise = (step.request, noise_shares(self.target.clock.scheduler))
         self.open = self._noise[1] is not None
         try:
             return inner(*args, **kwargs)
         except BaseException:
-            self.kept.clear()
+            self.forget(step.request)
             raise
         finally:
             self.open = False
             key = (self.denoiser.name, step.branch)
             self.target.cache_bytes[key] = sum(
                 tensor.numel() * tensor.element_size()
-                for (_, branch), kept in self.kept.items()
-                if branch == step.branch
+                for (request, _, branch), kept in self.kept.items()
+                if (request, branch) == (step.request, step.branch)
                 for tensor in leaves(kept.output)
             )
             if step.last:
-                self.kept = {place: kept for place, kept in self.kept.items() if place[1] != step.branch}
+                this = (step.request, step.branch)
+                self.kept = {key: kept for key, kept in self.kept.items() if (key[0], key[2]) != this}
+
+    def forget(self, request: int) -> None:
+        """Lets go of a request that has ended, whether it came to its last step or not."""
+        self.kept = {key: kept for key, kept in self.kept.items() if key[0] != request}
 
     def gate(self, path: str, rule: Broadcast) -> Callable[..., Any]:
         """The layer around one attention module."""
@@ -140,9 +144,9 @@ class _State:
             step, noise = self.target.clock.current, self._noise[1]
             if not self.open or step is None or step.step is None or noise is None:
                 return inner(*args, **kwargs)
-            kept = self.kept.get((path, step.branch))
+            kept = self.kept.get((step.request, path, step.branch))
             shapes = [item.shape for item in leaves([args, kwargs])]
-            fits = kept is not None and kept.request == step.request and kept.shapes == shapes
+            fits = kept is not None and kept.shapes == shapes
             age = step.step - kept.place if kept is not None and fits else None
             calls = self.target.attention_broadcasts
             if not rule.computes(1000 * noise[step.step], age):
@@ -151,7 +155,7 @@ class _State:
                 return kept.output
             calls["computed"] += 1
             output = inner(*args, **kwargs)
-            self.kept[path, step.branch] = _Kept(step.request, step.step, shapes, output)
+            self.kept[step.request, path, step.branch] = _Kept(step.step, shapes, output)
             return output
 
         return forward

@@ -49,7 +49,8 @@ class StepCache:
     def __init__(self, target: Target, denoiser: Denoiser, rule: Rule):
         self.target, self.denoiser, self.rule = target, denoiser, rule
         self.watch = rule.watch(target, denoiser)
-        self.lanes: dict[str, Lane] = {}
+        # By request and branch: a request may begin inside another one's callback.
+        self.lanes: dict[tuple[int, str], Lane] = {}
         self.others: list[StepCache] = []
         self._lane: Lane | None = None
         self._names = parameter_names(denoiser.module)
@@ -61,11 +62,11 @@ class StepCache:
         # A call whose place in the request is unknown is computed in full, and leaves no trace.
         if step is None or step.repeated:
             return inner(*args, **kwargs)
-        lane = self.lanes.get(step.branch)
-        if lane is None or lane.request != step.request:
+        lane = self.lanes.get((step.request, step.branch))
+        if lane is None:
             for other in self.others:
-                other.hand_over()
-            lane = self.lanes[step.branch] = Lane(step.request, self.rule.policy(step.branch))
+                other.hand_over(step.request)
+            lane = self.lanes[step.request, step.branch] = Lane(step.request, self.rule.policy(step.branch))
             lane.guarded = Guarded() if self.rule.guard else None
         self._lane = lane
         try:
@@ -76,18 +77,23 @@ class StepCache:
                 return self._whole(lane, step, arguments, lambda: inner(*args, **kwargs))
             return inner(*args, **kwargs)
         except BaseException:
-            self.lanes.clear()
+            self.forget(step.request)
             raise
         finally:
             self._lane = None
             self._look_back(lane, step)
             lane.close(step.last)
 
-    def hand_over(self) -> None:
+    def forget(self, request: int) -> None:
+        """Lets go of a request that has ended, whether it came to its last step or not."""
+        self.lanes = {key: lane for key, lane in self.lanes.items() if key[0] != request}
+
+    def hand_over(self, request: int) -> None:
         """Lets go of what is kept, when another expert takes over: they work one after another."""
-        for branch, lane in self.lanes.items():
-            lane.close(last=True)
-            self.target.cache_bytes.pop((self.denoiser.name, branch), None)
+        for (number, branch), lane in self.lanes.items():
+            if number == request:
+                lane.close(last=True)
+                self.target.cache_bytes.pop((self.denoiser.name, branch), None)
 
     def gate(self, stack: Stack, block: nn.Module, index: int) -> Callable[..., Any]:
         """The layer around one block of a stack, by its place there."""

@@ -60,7 +60,7 @@ class Watch:
 
     def conditional(self, signal: torch.Tensor, step: StepState) -> torch.Tensor:
         """The conditional half of a signal, which comes last, where both guidance branches share a call."""
-        adapter, pipe = self.denoiser.adapter, self.target.pipe
+        adapter, pipe = self.denoiser.adapter, self.target.clock.pipe or self.target.pipe
         batched = adapter.guidance == "batched" and step.branch == adapter.branches[0]
         if batched and getattr(pipe, "do_classifier_free_guidance", False) and signal.shape[0] % 2 == 0:
             return signal.chunk(2)[1]
@@ -151,7 +151,7 @@ class Latents(Watch):
         """See `Watch.look`."""
         adapter = self.denoiser.adapter
         if self._noise[0] != step.request:
-            self._noise = (step.request, noise_shares(self.target.pipe.scheduler))
+            self._noise = (step.request, noise_shares(self.target.clock.scheduler))
             self._grid = (step.request, adapter.grid(arguments))
         noise = self._noise[1]
         if noise is None or step.step is None:

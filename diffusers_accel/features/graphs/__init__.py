@@ -118,10 +118,17 @@ def _wholes(target: Target, config: CudaGraphConfig) -> list[tuple[str, nn.Modul
     return found
 
 
+def components(target: Target, config: CudaGraphConfig) -> tuple[str, ...]:
+    """What it changes besides the denoisers."""
+    return tuple(name.partition(".")[0] for name, _ in _wholes(target, config))
+
+
 def edits(target: Target, config: CudaGraphConfig) -> Iterator[Edit]:
     """One layer around each denoiser, which tells kinds of calls apart, and one around each block; one around each
     other module."""
     for name, module in _wholes(target, config):
+        if name.partition(".")[0] in target.taken:
+            continue
         whole = Whole(target, name, module, config.limit)
         target.graphs.append(whole)
         yield AddLayer(module, target.rank("whole graph"), whole.around)

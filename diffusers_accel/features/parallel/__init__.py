@@ -197,6 +197,11 @@ def settle(target: Target) -> Iterator[Edit]:
         yield from gpus.beforehand(target)
 
 
+def components(target: Target, config: ParallelConfig) -> tuple[str, ...]:
+    """What it changes besides the denoisers."""
+    return ("vae",) if config.vae > 1 or config.vae_others != "compute" else ()
+
+
 def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     """The mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
     device, ranks = target.denoisers[0].device.type, everyone()
@@ -213,11 +218,11 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
         # One bar is enough.
         bar = vars(target.pipe).get("_progress_bar_config") or {}
         yield SetAttr(target.pipe, "_progress_bar_config", {**bar, "disable": True})
-    if config.vae > 1:
+    if config.vae > 1 and "vae" not in target.taken:
         group = mesh.neighbours(config.vae)
         open_for(group, device, config)
         yield from vae.edits(target.pipe.vae, group, config.vae_dim, target.rank("vae"))
-    if config.vae_others != "compute":
+    if config.vae_others != "compute" and "vae" not in target.taken:
         idle = config.vae_others == "idle"
         yield from vae_others.edits(target.pipe.vae, ranks, config.vae, idle, target.rank("vae of others"))
     for denoiser in target.denoisers:

@@ -21,7 +21,7 @@ from .pending import Pending
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
 from .shipping import Operand, Shipping
-from .site import SITES, AttentionSite
+from .site import SITES, AttentionSite, enter
 from .transport import Layout, Transport
 from .unprepared import attention_unprepared, rotate
 
@@ -44,6 +44,7 @@ __all__ = [
     "Transport",
     "attention_unprepared",
     "candidates",
+    "enter",
     "margin",
     "recipes",
     "register_attention",

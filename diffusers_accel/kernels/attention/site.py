@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -95,18 +96,31 @@ class AttentionSite:
         scale: float | None = None,
     ) -> torch.Tensor:
         """Attention on (batch, sequence, heads, head_dim) tensors, compiled or not."""
-        if torch.compiler.is_compiling():
-            return _attention(query, key, value, attn_mask, is_causal, scale, self.number)
-        return self.run(Inputs(query, key, value, attn_mask, is_causal, scale))
+        return enter(self.number, query, key, value, attn_mask, is_causal, scale)
 
 
-# Sites in use, by number. The number is a constant in compiled graphs: freed numbers are used again, so that a restored
-# and accelerated pipeline finds its compiled graphs.
-SITES: dict[int, AttentionSite] = {}
+# Sites by number, while the pipeline exists whose layers have them. The number is a constant in compiled graphs: freed
+# numbers are used again, so that a restored and accelerated pipeline finds its compiled graphs.
+SITES: WeakValueDictionary[int, AttentionSite] = WeakValueDictionary()
 
 
 def _free_number() -> int:
     return next(number for number in range(len(SITES) + 1) if number not in SITES)
+
+
+def enter(
+    number: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention by the site of a number, on (batch, sequence, heads, head_dim) tensors, compiled or not."""
+    if torch.compiler.is_compiling():
+        return _attention(query, key, value, attn_mask, is_causal, scale, number)
+    return SITES[number].run(Inputs(query, key, value, attn_mask, is_causal, scale))
 
 
 def _attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -1,0 +1,389 @@
+"""Sessions: what is in force on which components, and on whose behalf.
+
+An edit belongs to the component that it changes, since pipelines share components (`from_pipe`, a pipeline per request
+in a server, one text encoder for many). A `Session` is what one `accelerate` did. It is kept on the denoisers
+themselves and on the pipelines it was asked for, nowhere else, so it is freed with them.
+
+- A pipeline that has an accelerated denoiser runs through its session, which reports of it and restores it, whether it
+  was named in `accelerate` or not. Asked for the same configuration it joins; another is refused while it is shared.
+- Another component (a VAE, a text encoder) that several sessions want alike is changed once, and stays so until the
+  last of them ends.
+- A copy, deep or pickled, is stock and whole: edits are undone while it is made.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import AccelConfig
+from .core.edits import AddLayer, Edit, Journal, SetAttr
+from .errors import Unsupported
+from .features.feature import Target
+
+# Where a denoiser keeps its session, and a pipeline what it has of one.
+SESSION = "_diffusers_accel_session"
+# Where another component keeps the sessions that want it changed.
+_HELD = "_diffusers_accel_held"
+
+# Component -> feature -> its section, of components besides the denoisers.
+Wanted = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(eq=False)
+class Session:
+    """What is in force on one pipeline's components.
+
+    Args:
+        config: The configuration.
+        target: The pipeline as its features see it.
+        notes: Sentences about it, as `explain` prints them.
+        asked: A user's own words for it, to be understood anew where the pipeline has moved.
+        weight_bytes_before: Bytes of the denoisers' weights in stock.
+        wanted: What it changes besides the denoisers.
+
+    Attributes:
+        journal: Its edits.
+        pipes: The pipelines it was asked for, while they exist.
+        over: Whether it has been taken back.
+        said: Warnings that need not be given again.
+    """
+
+    config: AccelConfig
+    target: Target
+    notes: tuple[str, ...]
+    asked: tuple[Any, Mapping[str, Any]]
+    weight_bytes_before: int
+    wanted: Wanted = field(default_factory=dict)
+    journal: Journal = field(default_factory=Journal)
+    pipes: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    over: bool = False
+    said: set[str] = field(default_factory=set)
+
+    def begin(self, edits: Iterable[Edit], pipes: Iterable[Any]) -> None:
+        """Applies edits, all or none of them.
+
+        Args:
+            edits: What features yield.
+            pipes: The pipelines that it is asked for.
+        """
+        try:
+            self.journal.apply(self._all(edits))
+            for pipe in pipes:
+                self.join(pipe)
+        except BaseException:
+            self.end()
+            raise
+        # The components are the session's, and pipelines come and go.
+        self.target.pipe = weakref.proxy(self.target.pipe)
+
+    def join(self, pipe: Any) -> None:
+        """Is asked for by a pipeline that has its denoisers."""
+        share = _Share(self)
+        vars(pipe)[SESSION] = share
+        self.pipes.add(pipe)
+        share.journal.apply(self._around(pipe))
+
+    def end(self) -> None:
+        """Takes everything back, for all pipelines that have its denoisers."""
+        self.over = True
+        for name in self.wanted:
+            self._hand_on(name)
+        try:
+            self.journal.undo()
+        finally:
+            for pipe in list(self.pipes):
+                share = vars(pipe).get(SESSION)
+                if isinstance(share, _Share) and share.session is self:
+                    share.journal.undo()
+
+    def others(self, pipe: Any) -> list[str]:
+        """Names of pipelines' classes that it was asked for, this pipeline left out."""
+        if any(each is not pipe for each in self.pipes):
+            gc.collect()  # one that nobody has any more is no reason for anything
+        return sorted(type(each).__name__ for each in self.pipes if each is not pipe)
+
+    @contextmanager
+    def suspended(self, what: str) -> Iterator[None]:
+        """A context within which the components are stock.
+
+        Args:
+            what: What it is for, as an error says it.
+
+        Raises:
+            Unsupported: The stock weights are gone, or divided among ranks.
+        """
+        reasons = self.journal.lasting
+        parallel = self.config.parallel
+        if parallel is not None and (parallel.tp > 1 or parallel.fsdp):
+            reasons = ["its weights are divided among ranks"]
+        if reasons:
+            raise Unsupported(
+                what, f"{reasons[0]}.", "save_quantized(pipe, ...), or load the pipeline again.", self._name
+            )
+        self.target.clock.settle()
+        with self.journal.suspended():
+            yield
+
+    @property
+    def _name(self) -> str:
+        return str(self.target.denoisers[0])
+
+    def _all(self, edits: Iterable[Edit]) -> Iterator[Edit]:
+        for denoiser in self.target.denoisers:
+            yield SetAttr(denoiser.module, SESSION, self)
+            yield from _copies(denoiser.module)
+        components = self.target.pipe.components
+        for name, key in self.wanted.items():
+            module = components[name]
+            if name not in self.target.taken:
+                yield from _copies(module)
+            yield _Hold(module, self, key)
+        yield from edits
+
+    def _around(self, pipe: Any) -> Iterator[Edit]:
+        """What a pipeline itself needs."""
+        target = self.target
+        if hasattr(pipe, "check_inputs"):
+            yield AddLayer(pipe, target.rank("request"), _arriving(self, weakref.ref(pipe)), "check_inputs")
+        yield from _copies(pipe)
+
+    def _hand_on(self, name: str) -> None:
+        """Leaves a component's edits to another session that wants them."""
+        holds = [edit for edit in self.journal if isinstance(edit, _Hold)]
+        for hold in holds:
+            if self.wanted.get(name) is not hold.key:
+                continue
+            others = [each for each in hold.held.sessions if each is not self]
+            if not others:
+                continue
+            others[0].journal.give(self.journal.take(_within(hold.module)))
+            kinds = ", ".join(sorted(f"{type(pipe).__name__}" for pipe in others[0].pipes))
+            warnings.warn(
+                f"restore: {name} stays accelerated for {kinds or 'another pipeline'}, which shares it.", stacklevel=4
+            )
+
+
+@dataclass(eq=False)
+class _Share:
+    """What a pipeline has of a session: the session, and edits of the pipeline itself."""
+
+    session: Session
+    journal: Journal = field(default_factory=Journal)
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())  # a copy has none
+
+
+@dataclass(eq=False)
+class Held:
+    """Who wants a component changed, and how."""
+
+    key: Mapping[str, Any]
+    sessions: list[Session] = field(default_factory=list)
+
+    def __reduce__(self) -> Any:
+        return (type(None), ())
+
+
+@dataclass(eq=False)
+class _Hold:
+    """Has a session named among those that want a component changed."""
+
+    module: nn.Module
+    session: Session
+    key: Mapping[str, Any]
+
+    @property
+    def held(self) -> Held:
+        found: Held = vars(self.module)[_HELD]
+        return found
+
+    def apply(self) -> None:
+        held = vars(self.module).setdefault(_HELD, Held(self.key))
+        if self.session not in held.sessions:
+            held.sessions.append(self.session)
+
+    def undo(self) -> None:
+        held = vars(self.module).get(_HELD)
+        if held is not None and self.session in held.sessions:
+            held.sessions.remove(self.session)
+        if held is not None and not held.sessions:
+            vars(self.module).pop(_HELD, None)
+
+
+def _within(component: nn.Module) -> Callable[[Edit], bool]:
+    """Whether an edit changes something within a component."""
+    inside = {id(module) for module in component.modules()}
+    return lambda edit: not isinstance(edit, _Hold) and id(getattr(edit, "place", None)) in inside
+
+
+def session_of(pipe: Any) -> Session | None:
+    """The session that is in force on a pipeline: its own, or that of a denoiser it shares."""
+    share = vars(pipe).get(SESSION)
+    if isinstance(share, _Share) and not share.session.over:
+        return share.session
+    found = _sessions(pipe)
+    return found[0] if found else None
+
+
+def _sessions(pipe: Any) -> list[Session]:
+    """The sessions of a pipeline's components that are denoisers."""
+    found: list[Session] = []
+    for module in vars(pipe).values():
+        session = vars(module).get(SESSION) if isinstance(module, nn.Module) else None
+        if isinstance(session, Session) and not session.over and session not in found:
+            found.append(session)
+    return found
+
+
+def dropped(pipe: Any) -> bool:
+    """Whether a pipeline's session has been taken back through another one; forgets that it ever had it."""
+    share = vars(pipe).get(SESSION)
+    if share is None:
+        return False
+    vars(pipe).pop(SESSION)
+    return isinstance(share, _Share) and share.session.over
+
+
+def shared_with(pipe: Any, target: Target) -> Session | None:
+    """The session that is in force on a pipeline's denoisers.
+
+    Raises:
+        Unsupported: Its denoisers are of several sessions, or some of none.
+    """
+    session = session_of(pipe)
+    if session is None:
+        return None
+    owned = {id(denoiser.module) for denoiser in session.target.denoisers}
+    here = {id(denoiser.module) for denoiser in target.denoisers}
+    several = len(_sessions(pipe)) > 1
+    if several or (owned != here and (not owned <= here or session.others(pipe))):
+        names = session.others(pipe) or ["another pipeline"]
+        raise Unsupported(
+            "accelerate",
+            f"it shares some of its denoisers with {', '.join(names)}, which is accelerated.",
+            "restore(pipe), which takes that back for all that share them, then accelerate(pipe, ...).",
+            type(pipe).__name__,
+        )
+    return session
+
+
+def taken(target: Target, wanted: Wanted, own: Session | None) -> frozenset[str]:
+    """Components that another session has changed in the same way already.
+
+    Args:
+        target: The pipeline.
+        wanted: What is to be changed besides the denoisers.
+        own: The pipeline's own session, which makes way.
+
+    Raises:
+        Unsupported: Another session has changed one in another way.
+    """
+    found = set()
+    for name, key in wanted.items():
+        held = vars(target.pipe.components[name]).get(_HELD)
+        others = [each for each in held.sessions if each is not own] if held is not None else []
+        if not others:
+            continue
+        if held.key != key:
+            kinds = sorted(type(pipe).__name__ for each in others for pipe in each.pipes) or ["another pipeline"]
+            features = ", ".join(sorted(set(key) | set(held.key)))
+            raise Unsupported(
+                features,
+                f"its {name} is shared with {', '.join(kinds)}, for which it was set otherwise.",
+                f"the same setting for both, or restore(...) the other one, or a {name} of its own.",
+                type(target.pipe).__name__,
+            )
+        found.add(name)
+    return frozenset(found)
+
+
+def _arriving(session: Session, pipe: Any) -> Callable[..., Any]:
+    """A layer around the first thing a pipeline does in a request: waits for its turn, before anything is set."""
+
+    def check_inputs(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        session.target.clock.arrive()
+        for look in list(session.target.begun):
+            look(pipe())
+        # What it was chosen for may have changed: the layers around this call are not those of before.
+        found = vars(pipe()).get("check_inputs")
+        if session.over and callable(found):
+            return found(*args, **kwargs)
+        return inner(*args, **kwargs)
+
+    return check_inputs
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def _copies(owner: Any) -> Iterator[Edit]:
+    """Has copies of a component or pipeline be stock. `copy` and `pickle` ask an instance before its class."""
+    yield SetAttr(owner, "__deepcopy__", functools.partial(_deepcopy, owner))
+    yield SetAttr(owner, "__reduce_ex__", functools.partial(_reduce, owner))
+
+
+def _deepcopy(owner: Any, memo: Any = None) -> Any:
+    with _stock(owner, "copy.deepcopy"):
+        return copy.deepcopy(owner, memo)
+
+
+def _reduce(owner: Any, protocol: Any = 4) -> Any:
+    with _stock(owner, "pickle"):
+        # What is pickled of it is asked for later, so it is given a copy of the structure, on the same tensors.
+        modules = [owner] if isinstance(owner, nn.Module) else _components(owner)
+        tensors = [
+            item
+            for module in modules
+            for part in module.modules()
+            for item in (*part._parameters.values(), *part._buffers.values())
+            if item is not None
+        ]
+        return copy.deepcopy(owner, {id(item): _apart(item) for item in tensors}).__reduce_ex__(protocol)
+
+
+def _apart(item: torch.Tensor) -> torch.Tensor:
+    """A tensor on the same memory that stays there when the first one's data is moved."""
+    if isinstance(item, nn.Parameter):
+        return nn.Parameter(item.data, requires_grad=item.requires_grad)
+    return item.detach()
+
+
+def _components(pipe: Any) -> list[nn.Module]:
+    return [item for item in pipe.components.values() if isinstance(item, nn.Module)]
+
+
+@contextmanager
+def _stock(owner: Any, what: str) -> Iterator[None]:
+    """A context within which a component or pipeline is stock."""
+    modules = [owner] if isinstance(owner, nn.Module) else _components(owner)
+    found: list[Session] = []
+    shares = []
+    for module in modules:
+        held = vars(module).get(_HELD)
+        found += [vars(module)[SESSION]] if SESSION in vars(module) else []
+        found += held.sessions if held is not None else []
+    own = vars(owner).get(SESSION)
+    if isinstance(own, _Share):
+        found.append(own.session)
+        shares.append(own)
+    with ExitStack() as stack:
+        for share in shares:
+            vars(owner).pop(SESSION)
+            stack.callback(vars(owner).__setitem__, SESSION, share)
+            stack.enter_context(share.journal.suspended())
+        for session in dict.fromkeys(found):
+            if not session.over:
+                stack.enter_context(session.suspended(what))
+        yield
