@@ -17,7 +17,7 @@ import typer
 
 from .. import api, demo
 from ..config import AccelConfig, ParallelConfig, parsed, read_yaml
-from ..errors import AccelError, ConfigError, nearest
+from ..errors import AccelError, ConfigError, nearest, shown
 from ..presets import PRESETS
 
 
@@ -158,7 +158,7 @@ def key_value(text: str, option: str, example: str) -> tuple[str, Any]:
     try:
         return key.strip(), parsed(value)
     except ValueError as error:
-        raise CommandError(f"{option} {text}: {value!r} is not YAML.") from error
+        raise CommandError(f"{option} {key.strip()}: {shown(value)} is not YAML that can be read: {error}") from error
 
 
 def read_device(name: str | None) -> torch.device:

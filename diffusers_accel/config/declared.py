@@ -279,7 +279,7 @@ _TEXT = Declared(means="")
 
 
 def _phrase(annotation: Any, said: Declared) -> str:
-    """What a field takes: `"a whole number, 1 or more, or None"`."""
+    """What a field takes: `"a whole number of at least 1, or None"`."""
     found = [_words(kind, said) for kind in alternatives(annotation)]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])}, or {found[-1]}"
 

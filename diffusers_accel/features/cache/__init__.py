@@ -41,7 +41,7 @@ def check(target: Target, config: CacheConfig | PABConfig) -> Plan:
     actions, modules = [], 0
     for denoiser in target.denoisers:
         adapter = denoiser.adapter
-        if adapter.default or not adapter.stacks:
+        if adapter.default or not denoiser.stacks:
             pab = "cache='pab', which looks at attention alone, or " if broadcast.able(target) else ""
             raise Unsupported(
                 "cache", "no adapter says what its blocks hand on.", f"{pab}cache=None for this model.", str(denoiser)

@@ -102,9 +102,9 @@ def _dbcache(target: Target, denoiser: Denoiser, config: DBCacheConfig) -> Rule:
     return Rule(policy, label, FirstResidual, first, last, **_common(config))
 
 
-def _refuse_first(denoiser: Denoiser, feature: str, first: int, last: int) -> None:
+def _refuse_first(denoiser: Denoiser, feature: str, first: int, last: int, watched: str | None = None) -> None:
     """Refuses to compute so many blocks at the beginning and at the end that none is left to skip. Whether to skip is
-    decided within the first stack, behind the blocks that are watched."""
+    decided within the first stack, behind the blocks that are watched; `watched` says why, where no field does."""
     counts = [len(stack.blocks(denoiser.module)) for stack in denoiser.stacks]
     beginning, end = counts[0], counts[-1]
     if len(counts) > 1 and first < beginning and last <= end:
@@ -112,7 +112,9 @@ def _refuse_first(denoiser: Denoiser, feature: str, first: int, last: int) -> No
     if len(counts) == 1 and (first + last < beginning):
         return
     have = f"its stacks have {', '.join(map(str, counts))}" if len(counts) > 1 else f"it has {beginning}"
-    if first >= beginning:
+    if watched is not None:
+        reason = f"{watched} leaves no other of the first stack, where skipping is decided: {have}."
+    elif first >= beginning:
         reason = f"Fn_compute_blocks={first} leaves no block of the first stack, where skipping is decided: {have}."
     else:
         reason = f"Fn_compute_blocks={first} and Bn_compute_blocks={last} leave no block to skip: {have}."
@@ -239,7 +241,7 @@ def _own(target: Target, denoiser: Denoiser, config: PolicyConfig) -> Rule:
     watch: WatchFactory = signal_of(denoiser) if record.watches == "signal" else WATCHES[record.watches]
     options = plain(config.options or {})
     record.make(options)  # refused now, if it cannot be made
-    _refuse_first(denoiser, f"cache={config.name!r}", record.first, 0)
+    _refuse_first(denoiser, f"cache={config.name!r}", record.first, 0, "the block that it watches")
     label = f"{config.name}, a policy of yours"
     return Rule(lambda branch: record.make(options), label, watch, record.first, **_common(config))
 
