@@ -125,7 +125,6 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         for reason in earlier.journal.lasting:
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
         earlier.target.clock.settle()
-        earlier.end()
     _begin(pipe, target, (config, sections), notes, wanted, earlier)
     # What was left off or stays as it was is said here too, not only to those who ask `explain`.
     left = [note for plan in plans for note in plan.left]
@@ -156,13 +155,16 @@ def _begin(
     """
     config = target.config
     assert config is not None
-    session = Session(config, target, notes, asked, _weight_bytes(target), wanted)
+    pipes = {pipe, *(earlier.pipes if earlier is not None else ())}
     if target.shares_weights and target.home.type == "cuda":
         # Where weights are quantized that lie on the host.
         torch.cuda.set_device(target.home)
     doing: list[str] = []
     try:
-        session.begin(_edits(target, config, doing), {pipe, *(earlier.pipes if earlier is not None else ())})
+        if earlier is not None:
+            earlier.end()
+        session = Session(config, target, notes, asked, _weight_bytes(target), wanted)
+        session.begin(_edits(target, config, doing), pipes)
     except BaseException as error:
         if earlier is not None:
             _again(pipe, earlier, error)

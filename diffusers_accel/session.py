@@ -95,7 +95,14 @@ class Session:
         share.journal.apply(self._around(pipe))
 
     def end(self) -> None:
-        """Takes everything back, for all pipelines that have its denoisers."""
+        """Takes everything back, for all pipelines that have its denoisers. Ctrl-C is raised when that is done."""
+        try:
+            self._end()
+        except KeyboardInterrupt:
+            self.end()
+            raise
+
+    def _end(self) -> None:
         self.over = True
         for name in self.wanted:
             self._hand_on(name)

@@ -23,6 +23,7 @@ from torch import nn
 
 from .chain import Chain, Layer
 from .hooks import hand_over, share
+from .parts import parts
 from .platform import moved, parked
 
 
@@ -65,11 +66,15 @@ class SetAttr:
         owner: The instance.
         name: The attribute. A child module, parameter or buffer of that name keeps its place among the others.
         value: Its value.
+
+    Attributes:
+        theirs: Whether its user has set it since, to whatever value.
     """
 
     owner: Any
     name: str
     value: Any
+    theirs: bool = field(default=False, init=False)
     _old: Any = field(default=None, init=False)
     _held: MutableMapping[str, Any] | None = field(default=None, init=False)
 
@@ -93,7 +98,7 @@ class SetAttr:
     @property
     def replaced(self) -> bool:
         """Whether somebody has put another value in its place since."""
-        return _slots(self.owner, self.name).get(self.name, ABSENT) is not self.value
+        return self.theirs or _slots(self.owner, self.name).get(self.name, ABSENT) is not self.value
 
     def undo(self) -> None:
         held = self._held
@@ -134,6 +139,43 @@ class SetItem:
             self.mapping[self.key] = self._old
 
 
+class Places:
+    """Where modules are in a model: looked up once, and kept up with what is exchanged.
+
+    A module's parent may have left the model since, as LoRA layers do that were around it, so every place is found from
+    the root.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, dict[int, list[tuple[nn.Module, str]]]] = {}
+
+    def of(self, module: nn.Module, root: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Parents and names under which a module is found below a root."""
+        return self._below(root).get(id(module), [])
+
+    def exchange(self, root: nn.Module, here: nn.Module, there: nn.Module) -> None:
+        """Puts a module in all places of another."""
+        known = self._below(root)
+        places = known.pop(id(here), [])
+        for owner, name in places:
+            owner._modules[name] = there
+        if places:
+            known[id(there)] = places
+            for part in there.modules():
+                for name, child in part._modules.items():
+                    if child is not None:
+                        known[id(child)] = [(part, name)]
+
+    def _below(self, root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+        if id(root) not in self._known:
+            found = self._known[id(root)] = {}
+            for owner in parts(root):
+                for name, child in owner._modules.items():
+                    if child is not None:
+                        found.setdefault(id(child), []).append((owner, name))
+        return self._known[id(root)]
+
+
 @dataclass(eq=False)
 class SwapModule:
     """Puts another module in a child's place. The replacement keeps the parent's order of children, and the hooks that
@@ -143,54 +185,46 @@ class SwapModule:
         parent: The module whose child it is.
         name: The child's name.
         module: The replacement.
-        root: The model that both are part of: where the replacement is looked for if it has been moved, as LoRA layers
-            do when they are put around it or taken away.
+        root: The model that both are part of: where the replacement is looked for, since LoRA layers move it when they
+            are put around it or taken away.
+        places: Where modules are; looked up anew if it is not given.
     """
 
     parent: nn.Module
     name: str
     module: nn.Module
     root: nn.Module | None = None
+    places: Places | None = field(default=None, init=False)
     _old: nn.Module | None = field(default=None, init=False)
 
     def apply(self) -> None:
         if self._old is None:
             self._old = self.parent._modules[self.name]
-        assert self._old is not None
-        share(self._old, self.module)
-        self._exchange(self._old, self.module)
+            self._swap(self._old, self.module)
+        else:
+            share(self._old, self.module)
+            self._exchange(self._old, self.module)
+
+    def _swap(self, old: nn.Module | None, new: nn.Module) -> None:
+        assert old is not None
+        share(old, new)
+        self.parent._modules[self.name] = new
 
     def undo(self) -> None:
         if self._old is None:
             return
         hand_over(self.module, self._old)
         self._exchange(self.module, self._old)
+        self.places = None
 
     @property
     def place(self) -> Any:
         """The module that is now part of the model."""
         return self.module
 
-    @property
-    def replaced(self) -> bool:
-        """Whether the model has it no longer."""
-        return not self._places(self.module)
-
     def _exchange(self, here: nn.Module, there: nn.Module) -> None:
-        for owner, name in self._places(here):
-            owner._modules[name] = there
-
-    def _places(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
-        """The parent and name under which a module is found; none if its user has taken it out of the model."""
-        if self.parent._modules.get(self.name) is module:
-            return [(self.parent, self.name)]
-        root = self.root if self.root is not None else self.parent
-        return [
-            (owner, name)
-            for owner in [*root.modules(), *self.parent.modules()]
-            for name, child in owner._modules.items()
-            if child is module
-        ]
+        places = self.places or Places()
+        places.exchange(self.root if self.root is not None else self.parent, here, there)
 
 
 @dataclass(eq=False)
@@ -209,6 +243,7 @@ class ParkWeight:
     successor: nn.Module
     keep: bool
     tensor: str = "weight"
+    _made: type | None = field(default=None, init=False)
     _moving: Future[None] | None = field(default=None, init=False)
 
     @property
@@ -222,6 +257,7 @@ class ParkWeight:
 
     def apply(self) -> None:
         weight: torch.Tensor = getattr(self.module, self.tensor)
+        self._made = type(getattr(self.successor, self.tensor, None))
         if not self.keep:
             weight.data = weight.data.new_empty(0)
         elif weight.device.type == "cuda":
@@ -243,13 +279,28 @@ class ParkWeight:
         weight: torch.Tensor = getattr(self.module, self.tensor)
         if self.keep:
             there = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
-            # A cast of the model since passes the module by; its successor has seen it.
+            # A cast of the model since passes the module by, and so does a weight that was loaded in the place of its
+            # successor's; that has seen it.
             seen = getattr(self.successor, self.tensor, weight)
             dtype = seen.dtype if isinstance(seen, torch.Tensor) and seen.is_floating_point() else weight.dtype
-            weight.data = moved(weight.data, there.device).to(dtype)
+            loaded = type(seen) is nn.Parameter and self._made is not nn.Parameter and seen.shape == weight.shape
+            if loaded and type(seen.data) is torch.Tensor and seen is not weight:
+                weight.data = seen.data
+            else:
+                weight.data = moved(weight.data, there.device).to(dtype)
+            self._follow()
         elif not weight.numel():
             with torch.no_grad():
                 weight.data = getattr(self.successor, self.tensor) + 0
+
+
+    def _follow(self) -> None:
+        """Takes over what became of the module's other parameters in its successor: loaded, cast or moved ones."""
+        for name, own in self.module._parameters.items():
+            there = self.successor._parameters.get(name)
+            same = there is own or there is None or own is None or name == self.tensor
+            if not same and there.shape == own.shape and type(there.data) is torch.Tensor:  # type: ignore[union-attr]
+                own.data = there.data  # type: ignore[union-attr]
 
 
 @dataclass(eq=False)
@@ -358,8 +409,11 @@ class Journal:
 
     def _unwind(self) -> None:
         failed: Exception | None = None
+        places = Places()
         while self._applied:
             edit = self._applied[-1]
+            if hasattr(edit, "places"):
+                edit.places = places
             try:
                 edit.undo()
             except Exception as error:  # whatever a foreign module raises while it is put back
@@ -383,11 +437,14 @@ class Journal:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """A context within which every edit is undone; the same edits are applied again behind it."""
-        edits = list(self._applied)
+        edits, places = list(self._applied), Places()
         self.undo()
         try:
             yield
         finally:
+            for edit in edits:
+                if hasattr(edit, "places"):
+                    edit.places = places
             self.apply(edits)
 
     def _finish(self) -> None:

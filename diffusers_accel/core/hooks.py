@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from .chain import Chain
+
 _DICTIONARIES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -51,4 +53,5 @@ def cast_layerwise(module: nn.Module) -> bool:
 
 def wrapped(module: nn.Module) -> bool:
     """Whether somebody's own code runs around a module's forward: a hook of torch's, or another `forward`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+    own = vars(module).get("forward")
+    return bool(module._forward_hooks or module._forward_pre_hooks) or not (own is None or isinstance(own, Chain))

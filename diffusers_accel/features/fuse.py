@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..config import FuseConfig
-from ..core.edits import Edit, SwapModule
+from ..core.edits import Edit, Places, SwapModule
 from ..errors import Unsupported
 from ..kernels.linear import Apart, Part, Stack, emptied, unstacked
 from .feature import Denoiser, Plan, Target, refuse_offloaded
@@ -123,26 +123,29 @@ def edits(target: Target, config: FuseConfig) -> Iterator[Edit]:
 class _Stacked:
     """Puts the parts of a stack in its layers' places, and lets the layers' own tensors go."""
 
-    places: tuple[tuple[nn.Module, str], ...]
+    owners: tuple[tuple[nn.Module, str], ...]
     stack: Stack
     root: nn.Module
+    places: Places | None = field(default=None, init=False)
     _swaps: list[tuple[Part, SwapModule]] = field(default_factory=list, init=False)
 
     def apply(self) -> None:
         if not self._swaps:
-            originals: list[Any] = [parent._modules[name] for parent, name in self.places]
+            originals: list[Any] = [parent._modules[name] for parent, name in self.owners]
             parts = [Part(self.stack, place, original) for place, original in enumerate(originals)]
             self._swaps = [
                 (part, SwapModule(parent, name, part, self.root))
-                for part, (parent, name) in zip(parts, self.places, strict=True)
+                for part, (parent, name) in zip(parts, self.owners, strict=True)
             ]
         for part, swap in self._swaps:
+            swap.places = self.places
             swap.apply()
             emptied(part.original)
 
     def undo(self) -> None:
         for part, swap in reversed(self._swaps):
             unstacked(part)
+            swap.places = self.places
             swap.undo()
 
 

@@ -52,9 +52,23 @@ def edits(target: Target, config: VAEConfig) -> Iterator[Edit]:
     for name, attribute in _SWITCHES.items():
         value = getattr(config, name)
         if value is not None:
-            yield SetAttr(vae, attribute, value)
+            switch = SetAttr(vae, attribute, value)
+            yield switch
+            for method in (f"enable_{name}", f"disable_{name}"):
+                if hasattr(vae, method):
+                    yield AddLayer(vae, target.rank("vae"), _noted(switch), method)
     if config.compile:
         yield AddLayer(vae.decoder, target.rank("vae"), _compiled())
+
+
+def _noted(switch: SetAttr) -> Callable[..., Any]:
+    """A layer around a VAE's own switch: where its user has used it, the value is theirs, and stays."""
+
+    def switched(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        switch.theirs = True
+        return inner(*args, **kwargs)
+
+    return switched
 
 
 def _compiled() -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from ...errors import Unsupported
 from ...kernels.attention import SITES, AttentionSite, Choice, Fastest, margin
 from ..feature import Denoiser, Plan, Target
 from . import kernels, layers
-from .seam import calls_by_name, dispatcher_backend, rebound_class
+from .seam import SetProcessor, calls_by_name, dispatcher_backend, rebound_class
 
 
 @dataclass
@@ -135,15 +135,17 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
                 fold = folding and type(processor).__name__ in denoiser.adapter.folding
                 marked = mark and calls_by_name(processor) and not isinstance(processor, nn.Module)
                 if hasattr(processor, "_attention_backend") and not (fold or marked):
-                    if owners[id(processor)] > 1:
+                    # A copy: who sets another processor then, or another backend of this one, is noticed. One that
+                    # is a module stays the model's own, unless several layers share it.
+                    if owners[id(processor)] > 1 or not isinstance(processor, nn.Module):
                         processor = copy.copy(processor)
-                        yield SetAttr(layer.module, "processor", processor)
+                        yield SetProcessor(layer.module, "processor", processor)
                     yield SetAttr(processor, "_attention_backend", member)
                 else:
                     # One class per stock class, so that all blocks share one compiled graph.
                     clone: Any = object.__new__(rebound_class(type(processor), site.number, fold, mark))
                     vars(clone).update(vars(processor))
-                    yield SetAttr(layer.module, "processor", clone)
+                    yield SetProcessor(layer.module, "processor", clone)
         if config.dense_layers or any(len(set(role.backends)) > 1 for role in roles):
             yield from _marks(denoiser, target, config, place)
 

@@ -20,15 +20,35 @@ import textwrap
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core.edits import Edit, SetItem
+from ...core.edits import Edit, SetAttr, SetItem
 from ...errors import Unsupported
 from ...kernels.attention import SITES, AttentionSite, Pending, enter, rotate
+
+
+@dataclass(eq=False)
+class SetProcessor(SetAttr):
+    """Sets a copy of an attention module's processor. What its user sets on the copy is the stock processor's, when
+    that comes back."""
+
+    _before: dict[str, Any] = field(default_factory=dict, init=False)
+
+    def apply(self) -> None:
+        self._before = dict(vars(self.value))
+        super().apply()
+
+    def undo(self) -> None:
+        stock, ours = self._old, self._held is not None and not self.replaced
+        super().undo()
+        if ours and not isinstance(stock, nn.Module):
+            changed = {name: item for name, item in vars(self.value).items() if self._before.get(name, self) is not item}
+            vars(stock).update(changed)
 
 
 def dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:

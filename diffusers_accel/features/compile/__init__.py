@@ -7,6 +7,7 @@ The compiled function is the innermost layer around a block, so caches, gates an
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -17,6 +18,8 @@ from torch import nn
 from ...config import CompileConfig
 from ...core.chain import Chain
 from ...core.edits import AddLayer, Edit
+from ...core.hooks import wrapped
+from ...core.parts import parts
 from ...errors import Unsupported
 from ..feature import Denoiser, Plan, Target
 from .known import options_of
@@ -75,10 +78,15 @@ def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
             yield AddLayer(
                 denoiser.module.get_submodule(modulation.embedding), target.rank("compile"), made.around_embedding
             )
-        for block in denoiser.adapter.blocks(denoiser.module):
+        blocks = denoiser.adapter.blocks(denoiser.module)
+        hooked = _Hooked(denoiser, blocks)
+        target.begun.append(hooked.look)
+        for block in blocks:
             rewrites = target.rewrites(denoiser)
             yield AddLayer(
-                block, target.rank("compile"), _compiled(block, config, shared, rewrites, bool(target.transports))
+                block,
+                target.rank("compile"),
+                _compiled(block, config, shared, rewrites, bool(target.transports), hooked.blocks),
             )
             if denoiser.adapter.static_arguments:
                 # Of equal rank and added later, so it runs outside the compiled forward.
@@ -110,15 +118,55 @@ def _read(names: tuple[str, ...]) -> Callable[..., Any]:
     return forward
 
 
+class _Hooked:
+    """The blocks that have hooks on modules within, which a compiled block would call wrongly or not at all.
+
+    Args:
+        denoiser: The denoiser.
+        blocks: Its blocks.
+
+    Attributes:
+        blocks: The identities of those that have hooks, as the last request found them.
+    """
+
+    def __init__(self, denoiser: Denoiser, blocks: list[nn.Module]):
+        self.denoiser, self._all = denoiser, blocks
+        self.blocks: set[int] = set()
+        self._warned = False
+
+    def look(self, pipe: Any) -> None:
+        """Looks for hooks as a request begins: its user may have hung some there since the last."""
+        if pipe is not None:  # the denoiser is not about to run yet
+            return
+        self.blocks.clear()
+        self.blocks.update(id(block) for block in self._all if any(map(wrapped, parts(block)[1:])))
+        if self.blocks and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"compile: {len(self.blocks)} blocks of {self.denoiser} run as they are: modules within have hooks, "
+                "which a compiled block would not call.",
+                stacklevel=2,
+            )
+
+
 def _compiled(
     module: nn.Module,
     config: CompileConfig,
     shared: dict[type, Callable[..., Any]],
     rewrites: bool,
     exchanging: bool,
+    hooked: set[int],
 ) -> Callable[..., Any]:
-    """A layer that runs `module`'s forward compiled; `shared` holds the compiled forwards by class. `exchanging`:
-    whether attention exchanges heads with other ranks."""
+    """A layer that runs `module`'s forward compiled.
+
+    Args:
+        module: The block.
+        config: The configuration.
+        shared: Compiled forwards by class.
+        rewrites: Whether graphs are rewritten.
+        exchanging: Whether attention exchanges heads with other ranks.
+        hooked: Identities of blocks that are to run as they are.
+    """
     options: dict[str, Any] = {
         "backend": config.backend,
         "fullgraph": config.fullgraph,
@@ -144,15 +192,33 @@ def _compiled(
         kind = type(module)
         if kind not in shared:
             shared[kind] = torch.compile(kind.forward, **options)
-        function = shared[kind]
-        return lambda inner, *args, **kwargs: function(module, *args, **kwargs)
+
+        def compiled(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if id(module) in hooked:
+                return inner(*args, **kwargs)
+            try:
+                return shared[kind](module, *args, **kwargs)
+            except torch._dynamo.exc.Unsupported as error:
+                # Raised while it is traced, before anything was run.
+                if not options["fullgraph"]:
+                    raise
+                options["fullgraph"] = False
+                warnings.warn(
+                    f"compile: {kind.__name__} is no single graph ({str(error).splitlines()[0]}): graph breaks are "
+                    "allowed in it.",
+                    stacklevel=2,
+                )
+                shared[kind] = torch.compile(kind.forward, **options)
+                return shared[kind](module, *args, **kwargs)
+
+        return compiled
     # Somebody else's wrapper (an offload hook, say) is part of the forward here: compile around it.
-    wrapped: list[Callable[..., Any]] = []
+    around: list[Callable[..., Any]] = []
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not wrapped:
-            wrapped.append(torch.compile(inner, **{**options, "fullgraph": False}))
-        return wrapped[0](*args, **kwargs)
+        if not around:
+            around.append(torch.compile(inner, **{**options, "fullgraph": False}))
+        return around[0](*args, **kwargs)
 
     return forward
 

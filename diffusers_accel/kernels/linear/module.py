@@ -98,6 +98,9 @@ class StandIn(nn.Linear):
         """
         raise NotImplementedError
 
+    def retype(self, dtype: torch.dtype) -> None:
+        """Has the weight be of another type to everything around, before other numbers are taken as it."""
+
     def _judged(self, value: torch.Tensor) -> torch.Tensor:
         if value.shape != (self.out_features, self.in_features):
             raise ValueError(f"A weight of shape {(self.out_features, self.in_features)}, not {tuple(value.shape)}.")
@@ -133,6 +136,8 @@ class StandIn(nn.Linear):
             return
         state_dict[prefix + "weight"] = given
         try:
+            if local_metadata.get("assign_to_params_buffers", False):
+                self.retype(given.dtype)
             self.store(given)
         except ValueError as error:
             error_msgs.append(f"{prefix}weight: {error}")
@@ -203,6 +208,14 @@ class QuantizedLinear(StandIn):
             return x.new_empty((*x.shape[:-1], self.out_features))
         if self.pre_quant_scale is not None:
             x = x * self.pre_quant_scale.to(x.dtype)
+        bias = self.bias
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            found: torch.Tensor = _StraightThrough.apply(x, bias, self)  # type: ignore[no-untyped-call]
+            return found
+        return self.multiply(x)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) times the weight, plus the bias: (..., out_features)."""
         out = self.product(x) if x.is_cuda else self.reference(x.reshape(-1, self.in_features))
         return out.view(*x.shape[:-1], self.out_features)
 
@@ -283,6 +296,12 @@ class QuantizedLinear(StandIn):
         dense = self.dense()
         return (dense if self.pre_quant_scale is None else dense * self.pre_quant_scale).to(self.weight_dtype)
 
+    def retype(self, dtype: torch.dtype) -> None:
+        self.weight_dtype = dtype
+        if self._stock:
+            kept = self._stock[0].weight
+            kept.data = kept.data.to(dtype)
+
     @torch.no_grad()
     def store(self, value: torch.Tensor) -> None:
         if isinstance(value, WeightView) and value.layer is self:
@@ -311,6 +330,25 @@ class QuantizedLinear(StandIn):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.kind}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A quantized layer's product. Rounding has no gradient worth the name, so going back it counts as none
+    (straight-through, https://arxiv.org/abs/1308.3432): the gradient is that of a product with the stored weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: QuantizedLinear) -> torch.Tensor:
+        ctx.layer, ctx.biased = layer, bias is not None and bias.requires_grad
+        return layer.multiply(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = gradients
+        back = None
+        if ctx.needs_input_grad[0]:
+            back = gradient @ ctx.layer.dense().to(gradient.dtype)
+        own = gradient.flatten(0, -2).sum(0) if ctx.biased else None
+        return back, own, None
 
 
 _DATA: Any = torch.Tensor.data

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...core.hooks import cast_layerwise
 from .module import Apart, QuantizedLinear, RoundedOnce, StandIn, WeightView
 from .record import kind_of
 
@@ -67,6 +68,8 @@ class Stack:
             return f"they are {kind.__name__}"
         if kind is nn.Linear and any(type(layer.weight.data) is not torch.Tensor for layer in layers):
             return f"their weights are {type(layers[0].weight.data).__name__}"
+        if any(cast_layerwise(layer) for layer in layers):
+            return "diffusers casts their weights before and after each call (enable_layerwise_casting)"
         if len({(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in layers}) > 1:
             return "their input features, types or devices differ"
         return None
