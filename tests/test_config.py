@@ -13,6 +13,7 @@ import random
 import typing
 
 import pytest
+from drawn import SECTIONS, kinds_of, legal, of
 
 from diffusers_accel import AccelConfig, AttentionConfig, CompileConfig, ConfigError, TeaCacheConfig, VAEConfig
 from diffusers_accel.config import CACHE_CONFIGS
@@ -202,37 +203,11 @@ def test_a_section_says_what_its_fields_mean():
 
 # --- drawn from the declarations --------------------------------------------------------------------------------------
 
-SECTIONS = [
-    kind
-    for entry in dataclasses.fields(AccelConfig)
-    for section in [entry.metadata["section"]]
-    for kind in (section.values() if isinstance(section, dict) else [section])
-]
 FIELDS = [
     pytest.param(section, field, id=f"{section.__name__}.{field.name}")
     for section in SECTIONS
     for field in dataclasses.fields(section)
 ]
-# What a section must have besides the field that is drawn.
-BESIDE = {"LinearConfig": {"algo": "fp8"}, "PolicyConfig": {"name": "mine"}}
-
-
-def of(section, field, value):
-    return section(**{**BESIDE.get(section.__name__, {}), field.name: value})
-
-
-def kinds_of(section, field):
-    """The types that a field takes: plain ones, and (tuple, of) or (dict, of)."""
-    annotation = typing.get_type_hints(section)[field.name]
-    alternatives = (
-        [annotation] if isinstance(annotation, type) or typing.get_origin(annotation) in (tuple, dict)
-        else typing.get_args(annotation)
-    )  # fmt: skip
-    found = {}
-    for kind in alternatives:
-        origin, of = typing.get_origin(kind), typing.get_args(kind)
-        found[origin or kind] = of[1] if origin is dict else of[0] if origin is tuple else None
-    return found
 
 
 def deep(depth):
@@ -309,8 +284,8 @@ def nonsense(section, field):
         yield from ["", " ", "a\nb", "\ud800", "x" * 1_000_000]
         if said.among:
             yield from ["nothing of that kind", said.among[0] + "s"]
-    for container, of in kinds.items():
-        items = [*wrong_items(of), *(outside if numbers else [])] if of else []
+    for container, inner in kinds.items():
+        items = [*wrong_items(inner), *(outside if numbers else [])] if inner else []
         if container is tuple:
             yield from ([item] * max(said.fewest, 1) for item in items)
             if said.fewest:
@@ -350,42 +325,6 @@ def test_the_nearest_name_is_named(section, field):
     for name in field.metadata["declared"].among:
         with pytest.raises(ConfigError, match=rf"got '{name}s'\. Did you mean '{name}'\?"):
             of(section, field, f"{name}s")
-
-
-def legal(section, field, draw):
-    """A value that a field must take, by what it declares."""
-    said, kinds = field.metadata["declared"], kinds_of(section, field)
-    if said.examples:
-        return draw.choice(said.examples)
-    kind = draw.choice(list(kinds))
-
-    def one(kind):
-        if kind is bool:
-            return draw.random() < 0.5
-        least = said.least if said.least is not None else said.above + 1e-3 if said.above is not None else -1000
-        most = said.most if said.most is not None else 1000
-        if kind is int:
-            return draw.randint(math.ceil(least), math.floor(most))
-        if kind is float:
-            return draw.choice(
-                [draw.uniform(least, most), float(most), round(most), 1e-7 if least <= 0 else float(most)]
-            )
-        if kind is str:
-            return draw.choice(
-                [*said.among, *said.besides] or ["fp8", "*.to_q", "null", "1e3", "yes", "ä [x]: #", "2026-11-30"]
-            )
-        if kind is typing.Any:
-            return draw.choice([None, True, 3, 0.25, math.inf, "", "text", [1, [2.5]], {"a": [1, {"b": None}]}])
-        return None
-
-    if kind is tuple:
-        fixed = typing.get_args(typing.get_type_hints(section)[field.name])
-        count = 2 if fixed and fixed[-1] is not Ellipsis and not said.fewest else draw.randint(max(said.fewest, 1), 5)
-        items = [one(kinds[tuple]) for _ in range(count)]
-        return list(dict.fromkeys(items)) if said.fewest == 1 else items
-    if kind is dict:
-        return {draw.choice(["*", "blocks.0.*", "null", "ä: 1"]): one(kinds[dict]) for _ in range(draw.randint(0, 3))}
-    return one(kind)
 
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)

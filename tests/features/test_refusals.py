@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import random
 import re
+import warnings
 
 import pytest
 import torch
+from drawn import BESIDE, SECTIONS, legal
 from tape import TapeRecorder
 from tiny import TINY, build, same
 from torch import nn
@@ -358,3 +363,66 @@ def test_a_policy_that_cannot_be_made(factory, words, registries):
     register_policy("odd", factory)
     text = refusal(built("wan"), cache="odd")
     assert text.startswith("cache='odd': ") and words in text
+
+
+# --- random configurations -------------------------------------------------------------------------------------------
+
+# Names that the declarations leave open.
+_NAMES = {
+    "attention.backend": ["auto", "sdpa", "fa3", "sage-fp8"],
+    "attention.self_attention": ["sdpa", "flex"],
+    "attention.cross_attention": ["sdpa", "flash2"],
+    "attention.dense_backend": ["auto", "sdpa", "fa4"],
+    "attention.layers": [{"*attn*": "sdpa"}, {"nowhere": "sdpa"}],
+    "attention.recipe": [None, "int8-1-16-1"],
+    "linear.algo": ["fp8", "int8", "nvfp4", "fp8-block"],
+    "linear.plan": [{"*": "fp8"}, {"*.to_q": "int8"}, {"*": "none"}],
+    "linear.ignore": [["*"], ["*.to_q"], ["nowhere"]],
+    "linear.targets": [["transformer"], ["text_encoder"], ["vae"], ["tokenizer"]],
+    "linear.smallest": [0, 16, 10**6],
+    "linear.keep_original": ["cpu"],  # what is dropped cannot be restored
+    "fuse.ignore": [["*"], ["*.to_q"]],
+    "cache.layers": [{"*attn*": 2}, {"nowhere": 3}],
+    "cache.coefficients": [[1.0, 0.0], None],
+    "cache.coefficients_2": [None],
+    "cache.mag_ratios": [[1.0, 0.9], None],
+    "cache.mag_ratios_2": [None],
+    "compile.backend": ["eager", "inductor"],
+    "compile.mode": ["auto", "default"],
+    "compile.options": [None],
+}
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "pixart"])
+def test_explain_says_what_accelerate_does(name):
+    """Random sections: what is refused is refused by both, for the same reason, and leaves nothing behind."""
+    draw, pipe, entry = random.Random(name), build(name), TINY[name]
+    stock = entry.run(pipe, steps=2)
+    kinds = [kind for kind in SECTIONS if kind.__name__ not in ("PolicyConfig", "WarmupConfig", "ParallelConfig")]
+    applied = 0
+    for _ in range(80):
+        sections = {}
+        for kind in draw.sample(kinds, draw.randint(1, 3)):
+            fields = dataclasses.fields(kind)
+            written = dict(BESIDE.get(kind.__name__, {}))
+            for field in draw.sample(fields, draw.randint(0, min(3, len(fields)))):
+                names = _NAMES.get(f"{kind.section}.{field.name}")
+                written[field.name] = legal(kind, field, draw) if names is None else draw.choice(names)
+            with contextlib.suppress(ConfigError):  # fields that exclude each other
+                sections[kind.section] = kind(**written)
+        explained = explain(pipe, **sections)
+        reasons = [row.refused for row in explained.rows if row.refused]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                accelerate(pipe, **{"attention": None, **sections})
+                refused = None
+            except Unsupported as error:
+                refused = f"{error.reason} Instead: {error.instead}"
+        assert refused in (reasons or [None]), sections
+        if refused is not None:
+            continue
+        applied += 1
+        restore(pipe)
+    assert applied > 10
+    assert same(entry.run(pipe, steps=2), stock)
