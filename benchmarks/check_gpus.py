@@ -13,6 +13,7 @@ if a check fails, and a check that does not end within two minutes ends the proc
     torchrun --nproc-per-node 2 benchmarks/check_gpus.py                       # benchmarks/results/check-gpus-2.json
     torchrun --nproc-per-node 4 benchmarks/check_gpus.py --only flux wan
     torchrun --nproc-per-node 2 benchmarks/check_gpus.py --device cpu --only flux    # a dry run of the script
+    python benchmarks/check_gpus.py --second-device    # one process, on the second GPU: see second_device.py
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import measure
 import ranks as several
+import second_device
 import torch
 import torch.distributed as dist
 
@@ -165,7 +167,12 @@ def _relative(these: Any, those: Any) -> float:
 
 
 def main() -> None:
-    options = several.parser(__doc__).parse_args()
+    parser = several.parser(__doc__)
+    parser.add_argument("--second-device", action="store_true", help="one pipeline on cuda:1 (second_device.py)")
+    parser.add_argument("--short", action="store_true", help="of that, what is not compiled")
+    options = parser.parse_args()
+    if options.second_device:
+        second_device.main(options.device, options.short, options.out)
     torch.backends.cudnn.allow_tf32 = False
     begin(options.device)
     rank, ranks = dist.get_rank(), dist.get_world_size()

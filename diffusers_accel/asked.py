@@ -27,6 +27,7 @@ from .session import session_of
 # Where pipelines keep their denoisers.
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 
+
 def target_of(
     pipe: Any, rank: Callable[[str], int], config: Any = None, sections: Mapping[str, Any] | None = None
 ) -> Target:

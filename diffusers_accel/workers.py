@@ -14,6 +14,7 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .api import accelerate
 from .asked import resolve_parallel
+from .checkpoints.loading import from_pretrained
 from .config import AccelConfig
 from .errors import AccelError, Unsupported
 
@@ -43,15 +45,19 @@ class Launched:
             port = probe.getsockname()[1]
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
-        for rank in range(ranks):
-            here, there = context.Pipe()
-            place = (rank, ranks, port)
-            arguments = (place, there, load, dict(options), config, dict(sections))
-            process = context.Process(target=_work, args=arguments, daemon=True, name=f"rank {rank}")
-            process.start()
-            there.close()
-            self._processes.append(process)
-            self._pipes.append(here)
+        try:
+            for rank in range(ranks):
+                here, there = context.Pipe()
+                place = (rank, ranks, port)
+                arguments = (place, there, load, dict(options), config, dict(sections))
+                process = context.Process(target=_work, args=arguments, daemon=True, name=f"rank {rank}")
+                process.start()
+                there.close()
+                self._processes.append(process)
+                self._pipes.append(here)
+        except BaseException:
+            self.close()
+            raise
         self._answers()
 
     @property
@@ -64,11 +70,22 @@ class Launched:
 
         Raises:
             WorkerFailed: A worker raised, or died; there are none any more.
+            Unsupported: The arguments cannot be sent to workers; nothing was sent.
         """
         if not self._processes:
             raise WorkerFailed("launch: its workers have ended. Call launch(...) again.")
-        for pipe in self._pipes:
-            pipe.send((args, kwargs))
+        # For each of them, as a tensor's memory is handed over once; and for all before one has begun.
+        messages = [_message("an argument", (args, kwargs)) for _ in self._pipes]
+        for rank, (pipe, message) in enumerate(zip(self._pipes, messages, strict=True)):
+            try:
+                if not self._processes[rank].is_alive():
+                    raise BrokenPipeError
+                pipe.send_bytes(message)
+            except OSError:
+                raise self._died(rank, " between two calls") from None
+            except BaseException:
+                self.close()
+                raise
         return self._answers()
 
     def close(self) -> None:
@@ -85,6 +102,15 @@ class Launched:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    def _died(self, rank: int, when: str = "") -> WorkerFailed:
+        """What is raised for a worker that has died; the others, which would wait for it, are ended."""
+        self._processes[rank].join(5)
+        code = self._processes[rank].exitcode
+        self.close()
+        return WorkerFailed(
+            f"rank {rank} died{when} (exit code {code}). All workers have been ended; call launch(...) again."
+        )
+
     def _answers(self) -> Any:
         """Rank 0's answer, once all have given theirs."""
         found: Any = None
@@ -95,9 +121,8 @@ class Launched:
                     rank = waiting.pop(pipe)
                     try:
                         fine, value = self._pipes[rank].recv()
-                    except EOFError:
-                        self._processes[rank].join(5)
-                        raise WorkerFailed(f"rank {rank} died (exit code {self._processes[rank].exitcode}).") from None
+                    except (EOFError, OSError):
+                        raise self._died(rank) from None
                     if not fine:
                         raise WorkerFailed(f"rank {rank} raised:\n{value}")
                     found = value if rank == 0 else found
@@ -117,10 +142,11 @@ def launch(
     """Starts the ranks that `parallel` asks for, each with an accelerated pipeline on a GPU of its own.
 
     Args:
-        pipeline: A folder or Hugging Face id for `DiffusionPipeline.from_pretrained`, or a function that returns a
+        pipeline: A folder or Hugging Face id for `from_pretrained`, or a function that returns a
             stock pipeline; a worker must be able to import it, so it stands in a module, not in a notebook.
         config: As `accelerate` takes it; with `parallel`.
-        load: Arguments of `from_pretrained`, or of the function.
+        load: Arguments of `from_pretrained`, or of the function. Without a `dtype`, a folder or id is loaded in
+            bfloat16 on GPUs, and in float32 elsewhere.
         sections: As `accelerate` takes them.
 
     Returns:
@@ -157,7 +183,22 @@ def launch(
                 "launch", "its workers cannot import the function that makes the pipeline.",
                 "a function of a module, or the pipeline's folder or Hugging Face id.",
             )  # fmt: skip
+    for name, item in {"load": load, "config": config, **sections}.items():
+        _message(name, item)
     return Launched(ranks, pipeline, load or {}, config, sections)
+
+
+def _message(what: str, item: Any) -> Any:
+    """Something as it is sent to a worker.
+
+    Raises:
+        Unsupported: It cannot be.
+    """
+    try:
+        return ForkingPickler.dumps(item)
+    except Exception as error:  # whatever keeps an object from being pickled
+        reason = f"{what} cannot be sent to its workers ({type(error).__name__}: {error})."
+        raise Unsupported("launch", reason, "numbers, strings, tensors, and functions of modules.") from error
 
 
 def _work(
@@ -192,9 +233,9 @@ def _loaded(load: Any, options: dict[str, Any], config: Any, sections: dict[str,
     if callable(load):
         made = load(**options)
     else:
-        from diffusers import DiffusionPipeline
-
-        made = DiffusionPipeline.from_pretrained(load, **options)
+        # Without a type, diffusers' models are loaded in float32 and transformers' in that of their files.
+        usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        made = from_pretrained(load, **({} if "torch_dtype" in options else {"dtype": usual}) | options)
     ranks = resolve_parallel(config, sections)
     # Weights that ranks share may be more than one GPU holds: they are divided where they lie.
     if torch.cuda.is_available() and not (ranks is not None and ranks.fsdp):

@@ -107,7 +107,7 @@ def test_failure_midway_leaves_the_stock_pipeline(flux, monkeypatch):
         raise RuntimeError("midway")
 
     monkeypatch.setattr(accel.api.vae, "edits", broken)
-    with pytest.raises(Unsupported, match="vae.*RuntimeError: midway"):
+    with pytest.raises(Unsupported, match=r"vae.*RuntimeError: midway"):
         accelerate(flux, attention="sdpa", cache=SKIP_ALL, vae={"tiling": True})
     assert fingerprint(flux) == before
     with pytest.raises(NotAccelerated):

@@ -1,4 +1,5 @@
 """Quantized checkpoints: reading them into stock pipelines, and writing them.
 
-`modelopt.py`: NVIDIA ModelOpt's layout. `loading.py`: pipelines from it. `saving.py`: it from quantized pipelines.
+`modelopt.py`: NVIDIA ModelOpt's layout. `files.py`: which files weights are in, and of what kind they are.
+`loading.py`: pipelines from them. `saving.py`: files from quantized pipelines.
 """

@@ -16,6 +16,9 @@ import torch
 import typer
 
 from .. import api, demo
+from ..checkpoints.files import judge_file
+from ..checkpoints.loading import from_pretrained
+from ..checkpoints.modelopt import CheckpointError
 from ..config import AccelConfig, ParallelConfig, parsed, read_yaml
 from ..errors import AccelError, ConfigError, nearest, shown
 from ..presets import PRESETS
@@ -189,6 +192,7 @@ def load_model(model: str, device: torch.device, dtype: DType | None, waits: boo
 
     Raises:
         CommandError: There is no such model, or it cannot be loaded.
+        CheckpointError: It is a file that is none of a pipeline.
     """
     kind = dtype.value if dtype else "bfloat16" if device.type == "cuda" else "float32"
     torch_dtype: torch.dtype = getattr(torch, kind)
@@ -196,12 +200,10 @@ def load_model(model: str, device: torch.device, dtype: DType | None, waits: boo
     with quiet_loading():
         if model in demo.CHECKPOINTS:
             return demo.load(model, torch_dtype).to(device)
-        from diffusers import DiffusionPipeline
-
         source = _source(model)
         try:
-            return DiffusionPipeline.from_pretrained(source, dtype=torch_dtype).to(device)
-        except (OSError, ValueError, ImportError, AttributeError) as error:
+            return from_pretrained(source, dtype=torch_dtype).to(device)
+        except (CheckpointError, OSError, ValueError, ImportError, AttributeError) as error:
             # missing files, no network, a package that a class needs, a class that this diffusers does not have
             raise CommandError(f"Could not load {model!r}: {one_line(error)}") from error
 
@@ -209,6 +211,9 @@ def load_model(model: str, device: torch.device, dtype: DType | None, waits: boo
 def _source(model: str) -> str:
     """What `from_pretrained` shall read, once it is sure that it can be meant."""
     folder = Path(model).expanduser()
+    if folder.is_file():
+        judge_file(folder)
+        raise CommandError(f"{model!r} is one model's file. Give a pipeline's folder, or its Hugging Face id.")
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise CommandError(f"The folder {model!r} is no diffusers pipeline: it has no model_index.json.")

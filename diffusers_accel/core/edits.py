@@ -227,6 +227,10 @@ class SwapModule:
         places.exchange(self.root if self.root is not None else self.parent, here, there)
 
 
+# An empty buffer that says of which type a parked weight would be now.
+_LIKE = "_diffusers_accel_like"
+
+
 @dataclass(eq=False)
 class ParkWeight:
     """Puts the weight, or another parameter, of a module that is no longer used aside: to the host's memory, or away
@@ -258,6 +262,10 @@ class ParkWeight:
     def apply(self) -> None:
         weight: torch.Tensor = getattr(self.module, self.tensor)
         self._made = type(getattr(self.successor, self.tensor, None))
+        if not hasattr(self.successor, "weight_dtype"):
+            # A tensor of another package may not follow a cast of the model; an empty one beside it does.
+            like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+            self.successor.register_buffer(_LIKE, like, persistent=False)
         if not self.keep:
             weight.data = weight.data.new_empty(0)
         elif weight.device.type == "cuda":
@@ -281,18 +289,20 @@ class ParkWeight:
             there = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
             # A cast of the model since passes the module by, and so does a weight that was loaded in the place of its
             # successor's; that has seen it.
-            seen = getattr(self.successor, self.tensor, weight)
+            seen = self.successor._buffers.get(_LIKE)
+            if seen is None:
+                seen = getattr(self.successor, self.tensor, weight)
             dtype = seen.dtype if isinstance(seen, torch.Tensor) and seen.is_floating_point() else weight.dtype
-            loaded = type(seen) is nn.Parameter and self._made is not nn.Parameter and seen.shape == weight.shape
-            if loaded and type(seen.data) is torch.Tensor and seen is not weight:
-                weight.data = seen.data
+            there_now = getattr(self.successor, self.tensor, None)
+            loaded = type(there_now) is nn.Parameter and self._made is not nn.Parameter
+            if loaded and type(there_now.data) is torch.Tensor and there_now.shape == weight.shape:
+                weight.data = there_now.data
             else:
                 weight.data = moved(weight.data, there.device).to(dtype)
             self._follow()
         elif not weight.numel():
             with torch.no_grad():
                 weight.data = getattr(self.successor, self.tensor) + 0
-
 
     def _follow(self) -> None:
         """Takes over what became of the module's other parameters in its successor: loaded, cast or moved ones."""

@@ -7,6 +7,7 @@ in buffers that the next replay overwrites.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,13 @@ class Recorder(Protocol):
         ...
 
 
+@cache
+def _capture_stream(device: torch.device) -> Any:
+    """A device's stream for captures. torch keeps one for the process, on whichever device the first capture was; one
+    for each graph would have libraries keep memory for each."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
     """A CUDA graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)."""
 
@@ -56,9 +64,10 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
         """See `Recorder`."""
+        stream = _capture_stream(self._device)
         with (
             torch.cuda.device(self._device),
-            torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(self._graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
         ):
             return function()
 

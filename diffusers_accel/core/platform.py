@@ -8,7 +8,9 @@ import platform
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,6 +43,17 @@ def describe(device: torch.device) -> Device:
 def best() -> Device:
     """The device a pipeline would run on by default: the first GPU, or the CPU."""
     return describe(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+
+
+def on(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context in which the tensor's GPU is the current one. torch's own operators need none; Triton, packages'
+    kernels, events and captures go by the current device. It costs half a microsecond where that is the tensor's."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(x.device)
 
 
 def has_module(name: str) -> bool:

@@ -66,12 +66,34 @@ class _SymmetricMemory:
 MAKERS: dict[str, Callable[[Any, int], Window]] = {"cuda": _SymmetricMemory}
 
 
+class _Counted:
+    """A window whose barriers are counted."""
+
+    def __init__(self, window: Window):
+        self._window, self.nbytes, self.passed = window, window.nbytes, 0
+
+    def part(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._window.part(rank, offset, shape, dtype)
+
+    def barrier(self) -> None:
+        # What a graph records has not been passed.
+        self.passed += not _capturing()
+        self._window.barrier()
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Windows:
     """A group's two windows, used in turn.
 
     An exchange writes to one of them and ends with a barrier. When it is that window's turn again, all ranks have
     passed the other's barrier since, and so have read what was there: nobody waits before he writes. So what is found
     in a window must be read before the exchange after the next one begins.
+
+    An exchange that an error breaks off may have taken a window, or passed a barrier, on some ranks only. So whoever
+    begins a request calls `begin`, which has all of them agree again.
 
     Args:
         group: The ranks.
@@ -82,7 +104,7 @@ class Windows:
         self._group, self._make = group, make
         self._turn = 0
         self._stream: Any = None
-        self._windows: list[Window | None] = [None, None]
+        self._windows: list[_Counted | None] = [None, None]
         # Recorded graphs know outgrown ones by their address.
         self._outgrown: list[Window] = []
 
@@ -91,13 +113,39 @@ class Windows:
         turn, self._turn = self._turn, 1 - self._turn
         window = self._windows[turn]
         if window is None or window.nbytes < nbytes:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            if _capturing():
                 raise RuntimeError(f"a window of {nbytes} bytes is needed in a graph, and no request before had one.")
             if window is not None:
                 self._outgrown.append(window)
-            window = self._make(self._group, max(_SMALLEST, 1 << math.ceil(math.log2(max(1, nbytes)))))
+            window = _Counted(self._make(self._group, max(_SMALLEST, 1 << math.ceil(math.log2(max(1, nbytes))))))
             self._windows[turn] = window
         return window
+
+    def begin(self) -> None:
+        """Begins a request with the first window, after all that was read or written before, also where an error has
+        broken that off. A collective, whose ranks ask each other by messages.
+
+        Graphs that some ranks have played and others have not are not counted.
+        """
+        own = self._turn, [None if each is None else (each.nbytes, each.passed) for each in self._windows]
+        told = self._group.objects(own)
+        if all(other == own for other in told):
+            self.rest()
+            return
+        self.join()
+        sizes = {tuple(None if each is None else each[0] for each in windows) for _, windows in told}
+        if len(sizes) > 1:
+            # One of them has grown on some ranks. Recorded graphs know the old ones.
+            self._outgrown += [each for each in self._windows if each is not None]
+            self._windows, self._turn = [None, None], 0
+            return
+        for place, window in enumerate(self._windows):
+            if window is not None:
+                # Ranks that have passed more barriers wait in the last one.
+                for _ in range(max(windows[place][1] for _, windows in told) - window.passed):
+                    window.barrier()
+        self._turn = 1
+        self.rest()
 
     def rest(self) -> None:
         """Ends an operation that may have used windows an odd number of times, after all that it reads is read.
@@ -114,13 +162,13 @@ class Windows:
             return nullcontext()
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         return torch.cuda.stream(self._stream)
 
     def join(self) -> None:
         """What follows on the current stream comes after these copies."""
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 def placed(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> tuple[list[int], int]:

@@ -22,6 +22,7 @@ from ..core.mesh import own_gpu
 from ..core.parts import parts
 from ..core.platform import Device
 from ..core.step import StepClock
+from ..core.windows import Windows
 from ..errors import Unsupported
 from ..models import Adapter, Stack
 
@@ -85,6 +86,7 @@ class Target:
         transports: (denoiser, last part of an attention module's name) -> what carries its calls, where a sequence is
             divided among ranks.
         summed: Adds up a tensor over all ranks that share a forward; `None` where none is shared.
+        windows: Of each group of ranks: what they exchange shards through, if it is no messages.
         gathered: Puts a block's weights in place for as long as its context lasts, for who reads them while the block
             does not run; every rank that shares them must ask at once.
         held: Name of a component -> bytes of its blocks' weights that this rank holds, where ranks share them.
@@ -111,6 +113,7 @@ class Target:
     phases: list[Callable[[], Hashable]] = field(default_factory=list)
     transports: dict[tuple[str, str], Callable[..., torch.Tensor]] = field(default_factory=dict)
     summed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    windows: list[Windows] = field(default_factory=list)
     gathered: Callable[[nn.Module], AbstractContextManager[Any]] = lambda block: nullcontext()
     held: dict[str, int] = field(default_factory=dict)
     graphs: list[Any] = field(default_factory=list)

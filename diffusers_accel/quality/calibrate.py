@@ -144,24 +144,29 @@ def calibrate(
     Raises:
         PoorFit: The polynomial explains less than 40% of the residual's variance.
         Unsupported: The pipeline is accelerated, or no adapter says what signal to watch.
-        ValueError: No prompts, or a share that is not between 0 and 1.
+        ValueError: An argument is none of what it may be, or requests have too few steps to fit anything to.
     """
-    if not prompts:
-        raise ValueError("calibrate: prompts to record, eight or more.")
-    if not 0 < skip < 1:
-        raise ValueError(f"calibrate: skip is a share of steps between 0 and 1, got {skip!r}.")
-    if kind not in ("teacache", "magcache"):
-        raise ValueError(f"calibrate: kind is 'teacache' or 'magcache', got {kind!r}.")
+    _refuse_arguments(prompts, kind, skip, degree, call)
+    retained = RETAINED_STEPS if kind == "teacache" and use_ret_steps else 1
+    if isinstance(call.get("num_inference_steps"), int):
+        _refuse_steps(call["num_inference_steps"], retained)
     with recorded(pipe, use_ret_steps) as target, torch.no_grad():
         for number, prompt in enumerate(prompts):
             generator = torch.Generator("cpu").manual_seed(number)
             pipe(prompt, **{"generator": generator, **call})
         records = {key: list(found) for key, found in target.cache_records.items()}
     fits, played = {}, []
+    if not any(records.values()):
+        raise ValueError(
+            f"calibrate: nothing was recorded: in a request of {type(pipe).__name__} its denoiser was called once at "
+            "most. Instead: more num_inference_steps."
+        )
     for name in dict.fromkeys(denoiser for denoiser, _ in records):
         branches = [found for (denoiser, _), found in records.items() if denoiser == name]
         # The branch that is called first is the conditional one: the others, whose early steps differ, follow it.
-        fits[name] = _table(branches[0]) if kind == "magcache" else _polynomial(branches[0], degree, use_ret_steps)
+        fits[name] = (
+            _table(branches[0]) if kind == "magcache" else _polynomial(branches[0], degree, use_ret_steps, name)
+        )
         if kind == "teacache":
             _judge(name, fits[name], force)
         played += [(fits[name], found) for found in branches]
@@ -177,20 +182,62 @@ def calibrate(
         found = _threshold(share, played, policy)
         if found is not None:
             thresholds[share] = found
-    if skip not in thresholds:
-        raise ValueError(f"calibrate: no threshold skips {skip:.0%} of the steps; the most is {max(thresholds):.0%}.")
-    config = replace(config, threshold=thresholds[skip])
     steps = max(each.total for found in records.values() for each in found)
+    if skip not in thresholds:
+        most = f"the most is {max(thresholds):.0%}" if thresholds else f"none skips {min(SHARES):.0%} either"
+        raise ValueError(
+            f"calibrate: no threshold skips {skip:.0%} of {steps} steps; {most}. Steps at the beginning and the end "
+            "are always computed. Instead: a smaller skip, more num_inference_steps, or use_ret_steps=False."
+        )
+    config = replace(config, threshold=thresholds[skip])
     return Calibration(kind, config, fits, thresholds, len(prompts), steps)
 
 
-def _polynomial(records: list[Record], degree: int | None, use_ret_steps: bool) -> Fit:
+def _refuse_arguments(prompts: Any, kind: str, skip: Any, degree: Any, call: Mapping[str, Any]) -> None:
+    """Judges what can be judged before anything runs."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise ValueError(f"calibrate: prompts is a list of texts to record, eight or more, got {prompts!r}.")
+    odd = next((each for each in prompts if not isinstance(each, str)), None)
+    if odd is not None:
+        raise ValueError(f"calibrate: prompts is a list of texts, and one is {odd!r}.")
+    if isinstance(skip, bool) or not isinstance(skip, (int, float)) or not 0 < skip < 1:
+        raise ValueError(f"calibrate: skip is a share of steps between 0 and 1, got {skip!r}.")
+    if kind not in ("teacache", "magcache"):
+        raise ValueError(f"calibrate: kind is 'teacache' or 'magcache', got {kind!r}.")
+    if degree is not None and (isinstance(degree, bool) or not isinstance(degree, int) or not 1 <= degree <= 8):
+        raise ValueError(f"calibrate: degree is a number from 1 to 8 or None, got {degree!r}.")
+    if "prompt" in call:
+        raise ValueError("calibrate: prompt is what each of prompts is given as; give it there.")
+
+
+def _refuse_steps(steps: int, retained: int) -> None:
+    """Of `retained` steps nothing is fitted, and TeaCache always computes the last."""
+    least = retained + 2
+    if steps < least:
+        instead = " or use_ret_steps=False" if retained > 1 else ""
+        raise ValueError(
+            f"calibrate: of {steps} steps the first {retained} are always computed, and too few are left to fit "
+            f"anything to. Instead: num_inference_steps={least} or more{instead}."
+        )
+
+
+def _polynomial(records: list[Record], degree: int | None, use_ret_steps: bool, name: str = "the denoiser") -> Fit:
     """The polynomial of that degree, or of the one that foretells requests left out best."""
     usable = [each for each in records if each.signal is not None and np.isfinite([each.signal, each.residual]).all()]
     # What happens on steps that are always computed need not be foretold.
     first, last = (RETAINED_STEPS, 0) if use_ret_steps else (1, 1)
     usable = [each for each in usable if first <= each.step < each.total - last]
     requests = np.array([each.request for each in usable])
+    # Of those that a polynomial is fitted to when a request is left out.
+    least = min((sum(requests != request) or len(usable) for request in np.unique(requests)), default=0)
+    degrees = [order for order in (DEGREES if degree is None else (degree,)) if order < least]
+    if not degrees:
+        steps = max((each.total for each in records), default=0)
+        raise ValueError(
+            f"calibrate: {name}: of {len(records)} calls recorded, in requests of {steps} steps, {len(usable)} can be "
+            f"fitted to, too few for a polynomial of degree {degree or 1}. Instead: more num_inference_steps, more "
+            "prompts, a smaller degree, or use_ret_steps=False."
+        )
     x, y = np.array([(each.signal, each.residual) for each in usable]).T
     spread = float(np.square(y - y.mean()).sum())
 
@@ -205,7 +252,7 @@ def _polynomial(records: list[Record], degree: int | None, use_ret_steps: bool) 
             left += float(np.square(np.polyval(fitted, x[out]) - y[out]).sum())
         return 1 - left / spread if spread else 0.0
 
-    best = degree if degree is not None else max(DEGREES, key=lambda order: round(r2(order), 2) - order / 1e4)
+    best = degree if degree is not None else max(degrees, key=lambda order: round(r2(order), 2) - order / 1e4)
     coefficients = tuple(float(f"{item:.9g}") for item in np.polyfit(x, y, best))
     return Fit(coefficients, (), r2(best), tuple(zip(x.tolist(), y.tolist(), strict=True)))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from safetensors.torch import save
+
 
 def test_nothing_refused(cli, folders):
     result = cli("explain", folders / "flux-shapes", "--device", "cpu", "--set", "attention=sdpa")
@@ -51,6 +54,9 @@ def test_no_such_model(refused, tmp_path):
     assert "no model_index.json" in refused("explain", tmp_path, "--device", "cpu")
     (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     assert "Could not load" in refused("explain", tmp_path, "--device", "cpu")
+    for name, message in (("x.gguf", "is a GGUF file"), ("x.safetensors", "is one model's file")):
+        (tmp_path / name).write_bytes(b"GGUF" + bytes(60) if name == "x.gguf" else save({"x": torch.zeros(1)}))
+        assert message in refused("explain", tmp_path / name, "--device", "cpu")
 
 
 def test_debug_shows_the_traceback(cli, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from ranks import communicate
@@ -74,6 +76,60 @@ def test_windows_are_used_in_turn_and_grow():
     assert larger is not first and larger.nbytes >= first.nbytes + 1
     # Recorded graphs write to the smaller one.
     assert windows._outgrown == [first] and windows.following(1) is second and windows.following(1) is larger
+
+
+class Others:
+    """A group of two, of which the other rank says what it is given here."""
+
+    def __init__(self):
+        self.said = None
+
+    def objects(self, value):
+        return [value, self.said]
+
+
+class Passed(Memory):
+    """Which windows' barriers have been passed, in their order."""
+
+    order: ClassVar = []
+
+    def barrier(self):
+        Passed.order.append(self.nbytes)
+
+
+def test_ranks_agree_again_after_an_error():
+    """Those behind pass the barriers that others wait in; then all begin with the first window."""
+    small, large = 1 << 20, 1 << 21
+    for other, expected in (
+        ((0, [(small, 1), (large, 1)]), [large, large]),  # this rank is one barrier behind
+        ((1, [(small, 1), (large, 0)]), []),  # no difference: an odd number of exchanges ends with a barrier
+        ((0, [(small, 0), (large, 0)]), [large]),  # the other one is behind, and has taken the second too
+    ):
+        Passed.order.clear()
+        group = Others()
+        windows = Windows(group, Passed)
+        windows.following(1).barrier()
+        windows._windows[1] = windows._windows[1] or type(windows._windows[0])(Passed(group, large))
+        group.said = other
+        windows.begin()
+        assert Passed.order[1:] == (expected or [large]), other
+        assert windows.following(1).nbytes == small
+
+
+def test_a_window_that_has_grown_on_one_rank_is_replaced():
+    group = Others()
+    windows = Windows(group, Passed)
+    before = [windows.following(1), windows.following(1)]
+    group.said = (0, [(1 << 22, 0), (1 << 20, 0)])
+    windows.begin()
+    assert windows._outgrown == before and windows.following(1) not in before
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_exchanges_after_one_that_was_broken_off(pools, size):
+    """Without agreement ranks write to different windows, and read what was not meant."""
+    assert all(pools[size].run(communicate.broken_off, True))
+    assert not all(pools[size].run(communicate.broken_off, False))
 
 
 def test_places_in_a_window_do_not_overlap():

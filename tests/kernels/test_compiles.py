@@ -92,7 +92,7 @@ def main() -> None:
 
     for path, forms in FORMS.items():
         module, _, name = path.rpartition(".")
-        kernel = getattr(importlib.import_module(f"diffusers_accel.kernels.{module}"), name)
+        kernel = getattr(importlib.import_module(f"diffusers_accel.kernels.{module}"), name).kernel
         for constants in forms:
             outputs = OUTPUTS.get(name, {"out_ptr": "*i8" if constants.get("INT8") else "*fp8e4nv"})
             if name in ("_narrow", "_known"):

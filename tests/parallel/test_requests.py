@@ -166,6 +166,12 @@ def test_through_windows(pools, name):
     agrees(pools[4], name, ON_4["grid"], sections=sections, steps=4, rest=(None, True, None, True))
 
 
+def test_a_request_after_one_that_was_broken_off(pools):
+    """In an exchange, on one rank after it had taken a window: all agree again which is next."""
+    for broken, error in pools[2].run(requests.broken_off, "flux", ON_2["ulysses"]):
+        assert broken == "no more" and error < 1e-4
+
+
 @pytest.mark.parametrize(("name", "fuse"), [("flux", False), ("flux", True), ("wan", False), ("ltx2", False)])
 def test_products_beside_exchanges(pools, name, fuse):
     """Query, key and value are sent off before something that they do not wait for, those at once that one layer makes,

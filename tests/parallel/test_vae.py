@@ -11,6 +11,7 @@ from diffusers_accel.core.comm import Group
 from diffusers_accel.core.edits import Journal
 from diffusers_accel.errors import Unsupported
 from diffusers_accel.features.parallel import vae as parallel_vae
+from diffusers_accel.features.parallel.vae import others
 
 # In float32: sums in another order, and norms over a few channels that are nearly zero here and there.
 CLOSE = 1e-5
@@ -76,9 +77,35 @@ def test_latents_that_are_received(pools):
 
 
 def test_who_waits_hears_of_an_error(pools):
-    first, *others = pools[4].run(decode.others_error)
+    first, *rest = pools[4].run(decode.others_error)
     assert first == "ValueError: no"
-    assert all("RuntimeError" in other and "rank 0: ValueError: no" in other for other in others)
+    assert all("RuntimeError" in other and "rank 0: ValueError: no" in other for other in rest)
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("deaf", [False, True])
+def test_it_is_told_and_raised_again(kind, deaf):
+    """Ctrl-C too, and whether or not the others can be told."""
+    told = []
+
+    class Everyone(Group):
+        def objects(self, value):
+            told.append(value)
+            if deaf:
+                raise RuntimeError("the connection is closed")
+            return [value]
+
+    class Vae:
+        def decode(self, z):
+            raise kind("no")
+
+        encode = decode
+
+    vae, journal = Vae(), Journal()
+    journal.apply(others.edits(vae, Everyone(None, (0, 1), 0), 1, False, 1))
+    with pytest.raises(kind, match="no"):
+        vae.decode(torch.zeros(1))
+    assert told == [f"{kind.__name__}: no"]
 
 
 def test_refused_calls(pools):

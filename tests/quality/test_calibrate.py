@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import ClassVar
+
 import numpy
 import pytest
 import torch
@@ -10,6 +13,7 @@ from tiny import TINY, build
 from diffusers_accel import MagCacheConfig, TeaCacheConfig, Unsupported, accelerate, calibrate, demo, stats
 from diffusers_accel.api import recorded
 from diffusers_accel.features.cache import Record
+from diffusers_accel.quality import calibrate as calibration
 from diffusers_accel.quality.calibrate import PoorFit, _judge, _polynomial
 
 # Two captions of the training split's kind; the held-out ones are for judging.
@@ -91,12 +95,70 @@ def test_a_poor_fit_is_refused():
     _judge("transformer", good, force=False)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "given", "message"),
+    [
+        ([], {}, "prompts is a list of texts to record, eight or more"),
+        ("a fox", {}, "prompts is a list of texts to record, eight or more, got 'a fox'"),
+        (["a fox", 3], {}, "and one is 3"),
+        (PROMPTS, {"skip": 1.5}, "between 0 and 1"),
+        (PROMPTS, {"skip": 0}, "between 0 and 1"),
+        (PROMPTS, {"skip": float("nan")}, "between 0 and 1"),
+        (PROMPTS, {"skip": "half"}, "between 0 and 1"),
+        (PROMPTS, {"skip": True}, "between 0 and 1"),
+        (PROMPTS, {"kind": "fbcache"}, "kind is 'teacache' or 'magcache', got 'fbcache'"),
+        (PROMPTS, {"degree": 0}, "degree is a number from 1 to 8 or None, got 0"),
+        (PROMPTS, {"degree": 2.5}, "degree is a number"),
+        (PROMPTS, {"prompt": "a fox"}, "prompt is what each of prompts is given as"),
+        (PROMPTS, {"num_inference_steps": 4}, r"of 4 steps the first 5 are .*steps=7 or more or use_ret_steps=False"),
+        (PROMPTS, {"num_inference_steps": 1, "kind": "magcache"}, "num_inference_steps=3 or more"),
+    ],
+)  # fmt: skip
+def test_arguments(prompts, given, message):
+    """Judged before anything runs."""
+    with pytest.raises(ValueError, match=f"calibrate: .*{message}"):
+        calibrate(None, prompts, **given)
+
+
+def requests_of(steps, count=1):
+    random = numpy.random.default_rng(0)
+    return [
+        Record(request, step, steps, *random.uniform(0.1, 0.3, 2), 1.0)
+        for request in range(count) for step in range(1, steps)
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:calibrate")
+def test_too_little_was_recorded(monkeypatch):
+    with pytest.raises(ValueError, match=r"transformer: of 3 calls recorded, in requests of 4 steps, 0 .*use_ret"):
+        _polynomial(requests_of(4), None, True, "transformer")
+    with pytest.raises(ValueError, match=r"too few for a polynomial of degree 4.*a smaller degree"):
+        _polynomial(requests_of(8), 4, True)
+    # Degrees that so few points would be met by exactly are not considered.
+    assert len(_polynomial(requests_of(8), None, True).coefficients) == 2 + 1
+
+    class Recorded:
+        cache_records: ClassVar = {}
+
+    @contextmanager
+    def recorded(pipe, use_ret_steps):
+        yield Recorded
+
+    monkeypatch.setattr(calibration, "recorded", recorded)
+    pipe = lambda prompt, **given: None  # noqa: E731
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        calibrate(pipe, PROMPTS)
+    Recorded.cache_records = {("transformer", "cond"): requests_of(9, 2)}
+    with pytest.raises(ValueError, match=r"no threshold skips 95% of 9 steps; .*use_ret_steps=False"):
+        calibrate(pipe, PROMPTS, skip=0.95, force=True)
+    # No share at all.
+    Recorded.cache_records = {("transformer", "cond"): requests_of(6, 8)}
+    with pytest.raises(ValueError, match="no threshold skips 60% of 6 steps; none skips 20% either"):
+        calibrate(pipe, PROMPTS, skip=0.6, force=True)
+
+
 def test_what_is_refused():
     pipe = build("flux")
-    with pytest.raises(ValueError, match="prompts"):
-        calibrate(pipe, [])
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        calibrate(pipe, PROMPTS, skip=1.5)
     accelerate(pipe, attention="sdpa")
     with pytest.raises(Unsupported, match="accelerated"):
         calibrate(pipe, PROMPTS)

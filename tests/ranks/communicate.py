@@ -12,6 +12,25 @@ from diffusers_accel.core.windows import Windows
 from .shared import SharedFiles
 
 
+def broken_off(agree):
+    """Whether exchanges are right after one that an error ended, on the last rank after it had taken a window."""
+    begin("cpu")
+    group = Mesh({"ulysses": torch.distributed.get_world_size()}, "cpu").group("ulysses")
+    group.windows = Windows(group, SharedFiles)
+    for _ in range(2):
+        group.windows.following(8)
+    group.gather(torch.zeros(1), 0, passing=True)
+    if group.rank == group.size - 1:
+        group.windows.following(8)
+    if agree:
+        group.windows.begin()
+    right = True
+    for number in range(1, 6):
+        found = torch.cat(group.gather(torch.tensor([number + group.rank / 8]), 0, passing=True))
+        right &= found.tolist() == [number + rank / 8 for rank in range(group.size)]
+    return right
+
+
 def collectives(length, windows):
     """Every collective on shards of a known tensor; returns what came. With windows, also sums of few values go through
     them."""

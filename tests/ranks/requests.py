@@ -12,7 +12,7 @@ from tiny import TINY, build, same, tensors
 from tiny.heads import with_heads
 
 from diffusers_accel import accelerate, demo, explain, register_attention, restore, stats
-from diffusers_accel.core import windowed
+from diffusers_accel.core import windowed, windows
 from diffusers_accel.core.graphs import RECORDERS
 from diffusers_accel.core.windows import MAKERS
 from diffusers_accel.features.parallel import guidance
@@ -99,6 +99,40 @@ def request(name, configuration, steps=2, calls=None, recorded=False, heads=None
         restore(pipe)
     errors = [relative(one, other) for one, other in zip(out, expected, strict=True)]
     return max(errors), seen.branches, seen.attention_kernels, seen.graph_replays
+
+
+def broken_off(name, way):
+    """How far a request is from stock after one that an error ended in an exchange, on the last rank after it had taken
+    a window."""
+    pipe, entry, calls = _pipeline(name, None), TINY[name], 0
+    expected = tensors(entry.run(pipe, steps=2))
+    stock = windows.Windows.following
+
+    def following(self, nbytes):
+        nonlocal calls
+        calls += 1
+        if calls == 4 and self._group.rank < self._group.size - 1:
+            raise ValueError("no more")
+        window = stock(self, nbytes)
+        if calls == 4:
+            raise ValueError("no more")
+        return window
+
+    MAKERS["cpu"] = SharedFiles
+    try:
+        accelerate(pipe, attention="sdpa", parallel={**way, "exchange": "windows"})
+        windows.Windows.following = following
+        try:
+            entry.run(pipe, steps=2)
+        except ValueError as error:
+            broken = str(error)
+        finally:
+            windows.Windows.following = stock
+        out = tensors(entry.run(pipe, steps=2))
+    finally:
+        del MAKERS["cpu"]
+        restore(pipe)
+    return broken, max(relative(one, other) for one, other in zip(out, expected, strict=True))
 
 
 def overlapped(name, fuse):

@@ -11,7 +11,7 @@ import torch
 
 from .components import TinyPipeline
 
-_MODULES = ("flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3", "others")
+_MODULES = ("flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3", "others", "unet")
 
 TINY: dict[str, TinyPipeline] = {}
 for _module in _MODULES:

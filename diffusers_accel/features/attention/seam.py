@@ -47,7 +47,9 @@ class SetProcessor(SetAttr):
         stock, ours = self._old, self._held is not None and not self.replaced
         super().undo()
         if ours and not isinstance(stock, nn.Module):
-            changed = {name: item for name, item in vars(self.value).items() if self._before.get(name, self) is not item}
+            changed = {
+                name: item for name, item in vars(self.value).items() if self._before.get(name, self) is not item
+            }
             vars(stock).update(changed)
 
 

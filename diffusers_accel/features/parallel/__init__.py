@@ -207,7 +207,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     device, ranks = target.denoisers[0].device.type, everyone()
     mesh = Mesh(config.axes(launched() or 1), device)
     for axis in SEQUENCE:
-        open_for(mesh.group(axis), device, config)
+        open_for(target, mesh.group(axis), device, config)
     agreement = Agreement(target, ranks)
     if config.sequence * config.tp > 1:
         # Ranks of one forward decide together: those of tp see the same, but for rounding.
@@ -220,7 +220,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
         yield SetAttr(target.pipe, "_progress_bar_config", {**bar, "disable": True})
     if config.vae > 1 and "vae" not in target.taken:
         group = mesh.neighbours(config.vae)
-        open_for(group, device, config)
+        open_for(target, group, device, config)
         yield from vae.edits(target.pipe.vae, group, config.vae_dim, target.rank("vae"))
     if config.vae_others != "compute" and "vae" not in target.taken:
         idle = config.vae_others == "idle"

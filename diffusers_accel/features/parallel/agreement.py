@@ -23,12 +23,14 @@ _FEW, _SUMS = 64, 65
 
 def same_random_numbers(everyone: Group, device: str) -> Callable[..., Any]:
     """The layer around the pipeline's check of its inputs, which is where a request begins."""
+    # This rank's GPU is the current one here, and need not be later.
+    place = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
     def check_inputs(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Through the device, which any process group that we are given knows.
-        torch.set_rng_state(everyone.broadcast(torch.get_rng_state().to(device), 0).cpu())
-        if device == "cuda":
-            torch.cuda.set_rng_state(everyone.broadcast(torch.cuda.get_rng_state().to(device), 0).cpu())
+        torch.set_rng_state(everyone.broadcast(torch.get_rng_state().to(place), 0).cpu())
+        if place.type == "cuda":
+            torch.cuda.set_rng_state(everyone.broadcast(torch.cuda.get_rng_state(place).to(place), 0).cpu(), place)
         return inner(*args, **kwargs)
 
     return check_inputs
@@ -57,6 +59,8 @@ class Agreement:
             state = self.target.clock.current
             if state is not None and state.request != self._request:
                 self._request = state.request
+                for windows in self.target.windows:
+                    windows.begin()
                 self._judge = self._compare(by_name(names, args, kwargs), str(denoiser))
                 out = inner(*args, **kwargs)
                 # There may be no next call.
@@ -93,7 +97,7 @@ class Agreement:
         if device.type == "cuda":
             found = found.to("cpu", non_blocking=True)
             there = torch.cuda.Event()
-            there.record()
+            there.record(torch.cuda.current_stream(device))
 
         def judge() -> None:
             if there is not None:

@@ -85,7 +85,7 @@ def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     begin(device)
     group = Mesh(config.sizes, device).group("tp")
     if group.size == 2:  # sums of more are NCCL's: core/windowed.py
-        open_for(group, device, config)
+        open_for(target, group, device, config)
     number = sharded.free_number()
     yield SetItem(sharded.GROUPS, number, group)
     for name in _CLOSED_OF_PIPE:

@@ -238,8 +238,8 @@ def cache_folder() -> Path:
 
 
 def _alternate(functions: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds of each function on the GPU, called in turn so that a warming chip meets all of them alike: at least
-    three times, and more often while that takes little time."""
+    """Seconds of each function on the current GPU, which a site has made its tensors', called in turn so that a warming
+    chip meets all of them alike: at least three times, and more often while that takes little time."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for rounds in range(15):
         if rounds >= 3 and sum(map(sum, times.values())) > 0.05:

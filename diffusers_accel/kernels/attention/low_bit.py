@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launching import on_its_device
 from ..rounding import to_e4m3
 from .norm import padded_dim
 from .quantize import LOG2E, quantize
@@ -105,6 +106,7 @@ def _add_values(
         return tl.dot(p.to(v_desc.dtype), v, acc * factor[:, None])
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _attention(
     q_desc, k_desc, v_desc, o_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, shift_ptr, lse_ptr,

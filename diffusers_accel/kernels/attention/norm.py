@@ -12,12 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import on_its_device
 from .record import QKNorm
 
 # Tokens of a program.
 _TOKENS = 4
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _factors(
     q_ptr, k_ptr, qf_ptr, kf_ptr, sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, q_len, k_len, heads, eps,

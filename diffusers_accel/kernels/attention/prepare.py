@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import on_its_device
 from .rows import load_heads, load_parted, squares, turned
 
 
@@ -59,6 +60,7 @@ def _written(
     tl.store(at + 3 * Q, x[3].to(kind), mask=inside)
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _prepare(
     q_ptr, k_ptr, qo_ptr, ko_ptr, qn_ptr, kn_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr,

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import on_its_device
 from ..rounding import store_rounded
 from .norm import asked_norm, padded_dim, strides_of
 from .recipe import Recipe, hadamard_levels
@@ -47,6 +48,7 @@ _KEY_SAMPLE = 4
 _HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 16, 4
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _reduce(
     q_ptr, k_ptr, v_ptr, kn_ptr, kf_ptr, cos_ptr, sin_ptr, qa_ptr, ks_ptr, ka_ptr, vs_ptr, va_ptr,
@@ -124,6 +126,7 @@ def _mean(ks_ptr, index, count, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.co
     )
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["k_len"])
 def _combine(
     ks_ptr, va_ptr, mean_ptr, vscale_ptr, k_len, MEAN: tl.constexpr, VALUES: tl.constexpr,
@@ -140,6 +143,7 @@ def _combine(
         tl.store(vscale_ptr + index * D + d, bounded(scale_of(v_max, 448.0)), mask=d < D)
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _round(
     q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qf_ptr, kf_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, mean_ptr,
@@ -211,6 +215,7 @@ def _largest_part(part_ptr, index, SPLITS: tl.constexpr):
     return tl.max(tl.load(part_ptr + index * SPLITS + tl.arange(0, SPLITS)))
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["q_len", "k_len", "k_seen"])
 def _round_per_head(
     q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, qf_ptr, kf_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, qa_ptr, ks_ptr,
@@ -306,6 +311,7 @@ def _round_per_head(
                 tl.store(vmean_ptr + index * D + d, v_mean, mask=d < D)
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["rows"])
 def _add(out_ptr, mean_ptr, rows, columns, D: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Program (rows, columns, batch)."""

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import on_its_device
 from .prepare import token, turns
 from .record import Tables
 from .rows import rotated
@@ -90,6 +91,7 @@ def _operand_scattered(
             _token_scattered(parts[1], s - count, b, to, heads, eps, NORM, ROTATE, SHARED, KIND, D, W, DP, HEADS)
 
 
+@on_its_device
 @triton.jit(do_not_specialize=[
     "start_0", "count_0", "length_0", "start_1", "count_1", "length_1", "start_2", "count_2", "length_2",
 ])  # fmt: skip
@@ -125,6 +127,7 @@ def _scatter(
             )  # fmt: skip
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["rank", "ranks"])
 def _hand_back(
     x_ptr, own_ptr, table_ptr, sx_b, sx_s, sx_h, so_b, so_s, rank, ranks, heads,
@@ -151,6 +154,7 @@ def _hand_back(
                 tl.store(to + h * D + d, x, mask=inside)
 
 
+@on_its_device
 @triton.jit
 def _collect(
     out_ptr, table_ptr, so_b, so_s, heads, first, count,

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from ...core.operators import operator
+from ...core.platform import on
 from .choice import Choice, shape_class
 from .pending import pending, settled
 from .record import KERNELS, AttentionFunction, AttentionKernel, Call, Inputs
@@ -55,6 +56,10 @@ class AttentionSite:
 
     def here(self, inputs: Inputs) -> Any:
         """The same on this rank alone; with the logsumexp, if that is asked for."""
+        with on(inputs.value):
+            return self._here(inputs)
+
+    def _here(self, inputs: Inputs) -> Any:
         folded = inputs
         query, key = inputs.query, inputs.key
         to_do = pending(query, key)
@@ -96,7 +101,9 @@ class AttentionSite:
         scale: float | None = None,
     ) -> torch.Tensor:
         """Attention on (batch, sequence, heads, head_dim) tensors, compiled or not."""
-        return enter(self.number, query, key, value, attn_mask, is_causal, scale)
+        if torch.compiler.is_compiling():
+            return _attention(query, key, value, attn_mask, is_causal, scale, self.number)
+        return self.run(Inputs(query, key, value, attn_mask, is_causal, scale))
 
 
 # Sites by number, while the pipeline exists whose layers have them. The number is a constant in compiled graphs: freed

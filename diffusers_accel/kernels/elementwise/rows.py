@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import on_its_device
 from ..rounding import store_rounded
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -37,6 +38,7 @@ def _summed(pointer, other, c, inside, COUNT: tl.constexpr):
     return x
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["length"])
 def _normed(
     x_ptr, y_ptr, sum_ptr, weight_ptr, bias_ptr, gate_ptr, gate2_ptr, factor_ptr, factor2_ptr, shift_ptr, shift2_ptr,
@@ -121,6 +123,7 @@ def _store_piece(out_ptr, x, first, columns, INT8: tl.constexpr, WIDTH: tl.const
     store_rounded(out_ptr + c, x, c < columns, INT8)
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["length"])
 def _rounded_parts(
     a_ptr, ag_ptr, b_ptr, bg_ptr, out_ptr, scale_ptr,

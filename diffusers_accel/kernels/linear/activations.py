@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import on_its_device
 from ..rounding import store_rounded
 from .formats import BLOCK
 
@@ -22,6 +23,7 @@ def _scale(amax, LARGEST: tl.constexpr):
     return tl.where(scale < _TINY, 1.0, scale)
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["rows"])
 def _rows(
     x_ptr, out_ptr, scale_ptr, stride, rows, columns, INT8: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
@@ -36,6 +38,7 @@ def _rows(
     tl.store(scale_ptr + r, scale, mask=r < rows)
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["rows", "padded"])
 def _groups(x_ptr, out_ptr, scale_ptr, stride, rows, columns, padded, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Program (rows, group of columns). Rows beyond the last are zeros."""
@@ -49,6 +52,7 @@ def _groups(x_ptr, out_ptr, scale_ptr, stride, rows, columns, padded, ROWS: tl.c
     tl.store(scale_ptr + tl.program_id(1) * padded + r, scale, mask=r < padded)
 
 
+@on_its_device
 @triton.jit
 def _amax(x_ptr, part_ptr, stride, columns, WIDTH: tl.constexpr):
     """Program (row): its largest magnitude."""
@@ -58,6 +62,7 @@ def _amax(x_ptr, part_ptr, stride, columns, WIDTH: tl.constexpr):
     tl.store(part_ptr + row, tl.max(tl.abs(x)))
 
 
+@on_its_device
 @triton.jit
 def _tensor(x_ptr, out_ptr, scale_ptr, stride, columns, WIDTH: tl.constexpr):
     """Program (row): rounded with the scale given."""

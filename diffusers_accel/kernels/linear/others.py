@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.platform import has_module
+from ...core.platform import has_module, on
 from ...errors import Unsupported, nearest
 from .record import LINEARS, LinearKernel, Replace
 
@@ -100,7 +100,7 @@ def _transformer_engine(recipe: str) -> Replace:
         """Transformer Engine's layer, under its recipe whoever calls it."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with autocast(enabled=True, **{option: chosen}):
+            with on(x), autocast(enabled=True, **{option: chosen}):
                 found: torch.Tensor = super().forward(x)
             return found
 

@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..launching import on_its_device
 from ..rounding import to_e4m3
 from .formats import GROUP
 from .known import Known
 
 
+@on_its_device
 @triton.jit(do_not_specialize=["rows"])
 def _int8(
     x_desc, w_desc, out_desc, x_scale_ptr, w_scale_ptr, bias_ptr, rows, columns, depth,
@@ -101,6 +103,7 @@ def int8_product(
     return out
 
 
+@on_its_device
 @triton.jit
 def _widen(
     packed_ptr, scale_ptr, global_ptr, left_ptr, right_ptr, out_ptr, rows, columns,
@@ -201,6 +204,7 @@ def _row_product(
     return out
 
 
+@on_its_device
 @triton.jit
 def _narrow(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, stride, columns, depth,
@@ -215,6 +219,7 @@ def _narrow(
     tl.store(out_ptr + row * columns + n, out.to(out_ptr.dtype.element_ty), mask=n < columns)
 
 
+@on_its_device
 @triton.jit
 def _known(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, step_ptr, rows_ptr, products_ptr, missed_ptr, stride, columns,

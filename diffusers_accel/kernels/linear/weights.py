@@ -9,9 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launching import on_its_device
 from .formats import GROUP, nvfp4_scales
 
 
+@on_its_device
 @triton.jit
 def _pack(x_ptr, each_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Program (rows, columns): codes of e2m1, two to a byte."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +71,10 @@ class _Others:
         if self._computes:
             try:
                 result = inner(*args, **kwargs)
-            except Exception as error:
-                # Those who wait hear of it.
-                self.everyone.objects(f"{type(error).__name__}: {error}")
+            except BaseException as error:
+                # Those who wait hear of it, of Ctrl-C too. What goes wrong in telling them is not what is wrong.
+                with suppress(Exception):
+                    self.everyone.objects(f"{type(error).__name__}: {error}")
                 raise
             found = result[0]
             distribution = None if isinstance(found, torch.Tensor) else type(found)

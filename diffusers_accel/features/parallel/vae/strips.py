@@ -41,6 +41,9 @@ class Strips:
     def dividing(self, x: torch.Tensor, counts: Sequence[int]) -> Iterator[torch.Tensor]:
         """Gives this rank's part of `x`, of `counts` rows for each rank. Until the end, tensors are strips."""
         rank = self.group.rank
+        if self.group.windows is not None:
+            # A picture that was broken off may have left them to different turns.
+            self.group.windows.begin()
         self._counts = counts
         dtype = torch.promote_types(x.dtype, torch.float32)
         self._weights = torch.tensor(counts, dtype=dtype, device=x.device)[:, None, None] / sum(counts)
