@@ -38,7 +38,16 @@ if TYPE_CHECKING:
         VAEConfig,
         WarmupConfig,
     )
-    from .errors import AccelError, Busy, ConfigError, NotAccelerated, RanksDiffer, Unsupported
+    from .errors import (
+        AccelError,
+        Busy,
+        ConfigError,
+        NotAccelerated,
+        PolicyFailed,
+        RanksDiffer,
+        UnknownName,
+        Unsupported,
+    )
     from .kernels.attention import register_attention
     from .kernels.linear import register_linear
     from .policies import register_policy
@@ -74,7 +83,16 @@ _HOMES = {
     "checkpoints.loading": ("from_pretrained",),
     "checkpoints.modelopt": ("CheckpointError",),
     "checkpoints.saving": ("save_quantized",),
-    "errors": ("AccelError", "Busy", "ConfigError", "NotAccelerated", "RanksDiffer", "Unsupported"),
+    "errors": (
+        "AccelError",
+        "Busy",
+        "ConfigError",
+        "NotAccelerated",
+        "PolicyFailed",
+        "RanksDiffer",
+        "UnknownName",
+        "Unsupported",
+    ),
     "kernels.attention": ("register_attention",),
     "kernels.linear": ("register_linear",),
     "policies": ("register_policy",),
@@ -103,11 +121,13 @@ __all__ = [
     "PABConfig",
     "ParallelConfig",
     "PolicyConfig",
+    "PolicyFailed",
     "RanksDiffer",
     "SeaCacheConfig",
     "StepMaskConfig",
     "TaylorSeerConfig",
     "TeaCacheConfig",
+    "UnknownName",
     "Unsupported",
     "VAEConfig",
     "WarmupConfig",

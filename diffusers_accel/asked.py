@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import presets
+from . import names, presets
 from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
 from .core.calls import Calls
 from .core.mesh import own_gpu
 from .core.platform import describe
 from .core.step import StepClock
-from .errors import ConfigError, Unsupported
+from .errors import ConfigError, Unsupported, shown
 from .features.feature import Denoiser, Target
 from .models import adapter_for
 from .session import session_of
@@ -122,6 +122,7 @@ def meant(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[Acc
         ConfigError: The configuration cannot be read.
     """
     found, notes = _written(target, config, sections)
+    names.refuse_unknown(found)
     if found.parallel is not None and found.parallel.sequence > 1 and found.attention is None:
         # Somebody must carry attention between ranks.
         found = replace(found, attention=AttentionConfig(backend="sdpa"))
@@ -145,7 +146,8 @@ def _written(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[
             return presets.resolve(config, target, sections)
     else:
         raise ConfigError(
-            f"config: expected a preset's name, a file, an AccelConfig, a mapping or None, got {type(config).__name__}."
+            f"config: expected a preset's name, a file, an AccelConfig, a mapping or None, got {type(config).__name__} "
+            f"({shown(config)})."
         )
     if not sections:
         return base, notes

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Characters of a value that an error shows.
+_SHOWN = 120
+
 
 class AccelError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -30,6 +33,14 @@ class ConfigError(AccelError, ValueError):
     """A configuration that cannot be read: an unknown key, a wrong type, a missing or malformed file."""
 
 
+class UnknownName(Unsupported, ConfigError):
+    """A configuration names what no registry has."""
+
+
+class PolicyFailed(AccelError):
+    """A caching policy of the user's own raised, or returned what is no mode."""
+
+
 class RanksDiffer(AccelError):
     """Processes that share a request were given different ones."""
 
@@ -42,9 +53,22 @@ class NotAccelerated(AccelError):
     """`restore`, `stats` or `warmup` was called with a pipeline that `accelerate` has not touched."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A phrase with the nearest known name and all of them, for the end of an error message."""
+def nearest(name: str, known: Iterable[str], none: str = "None is known.") -> str:
+    """A phrase with the nearest known name and all of them, for the end of an error message; `none` if there are
+    none."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if not names:
+        return none
+    close = difflib.get_close_matches(name[:_SHOWN], names, n=1, cutoff=0.5)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(names)}."
+
+
+def shown(value: object) -> str:
+    """A value for a reader: short, and whatever it is. Python refuses to print integers of thousands of digits, and
+    anybody's object may refuse."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a value of type {type(value).__name__} that cannot be printed"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 30]}... ({len(text)} characters)"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .config import AccelConfig, StepMaskConfig
-from .errors import ConfigError, Unsupported, nearest
+from .errors import ConfigError, Unsupported, nearest, shown
 from .features import attention, cache, compile, graphs, linear
 from .features.feature import Target
 
@@ -118,7 +118,8 @@ def resolve(
         ConfigError: There is no preset of that name, or an override cannot be read.
     """
     if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}. {nearest(name, PRESETS)}")
+        file = " A file's name ends in .yaml, .yml or .json." if set(name) & set("./\\") else ""
+        raise ConfigError(f"There is no preset {shown(name)}. {nearest(name, PRESETS)}{file}")
     on_gpu = all(denoiser.device.type == "cuda" for denoiser in target.denoisers)
     guided = any(denoiser.adapter.guidance != "embedded" for denoiser in target.denoisers)
     overrides = dict(overrides or {})

@@ -13,7 +13,7 @@ FLOORS = [
     {"core"},
     {"kernels", "models", "policies"},
     {"checkpoints", "features"},
-    {"reporting", "presets", "session"},
+    {"names", "presets", "reporting", "session"},
     {"asked"},
     {"api"},
     {"demo", "workers"},

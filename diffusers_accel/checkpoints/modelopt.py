@@ -23,11 +23,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from ..errors import AccelError
+from ..config.declared import NEEDED, Section, declared, plain
+from ..errors import AccelError, ConfigError, shown
 
 # ModelOpt's names of algorithms -> the family of layers.
 _FAMILIES = {
@@ -75,31 +76,68 @@ class Quantization:
         Raises:
             CheckpointError: It is another method's, or names an algorithm that is not known here.
         """
+        values = _mapping(values, f"{source}: quantization_config")
         method = values.get("quant_method", "modelopt")
-        if method != "modelopt":
+        if isinstance(method, str) and method != "modelopt":
             raise CheckpointError(f"{source}: quantized by {method!r}; only ModelOpt's checkpoints can be read here.")
-        algo = str(values.get("quant_algo") or "").upper()
+        try:
+            said = _Said(**{key: values[key] for key in _Said.__dataclass_fields__ if key in values})
+        except ConfigError as error:
+            raise CheckpointError(f"{source}: {error}") from error
+        algo = said.quant_algo.upper()
         if algo == "MIXED_PRECISION":
-            layers = {
-                name: _family(str(layer.get("quant_algo", "")), f"{source}, {name}")
-                for name, layer in (values.get("quantized_layers") or {}).items()
-            }
+            layers = {}
+            for name, layer in (said.quantized_layers or {}).items():
+                where = f"{source}: quantization_config.quantized_layers[{name!r}]"
+                layers[name] = _family(_mapping(layer, where).get("quant_algo"), where)
             family = None
         else:
             layers, family = {}, _family(algo, source)
-        groups = values.get("config_groups")
-        if groups:
-            flags = [bool((group.get("input_activations") or {}).get("dynamic", False)) for group in groups.values()]
+        dynamic = said.dynamic
+        if said.config_groups:
+            flags = []
+            for name, group in said.config_groups.items():
+                where = f"{source}: quantization_config.config_groups[{name!r}]"
+                activations = _mapping(group, where).get("input_activations")
+                activations = _mapping({} if activations is None else activations, f"{where}.input_activations")
+                flags.append(activations.get("dynamic", False))
+                if not isinstance(flags[-1], bool):
+                    raise CheckpointError(
+                        f"{where}.input_activations.dynamic: expected true or false, got {shown(flags[-1])}."
+                    )
             dynamic = all(flags)
-        else:
-            dynamic = bool(values.get("dynamic", True))
-        return cls(family, layers, tuple(values.get("ignore") or ()), dynamic, dict(values))
+        return cls(family, layers, said.ignore or (), dynamic, dict(values))
 
 
-def _family(algo: str, source: str) -> str:
-    if algo.upper() not in _FAMILIES:
+@dataclass(frozen=True, kw_only=True)
+class _Said(Section):
+    """The fields of a `quantization_config` that are read; it has others, which say nothing of how to read tensors."""
+
+    quant_method: str = declared("modelopt", "Whose layout it is.", among=("modelopt",))
+    quant_algo: str = declared(NEEDED, "The algorithm of every layer, or MIXED_PRECISION.")
+    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that are not quantized.")
+    dynamic: bool = declared(True, "Whether activations are scaled as they come.")
+    quantized_layers: dict[str, Any] | None = declared(
+        None, "Layer -> what is said of it, of MIXED_PRECISION.", keys="names", wants="a mapping of names to mappings"
+    )
+    config_groups: dict[str, Any] | None = declared(
+        None, "Layers that are quantized alike.", keys="names", wants="a mapping of names to mappings"
+    )
+
+    section: ClassVar[str] = "quantization_config"
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{where}: expected a mapping, got {shown(value)}.")
+    return value
+
+
+def _family(algo: Any, source: str) -> str:
+    if not isinstance(algo, str) or algo.upper() not in _FAMILIES:
         raise CheckpointError(
-            f"{source}: the algorithm {algo!r} is not known here. Known: {', '.join(_FAMILIES)}, MIXED_PRECISION."
+            f"{source}: the algorithm {shown(plain(algo))} is not known here. "
+            f"Known: {', '.join(_FAMILIES)}, MIXED_PRECISION."
         )
     return _FAMILIES[algo.upper()]
 
@@ -111,10 +149,12 @@ def read_quantization(folder: Path) -> Quantization | None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{str(folder)!r} holds no config.json: it is no model's folder.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(file)!r} is not JSON: {error}.") from error
-    values = config.get("quantization_config")
-    return None if not values else Quantization.read(values, str(file))
+    except OSError as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read: {error.strerror}.") from error
+    values = _mapping(config, str(file)).get("quantization_config")
+    return None if values is None or values == {} else Quantization.read(values, str(file))
 
 
 # Formats of `_quantization_metadata` -> the family of layers.
@@ -138,18 +178,18 @@ def read_file_quantization(file: Path) -> Quantization | None:
         whole, by_layer = (
             json.loads(metadata.get(key) or "null") for key in ("quantization_config", "_quantization_metadata")
         )
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(file)!r}: its header's quantization is not JSON: {error}.") from error
-    if whole:
+    if whole is not None and whole != {}:
         return Quantization.read(whole, str(file))
-    if not by_layer:
+    if by_layer is None or by_layer == {}:
         return None
-    layers = {}
-    for name, layer in by_layer.get("layers", {}).items():
-        kind = layer.get("format")
-        if kind not in _FILE_FORMATS:
+    layers, where = {}, f"{str(file)!r}: _quantization_metadata"
+    for name, layer in _mapping(_mapping(by_layer, where).get("layers", {}), f"{where}.layers").items():
+        kind = _mapping(layer, f"{where}.layers[{name!r}]").get("format")
+        if not isinstance(kind, str) or kind not in _FILE_FORMATS:
             raise CheckpointError(
-                f"{str(file)!r}, {name}: the format {kind!r} is not known here. Known: {', '.join(_FILE_FORMATS)}."
+                f"{str(file)!r}, {name}: the format {shown(kind)} is not known here. Known: {', '.join(_FILE_FORMATS)}."
             )
         layers[name] = _FILE_FORMATS[kind]
     return Quantization(None, layers, (), True, by_layer)

@@ -14,14 +14,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-import yaml
 
 from .. import api, demo
 from ..checkpoints.files import judge_file
 from ..checkpoints.loading import from_pretrained
 from ..checkpoints.modelopt import CheckpointError
-from ..config import AccelConfig, ParallelConfig, read_yaml
-from ..errors import AccelError, ConfigError, nearest
+from ..config import AccelConfig, ParallelConfig, parsed, read_yaml
+from ..errors import AccelError, ConfigError, nearest, shown
 from ..presets import PRESETS
 
 
@@ -160,9 +159,9 @@ def key_value(text: str, option: str, example: str) -> tuple[str, Any]:
     if not separator or not key.strip(". "):
         raise CommandError(f"{option} {text}: expected KEY=VALUE, e.g. {option} {example}.")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise CommandError(f"{option} {text}: {value!r} is not YAML.") from error
+        return key.strip(), parsed(value)
+    except ValueError as error:
+        raise CommandError(f"{option} {key.strip()}: {shown(value)} is not YAML that can be read: {error}") from error
 
 
 def read_device(name: str | None) -> torch.device:

@@ -3,8 +3,8 @@
 A section accepts its class, a mapping of its fields, or a shorthand string for the common case. Everything here is
 plain data: it imports nothing of the package but its errors, holds no run-time state, and round-trips through YAML.
 
-- `sections.py`, `cache.py`, `parallel.py`: the classes. `accel.py`: the whole. `reading.py`: from what a user may write
-  to them.
+- `declared.py`: what a field may hold, and the check. `sections.py`, `cache.py`, `parallel.py`: the classes.
+  `accel.py`: the whole. `reading.py`: from what a user may write to them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from .cache import (
     TaylorSeerConfig,
     TeaCacheConfig,
 )
+from .declared import Section, plain
 from .parallel import ParallelConfig
-from .reading import read_yaml
+from .reading import parsed, read_yaml
 from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig, WarmupConfig
 
 __all__ = [
@@ -51,10 +52,13 @@ __all__ = [
     "ParallelConfig",
     "PolicyConfig",
     "SeaCacheConfig",
+    "Section",
     "StepMaskConfig",
     "TaylorSeerConfig",
     "TeaCacheConfig",
     "VAEConfig",
     "WarmupConfig",
+    "parsed",
+    "plain",
     "read_yaml",
 ]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 from .cache import CACHE_CONFIGS, CacheConfig, PABConfig
+from .declared import plain
 from .parallel import ParallelConfig
-from .reading import plain, read_yaml, section_of
+from .reading import read_yaml, section_of
 from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig, WarmupConfig
 
 
@@ -20,7 +20,7 @@ class AccelConfig:
     """What to accelerate, and how. Every section is off by default; see each section's class.
 
     Raises:
-        ConfigError: A value has the wrong type, or a section has an unknown key.
+        ConfigError: A value is not of its field's type or range, or a section has an unknown key.
     """
 
     linear: LinearConfig | None = field(default=None, metadata={"section": LinearConfig})
@@ -41,11 +41,12 @@ class AccelConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> AccelConfig:
         """Builds a configuration from nested mappings, with the same keys as the fields."""
         if not isinstance(values, Mapping):
-            raise ConfigError(f"A configuration is a mapping of sections, not {type(values).__name__}.")
+            raise ConfigError(f"A configuration is a mapping of sections, not {shown(values)}.")
         known = {entry.name for entry in fields(cls)}
         for key in values:
             if key not in known:
-                raise ConfigError(f"Unknown configuration key {key!r}. {nearest(str(key), known)}")
+                written = key if isinstance(key, str) else ""
+                raise ConfigError(f"Unknown configuration key {shown(key)}. {nearest(written, known)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,9 +55,17 @@ class AccelConfig:
         for entry in fields(self):
             section = getattr(self, entry.name)
             if section is not None:
-                kind = {"kind": section.kind} if hasattr(section, "kind") else {}
-                result[entry.name] = kind | {key: plain(value) for key, value in dataclasses.asdict(section).items()}
+                kind = {"kind": section.kind} if section.kind else {}
+                result[entry.name] = kind | {item.name: plain(getattr(section, item.name)) for item in fields(section)}
         return result
+
+    def named(self) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+        """(field with section, what is named, name, what else that field takes) of every name that only a registry
+        knows."""
+        for entry in fields(self):
+            section = getattr(self, entry.name)
+            if section is not None:
+                yield from section.named()
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> AccelConfig:

@@ -5,62 +5,84 @@ from __future__ import annotations
 import math
 import typing
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import ConfigError
+from .declared import Section, declared
 
 EXCHANGES = ("auto", "windows", "messages")
 OTHERS = ("compute", "receive", "idle")
 PAYLOADS = ("auto", "fp8")
+DIMS = ("height", "width")
+
+
+def _ranks(means: str) -> Any:
+    return declared(1, means, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Section):
     """How many ranks share what. The product of all numbers is the number of processes that a launcher has started.
-
-    Args:
-        cfg: Ranks that share the branches of guidance.
-        tp: Ranks that share the blocks' weights, each with some attention heads and some features of the feed-forward.
-        ulysses: Ranks that share a sequence, each with all tokens of some attention heads.
-        ring: Ranks that share a sequence, keys and values passed on from rank to rank.
-        attn2d: (rows, columns) of ranks that share a sequence, queries gathered along rows, keys and values along
-            columns. Instead of `ring`.
-        dp: Ranks that share the samples of a batch.
-        vae: Ranks that share the VAE's decoding and encoding, a strip of the picture each; all ranks or a divisor. No
-            factor of the product: the same ranks do it that share the denoiser's work.
-        vae_dim: What the VAE's picture is divided along, `"height"` or `"width"`.
-        vae_others: What ranks behind the first `vae` do when a picture is decoded or encoded: `"compute"` it too, as
-            many together; `"receive"` it from the first; or be `"idle"` and get zeros instead of a decoded picture,
-            where one rank alone saves it.
-        async_ulysses: Whether, in compiled blocks, shards are exchanged while what does not depend on them is
-            computed, where they go through windows.
-        exchange: The way that what ranks share takes, a sequence, sums of `tp=2`, a VAE's rows: by `"messages"`;
-            through `"windows"`, memory that GPUs of one machine write to directly; or `"auto"`, through windows where
-            there are any.
-        payload: How Ulysses' shards travel: in the activations' own type (`"auto"`), or in `"fp8"`, e4m3 with a scale
-            for each token and head, for links that are slower than rounding.
-        fsdp: Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a
-            block's weights are put together while it runs. No factor of the product either; where the product is 1,
-            any number of processes will do, and each computes the whole request.
 
     Raises:
         ConfigError: A number is below 1, a word is unknown, or both `ring` and `attn2d` are asked for.
     """
 
-    cfg: int = 1
-    tp: int = 1
-    ulysses: int = 1
-    async_ulysses: bool = True
-    ring: int = 1
-    attn2d: tuple[int, ...] = (1, 1)
-    dp: int = 1
-    vae: int = 1
-    vae_dim: str = "height"
-    vae_others: str = "compute"
-    exchange: str = "auto"
-    payload: str = "auto"
-    fsdp: bool = False
+    cfg: int = _ranks("Ranks that share the branches of guidance.")
+    tp: int = _ranks(
+        """Ranks that share the blocks' weights, each with some attention heads and some features of the
+        feed-forward."""
+    )
+    ulysses: int = _ranks("Ranks that share a sequence, each with all tokens of some attention heads.")
+    async_ulysses: bool = declared(
+        True,
+        """Whether, in compiled blocks, shards are exchanged while what does not depend on them is computed, where they
+        go through windows.""",
+    )
+    ring: int = _ranks("Ranks that share a sequence, keys and values passed on from rank to rank.")
+    attn2d: tuple[int, int] = declared(
+        (1, 1),
+        """(rows, columns) of ranks that share a sequence, queries gathered along rows, keys and values along columns.
+        Instead of `ring`.""",
+        least=1,
+        wants="rows and columns, [2, 2] say, each 1 or more",
+    )
+    dp: int = _ranks("Ranks that share the samples of a batch.")
+    vae: int = _ranks(
+        """Ranks that share the VAE's decoding and encoding, a strip of the picture each; all ranks or a divisor. No
+        factor of the product: the same ranks do it that share the denoiser's work."""
+    )
+    vae_dim: str = declared(
+        "height", """What the VAE's picture is divided along, `"height"` or `"width"`.""", among=DIMS
+    )
+    vae_others: str = declared(
+        "compute",
+        """What ranks behind the first `vae` do when a picture is decoded or encoded: `"compute"` it too, as many
+        together; `"receive"` it from the first; or be `"idle"` and get zeros instead of a decoded picture, where one
+        rank alone saves it.""",
+        among=OTHERS,
+    )
+    exchange: str = declared(
+        "auto",
+        """The way that what ranks share takes, a sequence, sums of `tp=2`, a VAE's rows: by `"messages"`; through
+        `"windows"`, memory that GPUs of one machine write to directly; or `"auto"`, through windows where there are
+        any.""",
+        among=EXCHANGES,
+    )
+    payload: str = declared(
+        "auto",
+        """How Ulysses' shards travel: in the activations' own type (`"auto"`), or in `"fp8"`, e4m3 with a scale for
+        each token and head, for links that are slower than rounding.""",
+        among=PAYLOADS,
+    )
+    fsdp: bool = declared(
+        False,
+        """Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a
+        block's weights are put together while it runs. No factor of the product either; where the product is 1, any
+        number of processes will do, and each computes the whole request.""",
+    )
 
-    _shorthand: typing.ClassVar[str | None] = None
+    section: typing.ClassVar[str] = "parallel"
 
     @property
     def sequence(self) -> int:
@@ -98,25 +120,9 @@ class ParallelConfig:
         return f"{' x '.join(parts) or 'everything 1'} = {self.ranks}"
 
     def validate(self) -> None:
-        """Checks what types alone do not say."""
-        if len(self.attn2d) != 2:
-            raise ConfigError(f"parallel.attn2d: rows and columns, [2, 2] say, got {list(self.attn2d)!r}.")
-        for name in ("cfg", "tp", "ulysses", "ring", "dp", "vae"):
-            size = getattr(self, name)
-            if size < 1:
-                raise ConfigError(f"parallel.{name}: 1 or more, got {size!r}.")
-        if self.vae_dim not in ("height", "width"):
-            raise ConfigError(f"parallel.vae_dim: 'height' or 'width', got {self.vae_dim!r}.")
-        if self.vae_others not in OTHERS:
-            raise ConfigError(f"parallel.vae_others: one of {', '.join(OTHERS)}, got {self.vae_others!r}.")
-        if self.exchange not in EXCHANGES:
-            raise ConfigError(f"parallel.exchange: one of {', '.join(EXCHANGES)}, got {self.exchange!r}.")
-        if self.payload not in PAYLOADS:
-            raise ConfigError(f"parallel.payload: one of {', '.join(PAYLOADS)}, got {self.payload!r}.")
-        if min(self.attn2d) < 1:
-            raise ConfigError(f"parallel.attn2d: 1 or more of each, got {list(self.attn2d)!r}.")
+        """Refuses two ways of dividing keys."""
         if self.ring > 1 and math.prod(self.attn2d) > 1:
             raise ConfigError(
-                f"parallel: ring={self.ring} and attn2d={list(self.attn2d)} both divide keys; take one of them, with "
-                "ulysses outside it if you like."
+                f"parallel.attn2d: ring={self.ring} and attn2d={list(self.attn2d)} both divide keys; take one of them, "
+                "with ulysses outside it if you like."
             )

@@ -7,56 +7,67 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, shown
+from .declared import Section, declared, plain
+
+# What strings of the configuration name, as their registries call it.
+KERNEL, FORMAT = "attention kernel", "linear kernel"
+BACKEND, MODE = "torch.compile backend", "torch.compile mode"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(Section):
     """Which kernel computes attention.
 
     A kernel is named as `diffusers-accel env` lists them: `"sdpa"`, `"cudnn"`, `"flash2"`, `"fa3"`, `"fa3-fp8"`,
     `"fa4"`, `"sage"`, `"sage-fp8"`, `"qk16pv8"`, or a name given to `register_attention`. `"auto"` times the kernels
     that can run on each new shape and takes the fastest.
 
-    Args:
-        backend: The kernel for all layers that nothing below says otherwise of.
-        recipe: What a quantized backend rounds, and how. Ours are named by the type of QK and the tokens per scale of
-            Q, K and V, e.g. `"int8-1-16-1"`. `None` takes the backend's first.
-        fidelity: What `"auto"` may choose: `"exact"` kernels only, or `"8bit"` ones too.
-        dense_steps: Share of the first steps that are computed by `dense_backend`, between 0 and 1.
-        dense_layers: Share of the first blocks that are computed by `dense_backend`, between 0 and 1.
-        dense_backend: The kernel of dense steps and layers; `"auto"` takes an exact one.
-        self_attention: The kernel for self-attention (text and image joined included) instead of `backend`.
-        cross_attention: The kernel for cross-attention instead of `backend`.
-        layers: Globs of attention modules -> kernels, e.g. `{"transformer_blocks.0.*": "sdpa"}`; the first that
-            matches wins over everything above.
-
     Raises:
-        ConfigError: A share is not between 0 and 1, or the fidelity is neither of the two.
+        ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    backend: str = "auto"
-    recipe: str | None = None
-    fidelity: str = "exact"
-    dense_steps: float = 0.0
-    dense_layers: float = 0.0
-    dense_backend: str = "auto"
-    self_attention: str | None = None
-    cross_attention: str | None = None
-    layers: dict[str, str] | None = None
+    backend: str = declared(
+        "auto", "The kernel for all layers that nothing below says otherwise of.", names=KERNEL, besides=("auto",)
+    )
+    recipe: str | None = declared(
+        None,
+        """What a quantized backend rounds, and how. Ours are named by the type of QK and the tokens per scale of Q, K
+        and V, e.g. `"int8-1-16-1"`. `None` takes the backend's first.""",
+    )
+    fidelity: str = declared(
+        "exact", """What `"auto"` may choose: `"exact"` kernels only, or `"8bit"` ones too.""", among=("exact", "8bit")
+    )
+    dense_steps: float = declared(
+        0.0, "Share of the first steps that are computed by `dense_backend`, between 0 and 1.", least=0, most=1
+    )
+    dense_layers: float = declared(
+        0.0, "Share of the first blocks that are computed by `dense_backend`, between 0 and 1.", least=0, most=1
+    )
+    dense_backend: str = declared(
+        "auto", """The kernel of dense steps and layers; `"auto"` takes an exact one.""", names=KERNEL,
+        besides=("auto",),
+    )  # fmt: skip
+    self_attention: str | None = declared(
+        None,
+        "The kernel for self-attention (text and image joined included) instead of `backend`.",
+        names=KERNEL,
+        besides=("auto",),
+    )
+    cross_attention: str | None = declared(
+        None, "The kernel for cross-attention instead of `backend`.", names=KERNEL, besides=("auto",)
+    )
+    layers: dict[str, str] | None = declared(
+        None,
+        """Globs of attention modules -> kernels, e.g. `{"transformer_blocks.0.*": "sdpa"}`; the first that matches wins
+        over everything above.""",
+        names=KERNEL,
+        besides=("auto",),
+    )
 
-    _shorthand: typing.ClassVar[str] = "backend"
-
-    def validate(self) -> None:
-        """Checks what types alone do not say."""
-        for name in ("dense_steps", "dense_layers"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"attention.{name}: a share between 0 and 1, got {getattr(self, name)!r}.")
-        if self.fidelity not in ("exact", "8bit"):
-            raise ConfigError(f"attention.fidelity: 'exact' or '8bit', got {self.fidelity!r}.")
-        for glob, backend in (self.layers or {}).items():
-            if not isinstance(glob, str) or not isinstance(backend, str):
-                raise ConfigError(f"attention.layers: globs to names of kernels, got {glob!r}: {backend!r}.")
+    section: typing.ClassVar[str] = "attention"
+    shorthand: typing.ClassVar[str | None] = "backend"
+    switch: typing.ClassVar[bool] = True
 
 
 # ModelOpt's names of algorithms, for layers whose activations are scaled as they come.
@@ -66,124 +77,183 @@ _MODELOPT = {
     "NVFP4": "nvfp4",
     "NVFP4_SVD": "svdq-nvfp4",
 }
+_MIXED = "MIXED_PRECISION"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig:
+class ModelOptLayer(Section):
+    """What a ModelOpt `quantization_config` says of one layer."""
+
+    quant_algo: str = declared("FP8", "The algorithm.", among=tuple(_MODELOPT))
+    group_size: int | None = declared(
+        None, "Features that share a scale, which the algorithm says already: 16 of NVFP4, 128 of FP8 blocks.", least=1
+    )
+
+    section: typing.ClassVar[str] = "linear.quantized_layers"
+
+    def validate(self) -> None:
+        """Refuses groups of another size."""
+        own = 16 if self.quant_algo.startswith("NVFP4") else 128 if self.quant_algo == "FP8_BLOCK_SCALES" else None
+        if self.group_size not in (None, own):
+            raise ConfigError(
+                f"{self.section}.group_size: {self.quant_algo} has {own or 'no groups'}, got {self.group_size}. "
+                f"Nearest: {own}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptConfig(Section):
+    """A ModelOpt `quantization_config`, as far as it can be applied to a loaded model."""
+
+    quant_algo: str = declared("FP8", "The algorithm of every layer.", among=(*_MODELOPT, _MIXED))
+    quant_method: str = declared("modelopt", "Whose configuration it is.", among=("modelopt",))
+    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that stay as they are.")
+    dynamic: bool = declared(True, "Whether activations are scaled as they come, which only a checkpoint can deny.")
+    quantized_layers: dict[str, Any] | None = declared(
+        None, "Globs of layers -> what is said of each.", keys="globs", wants="a mapping of globs to mappings"
+    )
+    producer: dict[str, Any] | None = declared(None, "Who wrote it.", keys="names", wants="a mapping")
+
+    section: typing.ClassVar[str] = "linear"
+
+    @property
+    def plan(self) -> dict[str, str] | None:
+        """Globs -> our formats."""
+        found = {}
+        for glob, values in (self.quantized_layers or {}).items():
+            where = f"linear.quantized_layers[{glob!r}]"
+            if not isinstance(values, Mapping) or "quant_algo" not in values:
+                raise ConfigError(f"{where}: expected a mapping with a quant_algo, got {shown(plain(values))}.")
+            if unknown := sorted(set(values) - {"quant_algo", "group_size"}):
+                raise ConfigError(f"{where}: {unknown} cannot be applied to a loaded model.")
+            found[glob] = _MODELOPT[ModelOptLayer(**plain(values)).quant_algo]
+        return found or None
+
+    def validate(self) -> None:
+        """Refuses what a loaded model has not."""
+        if not self.dynamic:
+            raise ConfigError("linear.dynamic: a loaded model has no input scales; dynamic=True, or from_pretrained.")
+        if self.quant_algo == _MIXED and not self.quantized_layers:
+            raise ConfigError(f"linear.quantized_layers: {_MIXED} says by layer what is quantized, and there is none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(Section):
     """How linear layers store and multiply their weights.
 
     Formats: `"fp8"` (e4m3, a scale per row and per token), `"fp8-tensor"`, `"fp8-block"` (128 x 128), `"int8"` (a scale
     per row and per token), `"nvfp4"` and `"svdq-nvfp4"` (4-bit weights), `"torchao:<config>"`, or a name given to
     `register_linear`. A ModelOpt `quantization_config` is understood too: `{"quant_algo": "FP8", "ignore": [...]}`.
 
-    Args:
-        algo: The format of every layer that nothing below says otherwise of; `None` for those that `plan` names only.
-        ignore: Globs of layers that stay as they are, besides those that each model keeps by default.
-        plan: Globs of layers -> formats, or `"none"`; the first that matches wins over everything else.
-        smallest: Layers with no more input or output features than this stay as they are; `None` takes the model's own
-            bound (0 for those with a list of their own, 512 for others).
-        targets: Names of the pipeline's models whose layers are meant, e.g. `("transformer", "text_encoder_2")`; `None`
-            for the denoisers.
-        keep_original: `"cpu"` keeps the stock weights in the host's memory, so that `restore` is bit-exact; `"drop"`
-            frees them, and `restore` refuses.
-
     Raises:
-        ConfigError: `keep_original` is neither of the two, or nothing is named at all.
+        ConfigError: A value is not of its field's type, or out of its range, or nothing is named at all.
     """
 
-    algo: str | None = None
-    ignore: tuple[str, ...] | None = None
-    plan: dict[str, str] | None = None
-    smallest: int | None = None
-    targets: tuple[str, ...] | None = None
-    keep_original: str = "cpu"
+    algo: str | None = declared(
+        None,
+        "The format of every layer that nothing below says otherwise of; `None` for those that `plan` names only.",
+        names=FORMAT,
+    )
+    ignore: tuple[str, ...] | None = declared(
+        None, "Globs of layers that stay as they are, besides those that each model keeps by default."
+    )
+    plan: dict[str, str] | None = declared(
+        None,
+        """Globs of layers -> formats, or `"none"`; the first that matches wins over everything else.""",
+        names=FORMAT,
+        besides=("none",),
+    )
+    smallest: int | None = declared(
+        None,
+        """Layers with no more input or output features than this stay as they are; `None` takes the model's own bound
+        (0 for those with a list of their own, 512 for others).""",
+        least=0,
+    )
+    targets: tuple[str, ...] | None = declared(
+        None,
+        """Names of the pipeline's models whose layers are meant, e.g. `("transformer", "text_encoder_2")`; `None` for
+        the denoisers.""",
+        fewest=1,
+        also=lambda names: len(set(names)) == len(names),
+        wants="a list of names of the pipeline's models (not an empty one), each once, or None",
+    )
+    keep_original: str = declared(
+        "cpu",
+        """`"cpu"` keeps the stock weights in the host's memory, so that `restore` is bit-exact; `"drop"` frees them,
+        and `restore` refuses.""",
+        among=("cpu", "drop"),
+    )
 
-    _shorthand: typing.ClassVar[str] = "algo"
+    section: typing.ClassVar[str] = "linear"
+    shorthand: typing.ClassVar[str | None] = "algo"
 
     @classmethod
-    def _translated(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    def translated(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """A ModelOpt `quantization_config` as fields of this class; any other mapping as it is."""
         if "quant_algo" not in values:
             return values
         ours = {name: values[name] for name in ("smallest", "targets", "keep_original") if name in values}
-        known = {"quant_algo", "quant_method", "ignore", "dynamic", "quantized_layers", "producer"}
-        unknown = set(values) - known - set(ours)
+        theirs = {key: value for key, value in values.items() if key not in ours}
+        unknown = sorted(str(key) for key in set(theirs) - set(ModelOptConfig.__dataclass_fields__))
         if unknown:
-            raise ConfigError(
-                f"linear: {sorted(unknown)} of a quantization_config cannot be applied to a loaded model."
-            )
-        if not values.get("dynamic", True):
-            raise ConfigError("linear: a loaded model has no input scales; dynamic=True, or from_pretrained.")
-
-        def algo(name: Any) -> str:
-            if name not in _MODELOPT:
-                raise ConfigError(f"linear.quant_algo: {name!r} is not known. {nearest(str(name), _MODELOPT)}")
-            return _MODELOPT[name]
-
-        mixed = values["quant_algo"] == "MIXED_PRECISION"
-        layers = values.get("quantized_layers") or {}
-        return {
-            "algo": None if mixed else algo(values["quant_algo"]),
-            "ignore": tuple(values.get("ignore") or ()) or None,
-            "plan": {name: algo(layer.get("quant_algo")) for name, layer in layers.items()} or None,
-            **ours,
-        }
+            raise ConfigError(f"linear: {unknown} of a quantization_config cannot be applied to a loaded model.")
+        said = ModelOptConfig(**theirs)
+        algo = None if said.quant_algo == _MIXED else _MODELOPT[said.quant_algo]
+        return {"algo": algo, "ignore": said.ignore or None, "plan": said.plan, **ours}
 
     def validate(self) -> None:
-        """Checks what types alone do not say."""
-        if self.keep_original not in ("cpu", "drop"):
-            raise ConfigError(f"linear.keep_original: 'cpu' or 'drop', got {self.keep_original!r}.")
+        """Refuses a section that says nothing."""
         if self.algo is None and not self.plan:
             raise ConfigError("linear: name a format, linear.algo='fp8' say, or formats by layer in linear.plan.")
-        for glob, algo in (self.plan or {}).items():
-            if not isinstance(glob, str) or not isinstance(algo, str):
-                raise ConfigError(f"linear.plan: globs to names of formats, got {glob!r}: {algo!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FuseConfig:
-    """Linear layers that read one tensor (query, key and value, say) multiplied as one. `True` is short for it.
+class FuseConfig(Section):
+    """Linear layers that read one tensor (query, key and value, say) multiplied as one. `True` is short for it."""
 
-    Args:
-        ignore: Globs of layers that stay apart.
-    """
+    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that stay apart.")
 
-    ignore: tuple[str, ...] | None = None
-
-    _shorthand: typing.ClassVar[str | None] = None
-    _switch: typing.ClassVar[bool] = True
+    section: typing.ClassVar[str] = "fuse"
+    switch: typing.ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileConfig:
+class CompileConfig(Section):
     """Regional compilation of the denoiser's repeated blocks with `torch.compile`.
 
-    Args:
-        mode: As in `torch.compile`; `"auto"` means the default mode on a CUDA device and no compilation elsewhere.
-        backend: As in `torch.compile`.
-        fullgraph: Refuse graph breaks inside a block.
-        dynamic: As in `torch.compile`; `None` turns a dimension dynamic once it changes.
-        options: As in `torch.compile`, in the default mode: `{"coordinate_descent_tuning": True}` tries more cuts of
-            every generated kernel, which takes minutes and gains a few percent.
-        rewrites: Rewrite a block's graph before inductor sees it, where its own fusion needs more passes over memory:
-            norms with modulation, QK-norm with rotation, GELU in a product, each with the rounding of a quantized layer
-            behind it. What modulates tokens by the time step and the prompt alone is made for all steps at once
-            (FLUX.1, Qwen-Image, SD3), in up to 0.15 GB for 32 steps. On CUDA; the same up to rounding. `None` means
-            wherever inductor compiles; with `backend="eager"` and `True` there is nothing to compile, and what is not
-            rewritten runs as stock code does.
-
     Raises:
-        ConfigError: Options are given beside a mode, which stands for options itself.
+        ConfigError: A value is not of its field's type; options are given beside a mode, which stands for options
+            itself; or a mode beside a backend that has none.
     """
 
-    mode: str = "default"
-    backend: str = "inductor"
-    fullgraph: bool = True
-    dynamic: bool | None = None
-    options: dict[str, Any] | None = None
-    rewrites: bool | None = None
+    mode: str = declared(
+        "default",
+        """As in `torch.compile`; `"auto"` means the default mode on a CUDA device and no compilation elsewhere.""",
+        names=MODE,
+        besides=("auto", "default"),
+    )
+    backend: str = declared("inductor", "As in `torch.compile`.", names=BACKEND, besides=("inductor",))
+    fullgraph: bool = declared(True, "Refuse graph breaks inside a block.")
+    dynamic: bool | None = declared(None, "As in `torch.compile`; `None` turns a dimension dynamic once it changes.")
+    options: dict[str, Any] | None = declared(
+        None,
+        """As in `torch.compile`, in the default mode: `{"coordinate_descent_tuning": True}` tries more cuts of every
+        generated kernel, which takes minutes and gains a few percent.""",
+        keys="names",
+    )
+    rewrites: bool | None = declared(
+        None,
+        """Rewrite a block's graph before inductor sees it, where its own fusion needs more passes over memory: norms
+        with modulation, QK-norm with rotation, GELU in a product, each with the rounding of a quantized layer behind
+        it. What modulates tokens by the time step and the prompt alone is made for all steps at once (FLUX.1,
+        Qwen-Image, SD3), in up to 0.15 GB for 32 steps. On CUDA; the same up to rounding. `None` means wherever
+        inductor compiles; with `backend="eager"` and `True` there is nothing to compile, and what is not rewritten
+        runs as stock code does.""",
+    )
 
-    _shorthand: typing.ClassVar[str] = "mode"
+    section: typing.ClassVar[str] = "compile"
+    shorthand: typing.ClassVar[str | None] = "mode"
+    switch: typing.ClassVar[bool] = True
 
     @property
     def rewriting(self) -> bool:
@@ -191,75 +261,87 @@ class CompileConfig:
         return self.backend == "inductor" if self.rewrites is None else self.rewrites
 
     def validate(self) -> None:
-        """Checks what types alone do not say."""
-        if self.options and self.mode not in ("auto", "default"):
-            raise ConfigError(f"compile: options or mode={self.mode!r}, not both: a mode stands for options itself.")
+        """Refuses what fields together do not mean."""
+        if self.mode in ("auto", "default"):
+            return
+        if self.options:
+            raise ConfigError(
+                f"compile.options: options or mode={self.mode!r}, not both: a mode stands for options itself."
+            )
+        if self.backend != "inductor":
+            raise ConfigError(
+                f"compile.mode: modes are inductor's, and backend={self.backend!r} has none; got {self.mode!r}. "
+                "Nearest: 'default'."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CudaGraphConfig:
+class CudaGraphConfig(Section):
     """Runs of blocks launched in one call each, as CUDA graphs. `True` is short for it.
 
     What a graph needs stays in the GPU's memory: the activations of one call of each kind that was met.
 
-    Args:
-        limit: Kinds of calls (sizes, batches, lengths of prompts) that are recorded; others run without graphs.
-        vae: Record the VAE's decoder too, as a whole. Video decoders that work in chunks cannot be recorded.
-        text_encoders: Record the text encoders too, each as a whole. Language models that return their cache of keys
-            and values run as they are.
-
     Raises:
-        ConfigError: The limit is below 1.
+        ConfigError: A value is not of its field's type, or the limit is below 1.
     """
 
-    limit: int = 8
-    vae: bool = False
-    text_encoders: bool = False
+    limit: int = declared(
+        8,
+        "Kinds of calls (sizes, batches, lengths of prompts) that are recorded; others run without graphs.",
+        least=1,
+    )
+    vae: bool = declared(
+        False, "Record the VAE's decoder too, as a whole. Video decoders that work in chunks cannot be recorded."
+    )
+    text_encoders: bool = declared(
+        False,
+        """Record the text encoders too, each as a whole. Language models that return their cache of keys and values run
+        as they are.""",
+    )
 
-    _shorthand: typing.ClassVar[str | None] = None
-    _switch: typing.ClassVar[bool] = True
-
-    def validate(self) -> None:
-        """Checks what types alone do not say."""
-        if self.limit < 1:
-            raise ConfigError(f"cuda_graph.limit: 1 or more, got {self.limit!r}.")
+    section: typing.ClassVar[str] = "cuda_graph"
+    switch: typing.ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEConfig:
-    """Switches of the stock VAE.
+class VAEConfig(Section):
+    """Switches of the stock VAE."""
 
-    Args:
-        tiling: Decode and encode in tiles; less memory, slower. `None` leaves the switch as it is.
-        slicing: Decode and encode one sample of the batch at a time. `None` leaves the switch as it is.
-        compile: Compile the decoder with `torch.compile`.
-    """
+    tiling: bool | None = declared(
+        None, "Decode and encode in tiles; less memory, slower. `None` leaves the switch as it is."
+    )
+    slicing: bool | None = declared(
+        None, "Decode and encode one sample of the batch at a time. `None` leaves the switch as it is."
+    )
+    compile: bool = declared(False, "Compile the decoder with `torch.compile`.")
 
-    tiling: bool | None = None
-    slicing: bool | None = None
-    compile: bool = False
-
-    _shorthand: typing.ClassVar[str | None] = None
+    section: typing.ClassVar[str] = "vae"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupConfig:
+class WarmupConfig(Section):
     """What `warmup(pipe)` runs when it is not told: the sizes that a server, say, is to answer at once.
 
-    Args:
-        resolutions: Pixels, each as `"<height>x<width>"`; `None` takes the pipeline's default size.
-        num_frames: Numbers of frames, for video; `None` takes the pipeline's default.
-        num_inference_steps: Steps of each request; `None` takes as few as there is something new in.
-
     Raises:
-        ConfigError: A resolution is not of that form, or a number is below 1.
+        ConfigError: A resolution is not of its form, or a number is below 1.
     """
 
-    resolutions: tuple[str, ...] | None = None
-    num_frames: tuple[int, ...] | None = None
-    num_inference_steps: int | None = None
+    resolutions: tuple[str, ...] | None = declared(
+        None,
+        """Pixels, each as `"<height>x<width>"`; `None` takes the pipeline's default size.""",
+        fewest=1,
+        form="[1-9][0-9]{0,4}x[1-9][0-9]{0,4}",
+        wants="a list of '<height>x<width>', '480x832' say (not an empty one), or None",
+        examples=(("480x832",), ("32x32", "1024x99999")),
+    )
+    num_frames: tuple[int, ...] | None = declared(
+        None, "Numbers of frames, for video; `None` takes the pipeline's default.", least=1, fewest=1
+    )
+    num_inference_steps: int | None = declared(
+        None, "Steps of each request; `None` takes as few as there is something new in.", least=1
+    )
 
-    _shorthand: typing.ClassVar[str | None] = None
+    section: typing.ClassVar[str] = "warmup"
 
     @property
     def sizes(self) -> list[tuple[int, int]] | None:
@@ -267,18 +349,3 @@ class WarmupConfig:
         if self.resolutions is None:
             return None
         return [(int(height), int(width)) for height, _, width in (text.partition("x") for text in self.resolutions)]
-
-    def validate(self) -> None:
-        """Checks what types alone do not say."""
-        for text in self.resolutions or ():
-            height, _, width = text.partition("x")
-            if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
-                raise ConfigError(f"warmup.resolutions: '<height>x<width>', '480x832' say, got {text!r}.")
-        if any(
-            number < 1
-            for number in (
-                *(self.num_frames or ()),
-                1 if self.num_inference_steps is None else self.num_inference_steps,
-            )
-        ):
-            raise ConfigError("warmup: num_frames and num_inference_steps are 1 or more.")

@@ -24,7 +24,7 @@ from ..core.platform import Device
 from ..core.step import StepClock
 from ..core.windows import Windows
 from ..errors import Unsupported
-from ..models import Adapter
+from ..models import Adapter, Stack
 
 # Devices whose graphs are worth rewriting: it saves passes over memory, in kernels made for GPUs.
 REWRITTEN_ON = ("cuda",)
@@ -55,6 +55,11 @@ class Denoiser:
     @property
     def config(self) -> dict[str, Any]:
         return dict(getattr(self.module, "config", {}))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Its stacks that have blocks."""
+        return tuple(stack for stack in self.adapter.stacks if len(stack.blocks(self.module)))
 
     def __str__(self) -> str:
         return f"{self.name} ({type(self.module).__name__})"
@@ -120,8 +125,10 @@ class Target:
 
     @property
     def compiled(self) -> bool:
-        """Whether the denoisers' blocks are, or are to be, compiled."""
-        return self.config is not None and self.config.compile is not None
+        """Whether the denoisers' blocks are, or are to be, compiled: in mode `"auto"` on CUDA alone."""
+        compile = self.config.compile if self.config is not None else None
+        on_cuda = all(denoiser.device.type == "cuda" for denoiser in self.denoisers)
+        return compile is not None and (compile.mode != "auto" or on_cuda)
 
     @property
     def shares_weights(self) -> bool:

@@ -60,10 +60,26 @@ def check(target: Target, config: FuseConfig) -> Plan:
     modules, notes, left = 0, [], []
     for denoiser in target.denoisers:
         refuse_offloaded("fuse", denoiser)
-        groups = _groups(denoiser)
+        groups, fused = _groups(denoiser), _fused(denoiser)
+        if not groups and fused:
+            undo = f"{denoiser.name}.unfuse_qkv_projections()"
+            raise Unsupported(
+                "fuse",
+                f"fuse_qkv_projections() of diffusers' own has joined the projections of {len(fused)} modules already.",
+                f"pipe.{undo} first, or fuse=None.",
+                str(denoiser),
+            )
+        if fused:
+            notes.append(f"{denoiser.name}: diffusers' own fuse_qkv_projections() has joined {len(fused)} modules.")
         for glob in config.ignore or ():
             if not any(_matches(denoiser, path, glob) for group in groups for path in group.paths):
-                raise Unsupported(f"fuse.ignore: {glob!r}", "it matches no projection.", "another glob.", str(denoiser))
+                example = groups[0].paths[0] if groups else None
+                raise Unsupported(
+                    f"fuse.ignore: {glob!r}",
+                    "it matches no projection.",
+                    f"a glob over names like {example!r}." if example else "fuse=None.",
+                    str(denoiser),
+                )
         wanted = _wanted(target, denoiser, groups, config)
         reasons = [(group, Stack.refusal(group.before)) for group in wanted]
         fit = [group for group, reason in reasons if reason is None]
@@ -71,8 +87,12 @@ def check(target: Target, config: FuseConfig) -> Plan:
         if not fit:
             raise Unsupported(
                 "fuse",
-                left[0] if left else "no layers were found that read one tensor.",
-                "fuse=None.",
+                left[0]
+                if left
+                else "fuse.ignore leaves no two layers that read one tensor."
+                if groups and config.ignore
+                else "no layers were found that read one tensor.",
+                "fewer globs in fuse.ignore, or fuse=None." if groups and config.ignore and not left else "fuse=None.",
                 str(denoiser),
             )
         modules += len(fit)
@@ -163,6 +183,20 @@ def _matches(denoiser: Denoiser, path: str, glob: str) -> bool:
     return fnmatchcase(path, glob) or fnmatchcase(f"{denoiser.name}.{path}", glob)
 
 
+def _fused(denoiser: Denoiser) -> list[str]:
+    """Attention modules whose projections diffusers has joined itself. Older classes keep the flag when they are taken
+    apart again; there the processor tells."""
+    return [
+        path
+        for path, module in denoiser.module.named_modules()
+        if vars(module).get("fused_projections")
+        and (
+            hasattr(module, "unfuse_projections")
+            or type(getattr(module, "processor", None)).__name__.startswith("Fused")
+        )
+    ]
+
+
 def _groups(denoiser: Denoiser) -> list[_Group]:
     """The layers of a denoiser that read one tensor: those that its adapter names, and those of its attention."""
     adapter = denoiser.adapter
@@ -176,11 +210,14 @@ def _groups(denoiser: Denoiser) -> list[_Group]:
             taken.update(group.paths)
             found.append(group)
 
-    for block in adapter.blocks(denoiser.module):
+    fused = tuple(f"{path}." for path in _fused(denoiser))
+    for path, block in adapter.named_blocks(denoiser.module):
         for names in adapter.projections:
-            take(block, names)
+            # Stock code no longer calls projections that it has joined.
+            if not any(f"{path}.{name}".startswith(fused) for name in names):
+                take(block, names)
     for path, module in list(denoiser.module.named_modules()):
-        if "to_k" not in module._modules or getattr(module, "fused_projections", False):
+        if "to_k" not in module._modules or f"{path}.".startswith(fused):
             continue
         crossed = path.rpartition(".")[2] in adapter.cross_attention or getattr(module, "is_cross_attention", False)
         alone = type(getattr(module, "processor", None)).__name__ in adapter.values_alone

@@ -10,6 +10,7 @@ What stays wide: what the adapter lists for its model, what the user lists, and 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -46,13 +47,13 @@ class _Layers:
 
     Attributes:
         quantized: Those that are quantized.
-        wide: Paths of those that the lists keep wide.
+        wide: Path -> why, of those that the lists keep wide.
         refused: Path -> why the format named for it cannot take it.
         parts: Those of them whose whole it could take: a rank's part is too small for it.
     """
 
     quantized: list[_Layer]
-    wide: list[str]
+    wide: dict[str, str]
     refused: dict[str, str]
     parts: list[str]
 
@@ -72,12 +73,10 @@ def check(target: Target, config: LinearConfig) -> Plan:
         refuse_offloaded("linear", denoiser)
         found = _layers(denoiser, config, kernels)
         if not found.quantized:
-            example = next(iter(found.refused.items()), None)
             raise Unsupported(
-                f"linear={config.algo!r}",
-                "no linear layer is left to quantize: "
-                + (f"{example[0]}: {example[1]}." if example else f"{len(found.wide)} are kept wide."),
-                "another format, or linear.plan={'*': ...} to name layers that are kept wide by default.",
+                "linear" if config.algo is None else f"linear={config.algo!r}",
+                f"no linear layer is left to quantize: {_reasons(found)}.",
+                _ways_out(denoiser, config),
                 str(denoiser),
             )
         _refuse_untaken(denoiser, found.quantized)
@@ -91,7 +90,7 @@ def check(target: Target, config: LinearConfig) -> Plan:
             f"{denoiser.name}: their weights take {after / 2**20:.1f} MiB instead of {before / 2**20:.1f}{together}."
         )
         if found.wide:
-            notes.append(f"{denoiser.name}: {len(found.wide)} layers stay wide: {_shortened(found.wide)}.")
+            notes.append(f"{denoiser.name}: {len(found.wide)} layers stay wide: {_shortened(list(found.wide))}.")
         for reason in dict.fromkeys(found.refused.values()):
             paths = [path for path, why in found.refused.items() if why == reason]
             left.append(f"{denoiser.name}: {len(paths)} layers stay as they are ({reason}): {_shortened(paths)}.")
@@ -209,7 +208,7 @@ def _targets(target: Target, config: LinearConfig) -> tuple[Denoiser, ...]:
             raise Unsupported(
                 f"linear.targets: {name!r}",
                 f"the pipeline has no such model{' loaded' if name in target.pipe.components else ''}.",
-                f"of {', '.join(modules)}.",
+                f"linear.targets of {', '.join(modules)}.",
             )
         device = target.denoisers[0].device
         found.append(known.get(name) or Denoiser(name, module, default_adapter(module), device))
@@ -246,7 +245,7 @@ def _linears(denoiser: Denoiser) -> Iterator[tuple[str, nn.Module, str, nn.Linea
 
 
 def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearKernel]) -> _Layers:
-    found = _Layers([], [], {}, [])
+    found = _Layers([], {}, {}, [])
     adapter = denoiser.adapter
     inside, ends = _blocks(denoiser)
     uses = Counter(id(item) for _, item in denoiser.module.named_parameters(remove_duplicate=False))
@@ -256,17 +255,19 @@ def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearK
         narrow, divided = min(whole.in_features, whole.out_features), whole is not module
         module = _stock(denoiser, path, module)
         algo = next((algo for glob, algo in (config.plan or {}).items() if _matches(denoiser, path, glob)), None)
-        if algo is None:
+        planned = algo is not None
+        if not planned:
             smallest = adapter.smallest_linear if config.smallest is None else config.smallest
-            wide = (
-                not path.startswith(inside)
-                or path.startswith(ends)
-                or any(_matches(denoiser, path, glob) for glob in config.ignore or ())
-                or narrow <= smallest
-            )
-            algo = None if wide else config.algo
+            bound = f"linear.smallest={smallest}" + (", the model's own" if config.smallest is None else "")
+            if any(_matches(denoiser, path, glob) for glob in config.ignore or ()):
+                found.wide[path] = "named by linear.ignore"
+            elif not path.startswith(inside) or path.startswith(ends):
+                found.wide[path] = "outside the blocks whose layers are quantized by default"
+            elif narrow <= smallest:
+                found.wide[path] = f"no larger than {bound}"
+            algo = None if path in found.wide else config.algo
         if algo is None or algo == WIDE:
-            found.wide.append(path)
+            found.wide.setdefault(path, "'none' in linear.plan" if planned else "not named by linear.plan")
             continue
         shared = "its weight is shared with another layer" if uses[id(module.weight)] > 1 else None
         refused = shared or _refusal(module) or kernels[algo].refuses(module)
@@ -277,6 +278,45 @@ def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearK
         else:
             found.quantized.append(_Layer(path, parent, name, module, kernels[algo]))
     return found
+
+
+def _reasons(found: _Layers) -> str:
+    """Why layers are not quantized, the commonest reason first."""
+    counts = Counter([*found.refused.values(), *found.wide.values()])
+    if not counts:
+        return "there is none"
+    example = {reason: path for path, reason in reversed([*found.refused.items(), *found.wide.items()])}
+    said = [
+        f"{count} {'are' if reason in set(found.wide.values()) else 'cannot be:'} {reason} ({example[reason]}, say)"
+        for reason, count in counts.most_common(3)
+    ]
+    return f"of {counts.total()}, {', '.join(said)}"
+
+
+def _ways_out(denoiser: Denoiser, config: LinearConfig) -> str:
+    """What to write instead, each of it tried: with it a layer is quantized."""
+    usable = [name for name in LINEARS if LINEARS.get(name).missing(denoiser.device) is None]
+    usable.sort(key=lambda name: name != config.algo)
+    trials: dict[str, dict[str, object]] = {}
+    if config.ignore:
+        trials["fewer globs in linear.ignore"] = {"ignore": None}
+    if config.smallest != 0:
+        trials["linear.smallest=0"] = {"smallest": 0}
+    if config.plan and config.algo is not None:
+        trials["linear.plan without 'none'"] = {"plan": None}
+    formats = {f"linear={name!r}": {"algo": name} for name in usable if name != config.algo}
+    with_small = {f"linear.algo={name!r} with linear.smallest=0": {"algo": name, "smallest": 0} for name in usable}
+    everything = {f"linear.plan={{'*': {name!r}}}": {"plan": {"*": name}} for name in usable}
+    found: list[str] = []
+    for group in (trials, formats, with_small, everything):
+        for words, changes in group.items():
+            tried = dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+            kernels = {name: LINEARS.get(name) for name in _named(tried)}
+            if not found or group is trials:
+                found += [words] if _layers(denoiser, tried, kernels).quantized else []
+        if found:
+            break
+    return f"{', or '.join(found) or 'linear=None for this model'}."
 
 
 def _blocks(denoiser: Denoiser) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -329,10 +369,14 @@ def _refuse_unmatched(denoisers: tuple[Denoiser, ...], config: LinearConfig) -> 
     for option, globs in (("ignore", config.ignore or ()), ("plan", tuple(config.plan or ()))):
         for glob in globs:
             if not any(_matches(denoiser, path, glob) for denoiser, path in paths):
+                names = ", ".join(str(denoiser) for denoiser in denoisers)
                 raise Unsupported(
                     f"linear.{option}: {glob!r}",
-                    "it matches no linear layer.",
-                    f"a glob over names like {paths[0][1] if paths else 'none'!r}; nn.Module.named_modules lists them.",
+                    "it matches no linear layer." if paths else "there is no linear layer at all.",
+                    f"a glob over names like {paths[0][1]!r}; nn.Module.named_modules lists them."
+                    if paths
+                    else "other linear.targets.",
+                    names,
                 )
 
 

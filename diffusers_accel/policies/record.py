@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import CACHE_CONFIGS, POLICY_NAMES
 from ..core.registry import Registry
+from ..core.step import Mode, StepState
+from ..errors import PolicyFailed, Unsupported, shown
 from .policy import Policy
 
 WATCHES = (None, "signal", "residual", "latents")
@@ -29,8 +31,55 @@ class PolicyRecord:
     watches: str | None = None
     first: int = 0
 
+    def make(self, options: Mapping[str, Any]) -> Policy:
+        """The policy of one guidance branch of one request.
 
-POLICIES: Registry[PolicyRecord] = Registry("caching policy")
+        Raises:
+            Unsupported: It cannot be made so.
+        """
+        try:
+            made = self.factory(**options)
+        except Exception as error:  # whatever a user's own code raises
+            raise Unsupported(
+                f"cache={self.name!r}",
+                f"the policy cannot be made with {shown(options) if options else 'no options'}: "
+                f"{type(error).__name__}: {error}.",
+                "PolicyConfig(name=..., options={...}) with what its factory takes.",
+            ) from error
+        if not callable(getattr(made, "decide", None)):
+            raise Unsupported(
+                f"cache={self.name!r}",
+                f"its factory made {shown(made)}, which has no decide(step, change).",
+                "a factory that returns an object with that method.",
+            )
+        return _Named(self.name, made)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A user's policy, whose mistakes are told by its name."""
+
+    name: str
+    policy: Policy
+
+    def decide(self, step: StepState, change: float | None) -> Mode:
+        """The mode of this step; see `Policy.decide`."""
+        try:
+            found = self.policy.decide(step, change)
+        except Exception as error:  # whatever a user's own code raises
+            raise PolicyFailed(
+                f"The caching policy {self.name!r} raised at step {step.step}: {type(error).__name__}: {error}"
+            ) from error
+        if isinstance(found, str) and found in _MODES:
+            return Mode(found)
+        raise PolicyFailed(
+            f"The caching policy {self.name!r} returned {shown(found)} at step {step.step}; decide(step, change) "
+            f"returns a Mode or {' or '.join(map(repr, _MODES))}."
+        )
+
+
+_MODES = tuple(mode.value for mode in Mode)
+POLICIES: Registry[PolicyRecord] = Registry("caching policy", "register_policy")
 
 
 def register_policy(
@@ -62,14 +111,16 @@ def register_policy(
         replace: Take the place of a policy of that name.
 
     Raises:
-        ValueError: The name is taken, or `watches` is none of those.
+        ValueError: The name is taken or none, `watches` is none of those, or the factory cannot be called.
     """
     if watches not in WATCHES:
         raise ValueError(f"watches: one of {', '.join(map(repr, WATCHES))}, got {watches!r}.")
-    if name in CACHE_CONFIGS:
+    if isinstance(name, str) and name in CACHE_CONFIGS:
         raise ValueError(f"There is a cache of our own named {name!r}. Give another name.")
 
     def add(made: Callable[..., Policy]) -> Callable[..., Policy]:
+        if not callable(made):
+            raise ValueError(f"register_policy({name!r}): the factory makes a policy when called; got {shown(made)}.")
         POLICIES.add(name, PolicyRecord(name, made, watches, 1 if watches == "residual" else 0), replace)
         POLICY_NAMES.add(name)
         return made

@@ -334,8 +334,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"dense_steps": 1.5}, "share between 0 and 1"),
-            ({"dense_layers": -0.1}, "share between 0 and 1"),
+            ({"dense_steps": 1.5}, "number between 0 and 1"),
+            ({"dense_layers": -0.1}, "number between 0 and 1"),
             ({"fidelity": "4bit"}, "'exact' or '8bit'"),
             ({"layers": {"a": 1}}, "globs to names"),
             ({"layers": ["a"]}, "layers"),

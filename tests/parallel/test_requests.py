@@ -203,7 +203,7 @@ def test_rounded_on_their_way(pools):
 
 @pytest.mark.parametrize("wrong", [{"exchange": "pigeons"}, {"payload": "int2"}, {"vae_others": "sleep"}])
 def test_words_that_nobody_knows(wrong):
-    with pytest.raises(ConfigError, match=r"parallel\.(exchange|payload|vae_others): one of"):
+    with pytest.raises(ConfigError, match=r"parallel\.(exchange|payload|vae_others): expected"):
         AccelConfig.from_dict({"parallel": {"ulysses": 2, **wrong}})
 
 
@@ -231,13 +231,30 @@ def test_ranks_that_differ_are_told(pools):
         ("wan", {"parallel": {}}, "everything 1 = 1, and there are 2 processes"),
         ("pixart", {"parallel": {"ulysses": 2}}, "no adapter says how its tokens may be divided"),
         ("flux", {"parallel": {"ulysses": 2}, "cache": {"kind": "fbcache", "guard": 0.5}}, "ranks would part"),
-        ("flux", {"parallel": {"ring": 2}, "attention": "plain"}, "returns no logsumexp"),
+        ("flux", {"parallel": {"ring": 2}, "attention": "plain"}, "attention.backend='plain' on transformer"),
+        # Its streams attend to each other, keys divided: `explain` knows of that too.
+        (
+            "ltx2",
+            {"parallel": {"ring": 2}, "attention": {"backend": "sdpa", "cross_attention": "plain"}},
+            "attention.cross_attention='plain'",
+        ),
+        (
+            "ltx2",
+            {"parallel": {"ring": 2}, "attention": {"backend": "sdpa", "layers": {"*.video_to_audio_attn": "plain"}}},
+            "attention.layers['*.video_to_audio_attn']='plain'",
+        ),
         ("flux", {"parallel": {"ulysses": 2, "exchange": "windows"}}, "there are none on cpu"),
     ],
 )
 def test_refused(pools, name, sections, words):
     for kind, text, stock in pools[2].run(requests.refusal, name, sections):
         assert kind == "Unsupported" and words in text and stock
+
+
+def test_a_kernel_where_every_rank_has_all_keys(pools):
+    """It merges nothing there, so it needs no logsumexp."""
+    attention = {"backend": "sdpa", "layers": {"*.attn2": "plain"}}
+    assert pools[2].run(requests.refusal, "wan", {"parallel": {"ring": 2}, "attention": attention}) == [None] * 2
 
 
 @pytest.mark.parametrize("name", ["flux-img2img", "wan-i2v", "ltx2"])

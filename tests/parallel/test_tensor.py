@@ -222,7 +222,7 @@ def test_the_sum_is_an_operator_in_compiled_graphs(pools):
         ("wan", {"parallel": {"tp": 4}}, "blocks.0.attn1.to_q has 2 heads, and tp=4 ranks. Instead: tp=2 or less"),
         ("wan", {"parallel": {"tp": 2, "cfg": 2}}, "cfg 2 x tp 2 = 4, and there are 2 processes"),
         ("flux", {**TP, "cache": {"kind": "fbcache", "guard": 0.5}}, "ranks would part"),
-        ("flux", {"parallel": {"tp": 0}}, "parallel.tp: 1 or more, got 0"),
+        ("flux", {"parallel": {"tp": 0}}, "parallel.tp: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_refused(pools, name, sections, words):

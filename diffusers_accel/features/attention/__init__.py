@@ -43,6 +43,7 @@ def check(target: Target, config: AttentionConfig) -> Plan:
             be given to a kernel.
     """
     layers.refuse_unmatched(target, config)
+    layers.named(config)  # a recipe is judged where every layer has a kernel of its own too
     actions, notes, left, modules = [], [], [], 0
     for denoiser in target.denoisers:
         roles, closed = layers.roles(denoiser, config)

@@ -9,7 +9,7 @@ from ...config import AttentionConfig
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Call, Choice, Fastest, Fixed, Timings, candidates
 from ..feature import Denoiser, Target
-from .layers import Role
+from .layers import Role, matches, named
 
 
 def choice(
@@ -19,8 +19,9 @@ def choice(
     if backend == "auto":
         return _fastest(denoiser, config.fidelity == "exact", target)
     kernel = KERNELS.get(backend)
-    feature = f"attention={backend!r}"
-    instead = "attention='auto' or 'sdpa'."
+    field = _field(denoiser, role, backend, config)
+    feature = f"attention{field}={backend!r}"
+    instead = f"attention{field}='auto' or 'sdpa'."
     missing = kernel.missing(denoiser.device)
     if missing is not None:
         raise Unsupported(feature, f"{kernel.name} {missing}", instead, str(denoiser))
@@ -30,6 +31,17 @@ def choice(
         where = f" in {role.layers[0].path}" if role is not None else ""
         raise Unsupported(feature, f"{kernel.name} {refused}{where}.", instead, str(denoiser))
     return Fixed(kernel)
+
+
+def _field(denoiser: Denoiser, role: Role | None, backend: str, config: AttentionConfig) -> str:
+    """The field that names a kernel for a role, `".cross_attention"` say; empty for the section's own."""
+    if role is None:
+        return ".dense_backend" if backend not in (named(config), config.backend) else ""
+    for glob, name in (config.layers or {}).items():
+        if name == backend and any(matches(denoiser, layer.path, glob) for layer in role.layers):
+            return f".layers[{glob!r}]"
+    kind = "cross_attention" if role.cross else "self_attention"
+    return f".{kind}" if getattr(config, kind) == backend else ""
 
 
 def _fastest(denoiser: Denoiser, exact: bool, target: Target | None = None) -> Fastest:

@@ -115,19 +115,19 @@ def named(config: AttentionConfig) -> str:
 
 def backend_of(denoiser: Denoiser, path: str, cross: bool, config: AttentionConfig) -> str:
     for glob, backend in (config.layers or {}).items():
-        if _matches(denoiser, path, glob):
+        if matches(denoiser, path, glob):
             return backend
     return (config.cross_attention if cross else config.self_attention) or named(config)
 
 
-def _matches(denoiser: Denoiser, path: str, glob: str) -> bool:
+def matches(denoiser: Denoiser, path: str, glob: str) -> bool:
     return fnmatchcase(path, glob) or fnmatchcase(f"{denoiser.name}.{path}", glob)
 
 
 def refuse_unmatched(target: Target, config: AttentionConfig) -> None:
     for glob in config.layers or {}:
         paths = [(denoiser, path) for denoiser in target.denoisers for path, _ in attention_modules(denoiser.module)]
-        if not any(_matches(denoiser, path, glob) for denoiser, path in paths):
+        if not any(matches(denoiser, path, glob) for denoiser, path in paths):
             example = paths[0][1] if paths else "none"
             raise Unsupported(
                 f"attention.layers[{glob!r}]",

@@ -41,9 +41,10 @@ def check(target: Target, config: CacheConfig | PABConfig) -> Plan:
     actions, modules = [], 0
     for denoiser in target.denoisers:
         adapter = denoiser.adapter
-        if adapter.default or not adapter.stacks:
+        if adapter.default or not denoiser.stacks:
+            pab = "cache='pab', which looks at attention alone, or " if broadcast.able(target) else ""
             raise Unsupported(
-                "cache", "no adapter says what its blocks hand on.", "cache=None for this model.", str(denoiser)
+                "cache", "no adapter says what its blocks hand on.", f"{pab}cache=None for this model.", str(denoiser)
             )
         rule = rule_of(target, denoiser, config)
         actions.append(f"{denoiser.name}: {rule.label}")
@@ -82,7 +83,7 @@ def _edits(target: Target, cache: StepCache) -> Iterator[Edit]:
     if cache.rule.whole:
         return
     # What the first blocks return is measured, and what the last ones are given is predicted.
-    stacks, first, last = denoiser.adapter.stacks, cache.rule.first, cache.rule.last
+    stacks, first, last = denoiser.stacks, cache.rule.first, cache.rule.last
     looked_at = [stacks[0].blocks(denoiser.module)[first]] if first else []
     looked_at += [stacks[-1].blocks(denoiser.module)[-last]] if last else []
     target.looked_at.update((denoiser.name, id(block)) for block in looked_at)

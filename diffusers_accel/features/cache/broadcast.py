@@ -60,13 +60,28 @@ def check(target: Target, config: PABConfig) -> Plan:
                 counts[name] = counts.get(name, 0) + 1
     for glob in config.layers or {}:
         if not any(_matches(each, path, glob) for each in target.denoisers for path, _ in _modules(each)):
+            example = next((path for each in target.denoisers for path, _ in _modules(each)), None)
             raise Unsupported(
-                f"cache.layers[{glob!r}]", "it matches no attention module.", "a glob over nn.Module.named_modules()."
+                f"cache.layers[{glob!r}]",
+                "it matches no attention module.",
+                f"a glob over names like {example!r}; nn.Module.named_modules lists them."
+                if example
+                else "another cache.",
             )
     if not counts:
-        raise Unsupported("cache='pab'", "no attention module would be broadcast.", "another cache, or intervals.")
+        raise Unsupported(
+            "cache='pab'", "no attention module would be broadcast.", "intervals above 1, or another cache."
+        )
     action = "pab: " + ", ".join(f"{name} steps ({count} modules)" for name, count in counts.items())
     return Plan(action, sum(counts.values()))
+
+
+def able(target: Target) -> bool:
+    """Whether its defaults would do, beside what else is asked for."""
+    try:
+        return bool(check(target, PABConfig()).modules)
+    except Unsupported:
+        return False
 
 
 def edits(target: Target, config: PABConfig) -> Iterator[Edit]:

@@ -97,7 +97,9 @@ class StepCache:
 
     def gate(self, stack: Stack, block: nn.Module, index: int) -> Callable[..., Any]:
         """The layer around one block of a stack, by its place there."""
-        names, stacks = parameter_names(block), self.denoiser.adapter.stacks
+        names, stacks = parameter_names(block), self.denoiser.stacks
+        last = len(stacks[-1].blocks(self.denoiser.module)) - self.rule.last
+        skipped = [each.path for each in stacks if each is not stacks[-1] or last > 0]
         decides = stack is stacks[0]
         # The part of the stack that may be skipped.
         start = self.rule.first if decides else 0
@@ -116,7 +118,7 @@ class StepCache:
             if enters and decides:
                 if not self.watch.at_entry:
                     lane.change = self.watch.look(lane, step, block, arguments, streams)
-                self._decide(lane, step, lane.can_skip([stack.path for stack in stacks], streams))
+                self._decide(lane, step, lane.can_skip(skipped, streams))
             if within and step.mode is Mode.SKIP:
                 if leaves:
                     streams = predicted(streams, lane.residuals[stack.path], _place(step))

@@ -18,6 +18,7 @@ from ...config import (
     StepMaskConfig,
     TaylorSeerConfig,
     TeaCacheConfig,
+    plain,
 )
 from ...errors import Unsupported, nearest
 from ...models import MAGCACHE_ROWS, TEACACHE_ROWS, Checkpoint
@@ -70,16 +71,7 @@ def _interval(target: Target, denoiser: Denoiser, config: IntervalConfig) -> Rul
 
 def _dbcache(target: Target, denoiser: Denoiser, config: DBCacheConfig) -> Rule:
     first, last = config.Fn_compute_blocks, config.Bn_compute_blocks
-    counts = [len(stack.blocks(denoiser.module)) for stack in denoiser.adapter.stacks]
-    room = counts[0] - (last if len(counts) == 1 else 0)
-    if first >= room or last >= counts[-1]:
-        raise Unsupported(
-            f"cache={config.kind!r}",
-            f"Fn_compute_blocks={first} and Bn_compute_blocks={last} leave no block to skip: its stacks have "
-            f"{', '.join(map(str, counts))}.",
-            "fewer of them, or FBCacheConfig(), which computes one.",
-            str(denoiser),
-        )
+    _refuse_first(denoiser, f"cache={config.kind!r}", first, last)
     if config.enable_separate_cfg is False and denoiser.adapter.guidance == "separate":
         raise Unsupported(
             f"cache={config.kind!r}",
@@ -110,6 +102,29 @@ def _dbcache(target: Target, denoiser: Denoiser, config: DBCacheConfig) -> Rule:
     return Rule(policy, label, FirstResidual, first, last, **_common(config))
 
 
+def _refuse_first(denoiser: Denoiser, feature: str, first: int, last: int, watched: str | None = None) -> None:
+    """Refuses to compute so many blocks at the beginning and at the end that none is left to skip. Whether to skip is
+    decided within the first stack, behind the blocks that are watched; `watched` says why, where no field does."""
+    counts = [len(stack.blocks(denoiser.module)) for stack in denoiser.stacks]
+    beginning, end = counts[0], counts[-1]
+    if len(counts) > 1 and first < beginning and last <= end:
+        return
+    if len(counts) == 1 and (first + last < beginning):
+        return
+    have = f"its stacks have {', '.join(map(str, counts))}" if len(counts) > 1 else f"it has {beginning}"
+    if watched is not None:
+        reason = f"{watched} leaves no other of the first stack, where skipping is decided: {have}."
+    elif first >= beginning:
+        reason = f"Fn_compute_blocks={first} leaves no block of the first stack, where skipping is decided: {have}."
+    else:
+        reason = f"Fn_compute_blocks={first} and Bn_compute_blocks={last} leave no block to skip: {have}."
+    unwatched = "cache='mask' or 'easycache', which watch no block."
+    fewer = f"Fn_compute_blocks={min(first, beginning - 1)} and Bn_compute_blocks={{}} or fewer"
+    most = min(last, end) if len(counts) > 1 else beginning - 1 - min(first, beginning - 1)
+    instead = f"{fewer.format(min(last, most))}, or {unwatched}" if beginning > 1 else unwatched
+    raise Unsupported(feature, reason, instead, str(denoiser))
+
+
 def signal_of(denoiser: Denoiser, projected: bool = False) -> WatchFactory:
     """What TeaCache watches on a model.
 
@@ -131,7 +146,10 @@ def _teacache(target: Target, denoiser: Denoiser, config: TeaCacheConfig) -> Rul
     if isinstance(given, tuple):
         if config.threshold is None:
             raise Unsupported(
-                "cache='teacache'", "own coefficients have no published threshold.", "threshold=...", str(denoiser)
+                "cache='teacache'",
+                "own coefficients have no published threshold.",
+                "cache.threshold beside them.",
+                str(denoiser),
             )
         threshold, coefficients, source = config.threshold, given, "given coefficients"
     else:
@@ -185,11 +203,11 @@ def _row_name(
     name = given if given is not None else denoiser.adapter.row(checkpoint)
     missing = "ratios" if known is MAGCACHE_ROWS else "coefficients"
     if name is None or (given is None and name not in known):
+        published = f", or the name of published ones ({', '.join(rows)})" if rows else ""
         raise Unsupported(
             what,
             f"no {missing} are published for this configuration.",
-            "calibrate(pipe, prompts), which fits them, or the name of published ones "
-            f"({', '.join(rows) or 'none for this class'}).",
+            f"calibrate(pipe, prompts), which fits them{published}.",
             str(denoiser),
         )
     if name not in known:
@@ -221,17 +239,11 @@ def _seacache(target: Target, denoiser: Denoiser, config: SeaCacheConfig) -> Rul
 def _own(target: Target, denoiser: Denoiser, config: PolicyConfig) -> Rule:
     record = POLICIES.get(config.name)
     watch: WatchFactory = signal_of(denoiser) if record.watches == "signal" else WATCHES[record.watches]
-    options = dict(config.options or {})
-    try:
-        record.factory(**options)
-    except TypeError as error:
-        raise Unsupported(
-            f"cache={config.name!r}",
-            f"the policy cannot be made with {options or 'no options'}: {error}.",
-            "PolicyConfig(name=..., options={...}) with what its factory takes.",
-        ) from error
+    options = plain(config.options or {})
+    record.make(options)  # refused now, if it cannot be made
+    _refuse_first(denoiser, f"cache={config.name!r}", record.first, 0, "the block that it watches")
     label = f"{config.name}, a policy of yours"
-    return Rule(lambda branch: record.factory(**options), label, watch, record.first, **_common(config))
+    return Rule(lambda branch: record.make(options), label, watch, record.first, **_common(config))
 
 
 RULES: dict[type, Callable[[Target, Denoiser, Any], Rule]] = {

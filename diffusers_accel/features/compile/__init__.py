@@ -22,6 +22,7 @@ from ...core.hooks import wrapped
 from ...core.parts import parts
 from ...errors import Unsupported
 from ..feature import Denoiser, Plan, Target
+from .known import options_of
 from .modulation import Modulations
 
 _RECOMPILE_LIMIT = 64
@@ -171,7 +172,7 @@ def _compiled(
         "fullgraph": config.fullgraph,
         "dynamic": config.dynamic,
         "mode": _mode(config),
-        "options": dict(config.options) if config.options else None,
+        "options": options_of(config) or None,
     }
     if exchanging and config.backend == "inductor" and options["mode"] is None:
         # Exchanges that do not depend on each other must come in one order on all ranks.

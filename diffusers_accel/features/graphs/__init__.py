@@ -33,8 +33,9 @@ from ..feature import Plan, Target, refuse_offloaded
 from .graphs import Graphs
 from .whole import Whole
 
-# inductor modes that record graphs of their own.
+# inductor's modes that record graphs of their own, and its option.
 _OWN_GRAPHS = ("reduce-overhead", "max-autotune")
+_OWN_OPTION = "triton.cudagraphs"
 
 
 def check(target: Target, config: CudaGraphConfig) -> Plan:
@@ -52,10 +53,17 @@ def check(target: Target, config: CudaGraphConfig) -> Plan:
         )
     options = target.config.compile if target.config is not None else None
     if options is not None and options.mode in _OWN_GRAPHS:
+        without = "'default' or 'max-autotune-no-cudagraphs'" if options.mode == "max-autotune" else "'default'"
         raise Unsupported(
             "cuda_graph",
             f"torch.compile records graphs of its own in mode {options.mode!r}.",
-            f"compile='default' or {options.mode + '-no-cudagraphs'!r}, or cuda_graph=None.",
+            f"compile={without}, or cuda_graph=None.",
+        )
+    if options is not None and (options.options or {}).get(_OWN_OPTION):
+        raise Unsupported(
+            "cuda_graph",
+            f"torch.compile records graphs of its own with the option {_OWN_OPTION!r}.",
+            "compile without it, or cuda_graph=None.",
         )
     for denoiser in target.denoisers:
         if denoiser.device.type not in RECORDERS:

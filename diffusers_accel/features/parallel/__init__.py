@@ -11,11 +11,12 @@ feature, `weights.py`, which comes last.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
 
-from ...config import ParallelConfig
+from ...config import AttentionConfig, ParallelConfig
 from ...core.edits import AddLayer, Edit, SetAttr
 from ...core.mesh import SEQUENCE, Mesh, begin, everyone, launched
 from ...errors import Unsupported
@@ -116,18 +117,41 @@ def _vae(target: Target, config: ParallelConfig, world: int) -> str:
 
 
 def _refuse_kernels(target: Target, config: ParallelConfig) -> None:
-    """Refuses kernels whose partial results cannot be merged."""
+    """Refuses kernels whose partial results cannot be merged, where keys are divided among ranks."""
     attention = target.config.attention if target.config is not None else None
     if attention is None or not config.partial:
         return
-    named = (attention.backend, attention.self_attention, attention.dense_backend, *(attention.layers or {}).values())
-    for name in named:
-        if name not in (None, "auto") and name in KERNELS and not KERNELS.get(name).lse:
-            raise Unsupported(
-                f"attention={name!r}",
-                "it returns no logsumexp, by which ring and attn2d merge what ranks have found.",
-                f"one of {', '.join(repr(name) for name in KERNELS if KERNELS.get(name).lse)}, or ulysses alone.",
-            )
+    for denoiser in target.denoisers:
+        for field, name in _kernels(denoiser, attention):
+            if name != "auto" and KERNELS.knows(name) and not KERNELS.get(name).lse:
+                records = [KERNELS.get(other) for other in KERNELS if "/" not in other]
+                able = [repr(each.name) for each in records if each.lse and each.missing(denoiser.device) is None]
+                raise Unsupported(
+                    f"attention.{field}={name!r}",
+                    "it returns no logsumexp, by which ring and attn2d merge what ranks have found.",
+                    f"{' or '.join(['auto', *able])}, or parallel with ulysses alone.",
+                    str(denoiser),
+                )
+
+
+def _kernels(denoiser: Denoiser, config: AttentionConfig) -> Iterator[tuple[str, str]]:
+    """(field, kernel) of every attention module whose keys are divided among ranks."""
+    plan = denoiser.adapter.sequence
+    for path, module in denoiser.module.named_modules():
+        attends = plan.attention.get(path.rpartition(".")[2]) if plan is not None else None
+        if attends is None or not attends.keys or getattr(module, "processor", None) is None:
+            continue
+        paths = (path, f"{denoiser.name}.{path}")
+        glob = next((glob for glob in config.layers or {} if any(fnmatchcase(each, glob) for each in paths)), None)
+        kind = "cross_attention" if path.rpartition(".")[2] in denoiser.adapter.cross_attention else "self_attention"
+        if glob is not None:
+            yield f"layers[{glob!r}]", (config.layers or {})[glob]
+        elif getattr(config, kind) is not None:
+            yield kind, getattr(config, kind)
+        else:
+            yield "backend", config.backend
+        if config.dense_steps or config.dense_layers:
+            yield "dense_backend", config.dense_backend
 
 
 def _refuse_undivided(denoiser: Denoiser, config: ParallelConfig) -> None:

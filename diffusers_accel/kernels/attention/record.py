@@ -287,7 +287,7 @@ class AttentionKernel:
         return None
 
 
-KERNELS: Registry[AttentionKernel] = Registry("attention kernel")
+KERNELS: Registry[AttentionKernel] = Registry("attention kernel", "register_attention", ("auto",))
 
 
 def recipes(backend: str) -> tuple[str, ...]:

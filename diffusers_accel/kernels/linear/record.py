@@ -73,7 +73,7 @@ class LinearKernel:
         return None
 
 
-LINEARS: Registry[LinearKernel] = Registry("linear kernel")
+LINEARS: Registry[LinearKernel] = Registry("linear kernel", "register_linear", ("none",))
 
 
 def register_linear(name: str, function: Any = None, *, replace: bool = False, **properties: Any) -> Any:

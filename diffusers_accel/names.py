@@ -1,0 +1,48 @@
+"""Names that a configuration may hold and that only registries know: of kernels, formats, policies, published
+constants, backends of `torch.compile`.
+
+They are looked up when a configuration is to be applied, since a user may register a name after writing it; and all of
+them, also in fields that the pipeline at hand makes no use of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .config import AccelConfig
+from .config.cache import MAGCACHE_ROW, POLICY, TEACACHE_ROW
+from .config.sections import BACKEND, FORMAT, KERNEL, MODE
+from .core.registry import Registry
+from .errors import UnknownName, nearest, shown
+from .features.compile import known
+from .kernels.attention import KERNELS
+from .kernels.linear import LINEARS
+from .models import MAGCACHE_ROWS, TEACACHE_ROWS
+from .policies import POLICIES
+
+_REGISTRIES: dict[str, Registry[Any]] = {KERNEL: KERNELS, FORMAT: LINEARS, POLICY: POLICIES}
+_NAMES: dict[str, Callable[[], Iterable[str]]] = {
+    TEACACHE_ROW: lambda: TEACACHE_ROWS,
+    MAGCACHE_ROW: lambda: MAGCACHE_ROWS,
+    BACKEND: known.backends,
+    MODE: known.modes,
+}
+
+
+def refuse_unknown(config: AccelConfig) -> None:
+    """Refuses a configuration with a name that nobody knows.
+
+    Raises:
+        UnknownName: Nothing of that name is registered; it is a `ConfigError` and an `Unsupported`.
+        ConfigError: An option of `torch.compile` is not known, or of another type, or has no effect.
+    """
+    for field, what, name, besides in config.named():
+        if what in _REGISTRIES:
+            if not _REGISTRIES[what].knows(name):
+                raise _REGISTRIES[what].unknown(name, field, besides)
+        elif name not in (found := tuple(_NAMES[what]())):
+            reason = f"There is no {what} of that name."
+            raise UnknownName(f"{field}={shown(name)}", reason, nearest(name, (*found, *besides)))
+    if config.compile is not None:
+        known.refuse_options(config.compile)
