@@ -102,7 +102,7 @@ def register_linear(name: str, function: Any = None, *, replace: bool = False, *
 
         LINEARS.add(
             name,
-            LinearKernel(**{"name": name, "load": lambda: checked, "foreign": True, **properties}),
+            LinearKernel(**{"name": name, "load": lambda: checked, **properties}),
             replace=replace,
         )
         return function
