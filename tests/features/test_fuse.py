@@ -299,6 +299,7 @@ def test_a_failure_changes_nothing(monkeypatch):
     assert all(torch.equal(seen[key], weights[key]) for key in weights)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("linear", [None, {"algo": "fp8", "smallest": 0}])
 @pytest.mark.parametrize("kind", ["model", "block_level", "leaf_level"])
 def test_offloading(kind, linear):

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 
 from diffusers_accel.kernels.attention import low_bit, quantize  # noqa: E402
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = [(backend, name) for backend, recipes in RECIPES.items() for name in recipes]
 DEFAULTS = [(backend, next(iter(recipes))) for backend, recipes in RECIPES.items()]

@@ -12,6 +12,7 @@ from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel,
 from diffusers_accel.kernels.attention.record import QKNorm, Rotary
 from diffusers_accel.kernels.attention.torch_native import scaled_dot_product
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
