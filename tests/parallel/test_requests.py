@@ -55,8 +55,16 @@ def test_models_that_nobody_described(pools, name):
     agrees(pools[2], name, ON_2["cfg"])
 
 
-@pytest.mark.parametrize("way", ON_4)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        (name, way)
+        for place, name in enumerate(KINDS)
+        for number, way in enumerate(ON_4)
+        # Every way on one kind, and three or four of them on each of the others, which have had all ways of two ranks.
+        if name == "ltx2-i2v-stg" or (place + number) % 2 == 0
+    ],
+)
 def test_four_ranks(pools, name, way):
     agrees(pools[4], name, ON_4[way])
 
