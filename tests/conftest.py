@@ -1,28 +1,75 @@
-"""Settings of the whole suite: no network, one way to count threads, quiet pipelines."""
+"""Settings of the whole suite: no network, no GPU unless asked for, one way to count threads, and who runs which tests.
+
+Tests see no GPU, so that they pass on any machine: small pipelines are put together on the CPU, and ranks are forked,
+which a process that uses CUDA cannot be. `--gpu` runs the tests that are meant for one, marked `gpu`, and no others.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Inductor would start processes that import torch, one for each core.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
-import torch
+from workers import by_default, piece, place, scheduler
 
-if not torch.cuda.is_available():
-    # Our Triton kernels run through the interpreter where there is no GPU; it must be asked for before they are loaded.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The models of the tests are tiny: threads cost more than they bring.
-torch.set_num_threads(1)
+def settings(gpu: bool) -> Mapping[str, str]:
+    """What the environment must say before torch looks for GPUs and before our Triton kernels are loaded, which run
+    through the interpreter where there is none."""
+    return {"TRITON_INTERPRET": "0"} if gpu else {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the tests that are meant for a GPU, on it, and no others")
+
+
+# Before workers are started, and before any test module is imported.
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    os.environ.update(settings(config.getoption("--gpu")))
+
+
+def pytest_configure(config):
+    os.environ.update(settings(config.getoption("--gpu")))
+    config.addinivalue_line("markers", "gpu: meant for a GPU too; what `--gpu` runs")
+    import torch
+
+    if config.getoption("--gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError("--gpu: torch sees no GPU here. Without it, tests run on the CPU.")
+    # The models of the tests are tiny: threads cost more than they bring.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--gpu"):
+        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if item.get_closest_marker("gpu")]
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: place(piece(item.nodeid)))
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers(config):
+    return by_default(config.args, config.getoption("--gpu"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return scheduler(config, log)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     """Compiled code of one test must not be found by another."""
     yield
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 @pytest.fixture(scope="session")

@@ -369,8 +369,8 @@ class TestUserAttention:
         accelerate(pipe, attention="mine", compile=CompileConfig(backend="eager") if compiled else None)
         found = run(pipe, name)
         assert set(stats(pipe).attention_kernels) == {"mine"}
-        # float32 attention against float64, through four steps of a random model; Cosmos rounds to 8 bits at the end.
-        torch.testing.assert_close(found, stock, atol=1.01 / 255, rtol=1e-2)
+        # float32 attention against float64, through four steps of a random model.
+        torch.testing.assert_close(found, stock, atol=2e-4, rtol=1e-3)
 
     @pytest.mark.parametrize("name", ["flux", "cosmos"])
     def test_context_parallelism_switched_on_afterwards_is_refused(self, name):

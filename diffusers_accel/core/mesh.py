@@ -75,15 +75,11 @@ class Mesh:
     def __init__(self, sizes: Mapping[str, int], device: str):
         self.sizes = {axis: sizes.get(axis, 1) for axis in AXES}
         self.device = device
-        shape = tuple(self.sizes.values())
-        self.device_mesh = _device_mesh(dist.group.WORLD, device, shape)
-        self.place = dict(zip(AXES, self._coordinates(), strict=True))
+        self.device_mesh = _device_mesh(dist.group.WORLD, device, tuple(self.sizes.items()))
+        coordinates = self.device_mesh.get_coordinate()
+        assert coordinates is not None and self.device_mesh.mesh_dim_names is not None
+        self.place = dict.fromkeys(AXES, 0) | dict(zip(self.device_mesh.mesh_dim_names, coordinates, strict=True))
         self._groups: dict[str, Group] = {}
-
-    def _coordinates(self) -> list[int]:
-        found = self.device_mesh.get_coordinate()
-        assert found is not None
-        return list(found)
 
     def group(self, axis: str) -> Group:
         """The ranks along one axis that this one is among; one object for all who ask."""
@@ -122,10 +118,13 @@ class Mesh:
 
 # Groups are the process's, and each costs a connection: made once.
 @functools.cache
-def _device_mesh(world: Any, device: str, shape: tuple[int, ...]) -> Any:
+def _device_mesh(world: Any, device: str, sizes: tuple[tuple[str, int], ...]) -> Any:
+    """Of the axes that have several ranks. A group of one rank would have threads too, and Gloo's look for messages a
+    hundred times a second."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device, shape, mesh_dim_names=AXES)
+    divided = {axis: size for axis, size in sizes if size > 1} or {AXES[-1]: 1}
+    return init_device_mesh(device, tuple(divided.values()), mesh_dim_names=tuple(divided))
 
 
 @functools.cache

@@ -61,6 +61,12 @@ def test_places(pools):
         assert number == rank
 
 
+def test_an_axis_of_one_rank_has_no_group(pools):
+    """Nor has one of all ranks another than the process's own."""
+    assert pools[4].run(communicate.groups_of, {"cfg": 2, "ulysses": 2}) == [2] * 4
+    assert pools[4].run(communicate.groups_of, {"ulysses": 4}) == [0] * 4
+
+
 class Memory:
     """A window that is only counted."""
 

@@ -65,22 +65,23 @@ STEPS = 6
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name):
-    """All steps computed is stock, bit for bit; skipping leaves no trace in the next request, and restore none at
-    all."""
+    """All steps computed is stock, bit for bit; skipping leaves no trace in the next request (each rule on three
+    families or more, each family under two rules or more), and restore none at all."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=STEPS)
     for rule, config in ALL_COMPUTED.items():
         accelerate(pipe, cache=config)
         assert same(entry.run(pipe, steps=STEPS), stock), rule
         assert stats(pipe).steps_skipped == 0, rule
-    for rule, config in SKIPPING.items():
+    for place, (rule, config) in enumerate(SKIPPING.items()):
         accelerate(pipe, cache=config)
         first = entry.run(pipe, steps=STEPS)
         found = stats(pipe)
         assert found.steps_skipped > 0 and found.steps_computed + found.steps_skipped == STEPS, rule
         assert found.cache_bytes > 0 and not same(first, stock), rule
-        entry.run(pipe, steps=STEPS - 1)
-        assert same(entry.run(pipe, steps=STEPS), first), rule
+        if name == FAMILIES[0] or (FAMILIES.index(name) + place) % 4 == 0:
+            entry.run(pipe, steps=STEPS - 1)
+            assert same(entry.run(pipe, steps=STEPS), first), rule
     restore(pipe)
     assert same(entry.run(pipe, steps=STEPS), stock)
 

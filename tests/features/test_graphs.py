@@ -59,6 +59,25 @@ def test_every_family(name):
     assert same(entry.run(pipe, steps=3), stock[3])
 
 
+def test_graphs_of_a_model_share_memory(monkeypatch):
+    """They are replayed one after the other; two pipelines' are not, and share nothing."""
+    memories, stock = [], TapeRecorder.__init__
+
+    def kept(self, pool, device):
+        stock(self, pool, device)
+        memories[-1].append(pool)
+
+    monkeypatch.setattr(TapeRecorder, "__init__", kept)
+    for _ in range(2):
+        entry, pipe = TINY["wan"], build("wan")
+        memories.append([])
+        accelerate(pipe, attention="sdpa", cuda_graph=True)
+        for frames in (5, 9):
+            entry.run(pipe, steps=STEPS, num_frames=frames)
+        assert len(memories[-1]) > 1 and len(set(memories[-1])) == 1
+    assert memories[0][0] is not memories[1][0]
+
+
 def _stacks(pipe):
     from diffusers_accel.models import adapter_for
 

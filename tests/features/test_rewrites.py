@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import shutil
 from collections import Counter
@@ -9,8 +10,10 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import relative
 from tiny import TINY, build, same, tensors
 from tiny.flux import load_ip_adapter
+from torch.utils import _pytree as pytree
 
 from diffusers_accel import CompileConfig, LinearConfig, accelerate
 from diffusers_accel.features.compile import rewrites
@@ -101,18 +104,52 @@ def test_modulations_of_every_token(name, seen):
     assert counted(seen, "normed")[0] >= 2 and not seen["normed, a vector a row"], seen
 
 
+@pytest.fixture
+def beside_stock(seen, monkeypatch):
+    """Runs each graph beside the one that it was rewritten from, on the same tensors: how far what they give is apart,
+    by graph."""
+    graphs, errors = [], []
+    stock_call, lookup = rewrites.REWRITES, torch._dynamo.lookup_backend
+
+    def rewrite(graph):
+        graphs.append(copy.deepcopy(graph))
+        stock_call(graph)
+
+    def backend(module, inputs, **options):
+        stock, rewritten = (
+            torch.fx.GraphModule(module, graphs.pop()),
+            lookup(COUNTED.backend)(module, inputs, **options),
+        )
+
+        def both(*args):
+            expected, found = stock(*args), rewritten(*args)
+            errors.append(max(map(relative, pytree.tree_leaves(found), pytree.tree_leaves(expected))))
+            return found
+
+        return both
+
+    monkeypatch.setattr(rewrites, "REWRITES", rewrite)
+    monkeypatch.setattr(
+        torch._dynamo, "lookup_backend", lambda name: backend if name == COUNTED.backend else lookup(name)
+    )
+    return errors
+
+
+# A value near a midpoint is rounded the other way where a sum has come in another order: to the next number of its
+# type, which is 1/16 to 1/8 of it away in e4m3. Where that befalls one value in 1,700, a layer's input is off by
+# (1/8) / 1,700**0.5; noise of 1e-6 does less. Rounding that is left out, or done twice, moves all values, by 0.026 in
+# the mean. (A whole request multiplies one such value to several percent.)
+FLIPPED = 0.003
+
+
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("name", ["flux", "flux2", "wan", "qwen", "ltx2", "cosmos3"])
-def test_rounded_in_passing(name, kind, seen):
+def test_rounded_in_passing(name, kind, seen, beside_stock):
     """What a norm or an activation gives to quantized layers alone is rounded there, once for all of them."""
     entry, pipe = TINY[name], build(name)
-    layers = LinearConfig(algo=kind, smallest=0)
-    accelerate(pipe, attention="sdpa", linear=layers)
-    eager = tensors(entry.run(pipe, steps=2))
-    accelerate(pipe, attention="sdpa", linear=layers, compile=COUNTED)
-    for found, expected in zip(tensors(entry.run(pipe, steps=2)), eager, strict=True):
-        # A value at a midpoint may be rounded the other way.
-        assert (found - expected).norm() < 0.05 * expected.norm()
+    accelerate(pipe, attention="sdpa", linear=LinearConfig(algo=kind, smallest=0), compile=COUNTED)
+    entry.run(pipe, steps=2)
+    assert beside_stock and max(beside_stock) < FLIPPED
     count = sum(type(module).__name__.startswith(kind.capitalize()) for module in pipe.transformer.modules())
     alone, passing = counted(seen, "quantize_rows", "rounded_parts")
     assert passing and alone + passing < count, (seen, count)

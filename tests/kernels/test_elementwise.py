@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from diffusers_accel.kernels.elementwise import operators, rows
 from diffusers_accel.kernels.linear.rounding import TYPES, quantize_rows
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

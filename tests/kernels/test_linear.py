@@ -24,6 +24,7 @@ ERRORS = {
     "nvfp4-fp8": 0.13,
     "svdq-nvfp4": 0.11,
 }
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

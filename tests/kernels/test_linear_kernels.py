@@ -13,6 +13,7 @@ from diffusers_accel.kernels.linear import activations, products, weights
 from diffusers_accel.kernels.linear.known import Known, KnownInputs, known_of, publish
 from diffusers_accel.kernels.linear.narrow import narrow_linear
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -76,6 +76,7 @@ def test_flash_attention_3(monkeypatch, causal):
     check("fa3", causal=causal, keys=37)
 
 
+@pytest.mark.gpu
 def test_flash_attention_3_in_fp8(monkeypatch):
     pytest.importorskip("triton")
 

@@ -12,6 +12,7 @@ from diffusers_accel.kernels.attention import KERNELS, RECIPES, AttentionKernel,
 from diffusers_accel.kernels.attention.record import QKNorm, Rotary
 from diffusers_accel.kernels.attention.torch_native import scaled_dot_product
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -46,10 +47,10 @@ def rotary_of(form, length, dim):
     return Rotary(one, two, halves), lambda x: rotate(x, *one, halves), lambda x: rotate(x, *two, halves)
 
 
-def inputs(length=70, dim=64, dtype=torch.float16, groups=2):
+def inputs(length=70, dim=64, dtype=torch.float16, groups=2, batch=2):
     """Two heads of keys and values, and so many times as many of queries."""
     generator = torch.Generator().manual_seed(1)
-    shapes = [(2, length, 4, dim), *[(2, length, 4 // groups, dim)] * 2]
+    shapes = [(batch, length, 4, dim), *[(batch, length, 4 // groups, dim)] * 2]
     query, key, value = (torch.randn(shape, generator=generator) for shape in shapes)
     query, key, value = query[:, :, : 2 * groups], key[:, :, :2], value[:, :, :2]
     key += torch.randn(dim, generator=generator)  # turned by another angle at every token: no mean to take away
@@ -62,7 +63,7 @@ def test_a_recipe_rotates_in_passing(backend, name, length, dim, form):
     pytest.importorskip("triton")
     from diffusers_accel.kernels.attention import low_bit
 
-    query, key, value = inputs(length, dim, groups=1)
+    query, key, value = inputs(length, dim, groups=1, batch=FORMS[form].get("batch", 1))
     rotary, turn_query, turn_key = rotary_of(form, length, dim)
     found, lse = low_bit.attention(query, key, value, RECIPES[backend][name], rotary=rotary, return_lse=True)
     expected, expected_lse = exact.attention(turn_query(query), turn_key(key), value.double())
@@ -103,7 +104,8 @@ def normed(x, weight, eps):
 def test_a_recipe_norms_in_passing(backend, length, dim, form, over_all):
     pytest.importorskip("triton")
     # Heads of another size, which a norm over each of them would not see.
-    query, key, value = inputs(length, dim, groups=1 if over_all or "per head" in str(form) else 2)
+    per_head = "per head" in str(form)
+    query, key, value = inputs(length, dim, groups=1 if over_all or per_head else 2, batch=2 if per_head else 1)
     query[:, :, 1] *= 3
     norm = norms(dim, 2 if over_all else 1)
     rotary, turn_query, turn_key = rotary_of(form, length, dim) if form else (None, None, None)

@@ -11,6 +11,7 @@ from torch import nn
 from diffusers_accel.kernels.linear import LINEARS, Apart, Part, QuantizedLinear, Stack, emptied, modules_of, unstacked
 from diffusers_accel.kernels.linear.eight_bit import Fp8TensorLinear
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = ["plain", "fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "svdq-nvfp4"]
 SIZES = (256, 128, 384)

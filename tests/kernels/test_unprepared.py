@@ -23,6 +23,7 @@ from diffusers_accel.kernels.attention import (
 from diffusers_accel.kernels.attention.prepare import prepare
 from diffusers_accel.kernels.attention.scatter import Places, Ways, collect, hand_back, scatter
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

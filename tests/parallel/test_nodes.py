@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,7 @@ def ended(tmp_path_factory):
     """What two launchers of two ranks each have left and said, when one rank of the second had failed."""
     folder = tmp_path_factory.mktemp("ranks")
     nodes = two(NUMBERED, 2, "-m", "ranks.node", folder)
-    return SimpleNamespace(folder=folder, nodes=nodes, at=time.time())
+    return SimpleNamespace(folder=folder, nodes=nodes)
 
 
 def test_every_rank_has_the_picture_of_one_process(ended):
@@ -34,6 +33,5 @@ def test_every_rank_has_the_picture_of_one_process(ended):
 def test_a_rank_that_raises_ends_both_machines(ended):
     first, second = ended.nodes
     assert first.returncode and second.returncode and "ValueError: this rank has had enough" in second.stderr
-    # The other machine's ranks were waiting for it, and would for ten minutes.
-    assert ended.at - float((ended.folder / "failed").read_text()) < 30
+    # The other machine's ranks were waiting for it, and would for ten minutes, which is longer than `two` waits.
     assert "Connection closed by peer" in first.stderr

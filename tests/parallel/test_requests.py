@@ -12,6 +12,8 @@ FAMILIES = (
     "wan-i2v", "wan-vace", "ltx2", "ltx2-i2v-stg", "ltx23-stg", "qwen", "qwen-edit-plus", "cosmos", "cosmos-predict2",
     "cosmos-predict25-v2w", "cosmos3", "cosmos3-i2v", "sd3", "sd3-slg", "sd35",
 )  # fmt: skip
+# Arguments of `request` for a pipeline in float64.
+DOUBLE = (None, False, None, False, True)
 # One of each kind of denoiser.
 KINDS = ("flux-true-cfg", "flux2-klein", "wan", "wan-vace", "ltx2-i2v-stg", "qwen", "cosmos", "cosmos3", "sd35")
 ON_2 = {"ulysses": {"ulysses": 2}, "ring": {"ring": 2}, "cfg": {"cfg": 2}}
@@ -27,16 +29,11 @@ ON_4 = {
 }
 
 
-def tolerance(name, way):
-    """float32. Merging by logsumexp sums in another order, and the tiny Cosmos, whose guidance and preconditioning
-    multiply differences, carries that to 1.2e-4."""
-    return 5e-4 if name.startswith("cosmos") and ({"ring", "attn2d"} & set(way)) else 1e-4
-
-
-def agrees(pool, name, way, sections=None, steps=2, rest=(), bound=None):
+def agrees(pool, name, way, sections=None, steps=2, rest=(), bound=1e-4):
+    """The bound is for float32: sums in another order, which a request multiplies to 1e-5."""
     found = pool.run(requests.request, name, {"parallel": way, **(sections or {})}, steps, *rest)
     for error, *_ in found:
-        assert error < (bound or tolerance(name, way)), error
+        assert error < bound, error
     return found
 
 
@@ -58,8 +55,16 @@ def test_models_that_nobody_described(pools, name):
     agrees(pools[2], name, ON_2["cfg"])
 
 
-@pytest.mark.parametrize("way", ON_4)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        (name, way)
+        for place, name in enumerate(KINDS)
+        for number, way in enumerate(ON_4)
+        # Every way on one kind, and three or four of them on each of the others, which have had all ways of two ranks.
+        if name == "ltx2-i2v-stg" or (place + number) % 2 == 0
+    ],
+)
 def test_four_ranks(pools, name, way):
     agrees(pools[4], name, ON_4[way])
 
@@ -127,11 +132,11 @@ def test_compiled_and_recorded(pools, name, way):
 @pytest.mark.parametrize("way", ["ulysses", "ring", "cfg", "dp"])
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_quantized_and_fused(pools, name, way):
-    """Scales of weights are by row and those of activations by token, so that a division changes none. What attention
-    sums up in another order may be rounded to the next integer here and there, which these small models, of 32
-    channels, multiply to 4%; tokens in wrong places make 100%."""
+    """Scales of weights are by row and those of activations by token, so that a division changes none. In float64, so
+    that what attention sums up in another order is rounded to the same integers: one that is not makes 4% in these
+    small models, of 32 channels."""
     sections = {"linear": {"algo": "int8", "smallest": 0}, "fuse": True, "attention": "sdpa"}
-    agrees(pools[2], name, {**ON_2, **ALSO_ON_2}[way], sections=sections, bound=0.1)
+    agrees(pools[2], name, {**ON_2, **ALSO_ON_2}[way], sections=sections, rest=DOUBLE)
 
 
 @pytest.mark.parametrize("way", ["ulysses", "cfg"])

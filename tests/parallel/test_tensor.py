@@ -32,10 +32,8 @@ def heads_of(name, most=None):
     return most
 
 
-def agrees(pool, name, way, sections=None, steps=2, rest=(), heads=None, bound=None, windows=False):
-    """float32. Sums over ranks are in another order, which the tiny Cosmos, whose guidance and preconditioning multiply
-    differences, carries to 2e-4; its denoiser alone, in float64, agrees to 6e-16."""
-    bound = bound or (5e-4 if name.startswith("cosmos") else 1e-4)
+def agrees(pool, name, way, sections=None, steps=2, rest=(), heads=None, bound=1e-4, windows=False):
+    """The bound is for float32: sums over ranks are in another order."""
     call = (*rest, *(None, False)[len(rest) :], heads_of(name, heads), windows)
     found = pool.run(requests.request, name, {"parallel": way, **(sections or {})}, steps, *call)
     for error, *_ in found:

@@ -13,8 +13,14 @@ from diffusers_accel.errors import Unsupported
 from diffusers_accel.features.parallel import vae as parallel_vae
 from diffusers_accel.features.parallel.vae import others
 
-# In float32: sums in another order, and norms over a few channels that are nearly zero here and there.
-CLOSE = 1e-5
+# In float64, where nothing but the order of sums is different: norms over a few channels that are nearly zero here and
+# there multiply it. LTX's stock VAE rounds to float32 in between.
+CLOSE = 1e-11
+ROUNDED = 1e-5
+
+
+def close(name):
+    return ROUNDED if name == "ltx" else CLOSE
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -23,27 +29,20 @@ CLOSE = 1e-5
 def test_same_as_stock(pools, name, dim, size):
     for found, restored in pools[size].run(decode.errors, name, dim):
         assert len(found) == (6 if size == 2 else 4) and restored
-        assert max(found.values()) < CLOSE, found
+        assert max(found.values()) < close(name), found
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", ["deep kl", "wan", "ltx2", "cosmos"])
 def test_through_windows(pools, name, size):
-    for found, restored in pools[size].run(decode.errors, name, "height", torch.float32, True):
+    for found, restored in pools[size].run(decode.errors, name, "height", True):
         assert restored and max(found.values()) < CLOSE, found
-
-
-@pytest.mark.parametrize("name", ["deep kl", "wan"])
-def test_exact_in_double(pools, name):
-    """Nothing but the order of sums is different. Wan's upsampling rounds to float32 in between."""
-    for found, _ in pools[2].run(decode.errors, name, "height", torch.float64):
-        assert max(found.values()) < (1e-7 if name == "wan" else 1e-13), found
 
 
 @pytest.mark.parametrize("name", ["kl", "wan", "ltx2"])
 def test_halos_matter(pools, name):
     for found in pools[2].run(decode.broken, name):
-        assert min(found.values()) > 100 * CLOSE, found
+        assert min(found.values()) > 1e-3, found
 
 
 def test_ways_to_call(pools):
@@ -52,7 +51,7 @@ def test_ways_to_call(pools):
 
 
 def test_bfloat16(pools):
-    """As far from float32 as the stock VAE is: statistics of norms are kept in float32."""
+    """As far from float64 as the stock VAE is: statistics of norms are kept in float32."""
     for stock, found in pools[2].run(decode.halves):
         assert found < 1.2 * stock, (found, stock)
 

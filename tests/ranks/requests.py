@@ -25,9 +25,10 @@ _EXPECTED = {}
 
 
 @functools.lru_cache(maxsize=4)
-def _pipeline(name, heads):
+def _pipeline(name, heads, double):
     """A pipeline, built once for all requests in a row: each leaves it restored."""
-    return with_heads(name, heads)
+    pipe = with_heads(name, heads)
+    return pipe.to(torch.float64) if double else pipe
 
 
 def offload(pipe, kind):
@@ -57,7 +58,7 @@ def offloaded_request(name, configuration, kind, ours_first):
     return [max(relative(one, other) for one, other in zip(out, expected, strict=True)) for out in outs]
 
 
-def request(name, configuration, steps=2, calls=None, recorded=False, heads=None, windows=False):
+def request(name, configuration, steps=2, calls=None, recorded=False, heads=None, windows=False, double=False):
     """How far a tiny pipeline's outputs under a configuration are from those in this process alone, in relative terms,
     and what `stats` says.
 
@@ -69,21 +70,22 @@ def request(name, configuration, steps=2, calls=None, recorded=False, heads=None
         recorded: Whether graphs are recorded by a stand-in for CUDA's.
         windows: Whether heads are exchanged through shared memory.
         heads: How many the denoisers have, if not as many as usual.
+        double: Whether all is in float64, so that sums in another order do not move what is rounded to 8 bits.
     """
     if windows:
         MAKERS["cpu"] = SharedFiles
         summed, windowed.SUMMED = windowed.SUMMED, 0
         try:
             division = {**configuration["parallel"], "exchange": "windows"}
-            return request(name, {**configuration, "parallel": division}, steps, calls, recorded, heads)
+            return request(name, {**configuration, "parallel": division}, steps, calls, recorded, heads, double=double)
         finally:
             del MAKERS["cpu"]
             windowed.SUMMED = summed
     if recorded:
         RECORDERS["cpu"] = TapeRecorder
-    pipe, entry, calls = _pipeline(name, heads), TINY[name], calls or {}
+    pipe, entry, calls = _pipeline(name, heads, double), TINY[name], calls or {}
     alone = {**configuration, "parallel": None} if {"cache", "linear"} & set(configuration) else {}
-    key = repr((name, heads, steps, calls, alone))
+    key = repr((name, heads, double, steps, calls, alone))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if key not in _EXPECTED:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from diffusers.utils import is_torchvision_available
+from diffusers.video_processor import VideoProcessor
 
 from .components import (
     NEGATIVE,
@@ -24,18 +26,38 @@ from .components import (
 HEIGHT, WIDTH, FRAMES = 32, 48, 9
 
 
+class Unrounded(VideoProcessor):
+    """Keeps the frames that it has made last."""
+
+    def postprocess_video(self, video, output_type="np", **options):
+        made = super().postprocess_video(video, output_type, **options)
+        if output_type == "np":
+            self.frames = made
+        return made
+
+
 class SafetyChecker(torch.nn.Module):
-    """Lets everything pass. The stock one needs the package cosmos_guardrail and its weights."""
+    """Lets everything pass. The stock one needs the package cosmos_guardrail and its weights.
+
+    Stock pipelines round what it is shown to 8 bits, by cutting off, so that a difference of 1e-8 can move a value by
+    1/255. Where the pipeline's processor is `Unrounded`, what comes back is the frames before that.
+    """
 
     def __init__(self):
         super().__init__()
         self._dtype = torch.float32
+        self.processor = None
 
     def check_text_safety(self, prompt: str) -> bool:
         return True
 
     def check_video_safety(self, video):
-        return video
+        if self.processor is None:
+            return video
+        (whole,) = (
+            255 * item for item in self.processor.frames if np.array_equal((item * 255).astype(np.uint8), video)
+        )
+        return whole
 
     @property
     def device(self):
@@ -195,8 +217,13 @@ def _call_predict25_video(steps: int) -> dict:
     return {**_call_predict25(steps), "video": _video(), "num_latent_conditional_frames": 1}
 
 
+def _unrounded(pipe):
+    pipe.video_processor = pipe.safety_checker.processor = Unrounded(vae_scale_factor=pipe.vae_scale_factor_spatial)
+    return pipe
+
+
 def _entry(name, make, call, output=frames):
-    return TinyPipeline(name, "cosmos", make, call, output)
+    return TinyPipeline(name, "cosmos", lambda: _unrounded(make()), call, output)
 
 
 ENTRIES = [

@@ -352,7 +352,7 @@ def from_bytes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Merged:
-    """Partial results of the same queries, merged in float32 as they come."""
+    """Partial results of the same queries, merged in float32, or in float64 if they are that, as they come."""
 
     def __init__(self, dtype: torch.dtype):
         self._dtype = dtype
@@ -361,7 +361,8 @@ class _Merged:
 
     def add(self, part: _Partial) -> None:
         """Takes an output (batch, sequence, heads, head_dim) and its logsumexp (batch, heads, sequence)."""
-        out, lse = part[0].float(), part[1].float().transpose(1, 2).unsqueeze(-1)
+        wide = torch.promote_types(part[0].dtype, torch.float32)
+        out, lse = part[0].to(wide), part[1].to(wide).transpose(1, 2).unsqueeze(-1)
         # What is there has no weight, and may be no number.
         out = out.masked_fill(lse == float("-inf"), 0.0)
         if self._sum is None or self._lse is None:
