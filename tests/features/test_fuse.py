@@ -292,7 +292,7 @@ def test_a_failure_changes_nothing(monkeypatch):
         yield
 
     monkeypatch.setattr(attention, "edits", fails)
-    with pytest.raises(Unsupported, match="attention on transformer .*RuntimeError: no"):
+    with pytest.raises(Unsupported, match=r"attention on transformer .*RuntimeError: no"):
         accelerate(pipe, linear={"algo": "int8", "smallest": 0}, fuse=True, attention="sdpa")
     assert not any(isinstance(module, Part) for module in pipe.transformer.modules())
     seen = state(pipe)

@@ -450,5 +450,5 @@ class TestUsersOwn:
     def test_what_is_no_module_is_refused(self):
         register_linear("wrong", lambda linear: linear.weight)
         pipe = build("wan")
-        with pytest.raises(Unsupported, match="ValueError: .*registered as 'wrong' returned Parameter"):
+        with pytest.raises(Unsupported, match=r"ValueError: .*registered as 'wrong' returned Parameter"):
             accelerate(pipe, linear="wrong")
