@@ -24,7 +24,8 @@ from torch import nn
 from .asked import meant, target_of
 from .config import AccelConfig
 from .core.edits import Edit, Journal, SetAttr
-from .core.step import Mode
+from .core.moments import between
+from .core.step import Mode, StepState
 from .errors import AccelError, NotAccelerated, Unsupported
 from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
 from .features.feature import Feature, Plan, Target
@@ -125,7 +126,8 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         for reason in earlier.journal.lasting:
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
         earlier.target.clock.settle()
-    _begin(pipe, target, (config, sections), notes, wanted, earlier)
+    words = dict(config) if isinstance(config, Mapping) else config
+    _begin(pipe, target, (words, sections), notes, wanted, earlier)
     # What was left off or stays as it was is said here too, not only to those who ask `explain`.
     left = [note for plan in plans for note in plan.left]
     if torch.cuda.is_available() and all(denoiser.device.type == "cpu" for denoiser in target.denoisers):
@@ -265,6 +267,7 @@ def stats(pipe: Any) -> Stats:
         steps_computed=len(steps) - skipped,
         steps_skipped=skipped,
         branches=branches,
+        **_seconds(session.target),
         attention_kernels=dict(session.target.attention_calls),
         attention_timings={shape: dict(times) for shape, times in session.target.attention_timings.items()},
         attention_broadcasts=dict(session.target.attention_broadcasts),
@@ -281,6 +284,22 @@ def stats(pipe: Any) -> Stats:
         modulations_ahead=sum(each.layers for each in session.target.modulations),
         modulations_missed=sum(each.missed for each in session.target.modulations),
     )
+
+
+def _seconds(target: Target) -> dict[str, float | None]:
+    """Seconds of a step of the last request, and how many times as fast skipping has made it."""
+    steps: dict[int | None, list[tuple[StepState, float]]] = {}
+    for state, begin, end in target.call_times:
+        steps.setdefault(state.step, []).append((state, between(begin, end)))
+    if not steps:
+        return {"seconds_per_step": None, "speed_up": None}
+    whole = between(target.call_times[0][1], target.call_times[-1][2])
+    full = [calls for calls in steps.values() if all(state.mode is Mode.FULL for state, _ in calls)]
+    skipped = sum(seconds for calls in steps.values() for _, seconds in calls)
+    known = bool(full) and len(full) < len(steps) and skipped > 0
+    # The first step may have compiled something.
+    one = sorted(sum(seconds for _, seconds in calls) for calls in full)[len(full) // 2] if full else 0.0
+    return {"seconds_per_step": whole / len(steps), "speed_up": one * len(steps) / skipped if known else None}
 
 
 def warmup(

@@ -57,22 +57,30 @@ def target_of(
             type(pipe).__name__,
         )  # fmt: skip
     ranks = resolve_parallel(config, sections or {})
-    found = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}  # type: ignore[attr-defined]
+    loaded = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}  # type: ignore[attr-defined]
     denoisers = tuple(
         Denoiser(name, module, adapter_for(module), describe(_device(pipe, module, ranks)))
-        for name, module in found.items()
+        for name, module in loaded.items()
         if isinstance(module, nn.Module)
     )
     kind = type(pipe).__name__
     if not denoisers:
-        reason = f"{', '.join(found)} is None." if found else f"it has none of {', '.join(DENOISERS)}."
+        reason = f"{', '.join(loaded)} is None." if loaded else f"it has none of {', '.join(DENOISERS)}."
         raise Unsupported("accelerate", reason, "load the pipeline with its denoiser.", kind)
     for denoiser in denoisers:
         _refuse_compiled(denoiser)
-    return Target(pipe, denoisers, rank, _clock(pipe, [denoiser.module for denoiser in denoisers]))
+    found: list[Target] = []
+
+    def busy() -> str:
+        config = found[0].config
+        return config.request.busy if config is not None and config.request is not None else "wait"
+
+    clock = _clock(pipe, [denoiser.module for denoiser in denoisers], busy)
+    found.append(Target(pipe, denoisers, rank, clock))
+    return found[0]
 
 
-def _clock(pipe: Any, modules: list[nn.Module]) -> StepClock:
+def _clock(pipe: Any, modules: list[nn.Module], busy: Callable[[], str]) -> StepClock:
     """What places the calls of denoisers. It does not keep the pipeline alive: others may share its denoisers."""
     import diffusers
 
@@ -82,7 +90,7 @@ def _clock(pipe: Any, modules: list[nn.Module]) -> StepClock:
         return isinstance(item, diffusers.DiffusionPipeline) and any(id(each) in known for each in vars(item).values())
 
     clock: StepClock
-    calls = Calls(owns, resting=lambda: clock.current is None)
+    calls = Calls(owns, busy, resting=lambda: clock.current is None)
     clock = StepClock(
         lambda: getattr(here(), "scheduler", None), lambda: getattr(here(), "current_timestep", None), calls
     )

@@ -66,6 +66,10 @@ class Stats:
         steps_computed: Steps of the last request at which some branch was computed in full.
         steps_skipped: Steps at which every branch was skipped.
         branches: `"denoiser/branch"` -> calls computed and skipped.
+        seconds_per_step: Of the last request, from the first call of a denoiser to the end of the last one; `None`
+            before there was one.
+        speed_up: How many times as fast skipping has made the denoisers, by the median of its computed steps; `None`
+            where nothing was skipped.
         attention_kernels: Kernel name -> calls.
         attention_timings: Class of shapes -> kernel -> measured seconds of one call, where `"auto"` had a choice.
         attention_broadcasts: Under PAB, attention outputs `"computed"` and `"reused"`.
@@ -85,6 +89,8 @@ class Stats:
     steps_computed: int = 0
     steps_skipped: int = 0
     branches: dict[str, dict[str, int]] = field(default_factory=dict)
+    seconds_per_step: float | None = None
+    speed_up: float | None = None
     attention_kernels: dict[str, int] = field(default_factory=dict)
     attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
     attention_broadcasts: dict[str, int] = field(default_factory=dict)
@@ -109,6 +115,9 @@ class Stats:
         for name, found in self.cache_guarded.items():
             end = "" if found["stopped"] is None else f"; skipping stopped at step {found['stopped']}"
             rows.append([f"  guard of {name}", f"{found['checked']} checked, off by {found['worst']:.1%} at most{end}"])
+        if self.seconds_per_step is not None:
+            faster = "" if self.speed_up is None else f"; skipping made them {self.speed_up:.2f}x as fast"
+            rows.append(["seconds per step", f"{self.seconds_per_step:.3g}{faster}"])
         if self.attention_broadcasts:
             rows.append(["attention", _counts(self.attention_broadcasts)])
         if self.cache_bytes:

@@ -20,7 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -164,6 +164,8 @@ class Session:
         if hasattr(pipe, "check_inputs"):
             yield AddLayer(pipe, target.rank("request"), _arriving(self, weakref.ref(pipe)), "check_inputs")
         yield from _copies(pipe)
+        # Notebooks ask an instance; a pipeline's own text is a page long.
+        yield SetAttr(pipe, "_repr_mimebundle_", functools.partial(_one_line, self, type(pipe).__name__))
 
     def _hand_on(self, name: str) -> None:
         """Leaves a component's edits to another session that wants them."""
@@ -179,6 +181,13 @@ class Session:
             warnings.warn(
                 f"restore: {name} stays accelerated for {kinds or 'another pipeline'}, which shares it.", stacklevel=4
             )
+
+
+def _one_line(session: Session, name: str, include: Any = None, exclude: Any = None) -> dict[str, str]:
+    """A pipeline in a notebook: what it is, where, and what is in force on it."""
+    on = [entry.name for entry in fields(session.config) if getattr(session.config, entry.name) is not None]
+    where = session.target.denoisers[0].device
+    return {"text/plain": f"{name} on {where}, accelerated: {', '.join(on) or 'nothing'}. stats(pipe) tells more."}
 
 
 @dataclass(eq=False)

@@ -188,6 +188,27 @@ def test_stats_tells_what_ran(flux):
     assert "steps skipped" in str(found) and "<table>" in found._repr_html_()
 
 
+def test_time_is_told(flux):
+    """Seconds are anybody's; what they are of is not."""
+    accelerate(flux, attention="sdpa")
+    assert stats(flux).seconds_per_step is None
+    run(flux)
+    found = stats(flux)
+    assert found.seconds_per_step > 0 and found.speed_up is None, "nothing was skipped"
+    assert "seconds per step" in str(found)
+    accelerate(flux, cache=SKIP_ALL)
+    run(flux)
+    assert stats(flux).speed_up > 0 and "x as fast" in str(stats(flux))
+
+
+def test_one_line_in_a_notebook(flux):
+    accelerate(flux, attention="sdpa", cache=SKIP_ALL)
+    (text,) = flux._repr_mimebundle_(include=None, exclude=None).values()
+    assert "\n" not in text and text.startswith("FluxPipeline on cpu") and "attention, cache" in text
+    restore(flux)
+    assert not hasattr(flux, "_repr_mimebundle_")
+
+
 def test_presets_and_overrides(flux, tmp_path):
     assert explain(flux).rows[0].feature == "attention"
     accelerate(flux, "lossless", cache=SKIP_ALL)

@@ -272,6 +272,33 @@ class TestRequests:
         for (_, seed), item in found.items():
             assert same(item, expected[seed])
 
+    def test_busy(self):
+        """Refused at once where that was asked for, and free again once the request has ended, however it did."""
+        pipe = accelerate(build("flux"), cache=HALF, request="raise")
+        expected = run(accelerate(build("flux"), cache=HALF), steps=3)
+        began, end, found = threading.Event(), threading.Event(), []
+
+        def hold(pipe, step, timestep, tensors):
+            began.set()
+            end.wait(60)
+            if step == 1:
+                raise KeyboardInterrupt
+            return tensors
+
+        def work():
+            with pytest.raises(KeyboardInterrupt):
+                run(pipe, steps=3, callback_on_step_end=hold)
+            found.append(None)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert began.wait(60)
+        with pytest.raises(Busy, match="in another thread"):
+            run(twin_of(pipe), steps=3)
+        end.set()
+        thread.join(60)
+        assert found and torch.equal(run(twin_of(pipe), steps=3), expected)
+
     def test_what_is_kept_goes_with_the_request(self):
         """Memory of a cache, whether a request ended, was interrupted or raised."""
         pipe = accelerate(build("flux"), cache=HALF)

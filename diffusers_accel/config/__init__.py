@@ -30,7 +30,16 @@ from .cache import (
 from .declared import Section, plain
 from .parallel import ParallelConfig
 from .reading import parsed, read_yaml
-from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig, WarmupConfig
+from .sections import (
+    AttentionConfig,
+    CompileConfig,
+    CudaGraphConfig,
+    FuseConfig,
+    LinearConfig,
+    RequestConfig,
+    VAEConfig,
+    WarmupConfig,
+)
 
 __all__ = [
     "CACHE_CONFIGS",
@@ -51,6 +60,7 @@ __all__ = [
     "PABConfig",
     "ParallelConfig",
     "PolicyConfig",
+    "RequestConfig",
     "SeaCacheConfig",
     "Section",
     "StepMaskConfig",

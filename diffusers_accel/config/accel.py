@@ -12,7 +12,16 @@ from .cache import CACHE_CONFIGS, CacheConfig, PABConfig
 from .declared import plain
 from .parallel import ParallelConfig
 from .reading import read_yaml, section_of
-from .sections import AttentionConfig, CompileConfig, CudaGraphConfig, FuseConfig, LinearConfig, VAEConfig, WarmupConfig
+from .sections import (
+    AttentionConfig,
+    CompileConfig,
+    CudaGraphConfig,
+    FuseConfig,
+    LinearConfig,
+    RequestConfig,
+    VAEConfig,
+    WarmupConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +40,7 @@ class AccelConfig:
     cache: CacheConfig | PABConfig | None = field(default=None, metadata={"section": CACHE_CONFIGS})
     parallel: ParallelConfig | None = field(default=None, metadata={"section": ParallelConfig})
     vae: VAEConfig | None = field(default=None, metadata={"section": VAEConfig})
+    request: RequestConfig | None = field(default=None, metadata={"section": RequestConfig})
     warmup: WarmupConfig | None = field(default=None, metadata={"section": WarmupConfig})
 
     def __post_init__(self) -> None:

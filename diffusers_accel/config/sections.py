@@ -319,6 +319,20 @@ class VAEConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RequestConfig(Section):
+    """What happens to a request where another one is running on the same denoiser."""
+
+    busy: str = declared(
+        "wait",
+        """`"wait"` has it wait for its turn, in the order of arrival; `"raise"` raises `Busy` at once.""",
+        among=("wait", "raise"),
+    )
+
+    section: typing.ClassVar[str] = "request"
+    shorthand: typing.ClassVar[str | None] = "busy"
+
+
+@dataclass(frozen=True, kw_only=True)
 class WarmupConfig(Section):
     """What `warmup(pipe)` runs when it is not told: the sizes that a server, say, is to answer at once.
 

@@ -21,7 +21,7 @@ from ..core.edits import Edit
 from ..core.mesh import own_gpu
 from ..core.parts import parts
 from ..core.platform import Device
-from ..core.step import StepClock
+from ..core.step import StepClock, StepState
 from ..core.windows import Windows
 from ..errors import Unsupported
 from ..models import Adapter, Stack
@@ -97,6 +97,7 @@ class Target:
         attention_broadcasts: `"computed"` and `"reused"` -> attention outputs of the last request, under PAB.
         cache_bytes: (denoiser, branch) -> bytes that step caching keeps between steps.
         cache_guarded: (denoiser, branch) -> what a cache's guard found in the last request.
+        call_times: Calls of the last request's denoisers, and the moments at which each began and ended.
         cache_records: (denoiser, branch) -> what a recording cache saw, over all requests.
     """
 
@@ -121,6 +122,7 @@ class Target:
     attention_broadcasts: Counter[str] = field(default_factory=Counter)
     cache_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
     cache_guarded: dict[tuple[str, str], Any] = field(default_factory=dict)
+    call_times: list[tuple[StepState, Any, Any]] = field(default_factory=list)
     cache_records: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
 
     @property

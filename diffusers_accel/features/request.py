@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..core.edits import AddLayer, Edit
+from ..core.moments import moment
 from ..models.adapter import by_name, parameter_names
 from .feature import Denoiser, Plan, Target
 
@@ -41,6 +42,7 @@ def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
     clock, adapter, names = target.clock, denoiser.adapter, parameter_names(denoiser.module)
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        device = next(denoiser.module.parameters()).device
         before = clock.requests
         config = target.config
         timestep = kwargs["timestep"] if "timestep" in kwargs else by_name(names, args, {}).get("timestep")
@@ -63,11 +65,14 @@ def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
             target.attention_broadcasts.clear()
             target.cache_bytes.clear()
             target.cache_guarded.clear()
+            target.call_times.clear()
+        begin = moment(device)
         try:
             out = inner(*args, **kwargs)
         except BaseException:
             clock.abandon()
             raise
+        target.call_times.append((state, begin, moment(device)))
         clock.leave(state)
         return out
 
