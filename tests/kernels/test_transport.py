@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import exact
 import pytest
 import torch
 from ranks import attend
 
-from diffusers_accel.kernels.attention.shipping import KEY, QUERY, VALUE
+from diffusers_accel.kernels.attention.shipping import KEY, QUERY, VALUE, Shipping
 
 WAYS = {
     "ulysses": (2, {"ulysses": 2}),
@@ -133,3 +135,19 @@ def test_ranks_that_see_no_key(pools, way):
     mask = torch.zeros(1, 1, 1, 20, dtype=torch.bool)
     mask[..., 6:9] = True
     check(pools, way, [20], [20], mask)
+
+
+def test_sizes_share_what_they_leave_from():
+    """A server sees many sizes: memory that copies leave from is that of the largest, twice at most."""
+    group = SimpleNamespace(windows=SimpleNamespace(), rank=0, size=2)
+    shipping, largest = Shipping(group), 0
+    for tokens in (7, 50, 13, 400, 399, 401, 7, 1600):
+        place = torch.empty(1, tokens, 2, 8)
+        largest = max(largest, place.numel() * 4)
+        there = shipping._here(("size", tokens), 0, [place, place])
+        assert there[1].shape == place.shape and there[1].is_contiguous()
+        there[1].fill_(tokens)
+    held = {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for key in shipping._places
+            for item in shipping._places[key]}  # fmt: skip
+    # Of both places, powers of two.
+    assert sum(held.values()) <= 2 * 4 * largest

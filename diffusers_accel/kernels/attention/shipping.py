@@ -126,6 +126,7 @@ class Shipping:
         # By what they depend on: where operands go, tables of it on the device, and memory that they leave from.
         self._places: dict[Any, list[torch.Tensor]] = {}
         self._tables: dict[Any, Any] = {}
+        self._staging: dict[Any, list[torch.Tensor]] = {}
 
     def ship(self, operands: Mapping[int, Operand], size: Size, aside: bool) -> None:
         """Sends operands off.
@@ -239,10 +240,19 @@ class Shipping:
         """Places on this GPU of what is for others; what is for this rank goes where it belongs at once."""
         key = (which, size, "aside")
         if key not in self._places:
-            self._places[key] = [torch.empty_like(place, memory_format=torch.contiguous_format) for place in there]
+            self._places[key] = [self._staged((which, rank), place) for rank, place in enumerate(there)]
         found = list(self._places[key])
         found[self.group.rank] = there[self.group.rank]
         return found
+
+    def _staged(self, key: Any, like: torch.Tensor) -> torch.Tensor:
+        """Memory of a tensor's form that sizes share, since there is one exchange at a time."""
+        nbytes = like.numel() * like.element_size()
+        kept = self._staging.setdefault(key, [])
+        if not kept or kept[-1].numel() < nbytes:
+            # Recorded graphs know outgrown memory by its address. Doubled, all of it is twice the largest at most.
+            kept.append(torch.empty(1 << max(nbytes - 1, 1).bit_length(), dtype=torch.uint8, device=like.device))
+        return kept[-1][:nbytes].view(like.dtype).view(like.shape)
 
     def _write(self, sent: Sequence[tuple[Operand, Sequence[torch.Tensor], Any]]) -> None:
         """Writes this rank's tokens to where their heads go: operands, their places, and what these depend on."""
