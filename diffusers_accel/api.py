@@ -404,8 +404,9 @@ def _active(config: AccelConfig) -> Iterable[tuple[str, Feature, Any]]:
             yield name, entry.feature, section  # type: ignore[misc]
 
 
-def _edits(target: Target, config: AccelConfig, doing: list[str]) -> Iterator[Edit]:
+def _edits(target: Target, config: AccelConfig, doing: list[str] | None = None) -> Iterator[Edit]:
     """Everything that `accelerate` does, in its order; `doing` is told which feature is at it."""
+    doing = [] if doing is None else doing
     if config.parallel is not None:
         doing.append("parallel")
         yield from parallel.settle(target)

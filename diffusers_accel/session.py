@@ -31,8 +31,10 @@ from .core.edits import AddLayer, Edit, Journal, SetAttr
 from .errors import Unsupported
 from .features.feature import Target
 
-# Where a denoiser keeps its session, and a pipeline what it has of one.
+# Where a denoiser keeps its session, and a pipeline the one it was asked for in.
 SESSION = "_diffusers_accel_session"
+# Where a pipeline keeps the edits of itself.
+_OWN = "_diffusers_accel_edits"
 # Where another component keeps the sessions that want it changed.
 _HELD = "_diffusers_accel_held"
 
@@ -70,6 +72,9 @@ class Session:
     over: bool = False
     said: set[str] = field(default_factory=set)
 
+    def __reduce__(self) -> Any:
+        return (type(None), ())  # a copy of what has one has none
+
     def begin(self, edits: Iterable[Edit], pipes: Iterable[Any]) -> None:
         """Applies edits, all or none of them.
 
@@ -89,10 +94,10 @@ class Session:
 
     def join(self, pipe: Any) -> None:
         """Is asked for by a pipeline that has its denoisers."""
-        share = _Share(self)
-        vars(pipe)[SESSION] = share
+        own = Journal()
+        vars(pipe)[SESSION], vars(pipe)[_OWN] = self, own
         self.pipes.add(pipe)
-        share.journal.apply(self._around(pipe))
+        own.apply(self._around(pipe))
 
     def end(self) -> None:
         """Takes everything back, for all pipelines that have its denoisers. Ctrl-C is raised when that is done."""
@@ -110,9 +115,9 @@ class Session:
             self.journal.undo()
         finally:
             for pipe in list(self.pipes):
-                share = vars(pipe).get(SESSION)
-                if isinstance(share, _Share) and share.session is self:
-                    share.journal.undo()
+                if vars(pipe).get(SESSION) is self and _OWN in vars(pipe):
+                    vars(pipe)[_OWN].undo()
+                    del vars(pipe)[_OWN]
 
     def others(self, pipe: Any) -> list[str]:
         """Names of pipelines' classes that it was asked for, this pipeline left out."""
@@ -191,17 +196,6 @@ def _one_line(session: Session, name: str, include: Any = None, exclude: Any = N
 
 
 @dataclass(eq=False)
-class _Share:
-    """What a pipeline has of a session: the session, and edits of the pipeline itself."""
-
-    session: Session
-    journal: Journal = field(default_factory=Journal)
-
-    def __reduce__(self) -> Any:
-        return (type(None), ())  # a copy has none
-
-
-@dataclass(eq=False)
 class Held:
     """Who wants a component changed, and how."""
 
@@ -246,9 +240,9 @@ def _within(component: nn.Module) -> Callable[[Edit], bool]:
 
 def session_of(pipe: Any) -> Session | None:
     """The session that is in force on a pipeline: its own, or that of a denoiser it shares."""
-    share = vars(pipe).get(SESSION)
-    if isinstance(share, _Share) and not share.session.over:
-        return share.session
+    own = vars(pipe).get(SESSION)
+    if isinstance(own, Session) and not own.over:
+        return own
     found = _sessions(pipe)
     return found[0] if found else None
 
@@ -265,11 +259,8 @@ def _sessions(pipe: Any) -> list[Session]:
 
 def dropped(pipe: Any) -> bool:
     """Whether a pipeline's session has been taken back through another one; forgets that it ever had it."""
-    share = vars(pipe).get(SESSION)
-    if share is None:
-        return False
-    vars(pipe).pop(SESSION)
-    return isinstance(share, _Share) and share.session.over
+    session = vars(pipe).pop(SESSION, None)
+    return session is not None and session.over
 
 
 def shared_with(pipe: Any, target: Target) -> Session | None:
@@ -385,20 +376,16 @@ def _stock(owner: Any, what: str) -> Iterator[None]:
     """A context within which a component or pipeline is stock."""
     modules = [owner] if isinstance(owner, nn.Module) else _components(owner)
     found: list[Session] = []
-    shares = []
     for module in modules:
         held = vars(module).get(_HELD)
         found += [vars(module)[SESSION]] if SESSION in vars(module) else []
         found += held.sessions if held is not None else []
-    own = vars(owner).get(SESSION)
-    if isinstance(own, _Share):
-        found.append(own.session)
-        shares.append(own)
     with ExitStack() as stack:
-        for share in shares:
-            vars(owner).pop(SESSION)
-            stack.callback(vars(owner).__setitem__, SESSION, share)
-            stack.enter_context(share.journal.suspended())
+        own: Journal | None = vars(owner).get(_OWN)
+        if own is not None:
+            for name in (SESSION, _OWN):
+                stack.callback(vars(owner).__setitem__, name, vars(owner).pop(name))
+            stack.enter_context(own.suspended())
         for session in dict.fromkeys(found):
             if not session.over:
                 stack.enter_context(session.suspended(what))

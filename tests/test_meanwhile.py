@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FirstBlockCacheConfig, PNDMS
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from test_api import SKIP_ALL, fingerprint
-from tiny import TINY, build
+from tiny import ALL, build
 
 import diffusers_accel
 from diffusers_accel import CompileConfig, TeaCacheConfig, Unsupported, accelerate, explain, restore, stats
@@ -31,7 +31,7 @@ LAYERS = pytest.mark.parametrize(
 
 
 def run(pipe, name="flux", **overrides):
-    return TINY[name].run(pipe, **{"steps": 2, **overrides})
+    return ALL[name].run(pipe, **{"steps": 2, **overrides})
 
 
 def add_lora(pipe, dora=False):

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig
 from tape import TapeRecorder
 from test_api import fingerprint
-from tiny import TINY, build, tensors
+from tiny import ALL, build, tensors
 
 from diffusers_accel import AccelError, CompileConfig, NotAccelerated, accelerate, explain, restore, stats
 from diffusers_accel.core.graphs import RECORDERS
@@ -63,7 +63,7 @@ STEPS = 3
 
 
 def run(pipe, name, **overrides):
-    return tensors(TINY[name].run(pipe, **{"steps": STEPS, **overrides}))
+    return tensors(ALL[name].run(pipe, **{"steps": STEPS, **overrides}))
 
 
 def draw(rng):
@@ -88,7 +88,7 @@ class Sequence:
 
     @property
     def denoiser(self):
-        return TINY[self.name].denoisers[0]
+        return ALL[self.name].denoisers[0]
 
     def on_both(self, function):
         for pipe in (self.pipe, self.mirror):

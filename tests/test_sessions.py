@@ -16,7 +16,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from tape import TapeRecorder
 from test_api import SKIP_ALL, fingerprint
-from tiny import TINY, build, same
+from tiny import ALL, build, same
 
 from diffusers_accel import (
     Busy,
@@ -37,7 +37,7 @@ NOTHING = TeaCacheConfig(threshold=0.0, coefficients=(1.0, 0.0))
 def run(pipe, name="flux", seed=None, **overrides):
     if seed is not None:
         overrides["generator"] = torch.Generator().manual_seed(seed)
-    return TINY[name].run(pipe, **overrides)
+    return ALL[name].run(pipe, **overrides)
 
 
 def twin_of(pipe):
@@ -130,7 +130,7 @@ class TestShared:
 
     def test_from_pipe(self):
         pipe = build("flux")
-        entry, stock = TINY["flux-img2img"], run(build("flux"))
+        entry, stock = ALL["flux-img2img"], run(build("flux"))
         other = FluxImg2ImgPipeline.from_pipe(pipe)
         expected = entry.run(other)
         accelerate(pipe, cache=SKIP_ALL)
@@ -167,7 +167,7 @@ class TestShared:
         accelerate(other, attention="sdpa")
         assert stats(other).requests == 0
         restore(other)
-        entry = TINY["flux-img2img"]
+        entry = ALL["flux-img2img"]
         assert torch.equal(entry.run(other), entry.run(FluxImg2ImgPipeline(**build("flux").components)))
         gc.collect()
         assert gone() is None

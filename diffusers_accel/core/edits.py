@@ -262,7 +262,9 @@ class ParkWeight:
     def apply(self) -> None:
         weight: torch.Tensor = getattr(self.module, self.tensor)
         self._made = type(getattr(self.successor, self.tensor, None))
-        if not hasattr(self.successor, "weight_dtype"):
+        made = getattr(self.successor, self.tensor, None)
+        plain = type(getattr(made, "data", None)) is torch.Tensor
+        if not plain and not hasattr(self.successor, "weight_dtype"):
             # A tensor of another package may not follow a cast of the model; an empty one beside it does.
             like = torch.empty(0, dtype=weight.dtype, device=weight.device)
             self.successor.register_buffer(_LIKE, like, persistent=False)
@@ -289,7 +291,7 @@ class ParkWeight:
             there = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
             # A cast of the model since passes the module by, and so does a weight that was loaded in the place of its
             # successor's; that has seen it.
-            seen = self.successor._buffers.get(_LIKE)
+            seen: Any = self.successor._buffers.get(_LIKE)
             if seen is None:
                 seen = getattr(self.successor, self.tensor, weight)
             dtype = seen.dtype if isinstance(seen, torch.Tensor) and seen.is_floating_point() else weight.dtype

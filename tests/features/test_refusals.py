@@ -297,16 +297,16 @@ def test_own_backends_may_take_options():
         seen.append(options)
         return graph.forward
 
-    register_backend(counting, name="counting")
+    register_backend(counting, name="counting options")
     try:
         pipe, entry = build("wan"), TINY["wan"]
         stock = entry.run(pipe, steps=1)
-        accelerate(pipe, compile={"backend": "counting", "options": {"a": [1, 2]}})
+        accelerate(pipe, compile={"backend": "counting options", "options": {"a": [1, 2]}})
         assert same(entry.run(pipe, steps=1), stock) and seen[0] == {"a": [1, 2]}
         restore(pipe)
     finally:
-        registry._COMPILER_FNS.pop("counting", None)
-        registry._BACKENDS.pop("counting", None)
+        registry._COMPILER_FNS.pop("counting options", None)
+        registry._BACKENDS.pop("counting options", None)
 
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", None, 3, ["x"], "x" * 5000])

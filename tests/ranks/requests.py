@@ -106,7 +106,7 @@ def request(name, configuration, steps=2, calls=None, recorded=False, heads=None
 def broken_off(name, way):
     """How far a request is from stock after one that an error ended in an exchange, on the last rank after it had taken
     a window."""
-    pipe, entry, calls = _pipeline(name, None), TINY[name], 0
+    pipe, entry, calls = _pipeline(name, None, False), TINY[name], 0
     expected = tensors(entry.run(pipe, steps=2))
     stock = windows.Windows.following
 

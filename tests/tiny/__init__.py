@@ -11,7 +11,7 @@ import torch
 
 from .components import TinyPipeline
 
-_MODULES = ("flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3", "others", "unet")
+_MODULES = ("flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3", "others")
 
 TINY: dict[str, TinyPipeline] = {}
 for _module in _MODULES:
@@ -26,9 +26,14 @@ for _module in _MODULES:
         TINY[_entry.name] = _entry
 
 
+# Those with a UNet, which has no list of blocks; and all of them.
+UNETS: dict[str, TinyPipeline] = {entry.name: entry for entry in importlib.import_module(f"{__name__}.unet").ENTRIES}
+ALL = {**TINY, **UNETS}
+
+
 def build(name: str, seed: int = 0):
     """The pipeline ``name`` with weights drawn from ``seed``."""
-    return TINY[name].build(seed)
+    return ALL[name].build(seed)
 
 
 def tensors(output) -> tuple:
@@ -41,4 +46,4 @@ def same(found, expected) -> bool:
     return all(torch.equal(one, other) for one, other in zip(tensors(found), tensors(expected), strict=True))
 
 
-__all__ = ["TINY", "TinyPipeline", "build", "same", "tensors"]
+__all__ = ["ALL", "TINY", "UNETS", "TinyPipeline", "build", "same", "tensors"]

@@ -203,9 +203,12 @@ def rebound_class(stock: type, number: int, fold: bool = False, mark: bool = Fal
     function.__annotations__ = dict(call.__annotations__)
     function.__module__ = stock.__module__
     whole: Callable[..., Any] = _norms_put_off(function) if fold else function
-    # diffusers makes processors of the class that one says it is (`load_ip_adapter`): those are stock.
-    said = property(lambda self: stock)
-    return type(stock.__name__, (stock,), {"__call__": whole, "__module__": stock.__module__, "__class__": said})
+
+    def made(cls: type, *args: Any, **kwargs: Any) -> Any:
+        """Others that are made of its class (`load_ip_adapter` does so, and copies) are stock."""
+        return stock(*args, **kwargs)
+
+    return type(stock.__name__, (stock,), {"__call__": whole, "__module__": stock.__module__, "__new__": made})
 
 
 class _NormsPutOff:
