@@ -127,11 +127,11 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
         earlier.target.clock.settle()
     words = dict(config) if isinstance(config, Mapping) else config
-    _begin(pipe, target, (words, sections), notes, wanted, earlier)
-    # What was left off or stays as it was is said here too, not only to those who ask `explain`.
     left = [note for plan in plans for note in plan.left]
     if torch.cuda.is_available() and all(denoiser.device.type == "cpu" for denoiser in target.denoisers):
         left.append("the pipeline is on the CPU, for which all was chosen. On a GPU it is chosen again.")
+    _begin(pipe, target, (words, sections), notes, wanted, earlier)
+    # What was left off or stays as it was is said here too, not only to those who ask `explain`.
     for note in (*notes, *left):
         warnings.warn(f"accelerate: {note}", stacklevel=2)
     return pipe
@@ -166,6 +166,7 @@ def _begin(
         if earlier is not None:
             earlier.end()
         session = Session(config, target, notes, asked, _weight_bytes(target), wanted)
+        target.begun.append(lambda pipe: _look(session, pipe))
         session.begin(_edits(target, config, doing), pipes)
     except BaseException as error:
         if earlier is not None:
@@ -179,7 +180,6 @@ def _begin(
                 str(target.denoisers[0]),
             ) from error
         raise
-    target.begun.append(lambda pipe: _look(session, pipe))
 
 
 def _again(pipe: Any, earlier: Session, error: BaseException) -> None:

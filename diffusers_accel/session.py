@@ -88,6 +88,8 @@ class Session:
                 self.join(pipe)
         except BaseException:
             self.end()
+            for pipe in list(self.pipes):
+                dropped(pipe)
             raise
         # The components are the session's, and pipelines come and go.
         self.target.pipe = weakref.proxy(self.target.pipe)
