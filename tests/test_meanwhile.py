@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FirstBlockCacheConfig, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FasterCacheConfig, FirstBlockCacheConfig, PNDMScheduler
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from test_api import SKIP_ALL, fingerprint
@@ -186,6 +186,35 @@ class TestHooks:
         assert torch.equal(run(pipe), stock)
         handle.remove()
         assert "run as they are" not in heard(pipe)
+
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_cache_that_hooks_attention(self, first):
+        """diffusers' FasterCache, within blocks that are to be compiled."""
+
+        def enable(pipe):
+            pipe.transformer.enable_cache(
+                FasterCacheConfig(
+                    spatial_attention_block_skip_range=2,
+                    spatial_attention_timestep_skip_range=(-1, 901),
+                    unconditional_batch_skip_range=2,
+                    attention_weight_callback=lambda _: 0.5,
+                    is_guidance_distilled=True,
+                    current_timestep_callback=lambda: pipe.current_timestep,
+                )
+            )
+
+        stock, pipe = build("flux"), build("flux")
+        enable(stock)
+        expected = run(stock, steps=4)
+        if first:
+            enable(pipe)
+        accelerate(pipe, attention="sdpa", **COMPILE)
+        if not first:
+            enable(pipe)
+        assert torch.equal(run(pipe, steps=4), expected)
+        restore(pipe)
+        assert torch.equal(run(pipe, steps=4), expected)
 
 
 class TestSetters:
