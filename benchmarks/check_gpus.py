@@ -89,7 +89,7 @@ def offload(pipe: Any, kind: str) -> None:
 
 
 class Checks:
-    """What was found, and what of it was wrong.
+    """Figures of every check, and the checks that failed.
 
     Args:
         device: Type of the device.

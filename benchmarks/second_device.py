@@ -66,7 +66,7 @@ SECONDS = 240
 
 
 class Checks:
-    """What was found, and what of it was wrong.
+    """Figures of every check, and the checks that failed.
 
     Args:
         first: The current device.

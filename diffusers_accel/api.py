@@ -145,7 +145,7 @@ def _begin(
     wanted: Wanted,
     earlier: Session | None = None,
 ) -> None:
-    """Puts a configuration in force, that of the target. What fails puts back the one that was in force before.
+    """Puts a configuration in force, that of the target. A failure puts back the one that was in force before.
 
     Args:
         pipe: The pipeline.
@@ -189,12 +189,12 @@ def _again(pipe: Any, earlier: Session, error: BaseException) -> None:
         target.config, target.taken = earlier.config, taken(_target(pipe), earlier.wanted, None)
         _begin(pipe, target, earlier.asked, earlier.notes, earlier.wanted)
     except Exception as other:  # the error that is reported is the first one
-        error.add_note(f"What was in force before could not be put back ({other}); the pipeline is stock.")
+        error.add_note(f"The earlier configuration could not be put back ({other}); the pipeline is stock.")
 
 
 def restore(pipe: Pipe) -> Pipe:
     """Takes back everything `accelerate` did; the pipeline is the stock one again, bit for bit, and so are all that
-    share its denoisers. What its user has changed meanwhile stays.
+    share its denoisers. Changes that its user has made meanwhile stay.
 
     Raises:
         NotAccelerated: It was never accelerated, or is restored already.
@@ -416,7 +416,7 @@ def _edits(target: Target, config: AccelConfig, doing: list[str] | None = None) 
 
 
 def _wanted(target: Target, config: AccelConfig) -> Wanted:
-    """What a configuration changes besides the denoisers."""
+    """The components besides the denoisers that a configuration changes, with the sections that do."""
     found: dict[str, dict[str, Any]] = {}
     for name, feature, section in _active(config):
         components = getattr(feature, "components", None)

@@ -81,7 +81,7 @@ def target_of(
 
 
 def _clock(pipe: Any, modules: list[nn.Module], busy: Callable[[], str]) -> StepClock:
-    """What places the calls of denoisers. It does not keep the pipeline alive: others may share its denoisers."""
+    """The clock that places calls of denoisers. It does not keep the pipeline alive: others may share its denoisers."""
     import diffusers
 
     known, here = {id(module) for module in modules}, weakref.ref(pipe)

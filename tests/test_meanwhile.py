@@ -187,7 +187,6 @@ class TestHooks:
         handle.remove()
         assert "run as they are" not in heard(pipe)
 
-
     @pytest.mark.parametrize("first", [True, False])
     def test_a_cache_that_hooks_attention(self, first):
         """diffusers' FasterCache, within blocks that are to be compiled."""

@@ -101,7 +101,7 @@ def _folder(path: str | Path, arguments: dict[str, Any]) -> Path:
         if inside:
             which = {name: item for name, item in hub.items() if name in _HUB[:6]}
             return Path(snapshot_download(str(path), allow_patterns=[f"{inside}/*"], **which)) / inside
-        # What is given as an object need not be fetched.
+        # A component that is given as an object need not be fetched.
         given = {name: item for name, item in arguments.items() if not isinstance(item, (str, Path))}
         return Path(diffusers.DiffusionPipeline.download(str(path), **{**given, **hub}))
     except (OSError, ValueError) as error:  # no such repository or revision, no access, no network, no valid name

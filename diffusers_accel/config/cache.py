@@ -16,7 +16,7 @@ from .declared import NEEDED, Section, declared, like
 
 # Names of published step computation masks.
 MASKS = ("slow", "medium", "fast", "ultra")
-# What strings of the configuration name, as their registries call it.
+# Kinds of names in the configuration, as their registries call them.
 POLICY, TEACACHE_ROW, MAGCACHE_ROW = "caching policy", "row of TeaCache's coefficients", "table of MagCache's ratios"
 
 _MASK: dict[str, Any] = {
@@ -314,9 +314,9 @@ class PABConfig(Section):
         2, "Self-attention is computed on one of so many steps; `None` on all.", least=1
     )
     temporal_attention: int | None = declared(
-        4, "The same of attention along time, in models that have it apart.", least=1
+        4, "Steps between two computations of attention along time, in models that have it apart.", least=1
     )
-    cross_attention: int | None = declared(3, "The same of cross-attention.", least=1)
+    cross_attention: int | None = declared(3, "Steps between two computations of cross-attention.", least=1)
     layers: dict[str, int] | None = declared(
         None,
         "Globs of attention modules -> one of how many steps, which win over the kinds; the first that matches.",
@@ -345,7 +345,7 @@ class PolicyConfig(CacheConfig):
     """
 
     name: str = declared(NEEDED, "The policy's name, as registered with register_policy(name, ...).", names=POLICY)
-    options: dict[str, Any] | None = declared(None, "What its factory is called with.", keys="names")
+    options: dict[str, Any] | None = declared(None, "Keyword arguments of its factory.", keys="names")
 
     kind: typing.ClassVar[str] = "policy"
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError, shown
 from .declared import Section, declared, plain
 
-# What strings of the configuration name, as their registries call it.
+# Kinds of names in the configuration, as their registries call them.
 KERNEL, FORMAT = "attention kernel", "linear kernel"
 BACKEND, MODE = "torch.compile backend", "torch.compile mode"
 

@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 
 from ..config import FuseConfig
-from ..core.edits import Edit, Places, SwapModule
+from ..core.edits import Edit, SwapModule
+from ..core.places import Places
 from ..errors import Unsupported
 from ..kernels.linear import STOCK, Apart, Part, Stack, emptied, unstacked
 from .feature import Denoiser, Plan, Target, refuse_offloaded

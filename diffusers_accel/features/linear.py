@@ -133,7 +133,7 @@ def _refuse_untaken(denoiser: Denoiser, layers: list[_Layer]) -> None:
 
 
 def components(target: Target, config: LinearConfig) -> tuple[str, ...]:
-    """What it changes besides the denoisers."""
+    """The components besides the denoisers that it changes."""
     denoisers = {denoiser.name for denoiser in target.denoisers}
     return tuple(name for name in config.targets or () if name not in denoisers)
 

@@ -40,7 +40,7 @@ def check(target: Target, config: VAEConfig) -> Plan:
 
 
 def components(target: Target, config: VAEConfig) -> tuple[str, ...]:
-    """What it changes besides the denoisers."""
+    """The components besides the denoisers that it changes."""
     return ("vae",)
 
 

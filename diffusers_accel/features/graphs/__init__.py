@@ -119,7 +119,7 @@ def _wholes(target: Target, config: CudaGraphConfig) -> list[tuple[str, nn.Modul
 
 
 def components(target: Target, config: CudaGraphConfig) -> tuple[str, ...]:
-    """What it changes besides the denoisers."""
+    """The components besides the denoisers that it changes."""
     return tuple(name.partition(".")[0] for name, _ in _wholes(target, config))
 
 

@@ -198,7 +198,7 @@ def settle(target: Target) -> Iterator[Edit]:
 
 
 def components(target: Target, config: ParallelConfig) -> tuple[str, ...]:
-    """What it changes besides the denoisers."""
+    """The components besides the denoisers that it changes."""
     return ("vae",) if config.vae > 1 or config.vae_others != "compute" else ()
 
 
