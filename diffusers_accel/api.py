@@ -6,6 +6,7 @@ is kept in a session (`session.py`) on the components that it changes; nothing i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import itertools
@@ -126,7 +127,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         for reason in earlier.journal.lasting:
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
         earlier.target.clock.settle()
-    words = dict(config) if isinstance(config, Mapping) else config
+    words, sections = copy.deepcopy((config, sections))  # what the caller does to them later is no wish
     left = [note for plan in plans for note in plan.left]
     if torch.cuda.is_available() and all(denoiser.device.type == "cpu" for denoiser in target.denoisers):
         left.append("the pipeline is on the CPU, for which all was chosen. On a GPU it is chosen again.")

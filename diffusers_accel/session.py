@@ -96,9 +96,10 @@ class Session:
 
     def join(self, pipe: Any) -> None:
         """Is asked for by a pipeline that has its denoisers."""
-        own = Journal()
-        vars(pipe)[SESSION], vars(pipe)[_OWN] = self, own
+        # Named first: `end` looks at the pipelines that are, should this be interrupted.
         self.pipes.add(pipe)
+        own = vars(pipe)[_OWN] = Journal()
+        vars(pipe)[SESSION] = self
         own.apply(self._around(pipe))
 
     def end(self) -> None:
@@ -117,9 +118,10 @@ class Session:
             self.journal.undo()
         finally:
             for pipe in list(self.pipes):
-                if vars(pipe).get(SESSION) is self and _OWN in vars(pipe):
-                    vars(pipe)[_OWN].undo()
-                    del vars(pipe)[_OWN]
+                own = vars(pipe).get(_OWN)
+                if own is not None and vars(pipe).get(SESSION, self) is self:
+                    own.undo()
+                    vars(pipe).pop(_OWN, None)
 
     def others(self, pipe: Any) -> list[str]:
         """Names of pipelines' classes that it was asked for, this pipeline left out."""

@@ -71,6 +71,7 @@ class TestDropped:
         from diffusers_accel.kernels.attention import SITES
 
         monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+        gc.collect()
         tables = [dict(_AttentionBackendRegistry._backends), dict(SITES)]
         pipe = accelerate(build(name), **sections)
         run(pipe, name, steps=2)

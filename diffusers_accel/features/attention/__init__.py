@@ -118,10 +118,10 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
             select = _selector(target, config, place, by_block, dense)
             transport = target.transports.get((denoiser.name, role.name.rpartition(".")[2]))
             site = AttentionSite(select, target.attention_calls, transport)
-            yield SetItem(SITES, site.number, site)
             member, registrations = dispatcher_backend(site)
             if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
                 yield from registrations
+            yield SetItem(SITES, site.number, site)
             # What travels between ranks is normed and rotated first.
             # Kernels that round query and key norm and rotate them in the same pass; for others the stock functions do
             # it then.

@@ -27,9 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...core.edits import Edit, SetAttr, SetItem
+from ...core.edits import Edit, SetAttr
 from ...errors import Unsupported
 from ...kernels.attention import SITES, AttentionSite, Pending, enter, rotate
+
+# Of our backends' names, before a site's number.
+_PREFIX = "diffusers_accel"
 
 
 @dataclass(eq=False)
@@ -54,31 +57,52 @@ class SetProcessor(SetAttr):
 
 
 def dispatcher_backend(site: AttentionSite) -> tuple[Any, list[Edit]]:
-    """A backend name of ours, and the edits that enter it in the dispatcher's tables.
+    """A backend name of ours, and the edits that enter it in the dispatcher's tables; they come before the site is
+    entered in `SITES`.
 
     The tables hold no pipeline. Should one be dropped that was never restored, what was entered for it goes with it.
     """
+    weakref.finalize(site, _sweep).atexit = False
+    return _backend(site.number)[0], [_Enter(site.number)]
+
+
+@dataclass(eq=False)
+class _Enter:
+    """Enters the backend of a site's number in the dispatcher's tables, if it is not there."""
+
+    number: int
+
+    def apply(self) -> None:
+        member, attention = _backend(self.number)
+        arguments = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
+        for table, entry in zip(_tables(), (attention, [], arguments | {"_parallel_config"}), strict=True):
+            table.setdefault(member, entry)
+
+    def undo(self) -> None:
+        _sweep()
+
+
+def _tables() -> tuple[dict[Any, Any], ...]:
+    """The dispatcher's: functions, constraints and names of arguments, by backend."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
-    number, (member, attention) = site.number, _backend(site.number)
-    arguments = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
-    entries: list[tuple[dict[Any, Any], Any]] = [
-        (registry._backends, attention),
-        (registry._constraints, []),
-        (registry._supported_arg_names, arguments | {"_parallel_config"}),
-    ]
+    return registry._backends, registry._constraints, registry._supported_arg_names
 
-    def drop() -> None:
-        # A pipeline may be freed while Dynamo is looking at these tables. Entries of a number are the same whoever has
-        # it, so one that stays then is taken over by the next site of that number, and goes with that.
-        if number not in SITES and torch._guards.CompileContext.try_get() is None:
-            for table, _ in entries:
-                table.pop(member, None)
 
-    weakref.finalize(site, drop).atexit = False
-    for table, _ in entries:
-        table.pop(member, None)
-    return member, [SetItem(table, member, entry) for table, entry in entries]
+def _sweep() -> None:
+    """Takes backends of numbers that no site has out of the dispatcher's tables, from the end.
+
+    Compiled graphs know a backend by its place in a table. One that stands before another pipeline's stays until that
+    is gone, or the other's graphs would be compiled again. Nothing is taken out while Dynamo looks at the tables.
+    """
+    if torch._guards.CompileContext.try_get() is not None:
+        return
+    for member in reversed(list(_tables()[0])):
+        prefix, _, number = str(getattr(member, "_value_", "")).rpartition("_")
+        if prefix != _PREFIX or int(number) in SITES:
+            return
+        for table in _tables():
+            table.pop(member, None)
 
 
 @functools.cache
@@ -90,7 +114,7 @@ def _backend(number: int) -> tuple[Any, Callable[..., Any]]:
     """
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    value = f"diffusers_accel_{number}"
+    value = f"{_PREFIX}_{number}"
     member: Any = str.__new__(AttentionBackendName, value)
     member._name_, member._value_ = value, value
 
