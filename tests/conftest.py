@@ -6,6 +6,7 @@ which a process that uses CUDA cannot be. `--gpu` runs the tests that are meant 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Mapping
@@ -70,6 +71,12 @@ def _fresh_compiler():
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+
+
+@pytest.fixture
+def collected():
+    """Pipelines that other tests have dropped are gone, and do not go while graphs or sites are counted."""
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import warnings
 from dataclasses import replace
 
@@ -147,12 +146,11 @@ def test_a_copy_is_stock(flux):
     assert torch.equal(run(flux), stock)
 
 
-def test_no_site_is_kept_after_restore(flux):
+def test_no_site_is_kept_after_restore(flux, collected):
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     from diffusers_accel.kernels.attention import SITES
 
-    gc.collect()  # pipelines of other tests
     sites, backends = set(SITES), set(_AttentionBackendRegistry._backends)
     accelerate(flux, attention="sdpa")
     assert set(SITES) != sites and set(_AttentionBackendRegistry._backends) != backends

@@ -65,13 +65,12 @@ class TestDropped:
     )
     # FLUX reaches attention through diffusers' dispatcher, SD3 through a processor of ours.
     @pytest.mark.parametrize("name", ["flux", "sd3"])
-    def test_freed(self, name, sections, monkeypatch):
+    def test_freed(self, name, sections, monkeypatch, collected):
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
         from diffusers_accel.kernels.attention import SITES
 
         monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
-        gc.collect()
         tables = [dict(_AttentionBackendRegistry._backends), dict(SITES)]
         pipe = accelerate(build(name), **sections)
         run(pipe, name, steps=2)

@@ -175,7 +175,7 @@ def test_the_block_rules_on_flux(case):
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_compiled_blocks_stay_inside_the_gates():
+def test_compiled_blocks_stay_inside_the_gates(collected):
     """Skipping compiles nothing anew."""
     pipe = build("flux")
     stock = TINY["flux"].run(pipe, steps=STEPS)

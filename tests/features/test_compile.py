@@ -11,7 +11,7 @@ from diffusers_accel import CompileConfig, StepMaskConfig, accelerate, restore, 
 
 
 @pytest.fixture
-def compiled():
+def compiled(collected):
     """Counts compiled graphs."""
     torch.compiler.reset()
     counters["stats"].clear()

@@ -290,7 +290,7 @@ class TestNeighbours:
         loaded = type(pipe.transformer).from_pretrained(tmp_path)
         assert all(torch.equal(item, before[key]) for key, item in loaded.state_dict().items())
 
-    def test_one_compiled_graph_for_all_blocks(self):
+    def test_one_compiled_graph_for_all_blocks(self, collected):
         pipe, entry = build("flux"), TINY["flux"]
         graphs = {}
         for linear in (None, "fp8"):
