@@ -1,4 +1,4 @@
-"""What a section's field may hold, declared beside its default; and the one check that reads the declarations.
+"""Declarations of a section's fields, each beside its default; and the one check that reads the declarations.
 
 A field's annotation says its type, `declared` its range and its meaning. A section checks itself as it is made, so a
 section that exists is sound: numbers are finite, lists have become tuples, mappings read-only copies, and nothing of
@@ -31,7 +31,7 @@ NEEDED: Any = type("Needed", (), {"__repr__": lambda self: "nothing"})()
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """What a field may hold besides what its annotation says.
+    """The values of a field, as far as its annotation does not say them.
 
     Attributes:
         means: What the field is, for a reader.
@@ -75,7 +75,7 @@ def like(section: type, name: str, default: Any) -> Any:
 
 
 def declaration(field: dataclasses.Field[Any]) -> Declared:
-    """What is declared of a field."""
+    """The declaration of a field."""
     found: Declared = field.metadata[_KEY]
     return found
 
@@ -279,7 +279,7 @@ _TEXT = Declared(means="")
 
 
 def _phrase(annotation: Any, said: Declared) -> str:
-    """What a field takes: `"a whole number of at least 1, or None"`."""
+    """The values of a field in words: `"a whole number of at least 1, or None"`."""
     found = [_words(kind, said) for kind in alternatives(annotation)]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])}, or {found[-1]}"
 

@@ -53,7 +53,7 @@ class ParallelConfig(Section):
         factor of the product: the same ranks do it that share the denoiser's work."""
     )
     vae_dim: str = declared(
-        "height", """What the VAE's picture is divided along, `"height"` or `"width"`.""", among=DIMS
+        "height", """The dimension that the VAE's picture is divided along, `"height"` or `"width"`.""", among=DIMS
     )
     vae_others: str = declared(
         "compute",

@@ -37,7 +37,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
 
 
 def parsed(text: str) -> Any:
-    """What a YAML text holds. YAML takes the last of two equal keys in silence; here they are refused.
+    """The value of a YAML text. YAML takes the last of two equal keys in silence; here they are refused.
 
     Raises:
         ValueError: It is not YAML, or has a date or a number that Python cannot hold.

@@ -82,7 +82,7 @@ _MIXED = "MIXED_PRECISION"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptLayer(Section):
-    """What a ModelOpt `quantization_config` says of one layer."""
+    """One layer's part of a ModelOpt `quantization_config`."""
 
     quant_algo: str = declared("FP8", "The algorithm.", among=tuple(_MODELOPT))
     group_size: int | None = declared(
@@ -320,7 +320,7 @@ class VAEConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RequestConfig(Section):
-    """What happens to a request where another one is running on the same denoiser."""
+    """Requests that come while another one is running on the same denoiser."""
 
     busy: str = declared(
         "wait",
