@@ -33,7 +33,7 @@ from .features.feature import Feature, Plan, Target
 from .features.parallel import tensor, weights
 from .kernels.linear import kind_of, modules_of
 from .reporting import Explanation, Row, Stats
-from .session import Session, Wanted, dropped, session_of, shared_with, taken
+from .session import Session, Wanted, abandoned, dropped, session_of, shared_with, taken
 
 Pipe = TypeVar("Pipe")
 
@@ -124,7 +124,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     wanted = _wanted(target, resolved)
     target.taken = taken(target, wanted, earlier)
     if earlier is not None:
-        for reason in earlier.journal.lasting:
+        for reason in earlier.lasting:
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
         earlier.target.clock.settle()
     words, sections = copy.deepcopy((config, sections))  # what the caller does to them later is no wish
@@ -201,10 +201,10 @@ def restore(pipe: Pipe) -> Pipe:
         NotAccelerated: It was never accelerated, or is restored already.
         Unsupported: The stock weights are gone, as the configuration asked; nothing was changed.
     """
-    if session_of(pipe) is None and dropped(pipe):
-        return pipe  # taken back through another pipeline that shares its denoisers
+    if session_of(pipe) is None and any([dropped(pipe), abandoned(pipe)]):
+        return pipe  # taken back through another pipeline that shares its denoisers, or left by one that is gone
     session = _session(pipe, "restore")
-    for reason in session.journal.lasting:
+    for reason in session.lasting:
         raise Unsupported("restore", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
     session.target.clock.settle()
     try:
@@ -455,7 +455,7 @@ def _look(session: Session, pipe: Any) -> None:
                 return
             _once(session, f"{moved}, for which nothing was chosen. Instead: accelerate(pipe, ...) again.")
     replaced: Counter[str] = Counter()
-    for edit in session.journal:
+    for edit in session.edits:
         if isinstance(edit, SetAttr) and edit.replaced:
             replaced[f"{edit.name} of {type(edit.owner).__name__}"] += 1
     for name, count in replaced.items():

@@ -2,12 +2,13 @@
 
 An edit belongs to the component that it changes, since pipelines share components (`from_pipe`, a pipeline per request
 in a server, one text encoder for many). A `Session` is what one `accelerate` did. It is kept on the denoisers
-themselves and on the pipelines it was asked for, nowhere else, so it is freed with them.
+themselves and on the pipelines it was asked for, nowhere else, so it is freed with them. Edits of another component
+(a VAE, a text encoder) are kept on that component, in a `Held`, which knows sessions only while others keep them.
 
 - A pipeline that has an accelerated denoiser runs through its session, which reports of it and restores it, whether it
   was named in `accelerate` or not. Asked for the same configuration it joins; another is refused while it is shared.
-- Another component (a VAE, a text encoder) that several sessions want alike is changed once, and stays so until the
-  last of them ends.
+- Another component that several sessions want alike is changed once, and stays so until the last of them ends. Where
+  all were dropped without `restore`, the next `accelerate` or `restore` of a pipeline that has it finds it so.
 - A copy, deep or pickled, is stock and whole: edits are undone while it is made.
 """
 
@@ -35,7 +36,7 @@ from .features.feature import Target
 SESSION = "_diffusers_accel_session"
 # Where a pipeline keeps the edits of itself.
 _OWN = "_diffusers_accel_edits"
-# Where another component keeps the sessions that want it changed.
+# Where another component keeps its edits and the sessions that want them.
 _HELD = "_diffusers_accel_held"
 
 # Component -> feature -> its section, of components besides the denoisers.
@@ -55,7 +56,8 @@ class Session:
         wanted: What it changes besides the denoisers.
 
     Attributes:
-        journal: Its edits.
+        journal: Its edits, but for those of the components in `besides`.
+        besides: Components that it has changed besides the denoisers, by name.
         pipes: The pipelines it was asked for, while they exist.
         over: Whether it has been taken back.
         said: Warnings that need not be given again.
@@ -68,6 +70,7 @@ class Session:
     weight_bytes_before: int
     wanted: Wanted = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)
+    besides: dict[str, nn.Module] = field(default_factory=dict)
     pipes: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     over: bool = False
     said: set[str] = field(default_factory=set)
@@ -82,8 +85,15 @@ class Session:
             edits: What features yield.
             pipes: The pipelines that it is asked for.
         """
+        components = self.target.pipe.components
+        self.besides = {name: components[name] for name in self.wanted}
         try:
+            for name, module in self.besides.items():
+                if name not in self.target.taken:
+                    let_go(module)
             self.journal.apply(self._all(edits))
+            for name, module in self.besides.items():
+                _held(module, self.wanted[name]).adopt(self)
             for pipe in pipes:
                 self.join(pipe)
         except BaseException:
@@ -112,10 +122,10 @@ class Session:
 
     def _end(self) -> None:
         self.over = True
-        for name in self.wanted:
-            self._hand_on(name)
         try:
             self.journal.undo()
+            for name, module in self.besides.items():
+                self._release(name, module)
         finally:
             for pipe in list(self.pipes):
                 own = vars(pipe).get(_OWN)
@@ -139,7 +149,7 @@ class Session:
         Raises:
             Unsupported: The stock weights are gone, or divided among ranks.
         """
-        reasons = self.journal.lasting
+        reasons = [*self.journal.lasting, *(reason for held in self._helds for reason in held.journal.lasting)]
         parallel = self.config.parallel
         if parallel is not None and (parallel.tp > 1 or parallel.fsdp):
             reasons = ["its weights are divided among ranks"]
@@ -148,8 +158,29 @@ class Session:
                 what, f"{reasons[0]}.", "save_quantized(pipe, ...), or load the pipeline again.", self._name
             )
         self.target.clock.settle()
-        with self.journal.suspended():
+        with ExitStack() as stack:
+            for module in self.besides.values():
+                stack.enter_context(_suspended(module))
+            stack.enter_context(self.journal.suspended())
             yield
+
+    @property
+    def lasting(self) -> list[str]:
+        """Why `end` could not take everything back."""
+        alone = (held for held in self._helds if not [each for each in held.sessions if each is not self])
+        return [*self.journal.lasting, *(reason for held in alone for reason in held.journal.lasting)]
+
+    @property
+    def edits(self) -> Iterator[Edit]:
+        """What is in force on its components."""
+        yield from self.journal
+        for held in self._helds:
+            yield from held.journal
+
+    @property
+    def _helds(self) -> list[Held]:
+        found = (vars(module).get(_HELD) for module in self.besides.values())
+        return [held for held in found if isinstance(held, Held)]
 
     @property
     def _name(self) -> str:
@@ -159,12 +190,9 @@ class Session:
         for denoiser in self.target.denoisers:
             yield SetAttr(denoiser.module, SESSION, self)
             yield from _copies(denoiser.module)
-        components = self.target.pipe.components
-        for name, key in self.wanted.items():
-            module = components[name]
+        for name, module in self.besides.items():
             if name not in self.target.taken:
                 yield from _copies(module)
-            yield _Hold(module, self, key)
         yield from edits
 
     def _around(self, pipe: Any) -> Iterator[Edit]:
@@ -176,20 +204,20 @@ class Session:
         # Notebooks ask an instance; a pipeline's own text is a page long.
         yield SetAttr(pipe, "_repr_mimebundle_", functools.partial(_one_line, self, type(pipe).__name__))
 
-    def _hand_on(self, name: str) -> None:
-        """Leaves a component's edits to another session that wants them."""
-        holds = [edit for edit in self.journal if isinstance(edit, _Hold)]
-        for hold in holds:
-            if self.wanted.get(name) is not hold.key:
-                continue
-            others = [each for each in hold.held.sessions if each is not self]
-            if not others:
-                continue
-            others[0].journal.give(self.journal.take(_within(hold.module)))
-            kinds = ", ".join(sorted(f"{type(pipe).__name__}" for pipe in others[0].pipes))
-            warnings.warn(
-                f"restore: {name} stays accelerated for {kinds or 'another pipeline'}, which shares it.", stacklevel=4
-            )
+    def _release(self, name: str, module: nn.Module) -> None:
+        """Wants a component changed no more; where others do, it stays so."""
+        held = vars(module).get(_HELD)
+        if not isinstance(held, Held) or self not in held.sessions:
+            return
+        others = [each for each in held.sessions if each is not self]
+        held.sessions.discard(self)
+        if not others:
+            held.let_go()
+            return
+        kinds = ", ".join(sorted({type(pipe).__name__ for each in others for pipe in each.pipes}))
+        warnings.warn(
+            f"restore: {name} stays accelerated for {kinds or 'another pipeline'}, which shares it.", stacklevel=5
+        )
 
 
 def _one_line(session: Session, name: str, include: Any = None, exclude: Any = None) -> dict[str, str]:
@@ -201,45 +229,86 @@ def _one_line(session: Session, name: str, include: Any = None, exclude: Any = N
 
 @dataclass(eq=False)
 class Held:
-    """Who wants a component changed, and how."""
+    """A component besides the denoisers that is changed.
 
+    Args:
+        module: The component.
+        key: How it is changed: feature -> its section.
+
+    Attributes:
+        journal: Its edits.
+        sessions: Those that want it so, while they exist.
+    """
+
+    module: weakref.ref[nn.Module]
     key: Mapping[str, Any]
-    sessions: list[Session] = field(default_factory=list)
+    journal: Journal = field(default_factory=Journal)
+    sessions: weakref.WeakSet[Session] = field(default_factory=weakref.WeakSet)
 
     def __reduce__(self) -> Any:
         return (type(None), ())
 
+    def adopt(self, session: Session) -> None:
+        """Takes over what a session has changed of the component."""
+        self.sessions.add(session)
+        module = self.module()
+        assert module is not None
+        inside = {id(part) for part in module.modules()}
+        session.journal.hand_over(self.journal, lambda edit: id(getattr(edit, "place", None)) in inside)
 
-@dataclass(eq=False)
-class _Hold:
-    """Has a session named among those that want a component changed."""
+    def let_go(self) -> None:
+        """Takes everything back."""
+        self.journal.undo()
+        module = self.module()
+        if module is not None:
+            vars(module).pop(_HELD, None)
 
-    module: nn.Module
-    session: Session
-    key: Mapping[str, Any]
-
-    @property
-    def held(self) -> Held:
-        found: Held = vars(self.module)[_HELD]
-        return found
-
-    def apply(self) -> None:
-        held = vars(self.module).setdefault(_HELD, Held(self.key))
-        if self.session not in held.sessions:
-            held.sessions.append(self.session)
-
-    def undo(self) -> None:
-        held = vars(self.module).get(_HELD)
-        if held is not None and self.session in held.sessions:
-            held.sessions.remove(self.session)
-        if held is not None and not held.sessions:
-            vars(self.module).pop(_HELD, None)
+    def others(self, session: Session | None) -> list[Session]:
+        """The sessions besides one that want it so."""
+        if any(each is not session for each in self.sessions):
+            gc.collect()  # one that nobody has any more wants nothing
+        return [each for each in self.sessions if each is not session]
 
 
-def _within(component: nn.Module) -> Callable[[Edit], bool]:
-    """Whether an edit changes something within a component."""
-    inside = {id(module) for module in component.modules()}
-    return lambda edit: not isinstance(edit, _Hold) and id(getattr(edit, "place", None)) in inside
+def _held(module: nn.Module, key: Mapping[str, Any]) -> Held:
+    found: Held = vars(module).setdefault(_HELD, Held(weakref.ref(module), key))
+    return found
+
+
+def let_go(module: Any) -> bool:
+    """Takes back what is in force on a component that no session wants any more; whether there was anything.
+
+    Raises:
+        Unsupported: Its stock weights are gone; nothing was changed.
+    """
+    held = vars(module).get(_HELD)
+    if not isinstance(held, Held) or held.others(None):
+        return False
+    for reason in held.journal.lasting:
+        raise Unsupported("restore", f"{reason}.", "load the component again.", type(module).__name__)
+    held.let_go()
+    return True
+
+
+def abandoned(pipe: Any) -> bool:
+    """Takes back what pipelines that were dropped without `restore` have left on components of this one; whether there
+    was anything."""
+    found = [let_go(module) for module in _components(pipe)]  # of each, whatever was on the one before
+    return any(found)
+
+
+@contextmanager
+def _suspended(module: nn.Module) -> Iterator[None]:
+    """A context within which a component besides the denoisers is stock."""
+    held = vars(module).pop(_HELD, None)
+    if not isinstance(held, Held):
+        yield
+        return
+    try:
+        with held.journal.suspended():
+            yield
+    finally:
+        vars(module)[_HELD] = held
 
 
 def session_of(pipe: Any) -> Session | None:
@@ -304,10 +373,10 @@ def taken(target: Target, wanted: Wanted, own: Session | None) -> frozenset[str]
     found = set()
     for name, key in wanted.items():
         held = vars(target.pipe.components[name]).get(_HELD)
-        others = [each for each in held.sessions if each is not own] if held is not None else []
-        if not others:
+        if not isinstance(held, Held) or (own is not None and set(held.sessions) == {own}):
             continue
-        if held.key != key:
+        others = held.others(own)
+        if held.key != key and others:
             kinds = sorted(type(pipe).__name__ for each in others for pipe in each.pipes) or ["another pipeline"]
             features = ", ".join(sorted(set(key) | set(held.key)))
             raise Unsupported(
@@ -316,7 +385,8 @@ def taken(target: Target, wanted: Wanted, own: Session | None) -> frozenset[str]
                 f"the same setting for both, or restore(...) the other one, or a {name} of its own.",
                 type(target.pipe).__name__,
             )
-        found.add(name)
+        if held.key == key:
+            found.add(name)
     return frozenset(found)
 
 
@@ -379,11 +449,7 @@ def _components(pipe: Any) -> list[nn.Module]:
 def _stock(owner: Any, what: str) -> Iterator[None]:
     """A context within which a component or pipeline is stock."""
     modules = [owner] if isinstance(owner, nn.Module) else _components(owner)
-    found: list[Session] = []
-    for module in modules:
-        held = vars(module).get(_HELD)
-        found += [vars(module)[SESSION]] if SESSION in vars(module) else []
-        found += held.sessions if held is not None else []
+    found = [vars(module)[SESSION] for module in modules if SESSION in vars(module)]
     with ExitStack() as stack:
         own: Journal | None = vars(owner).get(_OWN)
         if own is not None:
@@ -393,4 +459,10 @@ def _stock(owner: Any, what: str) -> Iterator[None]:
         for session in dict.fromkeys(found):
             if not session.over:
                 stack.enter_context(session.suspended(what))
+        for module in modules:
+            held = vars(module).get(_HELD)
+            if isinstance(held, Held):
+                for reason in held.journal.lasting:
+                    raise Unsupported(what, f"{reason}.", "load the component again.", type(module).__name__)
+                stack.enter_context(_suspended(module))
         yield

@@ -60,6 +60,9 @@ class TapeRecorder:
             again = function(*pytree.tree_map(now, args), **pytree.tree_map(now, kwargs))
             for one, other in zip(pytree.tree_leaves(out), pytree.tree_leaves(again), strict=True):
                 made[id(one)] = other
+                if isinstance(other, torch.ScriptObject):
+                    # A collective of Gloo that is under way. What waited for it was no operator, and is not recorded.
+                    other.wait()
         for output, found in zip(self.outputs, self.found, strict=True):
             output.copy_(now(found))
 

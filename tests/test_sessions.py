@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -116,6 +117,68 @@ class TestShared:
         assert torch.equal(run(one), stock)
         found = one.text_encoder_2.state_dict()
         assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
+
+    @pytest.mark.parametrize(
+        "sections",
+        [
+            {"vae": {"slicing": True}},
+            {"linear": {"algo": "int8", "smallest": 0, "targets": ("text_encoder_2",)}},
+            {"cuda_graph": {"text_encoders": True, "vae": True}},
+        ],
+        ids=["vae", "linear", "graphs"],
+    )
+    def test_one_is_dropped(self, sections, monkeypatch, collected):
+        """A component that others have does not keep the denoiser of a pipeline that nobody has any more."""
+        monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+        kept, dropped = build("flux"), build("flux", seed=1)
+        dropped.vae, dropped.text_encoder_2 = kept.vae, kept.text_encoder_2
+        stock, before = run(kept), fingerprint(kept)
+        for shared in (True, False):
+            accelerate(dropped, **sections)
+            if shared:
+                accelerate(kept, **sections)
+            run(dropped)
+            gone = weakref.ref(dropped.transformer)
+            del dropped
+            gc.collect()
+            assert gone() is None
+            # The only one that wants it now; and, where none does, the one that has it.
+            assert restore(kept) is kept
+            assert fingerprint(kept) == before and torch.equal(run(kept), stock)
+            with pytest.raises(NotAccelerated):
+                restore(kept)
+            dropped = build("flux", seed=1)
+            dropped.vae, dropped.text_encoder_2 = kept.vae, kept.text_encoder_2
+
+    def test_after_one_that_was_dropped(self):
+        """Settings of a pipeline that is gone are joined where they are the same, and make way where they are not."""
+        kept = build("flux")
+        stock, before = run(kept), fingerprint(kept)
+        for later in ({"slicing": True}, {"tiling": True}):
+            gone = build("flux", seed=1)
+            gone.vae = kept.vae
+            accelerate(gone, vae={"slicing": True})
+            del gone
+            gc.collect()
+            accelerate(kept, vae=later)
+            assert (kept.vae.use_slicing, kept.vae.use_tiling) == ("slicing" in later, "tiling" in later)
+            restore(kept)
+            assert fingerprint(kept) == before and torch.equal(run(kept), stock)
+
+    def test_weights_dropped_with_their_pipeline(self):
+        """What cannot be taken back is refused by name, and stays as it was."""
+        kept, gone = build("flux"), build("flux", seed=1)
+        gone.text_encoder_2 = kept.text_encoder_2
+        linear = {"algo": "int8", "smallest": 0, "targets": ("text_encoder_2",), "keep_original": "drop"}
+        accelerate(gone, linear=linear)
+        quantized = run(kept)
+        del gone
+        gc.collect()
+        with pytest.raises(Unsupported, match="weights were dropped"):
+            restore(kept)
+        with pytest.raises(Unsupported, match="original weight is gone"):
+            accelerate(kept, linear=linear)
+        assert torch.equal(run(kept), quantized)
 
     def test_another_setting_is_refused(self):
         one, other = build("flux"), build("flux", seed=1)
@@ -246,11 +309,19 @@ class TestRequests:
 
     @pytest.mark.parametrize("name", ["flux", "wan"])
     @pytest.mark.parametrize("own", [True, False], ids=["twins", "one"])
-    def test_threads_wait(self, name, own):
+    def test_threads_wait(self, name, own, monkeypatch):
         """Of one pipeline, whose scheduler all use, or of one for each thread."""
         pipe = accelerate(build(name), attention="sdpa", cache=NOTHING)
         expected = {seed: run(build(name), name, steps=3, seed=seed) for seed in range(3)}
         found, errors = {}, []
+        # A tokenizer keeps the padding of the call it is at: stock pipelines cannot encode prompts side by side either.
+        encode, one_at_a_time = type(pipe).encode_prompt, threading.Lock()
+
+        def encode_prompt(self, *args, **kwargs):
+            with one_at_a_time:
+                return encode(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(pipe), "encode_prompt", encode_prompt)
 
         def work(number):
             torch.set_num_threads(1)  # each thread has a number of its own, and sums depend on it
@@ -271,6 +342,21 @@ class TestRequests:
         assert not errors and len(found) == 9
         for (_, seed), item in found.items():
             assert same(item, expected[seed])
+
+    def test_a_generator_that_has_yielded(self, monkeypatch):
+        """Its frame has no caller any more. A thread that is looked at from another one at that moment still runs."""
+        from diffusers_accel.core.calls import PipelineCall
+
+        def numbers():
+            yield sys._getframe()
+
+        generator = numbers()
+        call = PipelineCall(build("flux"), sys._getframe())
+        assert call.running
+        monkeypatch.setattr(sys, "_current_frames", lambda: {threading.get_ident(): next(generator)})
+        assert call.running
+        monkeypatch.setattr(sys, "_current_frames", dict)
+        assert not call.running, "its thread has ended"
 
     def test_busy(self):
         """Refused at once where that was asked for, and free again once the request has ended, however it did."""

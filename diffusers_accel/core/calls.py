@@ -12,6 +12,7 @@ cannot wait for it: the outer one rests meanwhile, and each has a state of its o
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import weakref
@@ -25,6 +26,8 @@ from ..errors import Busy
 _KEY = "_diffusers_accel_call"
 # Seconds between two looks at whether a request that others wait for has ended. One that raised may not say so.
 _PATIENCE = 0.005
+# Flags of code whose frames are taken off the stack and put on it again.
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class PipelineCall:
@@ -57,12 +60,13 @@ class PipelineCall:
     @property
     def running(self) -> bool:
         """Whether it has neither returned nor raised: a traceback that is kept holds a frame that has ended."""
-        frame = None if self.over else sys._current_frames().get(self._thread)
+        frame = last = None if self.over else sys._current_frames().get(self._thread)
         while frame is not None:
             if id(frame) == self._frame:
                 return True
-            frame = frame.f_back
-        return False
+            frame, last = frame.f_back, frame
+        # The thread runs on meanwhile. A generator that has yielded since then has lost its caller: nothing is known.
+        return last is not None and bool(last.f_code.co_flags & _SUSPENDS)
 
     def end(self) -> None:
         """Says that its frame is gone."""

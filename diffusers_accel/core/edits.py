@@ -399,15 +399,12 @@ class Journal:
         if failed is not None:
             raise failed
 
-    def take(self, belongs: Callable[[Edit], bool]) -> list[Edit]:
-        """Takes edits out of the journal as they are, in their order, for another journal to undo."""
-        taken = [edit for edit in self._applied if belongs(edit)]
-        self._applied = [edit for edit in self._applied if edit not in taken]
-        return taken
-
-    def give(self, edits: Iterable[Edit]) -> None:
-        """Takes over edits of another journal, as if they had been applied before its own."""
-        self._applied[:0] = edits
+    def hand_over(self, other: Journal, belongs: Callable[[Edit], bool]) -> None:
+        """Has another journal undo some of the edits, in their order, as if they had been applied before its own."""
+        given = [edit for edit in self._applied if belongs(edit)]
+        # For a moment they are in both, and Ctrl-C loses none: an edit may be undone twice.
+        other._applied[:0] = given
+        self._applied = [edit for edit in self._applied if edit not in given]
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -164,11 +164,15 @@ def test_cached(pools, name, cache, way):
 @pytest.mark.parametrize("name", ["flux-true-cfg", "ltx2-i2v-stg"])
 def test_through_windows(pools, name):
     """Compiled and recorded too: a graph knows windows by their address."""
-    sections = {"compile": {"backend": "eager"}, "cuda_graph": True, "attention": "sdpa"}
-    found = agrees(pools[2], name, ON_2["ulysses"], sections=sections, steps=4, rest=(None, True, None, True))
-    assert all(replays > 0 for *_, replays in found)
-    agrees(pools[4], name, ON_4["ulysses and ring"], rest=(None, False, None, True))
-    agrees(pools[4], name, ON_4["grid"], sections=sections, steps=4, rest=(None, True, None, True))
+    recorded = {"cuda_graph": True, "attention": "sdpa"}
+    compiled = {"compile": {"backend": "eager"}, **recorded}
+    for pool, way, sections in (
+        (pools[2], ON_2["ulysses"], compiled),
+        (pools[4], ON_4["ulysses and ring"], recorded),
+        (pools[4], ON_4["grid"], recorded),
+    ):
+        found = agrees(pool, name, way, sections=sections, steps=4, rest=(None, True, None, True))
+        assert all(replays > 0 for *_, replays in found)
 
 
 def test_a_request_after_one_that_was_broken_off(pools):

@@ -9,6 +9,7 @@ device, writing to what it was given) cannot be played: such calls stay as they 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,9 @@ class Whole:
     """
 
     def __init__(self, target: Target, name: str, module: nn.Module, limit: int):
-        self.target, self.name, self.module, self.limit = target, name, module, limit
+        self.name, self.module, self.limit = name, module, limit
+        # The module may outlive the pipeline: one that others share.
+        self._target = weakref.ref(target)
         self.replays = 0
         # A call's kind -> its graph; `None` after its first call.
         self._kinds: dict[Hashable, _Played | None] = {}
@@ -60,8 +63,9 @@ class Whole:
 
     def around(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer around the module's forward."""
-        if self._request != self.target.clock.request:
-            self._request, self.replays = self.target.clock.request, 0
+        target = self._target()
+        if target is not None and self._request != target.clock.request:
+            self._request, self.replays = target.clock.request, 0
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [item for item in leaves if isinstance(item, torch.Tensor)]
         why = self._refusal(args, kwargs, leaves, tensors)
