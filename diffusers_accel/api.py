@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .asked import meant, target_of
+from .asked import DENOISERS, meant, target_of
 from .config import AccelConfig
 from .core.edits import Edit, Journal, SetAttr
 from .core.moments import between
@@ -115,7 +115,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
                 "accelerate",
                 f"another pipeline that shares it ({', '.join(others)}) is accelerated otherwise.",
                 "the same configuration, or restore(pipe), which takes it back for all that share it.",
-                str(target.denoisers[0]),
+                str(target),
             )
         if pipe not in earlier.pipes:
             earlier.join(pipe)
@@ -178,7 +178,7 @@ def _begin(
                 feature,
                 f"{type(error).__name__}: {str(error).strip() or 'no message'}.",
                 f"another setting of {feature}, or none.",
-                str(target.denoisers[0]),
+                str(target),
             ) from error
         raise
 
@@ -238,7 +238,7 @@ def explain(
     default = [str(denoiser) for denoiser in target.denoisers if denoiser.adapter.default]
     if default:
         notes = (*notes, f"No adapter describes {', '.join(default)}: features that need one are refused.")
-    return Explanation(type(pipe).__name__, str(target.denoisers[0].device), tuple(rows), notes)
+    return Explanation(type(pipe).__name__, str(target.device), tuple(rows), notes)
 
 
 def stats(pipe: Any) -> Stats:
@@ -437,6 +437,10 @@ def _look(session: Session, pipe: Any) -> None:
         Unsupported: The request would be wrong.
     """
     target, config = session.target, session.config
+    if pipe is not None and not target.denoisers and any(getattr(pipe, name, None) is not None for name in DENOISERS):
+        warnings.warn("accelerate: a denoiser was loaded since: everything is chosen again.", stacklevel=2)
+        _renew(session, pipe)
+        return
     for denoiser in target.denoisers:
         if config.cache is not None and getattr(denoiser.module, "is_cache_enabled", False):
             raise Unsupported(
@@ -450,8 +454,7 @@ def _look(session: Session, pipe: Any) -> None:
             moved = f"accelerate: {denoiser} has moved from {denoiser.device.type} to {now}"
             if pipe is not None:
                 warnings.warn(f"{moved}: everything is chosen again.", stacklevel=2)
-                asked, sections = session.asked
-                accelerate(pipe, asked, **sections)
+                _renew(session, pipe)
                 return
             _once(session, f"{moved}, for which nothing was chosen. Instead: accelerate(pipe, ...) again.")
     replaced: Counter[str] = Counter()
@@ -464,6 +467,12 @@ def _look(session: Session, pipe: Any) -> None:
             f"accelerate: {name} was set by somebody else since ({count} of them), and stays as it is now. Instead: "
             "accelerate(pipe, ...) again, which takes it along.",
         )
+
+
+def _renew(session: Session, pipe: Any) -> None:
+    """Does anew what a session was asked for, with a pipeline as it is now."""
+    asked, sections = session.asked
+    accelerate(pipe, asked, **sections)
 
 
 def _once(session: Session, message: str) -> None:

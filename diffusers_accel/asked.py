@@ -41,7 +41,7 @@ def target_of(
 
     Raises:
         TypeError: It is not a diffusers pipeline.
-        Unsupported: It has no denoiser, or one that is compiled or divided among ranks.
+        Unsupported: Its class has no denoiser, or its denoiser is compiled or divided among ranks.
     """
     import diffusers
 
@@ -63,10 +63,9 @@ def target_of(
         for name, module in loaded.items()
         if isinstance(module, nn.Module)
     )
-    kind = type(pipe).__name__
-    if not denoisers:
-        reason = f"{', '.join(loaded)} is None." if loaded else f"it has none of {', '.join(DENOISERS)}."
-        raise Unsupported("accelerate", reason, "load the pipeline with its denoiser.", kind)
+    if not loaded:
+        reason = f"it has none of {', '.join(DENOISERS)}."
+        raise Unsupported("accelerate", reason, "a pipeline that denoises.", type(pipe).__name__)
     for denoiser in denoisers:
         _refuse_compiled(denoiser)
     found: list[Target] = []
@@ -131,11 +130,30 @@ def meant(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[Acc
     """
     found, notes = _written(target, config, sections)
     names.refuse_unknown(found)
+    if not target.denoisers:
+        return _without_denoiser(target, found, notes)
     if found.parallel is not None and found.parallel.sequence > 1 and found.attention is None:
         # Somebody must carry attention between ranks.
         found = replace(found, attention=AttentionConfig(backend="sdpa"))
         notes = (*notes, "attention='sdpa', which carries a sequence that ranks share; name a faster one.")
     return found, notes
+
+
+def _without_denoiser(
+    target: Target, config: AccelConfig, notes: tuple[str, ...]
+) -> tuple[AccelConfig, tuple[str, ...]]:
+    """The sections that change something else. Pipelines are loaded without a denoiser to encode prompts."""
+    linear, graphs = config.linear, config.cuda_graph
+    kept = {
+        "linear": linear if linear is not None and linear.targets is not None else None,
+        "cuda_graph": graphs if graphs is not None and (graphs.vae or graphs.text_encoders) else None,
+        "vae": config.vae,
+        "request": config.request,
+        "warmup": config.warmup,
+    }
+    off = [each.name for each in fields(config) if getattr(config, each.name) is not None and not kept.get(each.name)]
+    note = f"no denoiser is loaded, so {', '.join(off)} {'is' if len(off) == 1 else 'are'} left off."
+    return AccelConfig(**kept), (*notes, note) if off else notes
 
 
 def _written(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:

@@ -184,7 +184,7 @@ class Session:
 
     @property
     def _name(self) -> str:
-        return str(self.target.denoisers[0])
+        return str(self.target)
 
     def _all(self, edits: Iterable[Edit]) -> Iterator[Edit]:
         for denoiser in self.target.denoisers:
@@ -223,7 +223,7 @@ class Session:
 def _one_line(session: Session, name: str, include: Any = None, exclude: Any = None) -> dict[str, str]:
     """A pipeline in a notebook: what it is, where, and what is in force on it."""
     on = [entry.name for entry in fields(session.config) if getattr(session.config, entry.name) is not None]
-    where = session.target.denoisers[0].device
+    where = session.target.device
     return {"text/plain": f"{name} on {where}, accelerated: {', '.join(on) or 'nothing'}. stats(pipe) tells more."}
 
 

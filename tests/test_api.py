@@ -332,9 +332,35 @@ class TestBadInput:
         assert fingerprint(flux) == before
 
     def test_no_denoiser(self, flux):
+        """A pipeline for prompts alone: what changes denoisers is left off, and done once there is one."""
+        stock, transformer = run(flux), flux.transformer
         flux.transformer = None
-        with pytest.raises(Unsupported, match="transformer is None"):
-            accelerate(flux)
+        before = fingerprint(flux)
+        linear = {"algo": "int8", "smallest": 0, "targets": ("text_encoder_2",)}
+        assert explain(flux, attention="sdpa", fuse=True, linear=linear).ok
+        with pytest.warns(UserWarning, match="no denoiser is loaded, so fuse, attention are left off"):
+            accelerate(flux, attention="sdpa", fuse=True, linear=linear)
+        assert "accelerated: linear" in flux._repr_mimebundle_()["text/plain"] and not stats(flux).requests
+        flux.encode_prompt("a red fox", "a red fox")
+        assert fingerprint(restore(flux)) == before
+        with pytest.warns(UserWarning, match="no denoiser is loaded"):
+            accelerate(flux, attention="sdpa")
+        flux.transformer = transformer
+        with pytest.warns(UserWarning, match="a denoiser was loaded since"):
+            run(flux)
+        assert stats(flux).attention_kernels["sdpa"] > 0
+        assert torch.equal(run(restore(flux)), stock)
+
+    def test_no_denoiser_known(self, flux):
+        from diffusers import DiffusionPipeline
+
+        class Bare(DiffusionPipeline):
+            def __init__(self, vae):
+                super().__init__()
+                self.register_modules(vae=vae)
+
+        with pytest.raises(Unsupported, match="has none of transformer"):
+            accelerate(Bare(flux.vae))
 
     def test_compiled_already(self, flux):
         flux.transformer.compile_repeated_blocks(backend="eager")

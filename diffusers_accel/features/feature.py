@@ -20,7 +20,7 @@ from ..config import AccelConfig
 from ..core.edits import Edit
 from ..core.mesh import own_gpu
 from ..core.parts import parts
-from ..core.platform import Device
+from ..core.platform import Device, describe
 from ..core.step import StepClock, StepState
 from ..core.windows import Windows
 from ..errors import Unsupported
@@ -144,8 +144,18 @@ class Target:
         return compile is not None and compile.rewriting and denoiser.device.type in REWRITTEN_ON
 
     @property
+    def device(self) -> Device:
+        """Where the denoisers run, or the whole pipeline if none is loaded."""
+        return self.denoisers[0].device if self.denoisers else describe(self.pipe._execution_device)
+
+    def __str__(self) -> str:
+        return str(self.denoisers[0]) if self.denoisers else str(self.pipe.__class__.__name__)
+
+    @property
     def home(self) -> torch.device:
         """Where blocks run, or are to run: a model on the host may be meant for this rank's GPU."""
+        if not self.denoisers:
+            return torch.device(self.device.type)
         first = self.denoisers[0]
         now = next(first.module.parameters()).device
         return own_gpu() if now.type == "cpu" and first.device.type == "cuda" else now

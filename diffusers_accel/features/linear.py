@@ -210,7 +210,7 @@ def _targets(target: Target, config: LinearConfig) -> tuple[Denoiser, ...]:
                 f"the pipeline has no such model{' loaded' if name in target.pipe.components else ''}.",
                 f"linear.targets of {', '.join(modules)}.",
             )
-        device = target.denoisers[0].device
+        device = target.device
         found.append(known.get(name) or Denoiser(name, module, default_adapter(module), device))
     return tuple(found)
 

@@ -77,7 +77,7 @@ def check(target: Target, config: ParallelConfig) -> Plan:
     # What tp does is a row of its own.
     alone = "requests compared" if config.tp > 1 else "one rank"
     left = []
-    on_host = target.denoisers[0].device.type == "cpu" and torch.cuda.is_available()
+    on_host = target.device.type == "cpu" and torch.cuda.is_available()
     if on_host and config.exchange == "auto" and config.sequence * config.tp * config.vae > 1:
         left.append(
             "The pipeline is on the CPU, so ranks will exchange by messages, also if it is moved to GPUs later: slower "
@@ -188,7 +188,7 @@ def settle(target: Target) -> Iterator[Edit]:
     Raises:
         Unsupported: Ranks are on one GPU and cannot be moved.
     """
-    device = target.denoisers[0].device.type
+    device = target.device.type
     # A pipeline that is divided on the host may be moved afterwards.
     begin("cuda" if torch.cuda.is_available() and dist.is_nccl_available() else device)
     if device == "cuda":
@@ -204,7 +204,7 @@ def components(target: Target, config: ParallelConfig) -> tuple[str, ...]:
 
 def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     """The mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
-    device, ranks = target.denoisers[0].device.type, everyone()
+    device, ranks = target.device.type, everyone()
     mesh = Mesh(config.axes(launched() or 1), device)
     for axis in SEQUENCE:
         open_for(target, mesh.group(axis), device, config)

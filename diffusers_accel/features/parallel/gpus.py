@@ -57,7 +57,7 @@ class Seat:
 
 def notes(target: Target) -> list[str]:
     """What `explain` says of it. Whether others are on the same GPU is not known until they are asked."""
-    if target.denoisers[0].device.type != "cuda":
+    if target.device.type != "cuda":
         return []
     here, own = _gpu(target), _own()
     if own is None or own == here:

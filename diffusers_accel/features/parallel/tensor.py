@@ -81,7 +81,7 @@ def check(target: Target, config: ParallelConfig) -> Plan:
 def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     """The process group and mesh; then, layer by layer, a swap and the stock weight put aside; and what processors
     count."""
-    device = target.denoisers[0].device.type
+    device = target.device.type
     begin(device)
     group = Mesh(config.sizes, device).group("tp")
     if group.size == 2:  # sums of more are NCCL's: core/windowed.py

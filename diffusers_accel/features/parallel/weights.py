@@ -91,7 +91,7 @@ def check(target: Target, config: ParallelConfig) -> Plan:
 
 def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
     """Every block divided, with a layer that puts it together; and all that stays whole on the rank's device."""
-    device = target.denoisers[0].device.type
+    device = target.device.type
     begin(device)
     mesh = Mesh(config.axes(launched() or 1), device)
     found, memory = _weights(target), Memory(mesh.beside(), target.home)
@@ -145,7 +145,7 @@ def _components(target: Target) -> list[Denoiser]:
     for name, module in target.pipe.components.items():
         if not isinstance(module, nn.Module) or (hasattr(module, "encode") and hasattr(module, "decode")):
             continue
-        device = target.denoisers[0].device
+        device = target.device
         found.append(known.get(name) or Denoiser(name, module, default_adapter(module), device))
     return found
 
