@@ -144,7 +144,7 @@ def _without_denoiser(
 ) -> tuple[AccelConfig, tuple[str, ...]]:
     """The sections that change something else. Pipelines are loaded without a denoiser to encode prompts."""
     linear, graphs = config.linear, config.cuda_graph
-    kept = {
+    kept: dict[str, Any] = {
         "linear": linear if linear is not None and linear.targets is not None else None,
         "cuda_graph": graphs if graphs is not None and (graphs.vae or graphs.text_encoders) else None,
         "vae": config.vae,
