@@ -289,7 +289,7 @@ def check_whole(device: torch.device) -> tuple[dict[str, Any], list[str]]:
             same = [
                 all(map(torch.equal, run(pipe, prompt), one)) for prompt, one in zip(prompts, expected, strict=True)
             ]
-        graphs = vars(pipe)["_diffusers_accel_session"].target.graphs
+        graphs = vars(pipe)["_diffusers_accel_session"].context.outputs.graphs
         held = {each.name: each.captured for each in graphs if hasattr(each, "name")}
         found[name] = {"same": same, "captured": held, "said": sorted({str(each.message)[:200] for each in said})}
         if not all(same) or not held["vae.decoder"]:

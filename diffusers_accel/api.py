@@ -1,6 +1,6 @@
 """The five functions a user calls, the table of features, and the one order in which everything is applied.
 
-`accelerate` builds a target, runs every feature's check, and only then lets the journal apply their edits. What it did
+`accelerate` builds a context, runs every feature's check, and only then lets the journal apply their edits. What it did
 is kept in a session (`session.py`) on the components that it changes; nothing is kept anywhere else.
 """
 
@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -22,18 +22,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .asked import DENOISERS, meant, target_of
 from .config import AccelConfig
 from .core.edits import Edit, Journal, SetAttr
 from .core.moments import between
 from .core.step import Mode, StepState
 from .errors import AccelError, NotAccelerated, Unsupported
 from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
-from .features.feature import Feature, Plan, Target
+from .features.context import PipelineContext
+from .features.feature import Feature, Plan
 from .features.parallel import tensor, weights
 from .kernels.linear import kind_of, modules_of
 from .reporting import Explanation, Row, Stats
-from .session import Session, Wanted, abandoned, dropped, session_of, shared_with, taken
+from .resolve import DENOISERS, pipeline_context, resolve_config
+from .session import Session, Wanted, abandoned, dropped, session_of, shared_components, shared_with
 
 Pipe = TypeVar("Pipe")
 
@@ -105,33 +106,33 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         ConfigError: The configuration cannot be read; nothing was changed.
         TypeError: `pipe` is not a diffusers pipeline.
     """
-    target = _target(pipe, config, sections)
-    resolved, notes = meant(target, config, sections)
-    target.config = resolved
-    earlier = shared_with(pipe, target)
+    context, notes = _resolved(pipe, config, sections)
+    resolved = context.config
+    assert resolved is not None
+    earlier = shared_with(pipe, context)
     if earlier is not None and (others := earlier.others(pipe)):
         if earlier.config != resolved:
             raise Unsupported(
                 "accelerate",
                 f"another pipeline that shares it ({', '.join(others)}) is accelerated otherwise.",
                 "the same configuration, or restore(pipe), which takes it back for all that share it.",
-                str(target),
+                str(context),
             )
         if pipe not in earlier.pipes:
             earlier.join(pipe)
         return pipe
-    plans = [feature.check(target, section) for _, feature, section in _active(resolved)]
-    wanted = _wanted(target, resolved)
-    target.taken = taken(target, wanted, earlier)
+    plans = [feature.check(context, section) for _, feature, section in _active(resolved)]
+    wanted = _wanted(context, resolved)
+    context = replace(context, shared=shared_components(context, wanted, earlier))
     if earlier is not None:
         for reason in earlier.lasting:
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
-        earlier.target.clock.settle()
+        earlier.context.clock.settle()
     words, sections = copy.deepcopy((config, sections))  # what the caller does to them later is no wish
     left = [note for plan in plans for note in plan.left]
-    if torch.cuda.is_available() and all(denoiser.device.type == "cpu" for denoiser in target.denoisers):
+    if torch.cuda.is_available() and all(denoiser.device.type == "cpu" for denoiser in context.denoisers):
         left.append("the pipeline is on the CPU, for which all was chosen. On a GPU it is chosen again.")
-    _begin(pipe, target, (words, sections), notes, wanted, earlier)
+    _begin(pipe, context, (words, sections), notes, wanted, earlier)
     # What was left off or stays as it was is said here too, not only to those who ask `explain`.
     for note in (*notes, *left):
         warnings.warn(f"accelerate: {note}", stacklevel=2)
@@ -140,35 +141,35 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
 
 def _begin(
     pipe: Any,
-    target: Target,
+    context: PipelineContext,
     asked: tuple[Any, Mapping[str, Any]],
     notes: tuple[str, ...],
     wanted: Wanted,
     earlier: Session | None = None,
 ) -> None:
-    """Puts a configuration in force, that of the target. A failure puts back the one that was in force before.
+    """Puts a configuration in force, that of the context. A failure puts back the one that was in force before.
 
     Args:
         pipe: The pipeline.
-        target: The same as features see it.
+        context: The same as features see it.
         asked: What the user wrote.
         notes: Sentences about it.
         wanted: What is to be changed besides the denoisers.
         earlier: What was in force before, and is taken back.
     """
-    config = target.config
+    config = context.config
     assert config is not None
     pipes = {pipe, *(earlier.pipes if earlier is not None else ())}
-    if target.shares_weights and target.home.type == "cuda":
+    if context.shares_weights and context.home.type == "cuda":
         # Where weights are quantized that lie on the host.
-        torch.cuda.set_device(target.home)
+        torch.cuda.set_device(context.home)
     doing: list[str] = []
     try:
         if earlier is not None:
             earlier.end()
-        session = Session(config, target, notes, asked, _weight_bytes(target), wanted)
-        target.begun.append(lambda pipe: _look(session, pipe))
-        session.begin(_edits(target, config, doing), pipes)
+        session = Session(config, context, notes, asked, _weight_bytes(context), wanted)
+        context.outputs.request_hooks.append(lambda pipe: _look(session, pipe))
+        session.begin(_edits(context, config, doing), pipes)
     except BaseException as error:
         if earlier is not None:
             _again(pipe, earlier, error)
@@ -178,7 +179,7 @@ def _begin(
                 feature,
                 f"{type(error).__name__}: {str(error).strip() or 'no message'}.",
                 f"another setting of {feature}, or none.",
-                str(target),
+                str(context),
             ) from error
         raise
 
@@ -186,9 +187,9 @@ def _begin(
 def _again(pipe: Any, earlier: Session, error: BaseException) -> None:
     """Puts back what was in force before something failed."""
     try:
-        target = _target(pipe)
-        target.config, target.taken = earlier.config, taken(_target(pipe), earlier.wanted, None)
-        _begin(pipe, target, earlier.asked, earlier.notes, earlier.wanted)
+        context = replace(_context(pipe), config=earlier.config)
+        context = replace(context, shared=shared_components(context, earlier.wanted, None))
+        _begin(pipe, context, earlier.asked, earlier.notes, earlier.wanted)
     except Exception as other:  # the error that is reported is the first one
         error.add_note(f"The earlier configuration could not be put back ({other}); the pipeline is stock.")
 
@@ -206,7 +207,7 @@ def restore(pipe: Pipe) -> Pipe:
     session = _session(pipe, "restore")
     for reason in session.lasting:
         raise Unsupported("restore", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
-    session.target.clock.settle()
+    session.context.clock.settle()
     try:
         session.end()
     finally:
@@ -223,22 +224,20 @@ def explain(
         ConfigError: The configuration cannot be read.
         TypeError: `pipe` is not a diffusers pipeline.
     """
-    target = _target(pipe, config, sections)
-    resolved, notes = meant(target, config, sections)
-    target.config = resolved
+    context, notes = _resolved(pipe, config, sections)
     rows = []
-    for name, feature, section in _active(resolved):
+    for name, feature, section in _active(context.config):
         try:
-            plan: Plan = feature.check(target, section)
+            plan: Plan = feature.check(context, section)
             rows.append(Row(name, plan.action, plan.modules, notes=(*plan.notes, *plan.left)))
         except Unsupported as error:
             rows.append(Row(name, "refused", 0, refused=f"{error.reason} Instead: {error.instead}"))
     off = [name for name in FEATURES if name not in {row.feature for row in rows}]
     rows.extend(Row(name, "off", 0) for name in off)
-    default = [str(denoiser) for denoiser in target.denoisers if denoiser.adapter.default]
+    default = [str(denoiser) for denoiser in context.denoisers if denoiser.adapter.default]
     if default:
         notes = (*notes, f"No adapter describes {', '.join(default)}: features that need one are refused.")
-    return Explanation(type(pipe).__name__, str(target.device), tuple(rows), notes)
+    return Explanation(type(pipe).__name__, str(context.device), tuple(rows), notes)
 
 
 def stats(pipe: Any) -> Stats:
@@ -248,7 +247,7 @@ def stats(pipe: Any) -> Stats:
         NotAccelerated: The pipeline is not accelerated.
     """
     session = _session(pipe, "stats")
-    clock = session.target.clock
+    clock = session.context.clock
     steps: dict[int | None, set[Mode]] = {}
     branches = {}
     for (denoiser, branch), calls in clock.calls.items():
@@ -259,7 +258,7 @@ def stats(pipe: Any) -> Stats:
     skipped = sum(modes == {Mode.SKIP} for modes in steps.values())
     linears = Counter(
         kind_of(module)
-        for denoiser in session.target.denoisers
+        for denoiser in session.context.denoisers
         for _, module in modules_of(denoiser.module)
         if isinstance(module, nn.Linear)
     )
@@ -268,33 +267,33 @@ def stats(pipe: Any) -> Stats:
         steps_computed=len(steps) - skipped,
         steps_skipped=skipped,
         branches=branches,
-        **_seconds(session.target),
-        attention_kernels=dict(session.target.attention_calls),
-        attention_timings={shape: dict(times) for shape, times in session.target.attention_timings.items()},
-        attention_broadcasts=dict(session.target.attention_broadcasts),
-        cache_bytes=sum(session.target.cache_bytes.values()),
+        **_seconds(session.context),
+        attention_kernels=dict(session.context.stats.attention_calls),
+        attention_timings={shape: dict(times) for shape, times in session.context.stats.attention_timings.items()},
+        attention_broadcasts=dict(session.context.stats.attention_broadcasts),
+        cache_bytes=sum(session.context.stats.cache_bytes.values()),
         cache_guarded={
             f"{denoiser}/{branch}": dataclasses.asdict(found)
-            for (denoiser, branch), found in session.target.cache_guarded.items()
+            for (denoiser, branch), found in session.context.stats.cache_guarded.items()
         },
         linear_layers=dict(linears),
         weight_bytes_before=session.weight_bytes_before,
-        weight_bytes_after=_weight_bytes(session.target),
-        graphs_captured=sum(graphs.captured for graphs in session.target.graphs),
-        graph_replays=sum(graphs.replays for graphs in session.target.graphs),
-        modulations_ahead=sum(each.layers for each in session.target.modulations),
-        modulations_missed=sum(each.missed for each in session.target.modulations),
+        weight_bytes_after=_weight_bytes(session.context),
+        graphs_captured=sum(graphs.captured for graphs in session.context.outputs.graphs),
+        graph_replays=sum(graphs.replays for graphs in session.context.outputs.graphs),
+        modulations_ahead=sum(each.layers for each in session.context.outputs.modulations),
+        modulations_missed=sum(each.missed for each in session.context.outputs.modulations),
     )
 
 
-def _seconds(target: Target) -> dict[str, float | None]:
+def _seconds(context: PipelineContext) -> dict[str, float | None]:
     """Seconds of a step of the last request, and how many times as fast skipping has made it."""
     steps: dict[int | None, list[tuple[StepState, float]]] = {}
-    for state, begin, end in target.call_times:
+    for state, begin, end in context.stats.call_times:
         steps.setdefault(state.step, []).append((state, between(begin, end)))
     if not steps:
         return {"seconds_per_step": None, "speed_up": None}
-    whole = between(target.call_times[0][1], target.call_times[-1][2])
+    whole = between(context.stats.call_times[0][1], context.stats.call_times[-1][2])
     full = [calls for calls in steps.values() if all(state.mode is Mode.FULL for state, _ in calls)]
     skipped = sum(seconds for calls in steps.values() for _, seconds in calls)
     known = bool(full) and len(full) < len(steps) and skipped > 0
@@ -358,8 +357,8 @@ _WAITING = ("cpu", "meta")
 
 
 @contextmanager
-def recorded(pipe: Any, use_ret_steps: bool = False) -> Iterator[Target]:
-    """Records, in the target's `cache_records`, how signal and residual change from step to step of every request in
+def recorded(pipe: Any, use_ret_steps: bool = False) -> Iterator[PipelineContext]:
+    """Records, in the context's `cache_records`, how signal and residual change from step to step of every request in
     the context. The pipeline is stock before and after.
 
     Args:
@@ -371,10 +370,10 @@ def recorded(pipe: Any, use_ret_steps: bool = False) -> Iterator[Target]:
     """
     if session_of(pipe) is not None:
         raise Unsupported("calibrate", "the pipeline is accelerated.", "restore(pipe) first.", type(pipe).__name__)
-    target, journal = _target(pipe), Journal()
-    journal.apply(itertools.chain(cache.recording(target, use_ret_steps), request.edits(target, None)))
+    context, journal = _context(pipe), Journal()
+    journal.apply(itertools.chain(cache.recording(context, use_ret_steps), request.edits(context, None)))
     try:
-        yield target
+        yield context
     finally:
         journal.undo()
 
@@ -388,7 +387,9 @@ def resolve(
         ConfigError: The configuration cannot be read.
         TypeError: `pipe` is not a diffusers pipeline.
     """
-    return meant(_target(pipe, config, sections), config, sections)
+    context, notes = _resolved(pipe, config, sections)
+    assert context.config is not None
+    return context.config, notes
 
 
 def _session(pipe: Any, what: str) -> Session:
@@ -398,30 +399,30 @@ def _session(pipe: Any, what: str) -> Session:
     return session
 
 
-def _active(config: AccelConfig) -> Iterable[tuple[str, Feature, Any]]:
+def _active(config: AccelConfig | None) -> Iterable[tuple[str, Feature, Any]]:
     for name, entry in FEATURES.items():
         section = getattr(config, entry.section) if entry.section is not None else None
         if entry.section is None or (section is not None and entry.asked(section)):
             yield name, entry.feature, section  # type: ignore[misc]
 
 
-def _edits(target: Target, config: AccelConfig, doing: list[str] | None = None) -> Iterator[Edit]:
+def _edits(context: PipelineContext, config: AccelConfig, doing: list[str] | None = None) -> Iterator[Edit]:
     """Everything that `accelerate` does, in its order; `doing` is told which feature is at it."""
     doing = [] if doing is None else doing
     if config.parallel is not None:
         doing.append("parallel")
-        yield from parallel.settle(target)
+        yield from parallel.settle(context)
     for name, feature, section in _active(config):
         doing.append(name)
-        yield from feature.edits(target, section)
+        yield from feature.edits(context, section)
 
 
-def _wanted(target: Target, config: AccelConfig) -> Wanted:
+def _wanted(context: PipelineContext, config: AccelConfig) -> Wanted:
     """The components besides the denoisers that a configuration changes, with the sections that do."""
     found: dict[str, dict[str, Any]] = {}
     for name, feature, section in _active(config):
         components = getattr(feature, "components", None)
-        for component in components(target, section) if components is not None else ():
+        for component in components(context, section) if components is not None else ():
             found.setdefault(component, {})[name] = section
     return found
 
@@ -436,12 +437,12 @@ def _look(session: Session, pipe: Any) -> None:
     Raises:
         Unsupported: The request would be wrong.
     """
-    target, config = session.target, session.config
-    if pipe is not None and not target.denoisers and any(getattr(pipe, name, None) is not None for name in DENOISERS):
+    context, config = session.context, session.config
+    if pipe is not None and not context.denoisers and any(getattr(pipe, name, None) is not None for name in DENOISERS):
         warnings.warn("accelerate: a denoiser was loaded since: everything is chosen again.", stacklevel=2)
         _renew(session, pipe)
         return
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         if config.cache is not None and getattr(denoiser.module, "is_cache_enabled", False):
             raise Unsupported(
                 "cache",
@@ -482,13 +483,20 @@ def _once(session: Session, message: str) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-def _target(pipe: Any, config: Any = None, sections: Mapping[str, Any] | None = None) -> Target:
-    return target_of(pipe, ORDER.index, config, sections)
+def _context(pipe: Any, config: Any = None, sections: Mapping[str, Any] | None = None) -> PipelineContext:
+    return pipeline_context(pipe, ORDER.index, config, sections)
 
 
-def _weight_bytes(target: Target) -> int:
-    return sum(target.held.get(denoiser.name, 0) for denoiser in target.denoisers) + sum(
+def _resolved(pipe: Any, config: Any, sections: Mapping[str, Any]) -> tuple[PipelineContext, tuple[str, ...]]:
+    """A pipeline with the configuration to apply, and notes on it."""
+    context = _context(pipe, config, sections)
+    found, notes = resolve_config(context, config, sections)
+    return replace(context, config=found), notes
+
+
+def _weight_bytes(context: PipelineContext) -> int:
+    return sum(context.outputs.sharded_bytes.get(denoiser.name, 0) for denoiser in context.denoisers) + sum(
         tensor.numel() * tensor.element_size()
-        for denoiser in target.denoisers
+        for denoiser in context.denoisers
         for tensor in itertools.chain(denoiser.module.parameters(), denoiser.module.buffers())
     )

@@ -17,7 +17,7 @@ from typing import Any
 from .config import AccelConfig, StepMaskConfig
 from .errors import ConfigError, Unsupported, nearest, shown
 from .features import attention, cache, compile, graphs, linear
-from .features.feature import Target
+from .features.context import PipelineContext
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ _FEATURES: dict[str, Any] = {
 
 
 def resolve(
-    name: str, target: Target, overrides: Mapping[str, Any] | None = None
+    name: str, context: PipelineContext, overrides: Mapping[str, Any] | None = None
 ) -> tuple[AccelConfig, tuple[str, ...]]:
     """The configuration of a preset for this pipeline, and notes on what it left off.
 
     Args:
         name: Of the preset.
-        target: The pipeline.
+        context: The pipeline.
         overrides: Sections that the user names: the preset says nothing of them, and has nothing that they exclude.
 
     Raises:
@@ -120,8 +120,8 @@ def resolve(
     if name not in PRESETS:
         file = " A file's name ends in .yaml, .yml or .json." if set(name) & set("./\\") else ""
         raise ConfigError(f"There is no preset {shown(name)}. {nearest(name, PRESETS)}{file}")
-    on_gpu = all(denoiser.device.type == "cuda" for denoiser in target.denoisers)
-    guided = any(denoiser.adapter.guidance != "embedded" for denoiser in target.denoisers)
+    on_gpu = all(denoiser.device.type == "cuda" for denoiser in context.denoisers)
+    guided = any(denoiser.adapter.guidance != "embedded" for denoiser in context.denoisers)
     overrides = dict(overrides or {})
     sections: dict[str, Any] = {}
     notes = []
@@ -130,7 +130,7 @@ def resolve(
             continue
         candidates = choice.guided if guided and choice.guided is not None else choice.candidates
         candidates = candidates if on_gpu or not choice.gpu else ()
-        fit = next((value for value in candidates if _fits(target, section, value, overrides)), None)
+        fit = next((value for value in candidates if _fits(context, section, value, overrides)), None)
         if fit is not None:
             sections[section] = fit
         elif choice.otherwise:
@@ -138,10 +138,10 @@ def resolve(
     return AccelConfig.from_dict({"attention": "auto", **sections, **overrides}), tuple(notes)
 
 
-def _fits(target: Target, section: str, value: Any, overrides: Mapping[str, Any]) -> bool:
+def _fits(context: PipelineContext, section: str, value: Any, overrides: Mapping[str, Any]) -> bool:
     """Whether a pipeline can have a section, beside those that the user names."""
     config = AccelConfig.from_dict({**overrides, section: value})
-    judged = replace(target, config=config)
+    judged = replace(context, config=config)
     try:
         for name in (section, *overrides):
             if name in _FEATURES and getattr(config, name) is not None:

@@ -30,7 +30,7 @@ from torch import nn
 from .config import AccelConfig
 from .core.edits import AddLayer, Edit, Journal, SetAttr
 from .errors import Unsupported
-from .features.feature import Target
+from .features.context import PipelineContext
 
 # Where a denoiser keeps its session, and a pipeline the one it was asked for in.
 SESSION = "_diffusers_accel_session"
@@ -49,7 +49,7 @@ class Session:
 
     Args:
         config: The configuration.
-        target: The pipeline as its features see it.
+        context: The pipeline as its features see it.
         notes: Sentences about it, as `explain` prints them.
         asked: A user's own words for it, to be understood anew where the pipeline has moved.
         weight_bytes_before: Bytes of the denoisers' weights in stock.
@@ -64,7 +64,7 @@ class Session:
     """
 
     config: AccelConfig
-    target: Target
+    context: PipelineContext
     notes: tuple[str, ...]
     asked: tuple[Any, Mapping[str, Any]]
     weight_bytes_before: int
@@ -85,11 +85,11 @@ class Session:
             edits: What features yield.
             pipes: The pipelines that it is asked for.
         """
-        components = self.target.pipe.components
+        components = self.context.pipe.components
         self.besides = {name: components[name] for name in self.wanted}
         try:
             for name, module in self.besides.items():
-                if name not in self.target.taken:
+                if name not in self.context.shared:
                     let_go(module)
             self.journal.apply(self._all(edits))
             for name, module in self.besides.items():
@@ -101,8 +101,6 @@ class Session:
             for pipe in list(self.pipes):
                 dropped(pipe)
             raise
-        # The components are the session's, and pipelines come and go.
-        self.target.pipe = weakref.proxy(self.target.pipe)
 
     def join(self, pipe: Any) -> None:
         """Is asked for by a pipeline that has its denoisers."""
@@ -157,7 +155,7 @@ class Session:
             raise Unsupported(
                 what, f"{reasons[0]}.", "save_quantized(pipe, ...), or load the pipeline again.", self._name
             )
-        self.target.clock.settle()
+        self.context.clock.settle()
         with ExitStack() as stack:
             for module in self.besides.values():
                 stack.enter_context(_suspended(module))
@@ -184,22 +182,22 @@ class Session:
 
     @property
     def _name(self) -> str:
-        return str(self.target)
+        return str(self.context)
 
     def _all(self, edits: Iterable[Edit]) -> Iterator[Edit]:
-        for denoiser in self.target.denoisers:
+        for denoiser in self.context.denoisers:
             yield SetAttr(denoiser.module, SESSION, self)
             yield from _copies(denoiser.module)
         for name, module in self.besides.items():
-            if name not in self.target.taken:
+            if name not in self.context.shared:
                 yield from _copies(module)
         yield from edits
 
     def _around(self, pipe: Any) -> Iterator[Edit]:
         """What a pipeline itself needs."""
-        target = self.target
+        context = self.context
         if hasattr(pipe, "check_inputs"):
-            yield AddLayer(pipe, target.rank("request"), _arriving(self, weakref.ref(pipe)), "check_inputs")
+            yield AddLayer(pipe, context.rank("request"), _arriving(self, weakref.ref(pipe)), "check_inputs")
         yield from _copies(pipe)
         # Notebooks ask an instance; a pipeline's own text is a page long.
         yield SetAttr(pipe, "_repr_mimebundle_", functools.partial(_one_line, self, type(pipe).__name__))
@@ -223,7 +221,7 @@ class Session:
 def _one_line(session: Session, name: str, include: Any = None, exclude: Any = None) -> dict[str, str]:
     """A pipeline in a notebook: what it is, where, and what is in force on it."""
     on = [entry.name for entry in fields(session.config) if getattr(session.config, entry.name) is not None]
-    where = session.target.device
+    where = session.context.device
     return {"text/plain": f"{name} on {where}, accelerated: {', '.join(on) or 'nothing'}. stats(pipe) tells more."}
 
 
@@ -336,7 +334,7 @@ def dropped(pipe: Any) -> bool:
     return session is not None and session.over
 
 
-def shared_with(pipe: Any, target: Target) -> Session | None:
+def shared_with(pipe: Any, context: PipelineContext) -> Session | None:
     """The session that is in force on a pipeline's denoisers.
 
     Raises:
@@ -345,8 +343,8 @@ def shared_with(pipe: Any, target: Target) -> Session | None:
     session = session_of(pipe)
     if session is None:
         return None
-    owned = {id(denoiser.module) for denoiser in session.target.denoisers}
-    here = {id(denoiser.module) for denoiser in target.denoisers}
+    owned = {id(denoiser.module) for denoiser in session.context.denoisers}
+    here = {id(denoiser.module) for denoiser in context.denoisers}
     several = len(_sessions(pipe)) > 1
     if several or (owned != here and (not owned <= here or session.others(pipe))):
         names = session.others(pipe) or ["another pipeline"]
@@ -359,11 +357,11 @@ def shared_with(pipe: Any, target: Target) -> Session | None:
     return session
 
 
-def taken(target: Target, wanted: Wanted, own: Session | None) -> frozenset[str]:
+def shared_components(context: PipelineContext, wanted: Wanted, own: Session | None) -> frozenset[str]:
     """Components that another session has changed in the same way already.
 
     Args:
-        target: The pipeline.
+        context: The pipeline.
         wanted: What is to be changed besides the denoisers.
         own: The pipeline's own session, which makes way.
 
@@ -372,7 +370,7 @@ def taken(target: Target, wanted: Wanted, own: Session | None) -> frozenset[str]
     """
     found = set()
     for name, key in wanted.items():
-        held = vars(target.pipe.components[name]).get(_HELD)
+        held = vars(context.pipe.components[name]).get(_HELD)
         if not isinstance(held, Held) or (own is not None and set(held.sessions) == {own}):
             continue
         others = held.others(own)
@@ -383,7 +381,7 @@ def taken(target: Target, wanted: Wanted, own: Session | None) -> frozenset[str]
                 features,
                 f"its {name} is shared with {', '.join(kinds)}, for which it was set otherwise.",
                 f"the same setting for both, or restore(...) the other one, or a {name} of its own.",
-                type(target.pipe).__name__,
+                type(context.pipe).__name__,
             )
         if held.key == key:
             found.add(name)
@@ -394,8 +392,8 @@ def _arriving(session: Session, pipe: Any) -> Callable[..., Any]:
     """A layer around the first thing a pipeline does in a request: waits for its turn, before anything is set."""
 
     def check_inputs(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        session.target.clock.arrive()
-        for look in list(session.target.begun):
+        session.context.clock.arrive()
+        for look in list(session.context.outputs.request_hooks):
             look(pipe())
         # What it was chosen for may have changed: the layers around this call are not those of before.
         found = vars(pipe()).get("check_inputs")

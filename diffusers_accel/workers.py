@@ -22,10 +22,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .api import accelerate
-from .asked import resolve_parallel
 from .checkpoints.loading import from_pretrained
 from .config import AccelConfig
 from .errors import AccelError, Unsupported
+from .resolve import resolve_parallel
 
 
 class WorkerFailed(AccelError):

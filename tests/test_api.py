@@ -102,7 +102,7 @@ def test_a_refused_second_call_keeps_the_first(flux):
 def test_failure_midway_leaves_the_stock_pipeline(flux, monkeypatch):
     before = fingerprint(flux)
 
-    def broken(target, config):
+    def broken(context, config):
         yield from ()
         raise RuntimeError("midway")
 
@@ -224,8 +224,8 @@ def test_presets_and_overrides(flux, tmp_path):
 @pytest.mark.parametrize(("preset", "share"), [("balanced", 0.4), ("fast", 0.6)])
 def test_presets_skip_what_they_say(flux, preset, share):
     """Without a GPU: exact attention, and steps skipped, whatever their number."""
-    target = api._target(flux)
-    config, notes = presets.resolve(preset, target)
+    context = api._context(flux)
+    config, notes = presets.resolve(preset, context)
     assert config.attention.backend == "auto" and config.linear is None and config.cuda_graph is None and not notes
     for steps in (24, 28, 50):
         mask = steps_of(config.cache.mask) if isinstance(config.cache.mask, str) else config.cache.mask
@@ -239,11 +239,11 @@ def test_presets_skip_what_they_say(flux, preset, share):
 @pytest.mark.parametrize(("arch", "linear"), [((9, 0), "fp8"), ((8, 9), "fp8"), ((8, 0), "int8"), ((7, 5), None)])
 def test_presets_by_gpu(monkeypatch, arch, linear):
     """The first of a preset's candidates that a GPU and the installed packages can have."""
-    target = api._target(build("flux").to(torch.bfloat16))
+    context = api._context(build("flux").to(torch.bfloat16))
     device = Device("cuda", "a GPU", arch)
-    target = replace(target, denoisers=tuple(replace(item, device=device) for item in target.denoisers))
+    context = replace(context, denoisers=tuple(replace(item, device=device) for item in context.denoisers))
     for name in ("fa3-fp8", "sage-fp8", "sage"):
-        config, _ = presets.resolve("balanced", target)
+        config, _ = presets.resolve("balanced", context)
         found = config.attention.backend
         usable = [item for item in ("fa3-fp8", "sage-fp8", "sage") if KERNELS.get(item).missing(device) is None]
         assert found == (usable[0] if usable else "auto")
@@ -257,9 +257,9 @@ def test_presets_of_guided_models():
     """INT8 where guidance multiplies errors."""
     device = Device("cuda", "a GPU", (9, 0))
     for name, linear in (("flux", "fp8"), ("qwen", "int8"), ("wan", "int8"), ("ltx2", "int8")):
-        target = api._target(build(name).to(torch.bfloat16))
-        target = replace(target, denoisers=tuple(replace(item, device=device) for item in target.denoisers))
-        config, _ = presets.resolve("balanced", target)
+        context = api._context(build(name).to(torch.bfloat16))
+        context = replace(context, denoisers=tuple(replace(item, device=device) for item in context.denoisers))
+        config, _ = presets.resolve("balanced", context)
         assert config.linear.algo == linear
         assert linear == "fp8" or config.attention.backend != "fa3-fp8"
 
@@ -270,17 +270,17 @@ def test_presets_of_guided_models():
 )
 def test_presets_give_way_to_the_user(overrides, left_off):
     """What a section of the user's excludes is left off, not refused."""
-    target = api._target(build("flux"))
+    context = api._context(build("flux"))
     device = Device("cuda", "a GPU", (9, 0))
-    target = replace(target, denoisers=tuple(replace(item, device=device) for item in target.denoisers))
-    config, _ = presets.resolve("lossless", target, overrides)
+    context = replace(context, denoisers=tuple(replace(item, device=device) for item in context.denoisers))
+    config, _ = presets.resolve("lossless", context, overrides)
     on = {name for name in ("attention", "compile", "cuda_graph") if getattr(config, name) is not None}
     assert on == {"attention", "compile", "cuda_graph"} - left_off
     assert all(getattr(config, name) is not None for name in overrides)
 
 
 def test_presets_leave_off_what_cannot_be_had(flux, monkeypatch):
-    monkeypatch.setattr(presets, "_fits", lambda target, section, value, overrides: section != "cache")
+    monkeypatch.setattr(presets, "_fits", lambda context, section, value, overrides: section != "cache")
     explanation = explain(flux, "fast")
     assert explanation.ok and any("caching is off" in note for note in explanation.notes)
     with pytest.warns(UserWarning, match="caching is off"):

@@ -364,9 +364,9 @@ class TestPlace:
             accelerate(pipe, cache=SKIP_ALL)
         monkeypatch.undo()
         session = api.session_of(pipe)
-        first = session.target.denoisers[0]
+        first = session.context.denoisers[0]
         elsewhere = dataclasses.replace(first, device=dataclasses.replace(first.device, type="xpu"))
-        session.target.denoisers = (elsewhere,)
+        session.context = dataclasses.replace(session.context, denoisers=(elsewhere,))
         assert "has moved" not in heard(pipe), "weights that wait on the host are on their way"
         monkeypatch.setattr(api, "_WAITING", ("meta",))
         assert "has moved from xpu to cpu: everything is chosen again" in heard(pipe)

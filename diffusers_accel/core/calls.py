@@ -88,17 +88,18 @@ class Calls:
 
     Args:
         owns: Whether an object is a pipeline that has one of the denoisers.
-        busy: Says what is to be done where another request is running: `"wait"` or `"raise"`.
         resting: Whether the call whose turn it is is between two calls of a denoiser.
+
+    Attributes:
+        busy: A request that arrives while another one is running: `"wait"` or `"raise"`.
     """
 
     def __init__(
         self,
         owns: Callable[[Any], bool],
-        busy: Callable[[], str] = lambda: "wait",
         resting: Callable[[], bool] = lambda: True,
     ):
-        self._owns, self._busy, self._resting = owns, busy, resting
+        self._owns, self._resting, self.busy = owns, resting, "wait"
         # By the identity of its frame, which is nobody else's as long as the frame exists.
         self._known: dict[int, PipelineCall] = {}
         # A lock that its owner may take again: a call may end, and say so, while this thread holds it.
@@ -157,7 +158,7 @@ class Calls:
                     raise Busy(_BUSY.format("in the middle of a step of this thread's own"))
                 self._turn.append(call)
                 return
-            if self._busy() == "raise" and (holder is not None or self._waiting):
+            if self.busy == "raise" and (holder is not None or self._waiting):
                 raise Busy(_BUSY.format("in another thread"))
             self._wait(object())
             self._turn.append(call)

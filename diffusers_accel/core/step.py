@@ -122,6 +122,11 @@ class StepClock:
             call.ended.append(functools.partial(self._over, request))
         self._now, self._call = request, weakref.ref(call)
 
+    def when_busy(self, busy: str) -> None:
+        """Sets what a request does that arrives while another one is running: `"wait"` or `"raise"`."""
+        if self._calls is not None:
+            self._calls.busy = busy
+
     def settle(self) -> None:
         """Waits until no other thread's request is running, for who is about to change what it runs on."""
         if self._calls is not None:

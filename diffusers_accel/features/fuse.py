@@ -22,7 +22,8 @@ from ..core.edits import Edit, SwapModule
 from ..core.places import Places
 from ..errors import Unsupported
 from ..kernels.linear import STOCK, Apart, Part, Stack, emptied, unstacked
-from .feature import Denoiser, Plan, Target, refuse_offloaded
+from .context import Denoiser, PipelineContext
+from .feature import Plan, refuse_offloaded
 
 # Names of an attention module's projections that read its own stream, another one, and one beside it.
 _OWN = ("to_q", "to_k", "to_v")
@@ -52,14 +53,14 @@ class _Group:
         return ", ".join(self.paths)
 
 
-def check(target: Target, config: FuseConfig) -> Plan:
+def check(context: PipelineContext, config: FuseConfig) -> Plan:
     """How many groups of layers would be multiplied as one.
 
     Raises:
         Unsupported: There are no such layers, a glob matches none of them, or their weights are not there.
     """
     modules, notes, left = 0, [], []
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         refuse_offloaded("fuse", denoiser)
         groups, fused = _groups(denoiser), _fused(denoiser)
         if not groups and fused:
@@ -81,7 +82,7 @@ def check(target: Target, config: FuseConfig) -> Plan:
                     f"a glob over names like {example!r}." if example else "fuse=None.",
                     str(denoiser),
                 )
-        wanted = _wanted(target, denoiser, groups, config)
+        wanted = _wanted(context, denoiser, groups, config)
         reasons = [(group, Stack.refusal(group.before)) for group in wanted]
         fit = [group for group, reason in reasons if reason is None]
         left += [f"{denoiser.name}: {group} stay apart: {reason}." for group, reason in reasons if reason is not None]
@@ -102,7 +103,7 @@ def check(target: Target, config: FuseConfig) -> Plan:
                 path.rpartition(".")[2]
                 for group in groups
                 for path in group.paths
-                if _activated(target, denoiser, group, path)
+                if _activated(context, denoiser, group, path)
             }
         )
         if names:
@@ -111,10 +112,10 @@ def check(target: Target, config: FuseConfig) -> Plan:
     return Plan("layers that read one tensor are multiplied as one", modules, tuple(notes), tuple(left))
 
 
-def edits(target: Target, config: FuseConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: FuseConfig) -> Iterator[Edit]:
     """One edit per group of layers."""
-    for denoiser in target.denoisers:
-        for group in _wanted(target, denoiser, _groups(denoiser), config):
+    for denoiser in context.denoisers:
+        for group in _wanted(context, denoiser, _groups(denoiser), config):
             reason = Stack.refusal(group.layers)
             if reason is None:
                 try:
@@ -155,7 +156,7 @@ class _Stacked:
             swap.undo()
 
 
-def _wanted(target: Target, denoiser: Denoiser, groups: list[_Group], config: FuseConfig) -> list[_Group]:
+def _wanted(context: PipelineContext, denoiser: Denoiser, groups: list[_Group], config: FuseConfig) -> list[_Group]:
     """The groups without the layers that the user left out, and without those of 16 bits that do better apart."""
     found = []
     for group in groups:
@@ -163,7 +164,7 @@ def _wanted(target: Target, denoiser: Denoiser, groups: list[_Group], config: Fu
             place
             for place, path in enumerate(group.paths)
             if not any(_matches(denoiser, path, glob) for glob in config.ignore or ())
-            and not _activated(target, denoiser, group, path)
+            and not _activated(context, denoiser, group, path)
         ]
         if len(kept) > 1:
             found.append(
@@ -172,11 +173,11 @@ def _wanted(target: Target, denoiser: Denoiser, groups: list[_Group], config: Fu
     return found
 
 
-def _activated(target: Target, denoiser: Denoiser, group: _Group, path: str) -> bool:
+def _activated(context: PipelineContext, denoiser: Denoiser, group: _Group, path: str) -> bool:
     """Whether an activation is part of a layer's own product, in a rewritten graph, unless its result is rounded."""
-    if path.rpartition(".")[2] not in denoiser.adapter.activated or not target.rewrites(denoiser):
+    if path.rpartition(".")[2] not in denoiser.adapter.activated or not context.rewrites(denoiser):
         return False
-    quantized = target.config is not None and target.config.linear is not None
+    quantized = context.config is not None and context.config.linear is not None
     return type(group.layers[group.paths.index(path)]) is nn.Linear and not quantized
 
 

@@ -25,7 +25,8 @@ from ..core.edits import Edit, ParkWeight, SwapModule
 from ..errors import AccelError, Unsupported
 from ..kernels.linear import LINEARS, STOCK, LinearKernel, Part, QuantizedLinear, RoundedOnce, StandIn, whole_of
 from ..models.adapter import default_adapter
-from .feature import Denoiser, Plan, Target, refuse_offloaded
+from .context import Denoiser, PipelineContext
+from .feature import Plan, refuse_offloaded
 
 WIDE = "none"
 
@@ -58,14 +59,14 @@ class _Layers:
     parts: list[str]
 
 
-def check(target: Target, config: LinearConfig) -> Plan:
+def check(context: PipelineContext, config: LinearConfig) -> Plan:
     """What would be quantized, how, and what would not.
 
     Raises:
         Unsupported: A format is unknown or cannot run here, a glob matches nothing, the layers are quantized already or
             their weights are not there, or nothing is left to quantize.
     """
-    denoisers = _targets(target, config)
+    denoisers = _targets(context, config)
     kernels = {name: _kernel(name, denoiser) for denoiser in denoisers for name in _named(config)}
     _refuse_unmatched(denoisers, config)
     actions, notes, left, modules = [], [], [], 0
@@ -84,7 +85,7 @@ def check(target: Target, config: LinearConfig) -> Plan:
         counts = Counter(layer.kernel.name for layer in found.quantized)
         actions.append(f"{denoiser.name}: {', '.join(f'{name} x {count}' for name, count in counts.items())}")
         before, after = _bytes(found.quantized)
-        parallel = target.config.parallel if target.config is not None else None
+        parallel = context.config.parallel if context.config is not None else None
         together = ", all ranks' parts together" if parallel is not None and parallel.tp > 1 else ""
         notes.append(
             f"{denoiser.name}: their weights take {after / 2**20:.1f} MiB instead of {before / 2**20:.1f}{together}."
@@ -132,16 +133,16 @@ def _refuse_untaken(denoiser: Denoiser, layers: list[_Layer]) -> None:
             ) from error
 
 
-def components(target: Target, config: LinearConfig) -> tuple[str, ...]:
+def components(context: PipelineContext, config: LinearConfig) -> tuple[str, ...]:
     """The components besides the denoisers that it changes."""
-    denoisers = {denoiser.name for denoiser in target.denoisers}
+    denoisers = {denoiser.name for denoiser in context.denoisers}
     return tuple(name for name in config.targets or () if name not in denoisers)
 
 
-def edits(target: Target, config: LinearConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: LinearConfig) -> Iterator[Edit]:
     """One swap per layer, and its stock weight put aside, before the next layer is touched."""
-    for denoiser in _targets(target, config):
-        if denoiser.name in target.taken:
+    for denoiser in _targets(context, config):
+        if denoiser.name in context.shared:
             continue
         kernels = {name: _kernel(name, denoiser) for name in _named(config)}
         rounded_once = RoundedOnce()
@@ -195,22 +196,22 @@ def _made(layer: _Layer) -> nn.Module:
 # --- which layers ----------------------------------------------------------------------------------------------------
 
 
-def _targets(target: Target, config: LinearConfig) -> tuple[Denoiser, ...]:
+def _targets(context: PipelineContext, config: LinearConfig) -> tuple[Denoiser, ...]:
     """The denoisers, or the components that the configuration names; a text encoder is described by its own class."""
     if config.targets is None:
-        return target.denoisers
-    known = {denoiser.name: denoiser for denoiser in target.denoisers}
+        return context.denoisers
+    known = {denoiser.name: denoiser for denoiser in context.denoisers}
     found = []
     for name in config.targets:
-        module = target.pipe.components.get(name)
+        module = context.pipe.components.get(name)
         if not isinstance(module, nn.Module):
-            modules = [key for key, item in target.pipe.components.items() if isinstance(item, nn.Module)]
+            modules = [key for key, item in context.pipe.components.items() if isinstance(item, nn.Module)]
             raise Unsupported(
                 f"linear.targets: {name!r}",
-                f"the pipeline has no such model{' loaded' if name in target.pipe.components else ''}.",
+                f"the pipeline has no such model{' loaded' if name in context.pipe.components else ''}.",
                 f"linear.targets of {', '.join(modules)}.",
             )
-        device = target.device
+        device = context.device
         found.append(known.get(name) or Denoiser(name, module, default_adapter(module), device))
     return tuple(found)
 

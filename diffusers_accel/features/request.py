@@ -17,39 +17,42 @@ from torch import nn
 from ..core.edits import AddLayer, Edit
 from ..core.moments import moment
 from ..models.adapter import by_name, parameter_names
-from .feature import Denoiser, Plan, Target
+from .context import Denoiser, PipelineContext
+from .feature import Plan
 
 
-def check(target: Target, config: Any) -> Plan:
+def check(context: PipelineContext, config: Any) -> Plan:
     """Always possible."""
     beside = [
         f"{name} ({type(module).__name__}) stays stock: it is no denoiser."
-        for name, module in target.pipe.components.items()
+        for name, module in context.pipe.components.items()
         if isinstance(module, nn.Module) and "controlnet" in name
     ]
-    return Plan("place every call: request, step, guidance branch", len(target.denoisers), left=tuple(beside))
+    return Plan("place every call: request, step, guidance branch", len(context.denoisers), left=tuple(beside))
 
 
-def edits(target: Target, config: Any) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: Any) -> Iterator[Edit]:
     """One layer per denoiser, and one per `cache_context`."""
-    for denoiser in target.denoisers:
-        yield AddLayer(denoiser.module, target.rank("request"), _placed(target, denoiser))
+    section = context.config.request if context.config is not None else None
+    context.clock.when_busy(section.busy if section is not None else "wait")
+    for denoiser in context.denoisers:
+        yield AddLayer(denoiser.module, context.rank("request"), _placed(context, denoiser))
         if hasattr(denoiser.module, "cache_context"):
-            yield AddLayer(denoiser.module, target.rank("request"), _named(target), method="cache_context")
+            yield AddLayer(denoiser.module, context.rank("request"), _named(context), method="cache_context")
 
 
-def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
-    clock, adapter, names = target.clock, denoiser.adapter, parameter_names(denoiser.module)
+def _placed(context: PipelineContext, denoiser: Denoiser) -> Callable[..., Any]:
+    clock, adapter, names = context.clock, denoiser.adapter, parameter_names(denoiser.module)
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         device = next(denoiser.module.parameters()).device
         before = clock.requests
-        config = target.config
+        config = context.config
         timestep = kwargs["timestep"] if "timestep" in kwargs else by_name(names, args, {}).get("timestep")
         state = clock.enter(denoiser.name, adapter.branches, timestep, adapter.special_branch(kwargs))
         if clock.requests != before:
             try:
-                for look in target.begun:
+                for look in context.outputs.request_hooks:
                     look(None)
             except BaseException:
                 clock.abandon()
@@ -60,27 +63,22 @@ def _placed(target: Target, denoiser: Denoiser) -> Callable[..., Any]:
                     "skipped, and steps that depend on their place are computed with care.",
                     stacklevel=2,
                 )
-            target.attention_calls.clear()
-            target.attention_timings.clear()
-            target.attention_broadcasts.clear()
-            target.cache_bytes.clear()
-            target.cache_guarded.clear()
-            target.call_times.clear()
+            context.stats.clear()
         begin = moment(device)
         try:
             out = inner(*args, **kwargs)
         except BaseException:
             clock.abandon()
             raise
-        target.call_times.append((state, begin, moment(device)))
+        context.stats.call_times.append((state, begin, moment(device)))
         clock.leave(state)
         return out
 
     return forward
 
 
-def _named(target: Target) -> Callable[..., Any]:
-    clock = target.clock
+def _named(context: PipelineContext) -> Callable[..., Any]:
+    clock = context.clock
 
     @contextmanager
     def cache_context(inner: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -10,20 +10,21 @@ import torch
 from ..config import VAEConfig
 from ..core.edits import AddLayer, Edit, SetAttr
 from ..errors import Unsupported
-from .feature import Plan, Target
+from .context import PipelineContext
+from .feature import Plan
 
 _SWITCHES = {"tiling": "use_tiling", "slicing": "use_slicing"}
 
 
-def check(target: Target, config: VAEConfig) -> Plan:
+def check(context: PipelineContext, config: VAEConfig) -> Plan:
     """What would be switched.
 
     Raises:
         Unsupported: The pipeline has no VAE, or its VAE lacks the switch or a decoder.
     """
-    vae = getattr(target.pipe, "vae", None)
+    vae = getattr(context.pipe, "vae", None)
     if vae is None:
-        raise Unsupported("vae", "the pipeline has no VAE.", "vae=None.", type(target.pipe).__name__)
+        raise Unsupported("vae", "the pipeline has no VAE.", "vae=None.", type(context.pipe).__name__)
     actions = []
     for name, attribute in _SWITCHES.items():
         value = getattr(config, name)
@@ -39,16 +40,16 @@ def check(target: Target, config: VAEConfig) -> Plan:
     return Plan(", ".join(actions) or "nothing", int(bool(actions)))
 
 
-def components(target: Target, config: VAEConfig) -> tuple[str, ...]:
+def components(context: PipelineContext, config: VAEConfig) -> tuple[str, ...]:
     """The components besides the denoisers that it changes."""
     return ("vae",)
 
 
-def edits(target: Target, config: VAEConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: VAEConfig) -> Iterator[Edit]:
     """The switches that were given, and one layer around the decoder."""
-    if "vae" in target.taken:
+    if "vae" in context.shared:
         return
-    vae = target.pipe.vae
+    vae = context.pipe.vae
     for name, attribute in _SWITCHES.items():
         value = getattr(config, name)
         if value is not None:
@@ -56,9 +57,9 @@ def edits(target: Target, config: VAEConfig) -> Iterator[Edit]:
             yield switch
             for method in (f"enable_{name}", f"disable_{name}"):
                 if hasattr(vae, method):
-                    yield AddLayer(vae, target.rank("vae"), _noted(switch), method)
+                    yield AddLayer(vae, context.rank("vae"), _noted(switch), method)
     if config.compile:
-        yield AddLayer(vae.decoder, target.rank("vae"), _compiled())
+        yield AddLayer(vae.decoder, context.rank("vae"), _compiled())
 
 
 def _noted(switch: SetAttr) -> Callable[..., Any]:

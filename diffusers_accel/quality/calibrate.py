@@ -150,11 +150,11 @@ def calibrate(
     retained = RETAINED_STEPS if kind == "teacache" and use_ret_steps else 1
     if isinstance(call.get("num_inference_steps"), int):
         _refuse_steps(call["num_inference_steps"], retained)
-    with recorded(pipe, use_ret_steps) as target, torch.no_grad():
+    with recorded(pipe, use_ret_steps) as context, torch.no_grad():
         for number, prompt in enumerate(prompts):
             generator = torch.Generator("cpu").manual_seed(number)
             pipe(prompt, **{"generator": generator, **call})
-        records = {key: list(found) for key, found in target.cache_records.items()}
+        records = {key: list(found) for key, found in context.outputs.cache_records.items()}
     fits, played = {}, []
     if not any(records.values()):
         raise ValueError(

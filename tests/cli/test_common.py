@@ -57,7 +57,7 @@ def test_settings_go_over_a_preset(monkeypatch):
     assert stated.attention.backend == "auto"
     assert notes == ()
     # a note on what a preset leaves off is not lost
-    monkeypatch.setattr("diffusers_accel.presets._fits", lambda target, section, value, overrides: section != "cache")
+    monkeypatch.setattr("diffusers_accel.presets._fits", lambda context, section, value, overrides: section != "cache")
     stated, notes = read_wanted(None, "balanced", ["vae.tiling=true"]).resolve(pipe)
     assert stated.cache is None
     assert "caching is off" in notes[0]

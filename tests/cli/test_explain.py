@@ -28,7 +28,7 @@ def test_config_file_and_demo_name(cli, shapes):
 
 
 def test_notes_of_a_preset(cli, folders, monkeypatch):
-    monkeypatch.setattr("diffusers_accel.presets._fits", lambda target, section, value, overrides: section != "cache")
+    monkeypatch.setattr("diffusers_accel.presets._fits", lambda context, section, value, overrides: section != "cache")
     for settings in ([], ["--set", "vae.slicing=true"]):
         result = cli("explain", folders / "flux-shapes", "--device", "cpu", "--preset", "balanced", *settings)
         assert result.exit_code == 0

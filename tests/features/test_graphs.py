@@ -390,22 +390,22 @@ def test_whole_modules(name):
                 warnings.filterwarnings("ignore", "cuda_graph: text_encoder is .* returns something besides tensors")
             found = entry.run(pipe, steps=2, prompt=prompt)
         assert same(found, entry.run(other, steps=2, prompt=prompt)), prompt
-    wholes = [graphs for graphs in _target(pipe).graphs if hasattr(graphs, "around")]
+    wholes = [graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around")]
     assert before == 0 and any(whole.captured and whole.replays for whole in wholes)
     assert wholes[0].name == "vae.decoder" and wholes[0].captured == 1
     restore(pipe)
     assert same(entry.run(pipe, steps=2), entry.run(other, steps=2))
 
 
-def _target(pipe):
-    return vars(pipe)["_diffusers_accel_session"].target
+def _context(pipe):
+    return vars(pipe)["_diffusers_accel_session"].context
 
 
 def test_whole_modules_that_stay_as_they_are(monkeypatch):
     """A new size, weights that moved, what cannot be recorded, and what can be played by nobody."""
     pipe, other = build("flux"), build("flux")
     accelerate(pipe, attention="sdpa", cuda_graph=CudaGraphConfig(vae=True, limit=2))
-    vae = next(graphs for graphs in _target(pipe).graphs if hasattr(graphs, "around"))
+    vae = next(graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around"))
     latents = [torch.randn(1, 4, 4 + size, 8) for size in range(3)]
     with torch.no_grad():
         for latent in (*latents[:2], *latents[:2]):

@@ -97,9 +97,11 @@ class Ranks:
         return [self.first, value]
 
 
-def target(**components):
-    denoiser = SimpleNamespace(module=components["transformer"], device=SimpleNamespace(type="cuda"))
-    return SimpleNamespace(pipe=SimpleNamespace(components=components), denoisers=[denoiser], rank=lambda name: 0)
+def context_of(**components):
+    device = SimpleNamespace(type="cuda")
+    denoiser = SimpleNamespace(module=components["transformer"], device=device)
+    pipe = SimpleNamespace(components=components)
+    return SimpleNamespace(pipe=pipe, denoisers=[denoiser], device=device, rank=lambda name: 0)
 
 
 def places(*modules):
@@ -108,7 +110,7 @@ def places(*modules):
 
 def test_a_pipeline_is_moved_and_moved_back(fake):
     transformer, encoder, on_host = OnGPU(FIRST), OnGPU(FIRST), OnGPU("cpu")
-    pipeline = target(transformer=transformer, text_encoder=encoder, vae=on_host, tokenizer=object())
+    pipeline = context_of(transformer=transformer, text_encoder=encoder, vae=on_host, tokenizer=object())
     assert "goes from cuda:0 to cuda:1" in gpus.notes(pipeline)[0]
     journal, ranks = Journal(), Ranks()
     with pytest.warns(UserWarning, match=r"those of ranks \[1\] have been moved"):
@@ -125,7 +127,7 @@ def test_a_pipeline_is_moved_and_moved_back(fake):
 
 def test_one_on_its_own_gpu_is_offloaded_to_it(fake):
     """By whoever says `enable_model_cpu_offload()` afterwards, without a number."""
-    pipeline, journal = target(transformer=OnGPU(SECOND)), Journal()
+    pipeline, journal = context_of(transformer=OnGPU(SECOND)), Journal()
     journal.apply(gpus.edits(pipeline, Ranks()))
     assert pipeline.pipe._offload_gpu_id == 1
     journal.undo()
@@ -134,7 +136,7 @@ def test_one_on_its_own_gpu_is_offloaded_to_it(fake):
 
 def test_one_on_the_host_is_offloaded_to_its_ranks_gpu(fake):
     """By whoever moves or offloads it afterwards."""
-    pipeline, journal = target(transformer=OnGPU("cpu")), Journal()
+    pipeline, journal = context_of(transformer=OnGPU("cpu")), Journal()
     journal.apply(gpus.beforehand(pipeline))
     assert pipeline.pipe._offload_gpu_id == 1 and fake.current == [1]
     journal.undo()
@@ -144,12 +146,12 @@ def test_one_on_the_host_is_offloaded_to_its_ranks_gpu(fake):
 def test_one_that_is_alone_stays(fake):
     transformer = OnGPU(FIRST)
     journal = Journal()
-    journal.apply(gpus.edits(target(transformer=transformer), Ranks("GPU-1")))
+    journal.apply(gpus.edits(context_of(transformer=transformer), Ranks("GPU-1")))
     assert places(transformer) == [FIRST] and fake.current == [0] and not len(journal)
 
 
 def test_without_a_choice_nothing_is_said(fake, monkeypatch):
-    pipeline = target(transformer=OnGPU(FIRST))
+    pipeline = context_of(transformer=OnGPU(FIRST))
     for name, value in (("LOCAL_RANK", "0"), ("LOCAL_RANK", "2"), ("LOCAL_RANK", None)):
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
         assert gpus.notes(pipeline) == []
@@ -162,7 +164,7 @@ def test_without_a_choice_nothing_is_said(fake, monkeypatch):
 def test_hooks_two_gpus_and_another_kind_bind_it(fake):
     def refused(words, **components):
         with pytest.raises(Unsupported, match=words):
-            Journal().apply(gpus.edits(target(**components), Ranks()))
+            Journal().apply(gpus.edits(context_of(**components), Ranks()))
 
     hooked = OnGPU(FIRST)
     hooked._hf_hook = object()
@@ -186,7 +188,7 @@ def test_models_that_wait_on_the_host_go_to_the_ranks_gpu(fake, device):
     encoder._hf_hook = SequentialHook(AlignDevicesHook(io_same_device=True), inside)
     group = SimpleNamespace(onload_device="cuda", stream=None)
     grouped._diffusers_hook = SimpleNamespace(hooks={"group_offloading": SimpleNamespace(group=group)})
-    pipeline = target(transformer=transformer, text_encoder=encoder, vae=grouped)
+    pipeline = context_of(transformer=transformer, text_encoder=encoder, vae=grouped)
     pipeline.pipe._offload_gpu_id, pipeline.pipe._offload_device = 0, FIRST
     journal = Journal()
     with pytest.warns(UserWarning, match=r"those of ranks \[1\] have been moved"):
@@ -216,9 +218,9 @@ def test_a_move_that_fails_is_taken_back(fake):
 
 def test_it_is_moved_before_anything_is_done_to_weights(monkeypatch):
     order = []
-    monkeypatch.setattr(api.parallel, "settle", lambda target: order.append("settle") or ())
+    monkeypatch.setattr(api.parallel, "settle", lambda context: order.append("settle") or ())
     for name, entry in api.FEATURES.items():
-        monkeypatch.setattr(entry.feature, "edits", lambda target, section, name=name: order.append(name) or ())
+        monkeypatch.setattr(entry.feature, "edits", lambda context, section, name=name: order.append(name) or ())
     config = AccelConfig.from_dict({"linear": "int8", "fuse": True, "parallel": {"ulysses": 2, "tp": 2}})
     assert not list(api._edits(None, config))
     assert order == ["settle", "tensor parallel", "linear", "fuse", "parallel", "request"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from tiny import build
 
-from diffusers_accel.api import _target
+from diffusers_accel.api import _context
 from diffusers_accel.core.comm import Group
 from diffusers_accel.core.later import Later
 from diffusers_accel.features.parallel.guidance import _PUT_OFF, Guidance, _Call, _Form, _samples
 
 
 def test_samples_of_what_has_them():
-    (denoiser,) = _target(build("wan-vace")).denoisers
+    (denoiser,) = _context(build("wan-vace")).denoisers
     latents = torch.arange(8.0).view(2, 4)
     given = {
         "hidden_states": latents,
@@ -39,8 +39,8 @@ def test_samples_of_what_has_them():
 
 def test_what_waits_for_a_branch_that_does_not_come():
     """Some operations are put off, and not a whole VAE."""
-    target = _target(build("wan"))
-    branches = Guidance(target, target.denoisers[0], Group(None, (0,), 0))
+    context = _context(build("wan"))
+    branches = Guidance(context, context.denoisers[0], Group(None, (0,), 0))
     branches._calls, branches._expected = 1, 2
     x = branches._later(_Call([(0, 1)], [torch.ones(3)], _Form((3,), torch.float32)))
     for _ in range(_PUT_OFF):

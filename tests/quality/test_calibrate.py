@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import ClassVar
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -13,6 +13,7 @@ from tiny import TINY, build
 from diffusers_accel import MagCacheConfig, TeaCacheConfig, Unsupported, accelerate, calibrate, demo, stats
 from diffusers_accel.api import recorded
 from diffusers_accel.features.cache import Record
+from diffusers_accel.features.context import FeatureOutputs
 from diffusers_accel.quality import calibrate as calibration
 from diffusers_accel.quality.calibrate import PoorFit, _judge, _polynomial
 
@@ -29,9 +30,9 @@ def test_what_is_recorded():
     before, after = [], []
     pipe.transformer.blocks[0].register_forward_pre_hook(lambda module, args: before.append(args[0].clone()))
     pipe.transformer.blocks[-1].register_forward_hook(lambda module, args, output: after.append(output.clone()))
-    with recorded(pipe) as target:
+    with recorded(pipe) as context:
         assert torch.equal(entry.run(pipe, steps=6), stock)
-    records = target.cache_records["transformer", "cond"]
+    records = context.outputs.cache_records["transformer", "cond"]
     residuals = [out - into for out, into in zip(after[::2], before[::2], strict=True)]
     assert [each.step for each in records] == [1, 2, 3, 4, 5]
     for each, now, was in zip(records, residuals[1:], residuals, strict=False):
@@ -137,22 +138,21 @@ def test_too_little_was_recorded(monkeypatch):
     # Degrees that so few points would be met by exactly are not considered.
     assert len(_polynomial(requests_of(8), None, True).coefficients) == 2 + 1
 
-    class Recorded:
-        cache_records: ClassVar = {}
+    outputs = FeatureOutputs()
 
     @contextmanager
     def recorded(pipe, use_ret_steps):
-        yield Recorded
+        yield SimpleNamespace(outputs=outputs)
 
     monkeypatch.setattr(calibration, "recorded", recorded)
     pipe = lambda prompt, **given: None  # noqa: E731
     with pytest.raises(ValueError, match="nothing was recorded"):
         calibrate(pipe, PROMPTS)
-    Recorded.cache_records = {("transformer", "cond"): requests_of(9, 2)}
+    outputs.cache_records = {("transformer", "cond"): requests_of(9, 2)}
     with pytest.raises(ValueError, match=r"no threshold skips 95% of 9 steps; .*use_ret_steps=False"):
         calibrate(pipe, PROMPTS, skip=0.95, force=True)
     # No share at all.
-    Recorded.cache_records = {("transformer", "cond"): requests_of(6, 8)}
+    outputs.cache_records = {("transformer", "cond"): requests_of(6, 8)}
     with pytest.raises(ValueError, match="no threshold skips 60% of 6 steps; none skips 20% either"):
         calibrate(pipe, PROMPTS, skip=0.6, force=True)
 

@@ -78,7 +78,7 @@ def encoded(name, component):
 
 
 def stats_held(pipe):
-    return dict(vars(pipe)["_diffusers_accel_session"].target.held)
+    return dict(vars(pipe)["_diffusers_accel_session"].context.outputs.sharded_bytes)
 
 
 def bytes_of(model):
@@ -89,20 +89,20 @@ def held(name, configuration):
     """Bytes of blocks: all of them, those that this rank holds, and those that tensors of the model still have."""
     pipe = build(name)
     accelerate(pipe, **{**configuration, "parallel": None})
-    blocks = [block for denoiser in _target(pipe).denoisers for block in denoiser.adapter.blocks(denoiser.module)]
+    blocks = [block for denoiser in _context(pipe).denoisers for block in denoiser.adapter.blocks(denoiser.module)]
     whole = sum(map(bytes_of, blocks))
     restore(pipe)
     accelerate(pipe, **configuration)
-    mine = sum(_target(pipe).held[denoiser.name] for denoiser in _target(pipe).denoisers)
+    mine = sum(_context(pipe).outputs.sharded_bytes[denoiser.name] for denoiser in _context(pipe).denoisers)
     left = sum(map(bytes_of, blocks))
     weights = stats(pipe).weight_bytes_after
-    rest = sum(bytes_of(denoiser.module) for denoiser in _target(pipe).denoisers)
+    rest = sum(bytes_of(denoiser.module) for denoiser in _context(pipe).denoisers)
     restore(pipe)
     return whole, mine, left, weights - rest
 
 
-def _target(pipe):
-    return vars(pipe)["_diffusers_accel_session"].target
+def _context(pipe):
+    return vars(pipe)["_diffusers_accel_session"].context
 
 
 def refused_calls(name):
@@ -110,7 +110,7 @@ def refused_calls(name):
     pipe = build(name)
     pipe.transformer.requires_grad_(True)
     accelerate(pipe, **FSDP)
-    block = pipe.transformer.get_submodule(_target(pipe).denoisers[0].adapter.stacks[0].path)[0]
+    block = pipe.transformer.get_submodule(_context(pipe).denoisers[0].adapter.stacks[0].path)[0]
     with tempfile.TemporaryDirectory() as folder:
         calls = {
             "pipeline": lambda: pipe.save_pretrained(folder),

@@ -22,7 +22,8 @@ from ...config import AttentionConfig
 from ...core.edits import AddLayer, Edit, SetAttr, SetItem
 from ...errors import Unsupported
 from ...kernels.attention import SITES, AttentionSite, Choice, Fastest, margin
-from ..feature import Denoiser, Plan, Target
+from ..context import Denoiser, PipelineContext
+from ..feature import Plan
 from . import kernels, layers
 from .seam import SetProcessor, calls_by_name, dispatcher_backend, rebound_class
 
@@ -35,17 +36,17 @@ class _Place:
     dense: bool = False
 
 
-def check(target: Target, config: AttentionConfig) -> Plan:
+def check(context: PipelineContext, config: AttentionConfig) -> Plan:
     """The kernels each denoiser would use.
 
     Raises:
         Unsupported: A kernel or recipe is unknown or cannot run here, a glob matches nothing, or no attention layer can
             be given to a kernel.
     """
-    layers.refuse_unmatched(target, config)
+    layers.refuse_unmatched(context, config)
     layers.named(config)  # a recipe is judged where every layer has a kernel of its own too
     actions, notes, left, modules = [], [], [], 0
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         roles, closed = layers.roles(denoiser, config)
         touched = sum(len(role.layers) for role in roles)
         if closed:
@@ -100,24 +101,24 @@ def _notes(denoiser: Denoiser, choice: Choice, head_dims: set[int | None]) -> li
     return [f"{denoiser.name}: calls with {kind} run on sdpa, since {kernel.name} takes none."]
 
 
-def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
     """A site per role, entered in diffusers' registry while it is in use, one edit per processor, and marks on the
     blocks if the block matters."""
     if config.dense_steps:
-        target.phases.append(lambda: _in_dense_steps(target, config.dense_steps))
-    for denoiser in target.denoisers:
+        context.outputs.graph_keys.append(lambda: _in_dense_steps(context, config.dense_steps))
+    for denoiser in context.denoisers:
         roles, _ = layers.roles(denoiser, config)
         place, dense = _Place(), kernels.dense(denoiser, config)
         owners = Counter(id(layer.module.processor) for role in roles for layer in role.layers)
         for role in roles:
             choices = {
-                name: kernels.choice(denoiser, role, name, config, target) for name in dict.fromkeys(role.backends)
+                name: kernels.choice(denoiser, role, name, config, context) for name in dict.fromkeys(role.backends)
             }
             by_block = {layer.block: choices[name] for layer, name in zip(role.layers, role.backends, strict=True)}
             # What `by_block` holds for a module outside the blocks is under None.
-            select = _selector(target, config, place, by_block, dense)
-            transport = target.transports.get((denoiser.name, role.name.rpartition(".")[2]))
-            site = AttentionSite(select, target.attention_calls, transport)
+            select = _selector(context, config, place, by_block, dense)
+            transport = context.outputs.attention_carriers.get((denoiser.name, role.name.rpartition(".")[2]))
+            site = AttentionSite(select, context.stats.attention_calls, transport)
             member, registrations = dispatcher_backend(site)
             if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
                 yield from registrations
@@ -129,7 +130,7 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
                 kernel.folds for choice in choices.values() for kernel in choice.kernels
             )
             # Compiled graphs have them prepared in one launch, by a rewrite.
-            mark = target.rewrites(denoiser)
+            mark = context.rewrites(denoiser)
             for layer in role.layers:
                 processor: Any = layer.module.processor
                 fold = folding and type(processor).__name__ in denoiser.adapter.folding
@@ -148,11 +149,11 @@ def edits(target: Target, config: AttentionConfig) -> Iterator[Edit]:
                     vars(clone).update(vars(processor))
                     yield SetProcessor(layer.module, "processor", clone)
         if config.dense_layers or any(len(set(role.backends)) > 1 for role in roles):
-            yield from _marks(denoiser, target, config, place)
+            yield from _marks(denoiser, context, config, place)
 
 
 def _selector(
-    target: Target,
+    context: PipelineContext,
     config: AttentionConfig,
     place: _Place,
     by_block: dict[int | None, Choice],
@@ -163,23 +164,23 @@ def _selector(
     uniform = all(choice is first for choice in by_block.values())
 
     def select() -> Choice:
-        if dense is not None and (place.dense or _in_dense_steps(target, config.dense_steps)):
+        if dense is not None and (place.dense or _in_dense_steps(context, config.dense_steps)):
             return dense
         return first if uniform else by_block[place.block]
 
     return select
 
 
-def _in_dense_steps(target: Target, share: float) -> bool:
+def _in_dense_steps(context: PipelineContext, share: float) -> bool:
     if not share:
         return False
-    state = target.clock.current
+    state = context.clock.current
     if state is None or state.step is None:
         return True  # a place that is unknown is computed with care
     return state.step - state.first < math.ceil(share * (state.total - state.first))
 
 
-def _marks(denoiser: Denoiser, target: Target, config: AttentionConfig, place: _Place) -> Iterator[Edit]:
+def _marks(denoiser: Denoiser, context: PipelineContext, config: AttentionConfig, place: _Place) -> Iterator[Edit]:
     """A layer around each block that says which one is running."""
     adapter = denoiser.adapter
     dense: dict[int, bool] = {}
@@ -188,7 +189,7 @@ def _marks(denoiser: Denoiser, target: Target, config: AttentionConfig, place: _
         count = math.ceil(config.dense_layers * len(blocks))
         dense |= {id(block): index < count for index, block in enumerate(blocks)}
     for number, block in enumerate(adapter.blocks(denoiser.module)):
-        yield AddLayer(block, target.rank("attention layer"), _marked(place, number, dense[id(block)]))
+        yield AddLayer(block, context.rank("attention layer"), _marked(place, number, dense[id(block)]))
 
 
 def _marked(place: _Place, number: int, dense: bool) -> Callable[..., Any]:

@@ -8,16 +8,16 @@ from collections import Counter
 from ...config import AttentionConfig
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Call, Choice, Fastest, Fixed, Timings, candidates
-from ..feature import Denoiser, Target
+from ..context import Denoiser, PipelineContext
 from .layers import Role, matches, named
 
 
 def choice(
-    denoiser: Denoiser, role: Role | None, backend: str, config: AttentionConfig, target: Target | None = None
+    denoiser: Denoiser, role: Role | None, backend: str, config: AttentionConfig, context: PipelineContext | None = None
 ) -> Choice:
     """What a name stands for on this denoiser; raises `Unsupported` if it cannot be."""
     if backend == "auto":
-        return _fastest(denoiser, config.fidelity == "exact", target)
+        return _fastest(denoiser, config.fidelity == "exact", context)
     kernel = KERNELS.get(backend)
     field = _field(denoiser, role, backend, config)
     feature = f"attention{field}={backend!r}"
@@ -44,9 +44,9 @@ def _field(denoiser: Denoiser, role: Role | None, backend: str, config: Attentio
     return f".{kind}" if getattr(config, kind) == backend else ""
 
 
-def _fastest(denoiser: Denoiser, exact: bool, target: Target | None = None) -> Fastest:
+def _fastest(denoiser: Denoiser, exact: bool, context: PipelineContext | None = None) -> Fastest:
     kernels = candidates(denoiser.device, exact)
-    seen = target.attention_timings if target is not None else {}
+    seen = context.stats.attention_timings if context is not None else {}
     return Fastest(kernels, Timings(denoiser.device), seen)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from ...config import AttentionConfig
 from ...errors import Unsupported, nearest
 from ...kernels.attention import KERNELS, recipes
-from ..feature import Denoiser, Target
+from ..context import Denoiser, PipelineContext
 from .seam import calls_by_name
 
 
@@ -124,9 +124,9 @@ def matches(denoiser: Denoiser, path: str, glob: str) -> bool:
     return fnmatchcase(path, glob) or fnmatchcase(f"{denoiser.name}.{path}", glob)
 
 
-def refuse_unmatched(target: Target, config: AttentionConfig) -> None:
+def refuse_unmatched(context: PipelineContext, config: AttentionConfig) -> None:
     for glob in config.layers or {}:
-        paths = [(denoiser, path) for denoiser in target.denoisers for path, _ in attention_modules(denoiser.module)]
+        paths = [(denoiser, path) for denoiser in context.denoisers for path, _ in attention_modules(denoiser.module)]
         if not any(matches(denoiser, path, glob) for denoiser, path in paths):
             example = paths[0][1] if paths else "none"
             raise Unsupported(

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from ...config import CacheConfig, PABConfig
 from ...core.edits import AddLayer, Edit
 from ...errors import Unsupported
-from ..feature import Plan, Target
+from ..context import PipelineContext
+from ..feature import Plan
 from . import broadcast
 from .gates import StepCache
 from .recorder import Record
@@ -24,29 +25,29 @@ from .rules import rule_of, signal_of
 __all__ = ["Record", "check", "edits", "recording"]
 
 
-def check(target: Target, config: CacheConfig | PABConfig) -> Plan:
+def check(context: PipelineContext, config: CacheConfig | PABConfig) -> Plan:
     """What each denoiser's rule is.
 
     Raises:
         Unsupported: The denoiser has no adapter, fewer blocks than asked for, or native caching is on; or nothing was
             published for it and no constants were given.
     """
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         if getattr(denoiser.module, "is_cache_enabled", False):
             raise Unsupported(
                 "cache", "one of diffusers' own caches is on.", f"{denoiser.name}.disable_cache() first.", str(denoiser)
             )
     if isinstance(config, PABConfig):
-        return broadcast.check(target, config)
+        return broadcast.check(context, config)
     actions, modules = [], 0
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         adapter = denoiser.adapter
         if adapter.default or not denoiser.stacks:
-            pab = "cache='pab', which looks at attention alone, or " if broadcast.able(target) else ""
+            pab = "cache='pab', which looks at attention alone, or " if broadcast.able(context) else ""
             raise Unsupported(
                 "cache", "no adapter says what its blocks hand on.", f"{pab}cache=None for this model.", str(denoiser)
             )
-        rule = rule_of(target, denoiser, config)
+        rule = rule_of(context, denoiser, config)
         actions.append(f"{denoiser.name}: {rule.label}")
         modules += sum(len(stack.blocks(denoiser.module)) for stack in adapter.stacks) - rule.first - rule.last
     notes: tuple[str, ...] = ()
@@ -55,38 +56,38 @@ def check(target: Target, config: CacheConfig | PABConfig) -> Plan:
     return Plan("; ".join(actions), modules, notes)
 
 
-def edits(target: Target, config: CacheConfig | PABConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: CacheConfig | PABConfig) -> Iterator[Edit]:
     """One layer around the denoiser and one around each block; around each attention module for PAB."""
     if isinstance(config, PABConfig):
-        yield from broadcast.edits(target, config)
+        yield from broadcast.edits(context, config)
         return
-    caches = [StepCache(target, denoiser, rule_of(target, denoiser, config)) for denoiser in target.denoisers]
+    caches = [StepCache(context, denoiser, rule_of(context, denoiser, config)) for denoiser in context.denoisers]
     for cache in caches:
-        target.clock.ended.append(cache.forget)
+        context.clock.ended.append(cache.forget)
         cache.others = [other for other in caches if other is not cache]
-        yield from _edits(target, cache)
+        yield from _edits(context, cache)
 
 
-def recording(target: Target, use_ret_steps: bool = False) -> Iterator[Edit]:
-    """Layers that compute every step and record, in `target.cache_records`, how signal and residual change."""
+def recording(context: PipelineContext, use_ret_steps: bool = False) -> Iterator[Edit]:
+    """Layers that compute every step and record, in `context.outputs.cache_records`, how signal and residual change."""
     from ...policies import StepMask
 
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         watch = signal_of(denoiser, use_ret_steps)
         rule = Rule(lambda branch: StepMask((True,)), "recording", watch, recording=True)
-        yield from _edits(target, StepCache(target, denoiser, rule))
+        yield from _edits(context, StepCache(context, denoiser, rule))
 
 
-def _edits(target: Target, cache: StepCache) -> Iterator[Edit]:
+def _edits(context: PipelineContext, cache: StepCache) -> Iterator[Edit]:
     denoiser = cache.denoiser
-    yield AddLayer(denoiser.module, target.rank("cache decision"), cache.around_denoiser)
+    yield AddLayer(denoiser.module, context.rank("cache decision"), cache.around_denoiser)
     if cache.rule.whole:
         return
     # What the first blocks return is measured, and what the last ones are given is predicted.
     stacks, first, last = denoiser.stacks, cache.rule.first, cache.rule.last
     looked_at = [stacks[0].blocks(denoiser.module)[first]] if first else []
     looked_at += [stacks[-1].blocks(denoiser.module)[-last]] if last else []
-    target.looked_at.update((denoiser.name, id(block)) for block in looked_at)
+    context.outputs.observed_blocks.update((denoiser.name, id(block)) for block in looked_at)
     for stack in stacks:
         for index, block in enumerate(stack.blocks(denoiser.module)):
-            yield AddLayer(block, target.rank("cache gate"), cache.gate(stack, block, index))
+            yield AddLayer(block, context.rank("cache gate"), cache.gate(stack, block, index))

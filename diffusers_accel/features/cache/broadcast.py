@@ -19,7 +19,8 @@ from ...core.edits import AddLayer, Edit
 from ...core.noise import noise_shares
 from ...errors import Unsupported
 from ...policies import Broadcast
-from ..feature import Denoiser, Plan, Target
+from ..context import Denoiser, PipelineContext
+from ..feature import Plan
 from .signals import leaves
 
 
@@ -32,35 +33,35 @@ class _Kept:
     output: Any
 
 
-def check(target: Target, config: PABConfig) -> Plan:
+def check(context: PipelineContext, config: PABConfig) -> Plan:
     """How many attention modules are broadcast.
 
     Raises:
         Unsupported: The blocks are to be compiled, a glob matches nothing, there is no attention module, or the
             scheduler does not tell how noisy its steps are.
     """
-    if target.compiled:
+    if context.compiled:
         raise Unsupported(
             "cache='pab'",
             "it skips attention within the blocks, which are compiled whole.",
             "compile=None, or a cache that skips whole steps.",
         )
-    if target.config is not None and target.config.cuda_graph is not None:
+    if context.config is not None and context.config.cuda_graph is not None:
         raise Unsupported(
             "cache='pab'",
             "it skips attention within the blocks, which are recorded whole.",
             "cuda_graph=None, or a cache that skips whole steps.",
         )
     counts: dict[str, int] = {}
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         for path, _ in _modules(denoiser):
             interval = _interval(denoiser, path, config)
             if interval is not None and interval > 1:
                 name = f"{_kind(denoiser, path)} every {interval}"
                 counts[name] = counts.get(name, 0) + 1
     for glob in config.layers or {}:
-        if not any(_matches(each, path, glob) for each in target.denoisers for path, _ in _modules(each)):
-            example = next((path for each in target.denoisers for path, _ in _modules(each)), None)
+        if not any(_matches(each, path, glob) for each in context.denoisers for path, _ in _modules(each)):
+            example = next((path for each in context.denoisers for path, _ in _modules(each)), None)
             raise Unsupported(
                 f"cache.layers[{glob!r}]",
                 "it matches no attention module.",
@@ -76,44 +77,44 @@ def check(target: Target, config: PABConfig) -> Plan:
     return Plan(action, sum(counts.values()))
 
 
-def able(target: Target) -> bool:
+def able(context: PipelineContext) -> bool:
     """Whether its defaults would do, beside what else is asked for."""
     try:
-        return bool(check(target, PABConfig()).modules)
+        return bool(check(context, PABConfig()).modules)
     except Unsupported:
         return False
 
 
-def edits(target: Target, config: PABConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: PABConfig) -> Iterator[Edit]:
     """One layer around each attention module."""
     low, high = config.window
-    for denoiser in target.denoisers:
-        state = _State(target, denoiser)
-        target.clock.ended.append(state.forget)
+    for denoiser in context.denoisers:
+        state = _State(context, denoiser)
+        context.clock.ended.append(state.forget)
         for path, module in _modules(denoiser):
             interval = _interval(denoiser, path, config)
             if interval is not None and interval > 1:
                 rule = Broadcast(interval, (low, high))
-                yield AddLayer(module, target.rank("cache gate"), state.gate(path, rule))
-        yield AddLayer(denoiser.module, target.rank("cache decision"), state.around_denoiser)
+                yield AddLayer(module, context.rank("cache gate"), state.gate(path, rule))
+        yield AddLayer(denoiser.module, context.rank("cache decision"), state.around_denoiser)
 
 
 class _State:
     """What all modules of one denoiser keep, by request, path and branch."""
 
-    def __init__(self, target: Target, denoiser: Denoiser):
-        self.target, self.denoiser = target, denoiser
+    def __init__(self, context: PipelineContext, denoiser: Denoiser):
+        self.context, self.denoiser = context, denoiser
         self.kept: dict[tuple[int, str, str], _Kept] = {}
         self.open = False
         self._noise: tuple[int, list[float] | None] = (0, None)
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer around the denoiser's forward: knows the step, and forgets everything with a request."""
-        step = self.target.clock.current
+        step = self.context.clock.current
         if step is None or step.repeated:
             return inner(*args, **kwargs)
         if self._noise[0] != step.request:
-            self._noise = (step.request, noise_shares(self.target.clock.scheduler))
+            self._noise = (step.request, noise_shares(self.context.clock.scheduler))
         self.open = self._noise[1] is not None
         try:
             return inner(*args, **kwargs)
@@ -123,7 +124,7 @@ class _State:
         finally:
             self.open = False
             key = (self.denoiser.name, step.branch)
-            self.target.cache_bytes[key] = sum(
+            self.context.stats.cache_bytes[key] = sum(
                 tensor.numel() * tensor.element_size()
                 for (request, _, branch), kept in self.kept.items()
                 if (request, branch) == (step.request, step.branch)
@@ -141,14 +142,14 @@ class _State:
         """The layer around one attention module."""
 
         def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            step, noise = self.target.clock.current, self._noise[1]
+            step, noise = self.context.clock.current, self._noise[1]
             if not self.open or step is None or step.step is None or noise is None:
                 return inner(*args, **kwargs)
             kept = self.kept.get((step.request, path, step.branch))
             shapes = [item.shape for item in leaves([args, kwargs])]
             fits = kept is not None and kept.shapes == shapes
             age = step.step - kept.place if kept is not None and fits else None
-            calls = self.target.attention_broadcasts
+            calls = self.context.stats.attention_broadcasts
             if not rule.computes(1000 * noise[step.step], age):
                 assert kept is not None
                 calls["reused"] += 1

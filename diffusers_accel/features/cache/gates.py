@@ -23,7 +23,7 @@ from ...core.step import Mode, StepState
 from ...models import Stack
 from ...models.adapter import by_name, parameter_names
 from ...policies import Taylor
-from ..feature import Denoiser, Target
+from ..context import Denoiser, PipelineContext
 from .lanes import Guarded, Lane, Streams, predicted, relative
 from .recorder import record, take
 from .rule import Rule
@@ -38,7 +38,7 @@ class StepCache:
     """The cache of one denoiser: its lanes, and the layers that use them.
 
     Args:
-        target: The pipeline.
+        context: The pipeline.
         denoiser: The denoiser.
         rule: What to do.
 
@@ -46,9 +46,9 @@ class StepCache:
         others: The caches of the pipeline's other denoisers, which hand over to this one.
     """
 
-    def __init__(self, target: Target, denoiser: Denoiser, rule: Rule):
-        self.target, self.denoiser, self.rule = target, denoiser, rule
-        self.watch = rule.watch(target, denoiser)
+    def __init__(self, context: PipelineContext, denoiser: Denoiser, rule: Rule):
+        self.context, self.denoiser, self.rule = context, denoiser, rule
+        self.watch = rule.watch(context, denoiser)
         # By request and branch: a request may begin inside another one's callback.
         self.lanes: dict[tuple[int, str], Lane] = {}
         self.others: list[StepCache] = []
@@ -58,7 +58,7 @@ class StepCache:
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer around the denoiser's forward: chooses the lane, and closes it whatever happens."""
-        step = self.target.clock.current
+        step = self.context.clock.current
         # A call whose place in the request is unknown is computed in full, and leaves no trace.
         if step is None or step.repeated:
             return inner(*args, **kwargs)
@@ -93,7 +93,7 @@ class StepCache:
         for (number, branch), lane in self.lanes.items():
             if number == request:
                 lane.close(last=True)
-                self.target.cache_bytes.pop((self.denoiser.name, branch), None)
+                self.context.stats.cache_bytes.pop((self.denoiser.name, branch), None)
 
     def gate(self, stack: Stack, block: nn.Module, index: int) -> Callable[..., Any]:
         """The layer around one block of a stack, by its place there."""
@@ -108,7 +108,7 @@ class StepCache:
         within = start <= index < end
 
         def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            lane, step = self._lane, self.target.clock.current
+            lane, step = self._lane, self.context.clock.current
             if lane is None or step is None or not (within or begins):
                 return inner(*args, **kwargs)
             arguments = by_name(names, args, kwargs)
@@ -210,10 +210,10 @@ class StepCache:
             # NaN compares false, so a prediction gone wrong stops too.
             if not worst <= self.rule.bound:
                 guarded.stopped = step.step
-            self.target.cache_guarded[key] = guarded
+            self.context.stats.cache_guarded[key] = guarded
         if self.rule.recording and (found := record(lane, step)) is not None:
-            self.target.cache_records.setdefault(key, []).append(found)
-        self.target.cache_bytes[key] = lane.bytes
+            self.context.outputs.cache_records.setdefault(key, []).append(found)
+        self.context.stats.cache_bytes[key] = lane.bytes
 
 
 def _place(step: StepState) -> int:

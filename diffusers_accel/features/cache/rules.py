@@ -23,7 +23,7 @@ from ...config import (
 from ...errors import Unsupported, nearest
 from ...models import MAGCACHE_ROWS, TEACACHE_ROWS, Checkpoint
 from ...policies import POLICIES, DBCache, EasyCache, MagCache, SeaCache, StepMask, TeaCache, steps_of
-from ..feature import Denoiser, Target
+from ..context import Denoiser, PipelineContext
 from .rule import Rule
 from .signals import (
     WATCHES,
@@ -38,13 +38,13 @@ from .signals import (
 )
 
 
-def rule_of(target: Target, denoiser: Denoiser, config: CacheConfig) -> Rule:
+def rule_of(context: PipelineContext, denoiser: Denoiser, config: CacheConfig) -> Rule:
     """A configuration's rule for a denoiser.
 
     Raises:
         Unsupported: The denoiser has too few blocks, or nothing was published for it and no constants were given.
     """
-    return RULES[type(config)](target, denoiser, config)
+    return RULES[type(config)](context, denoiser, config)
 
 
 def _common(config: CacheConfig) -> dict[str, Any]:
@@ -55,13 +55,13 @@ def _mask_of(mask: str | tuple[float, ...]) -> tuple[bool, ...]:
     return steps_of(mask) if isinstance(mask, str) else tuple(bool(item) for item in mask)
 
 
-def _mask(target: Target, denoiser: Denoiser, config: StepMaskConfig) -> Rule:
+def _mask(context: PipelineContext, denoiser: Denoiser, config: StepMaskConfig) -> Rule:
     mask = _mask_of(config.mask)
     label = f"step mask {config.mask!r}" if isinstance(config.mask, str) else f"a step mask of {len(mask)} steps"
     return Rule(lambda branch: StepMask(mask), label, **_common(config))
 
 
-def _interval(target: Target, denoiser: Denoiser, config: IntervalConfig) -> Rule:
+def _interval(context: PipelineContext, denoiser: Denoiser, config: IntervalConfig) -> Rule:
     interval, warmup, common = config.interval, config.warmup, _common(config)
     label = f"one step of {interval} computed after {warmup}"
     if isinstance(config, TaylorSeerConfig):
@@ -69,7 +69,7 @@ def _interval(target: Target, denoiser: Denoiser, config: IntervalConfig) -> Rul
     return Rule(lambda branch: StepMask(interval=interval, warmup=warmup), label, **common)
 
 
-def _dbcache(target: Target, denoiser: Denoiser, config: DBCacheConfig) -> Rule:
+def _dbcache(context: PipelineContext, denoiser: Denoiser, config: DBCacheConfig) -> Rule:
     first, last = config.Fn_compute_blocks, config.Bn_compute_blocks
     _refuse_first(denoiser, f"cache={config.kind!r}", first, last)
     if config.enable_separate_cfg is False and denoiser.adapter.guidance == "separate":
@@ -138,7 +138,7 @@ def signal_of(denoiser: Denoiser, projected: bool = False) -> WatchFactory:
     return ModulatedInput
 
 
-def _teacache(target: Target, denoiser: Denoiser, config: TeaCacheConfig) -> Rule:
+def _teacache(context: PipelineContext, denoiser: Denoiser, config: TeaCacheConfig) -> Rule:
     watch = signal_of(denoiser, config.use_ret_steps)
     given = config.coefficients
     if denoiser.name == "transformer_2" and config.coefficients_2 is not None:
@@ -154,7 +154,7 @@ def _teacache(target: Target, denoiser: Denoiser, config: TeaCacheConfig) -> Rul
         threshold, coefficients, source = config.threshold, given, "given coefficients"
     else:
         name = _row_name(
-            target, denoiser, "cache='teacache'", given, denoiser.adapter.rows, TEACACHE_ROWS, config.use_ret_steps
+            context, denoiser, "cache='teacache'", given, denoiser.adapter.rows, TEACACHE_ROWS, config.use_ret_steps
         )
         row = TEACACHE_ROWS[name]
         if row.use_ret_steps != config.use_ret_steps:
@@ -174,14 +174,14 @@ def _teacache(target: Target, denoiser: Denoiser, config: TeaCacheConfig) -> Rul
     )
 
 
-def _magcache(target: Target, denoiser: Denoiser, config: MagCacheConfig) -> Rule:
+def _magcache(context: PipelineContext, denoiser: Denoiser, config: MagCacheConfig) -> Rule:
     given = config.mag_ratios
     if denoiser.name == "transformer_2" and config.mag_ratios_2 is not None:
         given = config.mag_ratios_2
     if isinstance(given, tuple):
         ratios, source = given, "a given table"
     else:
-        name = _row_name(target, denoiser, "cache='magcache'", given, denoiser.adapter.mag_rows, MAGCACHE_ROWS)
+        name = _row_name(context, denoiser, "cache='magcache'", given, denoiser.adapter.mag_rows, MAGCACHE_ROWS)
         ratios, source = MAGCACHE_ROWS[name].ratios, f"table {name!r}"
     return Rule(
         lambda branch: MagCache(config.threshold, ratios, config.max_skip_steps, config.retention_ratio),
@@ -191,13 +191,19 @@ def _magcache(target: Target, denoiser: Denoiser, config: MagCacheConfig) -> Rul
 
 
 def _row_name(
-    target: Target, denoiser: Denoiser, what: str, given: str | None, rows: Any, known: Any, use_ret_steps: bool = False
+    context: PipelineContext,
+    denoiser: Denoiser,
+    what: str,
+    given: str | None,
+    rows: Any,
+    known: Any,
+    use_ret_steps: bool = False,
 ) -> str:
     """The name of the published constants that are meant, or `Unsupported`."""
     checkpoint = Checkpoint(
         config=denoiser.config,
-        pipeline=type(target.pipe).__name__,
-        pipeline_config=dict(getattr(target.pipe, "config", {})),
+        pipeline=type(context.pipe).__name__,
+        pipeline_config=dict(getattr(context.pipe, "config", {})),
         use_ret_steps=use_ret_steps,
     )
     name = given if given is not None else denoiser.adapter.row(checkpoint)
@@ -215,7 +221,7 @@ def _row_name(
     return name
 
 
-def _easycache(target: Target, denoiser: Denoiser, config: EasyCacheConfig) -> Rule:
+def _easycache(context: PipelineContext, denoiser: Denoiser, config: EasyCacheConfig) -> Rule:
     return Rule(
         lambda branch: EasyCache(config.threshold, config.warmup),
         f"easycache, threshold {config.threshold:g}, {config.warmup} steps computed first",
@@ -226,7 +232,7 @@ def _easycache(target: Target, denoiser: Denoiser, config: EasyCacheConfig) -> R
     )
 
 
-def _seacache(target: Target, denoiser: Denoiser, config: SeaCacheConfig) -> Rule:
+def _seacache(context: PipelineContext, denoiser: Denoiser, config: SeaCacheConfig) -> Rule:
     most = config.max_consecutive_cached or -1
     return Rule(
         lambda branch: SeaCache(config.threshold, config.retention_steps, config.cache_end_steps, most),
@@ -236,7 +242,7 @@ def _seacache(target: Target, denoiser: Denoiser, config: SeaCacheConfig) -> Rul
     )
 
 
-def _own(target: Target, denoiser: Denoiser, config: PolicyConfig) -> Rule:
+def _own(context: PipelineContext, denoiser: Denoiser, config: PolicyConfig) -> Rule:
     record = POLICIES.get(config.name)
     watch: WatchFactory = signal_of(denoiser) if record.watches == "signal" else WATCHES[record.watches]
     options = plain(config.options or {})
@@ -246,7 +252,7 @@ def _own(target: Target, denoiser: Denoiser, config: PolicyConfig) -> Rule:
     return Rule(lambda branch: record.make(options), label, watch, record.first, **_common(config))
 
 
-RULES: dict[type, Callable[[Target, Denoiser, Any], Rule]] = {
+RULES: dict[type, Callable[[PipelineContext, Denoiser, Any], Rule]] = {
     TeaCacheConfig: _teacache,
     DBCacheConfig: _dbcache,
     FBCacheConfig: _dbcache,

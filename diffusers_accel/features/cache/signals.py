@@ -15,16 +15,16 @@ from torch import nn
 from ...core.noise import noise_shares
 from ...core.step import StepState
 from ...policies import foretold, gain, rate
-from ..feature import Denoiser, Target
+from ..context import Denoiser, PipelineContext
 from .lanes import Lane, Streams, relative
 
 Arguments = Mapping[str, Any]
 # What was seen, to compare the next with, and its relative change; None if there is nothing to compare it with.
 Seen = tuple[Any, float | None]
-# As in `Target`.
+# `FeatureOutputs.reduce`.
 Summed = Callable[[torch.Tensor], torch.Tensor] | None
 # Makes the watch of one denoiser.
-WatchFactory = Callable[[Target, Denoiser], "Watch"]
+WatchFactory = Callable[[PipelineContext, Denoiser], "Watch"]
 
 
 class Watch:
@@ -38,8 +38,8 @@ class Watch:
     at_entry = False
     with_computed = False
 
-    def __init__(self, target: Target, denoiser: Denoiser):
-        self.target, self.denoiser = target, denoiser
+    def __init__(self, context: PipelineContext, denoiser: Denoiser):
+        self.context, self.denoiser = context, denoiser
 
     def look(
         self, lane: Lane, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
@@ -60,7 +60,7 @@ class Watch:
 
     def conditional(self, signal: torch.Tensor, step: StepState) -> torch.Tensor:
         """The conditional half of a signal, which comes last, where both guidance branches share a call."""
-        adapter, pipe = self.denoiser.adapter, self.target.clock.pipe or self.target.pipe
+        adapter, pipe = self.denoiser.adapter, self.context.clock.pipe or self.context.pipe
         batched = adapter.guidance == "batched" and step.branch == adapter.branches[0]
         if batched and getattr(pipe, "do_classifier_free_guidance", False) and signal.shape[0] % 2 == 0:
             return signal.chunk(2)[1]
@@ -75,9 +75,9 @@ class ModulatedInput(Watch):
     ) -> Seen:
         """See `Watch.look`."""
         assert self.denoiser.adapter.block_signal is not None and block is not None
-        with self.target.gathered(block):
+        with self.context.outputs.gathered(block):
             seen = self.conditional(self.denoiser.adapter.block_signal(block, arguments), step)
-        return seen, change(seen, lane.signal, self.target.summed)
+        return seen, change(seen, lane.signal, self.context.outputs.reduce)
 
 
 class ScheduledSignal(Watch):
@@ -86,8 +86,8 @@ class ScheduledSignal(Watch):
 
     projected = False
 
-    def __init__(self, target: Target, denoiser: Denoiser):
-        super().__init__(target, denoiser)
+    def __init__(self, context: PipelineContext, denoiser: Denoiser):
+        super().__init__(context, denoiser)
         self._known: tuple[int, list[float]] = (0, [])
 
     def look(
@@ -98,7 +98,7 @@ class ScheduledSignal(Watch):
         if request != step.request:
             signal = self.denoiser.adapter.timestep_signal
             assert signal is not None
-            timesteps = self.target.clock.timesteps
+            timesteps = self.context.clock.timesteps
             device = next(self.denoiser.module.parameters()).device
             signals = signal(self.denoiser.module, timesteps.to(device), self.projected).float()
             changes = [0.0, *_along_steps(signals[1:], signals[:-1]).tolist()]
@@ -127,7 +127,7 @@ class FirstResidual(Watch):
         if now is None or begin is None or now.shape != begin.shape:
             return None, None
         seen = self.conditional(now - begin, step)
-        return seen, change(seen, lane.signal, self.target.summed)
+        return seen, change(seen, lane.signal, self.context.outputs.reduce)
 
 
 class Latents(Watch):
@@ -139,8 +139,8 @@ class Latents(Watch):
 
     at_entry = True
 
-    def __init__(self, target: Target, denoiser: Denoiser, power: float | None = None):
-        super().__init__(target, denoiser)
+    def __init__(self, context: PipelineContext, denoiser: Denoiser, power: float | None = None):
+        super().__init__(context, denoiser)
         self.power = power
         self._noise: tuple[int, list[float] | None] = (0, None)
         self._grid: tuple[int, Any] = (0, None)
@@ -151,7 +151,7 @@ class Latents(Watch):
         """See `Watch.look`."""
         adapter = self.denoiser.adapter
         if self._noise[0] != step.request:
-            self._noise = (step.request, noise_shares(self.target.clock.scheduler))
+            self._noise = (step.request, noise_shares(self.context.clock.scheduler))
             self._grid = (step.request, adapter.grid(arguments))
         noise = self._noise[1]
         if noise is None or step.step is None:
@@ -164,7 +164,7 @@ class Latents(Watch):
         if any(one.shape != other.shape for one, other in zip(seen, before, strict=True)):
             return seen, None
         changes = [relative(one, other) for one, other in zip(seen, before, strict=True)]
-        return seen, _agreed(torch.stack(changes).mean(), self.target.summed)
+        return seen, _agreed(torch.stack(changes).mean(), self.context.outputs.reduce)
 
     def filtered(self, latents: torch.Tensor, noise: float) -> torch.Tensor:
         """Latents (batch, channels, *space) with the frequencies kept that are signal at this share of noise."""
@@ -195,7 +195,7 @@ class Foretold(Watch):
         moved = _moved(seen, before)
         if moved is None or outputs is None or k is None:
             return seen, None
-        return seen, _agreed(foretold(k, moved, _size(outputs)), self.target.summed)
+        return seen, _agreed(foretold(k, moved, _size(outputs)), self.context.outputs.reduce)
 
     def computed(self, lane: Lane, outputs: list[torch.Tensor]) -> None:
         """k, from what changed since the last step that was computed."""

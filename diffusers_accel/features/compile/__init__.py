@@ -21,7 +21,8 @@ from ...core.edits import AddLayer, Edit
 from ...core.hooks import wrapped
 from ...core.parts import parts
 from ...errors import Unsupported
-from ..feature import Denoiser, Plan, Target
+from ..context import Denoiser, PipelineContext
+from ..feature import Plan
 from .known import options_of
 from .modulation import Modulations
 
@@ -31,36 +32,36 @@ _RECOMPILE_LIMIT = 64
 EXCHANGING = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 
 
-def check(target: Target, config: CompileConfig) -> Plan:
+def check(context: PipelineContext, config: CompileConfig) -> Plan:
     """How many blocks would be compiled.
 
     Raises:
         Unsupported: The denoiser has no repeated blocks that are known.
     """
-    if _off(target, config):
+    if _off(context, config):
         return Plan("nothing: compiled only on CUDA when the mode is 'auto'", 0)
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         if not denoiser.adapter.stacks:
             raise Unsupported(
                 "compile", "no repeated blocks were found in it.", "compile=None, or torch.compile it.", str(denoiser)
             )
-    kinds = {type(block) for denoiser in target.denoisers for block in denoiser.adapter.blocks(denoiser.module)}
+    kinds = {type(block) for denoiser in context.denoisers for block in denoiser.adapter.blocks(denoiser.module)}
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     wrapped = sum(
-        not _plain(block) for denoiser in target.denoisers for block in denoiser.adapter.blocks(denoiser.module)
+        not _plain(block) for denoiser in context.denoisers for block in denoiser.adapter.blocks(denoiser.module)
     )
     left = (f"{wrapped} blocks carry another hook: it is compiled with them, each alone, graph breaks allowed.",)
     action = f"{names} with {config.backend}, mode {_mode(config) or 'default'}"
-    ahead = [str(each) for each in target.denoisers if _ahead(target, each)]
+    ahead = [str(each) for each in context.denoisers if _ahead(context, each)]
     notes = tuple(f"{name}: modulations of all steps are made before a request's first." for name in ahead)
-    return Plan(action, target.blocks, notes, left=left if wrapped else ())
+    return Plan(action, context.blocks, notes, left=left if wrapped else ())
 
 
-def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
     """One layer per block, and one around each denoiser."""
-    if _off(target, config):
+    if _off(context, config):
         return
-    if config.backend == "inductor" and (target.config is None or target.config.linear is None):
+    if config.backend == "inductor" and (context.config is None or context.config.linear is None):
         # What the first compilation would import otherwise, while somebody waits for a picture. Where weights are
         # quantized and moved, `accelerate` takes its time already. The names are torch's own: whatever is wrong with
         # one is said when it is needed, if it ever is.
@@ -68,35 +69,35 @@ def edits(target: Target, config: CompileConfig) -> Iterator[Edit]:
             with suppress(Exception):
                 importlib.import_module(name)
     shared: dict[type, Callable[..., Any]] = {}
-    for denoiser in target.denoisers:
-        yield AddLayer(denoiser.module, target.rank("compile"), _with_room)
+    for denoiser in context.denoisers:
+        yield AddLayer(denoiser.module, context.rank("compile"), _with_room)
         modulation = denoiser.adapter.modulation
-        if modulation is not None and _ahead(target, denoiser):
-            made = Modulations(target, denoiser, modulation)
-            target.modulations.append(made)
-            target.phases.append(made.buffers)
+        if modulation is not None and _ahead(context, denoiser):
+            made = Modulations(context, denoiser, modulation)
+            context.outputs.modulations.append(made)
+            context.outputs.graph_keys.append(made.buffers)
             yield AddLayer(
-                denoiser.module.get_submodule(modulation.embedding), target.rank("compile"), made.around_embedding
+                denoiser.module.get_submodule(modulation.embedding), context.rank("compile"), made.around_embedding
             )
         blocks = denoiser.adapter.blocks(denoiser.module)
         hooked = _Hooked(denoiser, blocks)
-        target.begun.append(hooked.look)
+        context.outputs.request_hooks.append(hooked.look)
         for block in blocks:
-            rewrites = target.rewrites(denoiser)
+            rewrites = context.rewrites(denoiser)
             yield AddLayer(
                 block,
-                target.rank("compile"),
-                _compiled(block, config, shared, rewrites, bool(target.transports), hooked.blocks),
+                context.rank("compile"),
+                _compiled(block, config, shared, rewrites, bool(context.outputs.attention_carriers), hooked.blocks),
             )
             if denoiser.adapter.static_arguments:
                 # Of equal rank and added later, so it runs outside the compiled forward.
-                yield AddLayer(block, target.rank("compile"), _read(denoiser.adapter.static_arguments))
+                yield AddLayer(block, context.rank("compile"), _read(denoiser.adapter.static_arguments))
 
 
-def _ahead(target: Target, denoiser: Denoiser) -> bool:
+def _ahead(context: PipelineContext, denoiser: Denoiser) -> bool:
     """Whether modulations are made before a request's first step. They read many blocks' weights, and are found again
     by their addresses: neither can be where blocks share memory for weights that ranks share."""
-    return denoiser.adapter.modulation is not None and target.rewrites(denoiser) and not target.shares_weights
+    return denoiser.adapter.modulation is not None and context.rewrites(denoiser) and not context.shares_weights
 
 
 def _with_room(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -233,5 +234,5 @@ def _mode(config: CompileConfig) -> str | None:
     return None if config.mode in ("auto", "default") or config.backend != "inductor" else config.mode
 
 
-def _off(target: Target, config: CompileConfig) -> bool:
-    return config.mode == "auto" and any(denoiser.device.type != "cuda" for denoiser in target.denoisers)
+def _off(context: PipelineContext, config: CompileConfig) -> bool:
+    return config.mode == "auto" and any(denoiser.device.type != "cuda" for denoiser in context.denoisers)

@@ -20,7 +20,7 @@ from ...kernels.linear import QuantizedLinear
 from ...kernels.linear.known import Known, KnownInputs, publish
 from ...kernels.linear.narrow import MOST
 from ...models.adapter import Modulation
-from ..feature import Denoiser, Target
+from ..context import Denoiser, PipelineContext
 
 # Kinds of quantized layers that a rewritten graph multiplies without rounding a few rows.
 _NARROW = ("fp8", "int8")
@@ -32,13 +32,13 @@ class Modulations:
     """What is known of one denoiser's modulations.
 
     Args:
-        target: The pipeline.
+        context: The pipeline.
         denoiser: The denoiser.
         modulation: Which layers make them, and how their input comes about.
     """
 
-    def __init__(self, target: Target, denoiser: Denoiser, modulation: Modulation):
-        self.target, self.denoiser, self.modulation = target, denoiser, modulation
+    def __init__(self, context: PipelineContext, denoiser: Denoiser, modulation: Modulation):
+        self.context, self.denoiser, self.modulation = context, denoiser, modulation
         self._generation = 0
         # By the form of the embedding: CUDA graphs of several batch sizes know their buffers by their addresses.
         self._sets: dict[Hashable, tuple[KnownInputs, dict[int, Known]]] = {}
@@ -63,7 +63,7 @@ class Modulations:
 
     def around_embedding(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer around the module that makes the embedding."""
-        step = self.target.clock.current
+        step = self.context.clock.current
         if step is None or step.step is None or not args or torch.is_grad_enabled():
             self._at(None)
             return inner(*args, **kwargs)
@@ -84,7 +84,7 @@ class Modulations:
         self, first: int, inner: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[KnownInputs, dict[int, Known]] | None:
         """Makes the products of all steps from this one on; `None` where that cannot be done, or does not pay."""
-        given, schedule, dtype = args[0], self.target.clock.timesteps, self.denoiser.dtype
+        given, schedule, dtype = args[0], self.context.clock.timesteps, self.denoiser.dtype
         if not isinstance(given, torch.Tensor) or given.ndim != 1 or len(given) > MOST:
             return None
         if not 2 <= len(schedule) - first <= len(schedule) <= _MOST_STEPS:

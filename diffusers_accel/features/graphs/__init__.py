@@ -9,7 +9,7 @@ That is right only if nobody touches the streams on their way. The first call of
 watched: a segment ends where a block is given anything that is neither what the block before it returned, nor what the
 segment's first block was given, nor a constant (ControlNet's additions, say); where a cache looks at the streams; and
 where a stack ends. The second call records, later ones play. A call's kind is the form of all its arguments (shapes,
-types, strides, and values of what is no tensor), with what other features do by the step (`Target.phases`). Weights are
+types, strides, and values of what is no tensor), with what other features do by the step (`graph_keys`). Weights are
 looked at when a request begins: if one has moved, or an adapter's scale has changed, everything is recorded anew.
 
 - `segments.py`: what a segment is made of.
@@ -29,7 +29,8 @@ from ...core.edits import AddLayer, Edit
 from ...core.graphs import RECORDERS
 from ...errors import Unsupported
 from ...models.adapter import parameter_names
-from ..feature import Plan, Target, refuse_offloaded
+from ..context import PipelineContext
+from ..feature import Plan, refuse_offloaded
 from .graphs import Graphs
 from .whole import Whole
 
@@ -38,20 +39,20 @@ _OWN_GRAPHS = ("reduce-overhead", "max-autotune")
 _OWN_OPTION = "triton.cudagraphs"
 
 
-def check(target: Target, config: CudaGraphConfig) -> Plan:
+def check(context: PipelineContext, config: CudaGraphConfig) -> Plan:
     """How many blocks would be recorded.
 
     Raises:
         Unsupported: Not on a CUDA device, no adapter says what blocks hand on, weights are offloaded, or inductor
             records graphs itself.
     """
-    if target.shares_weights:
+    if context.shares_weights:
         raise Unsupported(
             "cuda_graph",
             "a graph covers many blocks, and ranks that share weights have those of two at a time.",
             "cuda_graph=None, or parallel without fsdp.",
         )
-    options = target.config.compile if target.config is not None else None
+    options = context.config.compile if context.config is not None else None
     if options is not None and options.mode in _OWN_GRAPHS:
         without = "'default' or 'max-autotune-no-cudagraphs'" if options.mode == "max-autotune" else "'default'"
         raise Unsupported(
@@ -65,7 +66,7 @@ def check(target: Target, config: CudaGraphConfig) -> Plan:
             f"torch.compile records graphs of its own with the option {_OWN_OPTION!r}.",
             "compile without it, or cuda_graph=None.",
         )
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         if denoiser.device.type not in RECORDERS:
             raise Unsupported("cuda_graph", f"it runs on {denoiser.device}.", "cuda_graph=None.", str(denoiser))
         if denoiser.adapter.default or not denoiser.adapter.stacks:
@@ -77,15 +78,15 @@ def check(target: Target, config: CudaGraphConfig) -> Plan:
             raise Unsupported(
                 "cuda_graph", "its weights move between devices.", "cuda_graph=None, or no offloading.", str(denoiser)
             )
-    others = [name for name, _ in _wholes(target, config)]
+    others = [name for name, _ in _wholes(context, config)]
     return Plan(
         f"{', '.join(['runs of blocks', *others])}, for up to {config.limit} kinds of calls",
-        target.blocks + len(others),
+        context.blocks + len(others),
         ("The first two calls of a kind are run as they are; warmup(pipe) makes them beforehand.",),
     )
 
 
-def _wholes(target: Target, config: CudaGraphConfig) -> list[tuple[str, nn.Module]]:
+def _wholes(context: PipelineContext, config: CudaGraphConfig) -> list[tuple[str, nn.Module]]:
     """The other modules whose forward is recorded as a whole, and their names.
 
     Raises:
@@ -93,7 +94,7 @@ def _wholes(target: Target, config: CudaGraphConfig) -> list[tuple[str, nn.Modul
     """
     found: list[tuple[str, nn.Module]] = []
     if config.vae:
-        vae = getattr(target.pipe, "vae", None)
+        vae = getattr(context.pipe, "vae", None)
         decoder = getattr(vae, "decoder", None)
         if not isinstance(decoder, nn.Module):
             raise Unsupported("cuda_graph.vae", "there is no VAE with a decoder.", "cuda_graph.vae=False.")
@@ -106,7 +107,7 @@ def _wholes(target: Target, config: CudaGraphConfig) -> list[tuple[str, nn.Modul
     if config.text_encoders:
         encoders = [
             (name, module)
-            for name, module in target.pipe.components.items()
+            for name, module in context.pipe.components.items()
             if name.startswith("text_encoder") and isinstance(module, nn.Module)
         ]
         if not encoders:
@@ -118,25 +119,25 @@ def _wholes(target: Target, config: CudaGraphConfig) -> list[tuple[str, nn.Modul
     return found
 
 
-def components(target: Target, config: CudaGraphConfig) -> tuple[str, ...]:
+def components(context: PipelineContext, config: CudaGraphConfig) -> tuple[str, ...]:
     """The components besides the denoisers that it changes."""
-    return tuple(name.partition(".")[0] for name, _ in _wholes(target, config))
+    return tuple(name.partition(".")[0] for name, _ in _wholes(context, config))
 
 
-def edits(target: Target, config: CudaGraphConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: CudaGraphConfig) -> Iterator[Edit]:
     """One layer around each denoiser, which tells kinds of calls apart, and one around each block; one around each
     other module."""
-    for name, module in _wholes(target, config):
-        if name.partition(".")[0] in target.taken:
+    for name, module in _wholes(context, config):
+        if name.partition(".")[0] in context.shared:
             continue
-        whole = Whole(target, name, module, config.limit)
-        target.graphs.append(whole)
-        yield AddLayer(module, target.rank("whole graph"), whole.around)
-    for denoiser in target.denoisers:
-        graphs = Graphs(target, denoiser, config)
-        target.graphs.append(graphs)
-        yield AddLayer(denoiser.module, target.rank("graph kind"), graphs.around_denoiser)
+        whole = Whole(context, name, module, config.limit)
+        context.outputs.graphs.append(whole)
+        yield AddLayer(module, context.rank("whole graph"), whole.around)
+    for denoiser in context.denoisers:
+        graphs = Graphs(context, denoiser, config)
+        context.outputs.graphs.append(graphs)
+        yield AddLayer(denoiser.module, context.rank("graph kind"), graphs.around_denoiser)
         adapter = denoiser.adapter
         for stack in (*adapter.side_stacks, *adapter.stacks):
             for index, block in enumerate(stack.blocks(denoiser.module)):
-                yield AddLayer(block, target.rank("graph"), graphs.around_block(stack, block, index))
+                yield AddLayer(block, context.rank("graph"), graphs.around_block(stack, block, index))

@@ -16,7 +16,7 @@ from ...core.graphs import RECORDERS, Recording
 from ...core.step import Mode
 from ...models import Stack
 from ...models.adapter import by_name, parameter_names
-from ..feature import Denoiser, Target
+from ..context import Denoiser, PipelineContext
 from .segments import Call, Kind, Running, Segment, Source, form_of, run, source_of
 from .state import adapter_of, call_form, first_line, state_of
 
@@ -28,13 +28,13 @@ class Graphs:
     """The graphs of one denoiser.
 
     Args:
-        target: The pipeline.
+        context: The pipeline.
         denoiser: The denoiser.
         config: How many kinds of calls are recorded at most.
     """
 
-    def __init__(self, target: Target, denoiser: Denoiser, config: CudaGraphConfig):
-        self.target, self.denoiser, self.config = target, denoiser, config
+    def __init__(self, context: PipelineContext, denoiser: Denoiser, config: CudaGraphConfig):
+        self.context, self.denoiser, self.config = context, denoiser, config
         self.kinds: dict[Hashable, Kind] = {}
         self.replays = 0
         self._running: Running | None = None
@@ -102,7 +102,7 @@ class Graphs:
         """Takes note of where a block's arguments came from, and whether a segment must begin or end here."""
         kind = running.kind
         sources: dict[str, Source] = {}
-        asked = running.ended or (self.denoiser.name, number) in self.target.looked_at
+        asked = running.ended or (self.denoiser.name, number) in self.context.outputs.observed_blocks
         if not (asked or alone):
             sources = {name: found for name, value in given.items() if (found := source_of(value, running))}
         if len(sources) < len(given):
@@ -133,7 +133,7 @@ class Graphs:
         if not kind.watched:
             kind.forget()
             # On a step that a cache skips this is as it should be.
-            step = self.target.clock.current
+            step = self.context.clock.current
             if step is not None and step.mode is Mode.FULL:
                 kind.why = f"of its {len(self._blocks)} blocks {len(set(order))} are called"
                 self._say(kind.why)
@@ -185,7 +185,7 @@ class Graphs:
         if segment is None or kind.why is not None:
             return run(calls, given)
         outputs = iter(segment.recording(inputs))
-        self.target.attention_calls.update(segment.attention)
+        self.context.stats.attention_calls.update(segment.attention)
         self.replays += 1
         structure, rest = segment.result
         return pytree.tree_unflatten([next(outputs) if item is _TENSOR else item for item in rest], structure)
@@ -196,7 +196,7 @@ class Graphs:
     ) -> Segment:  # fmt: skip
         places = {key: place for place, key in enumerate(order)}
         result: list[Any] = []
-        counts, made = self.target.attention_calls, Counter[str]()
+        counts, made = self.context.stats.attention_calls, Counter[str]()
 
         def function(static: list[torch.Tensor]) -> list[torch.Tensor]:
             given = [static[places[id(item)]] if isinstance(item, torch.Tensor) else item for item in leaves]
@@ -222,7 +222,7 @@ class Graphs:
 
     def _kind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Kind | None:
         """The kind of this call; `None` where it is to be run as it is."""
-        step = self.target.clock.current
+        step = self.context.clock.current
         if step is None or torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled():
@@ -236,7 +236,7 @@ class Graphs:
         if self._why is not None:
             return None
         modes = torch.is_inference_mode_enabled(), torch.is_autocast_enabled(self.denoiser.device.type)
-        key = (call_form(args), call_form(kwargs), modes, tuple(phase() for phase in self.target.phases))
+        key = (call_form(args), call_form(kwargs), modes, tuple(phase() for phase in self.context.outputs.graph_keys))
         kind = self.kinds.get(key)
         if kind is None:
             if len(self.kinds) >= self.config.limit:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ...core.graphs import RECORDERS, Recording
-from ..feature import Target
+from ..context import PipelineContext
 from .segments import CONSTANTS
 from .state import call_form, first_line, state_of
 
@@ -37,16 +37,16 @@ class Whole:
     """The graphs of one module's forward.
 
     Args:
-        target: The pipeline.
+        context: The pipeline.
         name: The module, as a user knows it.
         module: The module.
         limit: Kinds of calls that are recorded at most.
     """
 
-    def __init__(self, target: Target, name: str, module: nn.Module, limit: int):
+    def __init__(self, context: PipelineContext, name: str, module: nn.Module, limit: int):
         self.name, self.module, self.limit = name, module, limit
         # The module may outlive the pipeline: one that others share.
-        self._target = weakref.ref(target)
+        self._context = weakref.ref(context)
         self.replays = 0
         # A call's kind -> its graph; `None` after its first call.
         self._kinds: dict[Hashable, _Played | None] = {}
@@ -63,9 +63,9 @@ class Whole:
 
     def around(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer around the module's forward."""
-        target = self._target()
-        if target is not None and self._request != target.clock.request:
-            self._request, self.replays = target.clock.request, 0
+        context = self._context()
+        if context is not None and self._request != context.clock.request:
+            self._request, self.replays = context.clock.request, 0
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [item for item in leaves if isinstance(item, torch.Tensor)]
         why = self._refusal(args, kwargs, leaves, tensors)

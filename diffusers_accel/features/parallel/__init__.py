@@ -22,7 +22,8 @@ from ...core.mesh import SEQUENCE, Mesh, begin, everyone, launched
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, Shipping, Transport
 from ...models.tensor import Heads
-from ..feature import Denoiser, Plan, Target
+from ..context import Denoiser, PipelineContext
+from ..feature import Plan
 from . import gpus, vae
 from .agreement import Agreement, same_random_numbers
 from .division import Division
@@ -33,7 +34,7 @@ from .vae import others as vae_others
 _LAUNCH = "start it with `torchrun --nproc-per-node N script.py`, N the product of the numbers in `parallel`."
 
 
-def check(target: Target, config: ParallelConfig) -> Plan:
+def check(context: PipelineContext, config: ParallelConfig) -> Plan:
     """Who would do what.
 
     Raises:
@@ -45,28 +46,28 @@ def check(target: Target, config: ParallelConfig) -> Plan:
         raise Unsupported("parallel", "no launcher says which of several processes this is.", _LAUNCH)
     if config.ranks != world and not (config.fsdp and config.ranks == 1):
         raise Unsupported("parallel", f"{config.product}, and there are {world} processes.", _LAUNCH)
-    _refuse_neighbours(target, config)
-    actions, notes = [], gpus.notes(target)
+    _refuse_neighbours(context, config)
+    actions, notes = [], gpus.notes(context)
     if config.dp > 1:
         actions.append(f"samples of a batch on {config.dp}")
         notes.append(f"Requests of fewer than {config.dp} samples gain nothing from dp.")
     if config.cfg > 1:
         actions.append(f"branches of guidance on {config.cfg}")
-        if target.config is not None and target.config.cache is not None:
+        if context.config is not None and context.config.cache is not None:
             notes.append("With cfg, a cache decides for each rank's branches by themselves.")
-        embedded = [str(item) for item in target.denoisers if item.adapter.guidance == "embedded"]
+        embedded = [str(item) for item in context.denoisers if item.adapter.guidance == "embedded"]
         if embedded:
             notes.append(f"{', '.join(embedded)} calls several branches only with true guidance (a negative prompt).")
     if config.vae > 1:
-        actions.append(_vae(target, config, world))
+        actions.append(_vae(context, config, world))
     if config.vae_others != "compute" and config.vae < world:
-        if getattr(target.pipe, "vae", None) is None:
+        if getattr(context.pipe, "vae", None) is None:
             raise Unsupported("parallel.vae_others", "there is no VAE.", "vae_others='compute'.")
         what = "receive what the others decode" if config.vae_others == "receive" else "get zeros for pictures"
         actions.append(f"{world - config.vae} of {world} ranks {what}")
     if config.sequence > 1:
-        _refuse_kernels(target, config)
-        for denoiser in target.denoisers:
+        _refuse_kernels(context, config)
+        for denoiser in context.denoisers:
             _refuse_undivided(denoiser, config)
         ways = [f"{name} {size}" for name, size in (("ulysses", config.ulysses), ("ring", config.ring)) if size > 1]
         if config.attn2d != (1, 1):
@@ -77,18 +78,18 @@ def check(target: Target, config: ParallelConfig) -> Plan:
     # What tp does is a row of its own.
     alone = "requests compared" if config.tp > 1 else "one rank"
     left = []
-    on_host = target.device.type == "cpu" and torch.cuda.is_available()
+    on_host = context.device.type == "cpu" and torch.cuda.is_available()
     if on_host and config.exchange == "auto" and config.sequence * config.tp * config.vae > 1:
         left.append(
             "The pipeline is on the CPU, so ranks will exchange by messages, also if it is moved to GPUs later: slower "
             "than through windows. Move or offload it before accelerate, or say parallel.exchange='messages'."
         )
-    return Plan("; ".join(actions) or alone, target.blocks if config.sequence > 1 else 0, tuple(notes), tuple(left))
+    return Plan("; ".join(actions) or alone, context.blocks if config.sequence > 1 else 0, tuple(notes), tuple(left))
 
 
-def _refuse_neighbours(target: Target, config: ParallelConfig) -> None:
+def _refuse_neighbours(context: PipelineContext, config: ParallelConfig) -> None:
     """Refuses features that would let ranks go different ways."""
-    others = target.config
+    others = context.config
     cache = others.cache if others is not None else None
     if config.sequence * config.tp > 1 and getattr(cache, "guard", False):
         raise Unsupported(
@@ -98,9 +99,9 @@ def _refuse_neighbours(target: Target, config: ParallelConfig) -> None:
         )
 
 
-def _vae(target: Target, config: ParallelConfig, world: int) -> str:
+def _vae(context: PipelineContext, config: ParallelConfig, world: int) -> str:
     """What is done with the VAE, in words; refuses what cannot be."""
-    module, others = getattr(target.pipe, "vae", None), target.config
+    module, others = getattr(context.pipe, "vae", None), context.config
     if world % config.vae:
         raise Unsupported("parallel.vae", f"{config.vae} does not divide {world} processes.", "a divisor of them.")
     if module is None:
@@ -116,12 +117,12 @@ def _vae(target: Target, config: ParallelConfig, world: int) -> str:
     return f"the VAE's {config.vae_dim} on {config.vae}"
 
 
-def _refuse_kernels(target: Target, config: ParallelConfig) -> None:
+def _refuse_kernels(context: PipelineContext, config: ParallelConfig) -> None:
     """Refuses kernels whose partial results cannot be merged, where keys are divided among ranks."""
-    attention = target.config.attention if target.config is not None else None
+    attention = context.config.attention if context.config is not None else None
     if attention is None or not config.partial:
         return
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         for field, name in _kernels(denoiser, attention):
             if name != "auto" and KERNELS.knows(name) and not KERNELS.get(name).lse:
                 records = [KERNELS.get(other) for other in KERNELS if "/" not in other]
@@ -181,63 +182,63 @@ def _refuse_undivided(denoiser: Denoiser, config: ParallelConfig) -> None:
             )  # fmt: skip
 
 
-def settle(target: Target) -> Iterator[Edit]:
+def settle(context: PipelineContext) -> Iterator[Edit]:
     """The process group, and a GPU of its own for each rank. These come before the edits of any other feature, which
     then find weights where they are to stay.
 
     Raises:
         Unsupported: Ranks are on one GPU and cannot be moved.
     """
-    device = target.device.type
+    device = context.device.type
     # A pipeline that is divided on the host may be moved afterwards.
     begin("cuda" if torch.cuda.is_available() and dist.is_nccl_available() else device)
     if device == "cuda":
-        yield from gpus.edits(target, everyone())
+        yield from gpus.edits(context, everyone())
     elif torch.cuda.is_available():
-        yield from gpus.beforehand(target)
+        yield from gpus.beforehand(context)
 
 
-def components(target: Target, config: ParallelConfig) -> tuple[str, ...]:
+def components(context: PipelineContext, config: ParallelConfig) -> tuple[str, ...]:
     """The components besides the denoisers that it changes."""
     return ("vae",) if config.vae > 1 or config.vae_others != "compute" else ()
 
 
-def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: ParallelConfig) -> Iterator[Edit]:
     """The mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
-    device, ranks = target.device.type, everyone()
+    device, ranks = context.device.type, everyone()
     mesh = Mesh(config.axes(launched() or 1), device)
     for axis in SEQUENCE:
-        open_for(target, mesh.group(axis), device, config)
-    agreement = Agreement(target, ranks)
+        open_for(context, mesh.group(axis), device, config)
+    agreement = Agreement(context, ranks)
     if config.sequence * config.tp > 1:
         # Ranks of one forward decide together: those of tp see the same, but for rounding.
-        target.summed = mesh.neighbours(config.sequence * config.tp).sum
-    if hasattr(target.pipe, "check_inputs"):
-        yield AddLayer(target.pipe, target.rank("request"), same_random_numbers(ranks, device), "check_inputs")
+        context.outputs.reduce = mesh.neighbours(config.sequence * config.tp).sum
+    if hasattr(context.pipe, "check_inputs"):
+        yield AddLayer(context.pipe, context.rank("request"), same_random_numbers(ranks, device), "check_inputs")
     if ranks.rank:
         # One bar is enough.
-        bar = vars(target.pipe).get("_progress_bar_config") or {}
-        yield SetAttr(target.pipe, "_progress_bar_config", {**bar, "disable": True})
-    if config.vae > 1 and "vae" not in target.taken:
+        bar = vars(context.pipe).get("_progress_bar_config") or {}
+        yield SetAttr(context.pipe, "_progress_bar_config", {**bar, "disable": True})
+    if config.vae > 1 and "vae" not in context.shared:
         group = mesh.neighbours(config.vae)
-        open_for(target, group, device, config)
-        yield from vae.edits(target.pipe.vae, group, config.vae_dim, target.rank("vae"))
-    if config.vae_others != "compute" and "vae" not in target.taken:
+        open_for(context, group, device, config)
+        yield from vae.edits(context.pipe.vae, group, config.vae_dim, context.rank("vae"))
+    if config.vae_others != "compute" and "vae" not in context.shared:
         idle = config.vae_others == "idle"
-        yield from vae_others.edits(target.pipe.vae, ranks, config.vae, idle, target.rank("vae of others"))
-    for denoiser in target.denoisers:
-        yield AddLayer(denoiser.module, target.rank("agreement"), agreement.around_denoiser(denoiser))
+        yield from vae_others.edits(context.pipe.vae, ranks, config.vae, idle, context.rank("vae of others"))
+    for denoiser in context.denoisers:
+        yield AddLayer(denoiser.module, context.rank("agreement"), agreement.around_denoiser(denoiser))
         if config.cfg > 1:
-            guidance = Guidance(target, denoiser, mesh.group("cfg"), target.shares_weights)
-            yield AddLayer(denoiser.module, target.rank("guidance"), guidance.around_denoiser)
+            guidance = Guidance(context, denoiser, mesh.group("cfg"), context.shares_weights)
+            yield AddLayer(denoiser.module, context.rank("guidance"), guidance.around_denoiser)
         if config.dp > 1:
             samples = Samples(denoiser, mesh.group("dp"))
-            yield AddLayer(denoiser.module, target.rank("samples"), samples.around_denoiser)
+            yield AddLayer(denoiser.module, context.rank("samples"), samples.around_denoiser)
         if config.sequence > 1:
-            yield from _divided(target, denoiser, mesh, config)
+            yield from _divided(context, denoiser, mesh, config)
 
 
-def _divided(target: Target, denoiser: Denoiser, mesh: Mesh, config: ParallelConfig) -> Iterator[Edit]:
+def _divided(context: PipelineContext, denoiser: Denoiser, mesh: Mesh, config: ParallelConfig) -> Iterator[Edit]:
     """Layers around one denoiser and its blocks, and its transports."""
     adapter, plan = denoiser.adapter, denoiser.adapter.sequence
     assert plan is not None
@@ -255,13 +256,13 @@ def _divided(target: Target, denoiser: Denoiser, mesh: Mesh, config: ParallelCon
         config.payload == "fp8",
     )
     for name, attends in plan.attention.items():
-        target.transports[denoiser.name, name] = division.carrier(attends, transport)
-    yield AddLayer(denoiser.module, target.rank("division"), division.around_denoiser)
+        context.outputs.attention_carriers[denoiser.name, name] = division.carrier(attends, transport)
+    yield AddLayer(denoiser.module, context.rank("division"), division.around_denoiser)
     for stack in (*adapter.side_stacks, *adapter.stacks):
         blocks = stack.blocks(denoiser.module)
         for block in blocks:
             last = stack is adapter.stacks[-1] and block is blocks[-1]
-            yield AddLayer(block, target.rank("division of a block"), division.around_block(stack, block, last))
+            yield AddLayer(block, context.rank("division of a block"), division.around_block(stack, block, last))
     if plan.gathered_before is not None:
         module = denoiser.module.get_submodule(plan.gathered_before)
-        yield AddLayer(module, target.rank("division of a block"), division.before_module)
+        yield AddLayer(module, context.rank("division of a block"), division.before_module)

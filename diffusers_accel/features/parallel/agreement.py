@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ...core.comm import Group
 from ...errors import RanksDiffer, Unsupported
 from ...models.adapter import by_name, parameter_names
-from ..feature import Denoiser, Target
+from ..context import Denoiser, PipelineContext
 
 # Tensors of no more values are compared as they are, others by so many sums.
 _FEW, _SUMS = 64, 65
@@ -42,12 +42,12 @@ class Agreement:
     exchanged and nobody waits for them.
 
     Args:
-        target: The pipeline.
+        context: The pipeline.
         everyone: All ranks.
     """
 
-    def __init__(self, target: Target, everyone: Group):
-        self.target, self.everyone = target, everyone
+    def __init__(self, context: PipelineContext, everyone: Group):
+        self.context, self.everyone = context, everyone
         self._request = 0
         self._judge: Callable[[], None] | None = None
 
@@ -56,10 +56,10 @@ class Agreement:
         names = parameter_names(denoiser.module)
 
         def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            state = self.target.clock.current
+            state = self.context.clock.current
             if state is not None and state.request != self._request:
                 self._request = state.request
-                for windows in self.target.windows:
+                for windows in self.context.outputs.windows:
                     windows.begin()
                 self._judge = self._compare(by_name(names, args, kwargs), str(denoiser))
                 out = inner(*args, **kwargs)

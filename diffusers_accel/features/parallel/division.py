@@ -21,7 +21,7 @@ from ...kernels.attention.shipping import QUERY
 from ...models import Stack
 from ...models.adapter import by_name, parameter_names
 from ...models.sequence import Along, Attends, SequencePlan
-from ..feature import Denoiser
+from ..context import Denoiser
 
 
 class Division:

@@ -30,7 +30,7 @@ from ...core.edits import AddLayer, Edit, MoveTensors, SetAttr
 from ...core.mesh import own_gpu
 from ...core.parts import parts
 from ...errors import Unsupported
-from ..feature import Target
+from ..context import PipelineContext
 
 _INSTEAD = (
     "`torchrun --virtual-local-rank ...`, which shows each process a GPU of its own, or torch.cuda.set_device(n) with "
@@ -55,28 +55,28 @@ class Seat:
     bound: str | None
 
 
-def notes(target: Target) -> list[str]:
+def notes(context: PipelineContext) -> list[str]:
     """What `explain` says of it. Whether others are on the same GPU is not known until they are asked."""
-    if target.device.type != "cuda":
+    if context.device.type != "cuda":
         return []
-    here, own = _gpu(target), _own()
+    here, own = _gpu(context), _own()
     if own is None or own == here:
         return []
     return [f"The pipeline goes from {here} to {own}, this rank's GPU by LOCAL_RANK, if others are on {here} too."]
 
 
-def beforehand(target: Target) -> Iterator[Edit]:
+def beforehand(context: PipelineContext) -> Iterator[Edit]:
     """Has a pipeline on the host go to this rank's GPU, should it be moved or offloaded afterwards: that is the
     process's current one from now on."""
     if _own() is not None:
         torch.cuda.set_device(own_gpu())
-        yield from _offloading(target)
+        yield from _offloading(context)
 
 
-def edits(target: Target, ranks: Group) -> Iterator[Edit]:
+def edits(context: PipelineContext, ranks: Group) -> Iterator[Edit]:
     """Moves this rank's pipeline if it has to be."""
-    here, own = _gpu(target), _own()
-    modules = [module for module in target.pipe.components.values() if isinstance(module, nn.Module)]
+    here, own = _gpu(context), _own()
+    modules = [module for module in context.pipe.components.values() if isinstance(module, nn.Module)]
     # A process group that knows no other way than NCCL's asks through the current GPU, which must not be everybody's.
     torch.cuda.set_device(here if own is None else own)
     seats = ranks.objects(_seat(modules, here, own))
@@ -93,22 +93,22 @@ def edits(target: Target, ranks: Group) -> Iterator[Edit]:
             )
         yield MoveTensors(modules, here, own)
         yield _MoveHooks(modules, here, own)
-        if "_offload_device" in vars(target.pipe):
-            yield SetAttr(target.pipe, "_offload_device", own)
-        for denoiser in target.denoisers:
-            yield AddLayer(denoiser.module, target.rank("gpu"), brought(here, own))
-    yield from _offloading(target)
+        if "_offload_device" in vars(context.pipe):
+            yield SetAttr(context.pipe, "_offload_device", own)
+        for denoiser in context.denoisers:
+            yield AddLayer(denoiser.module, context.rank("gpu"), brought(here, own))
+    yield from _offloading(context)
     if moved:
         # Whoever stays has the GPU to itself before it goes on.
         ranks.objects(None)
 
 
-def _offloading(target: Target) -> Iterator[Edit]:
+def _offloading(context: PipelineContext) -> Iterator[Edit]:
     """Models that are offloaded from now on, or whose hooks are renewed, as after every request, go to the current
     GPU."""
     index = torch.cuda.current_device()
-    if index != vars(target.pipe).get("_offload_gpu_id", 0):
-        yield SetAttr(target.pipe, "_offload_gpu_id", index)
+    if index != vars(context.pipe).get("_offload_gpu_id", 0):
+        yield SetAttr(context.pipe, "_offload_gpu_id", index)
 
 
 def moving(seats: Sequence[Seat]) -> tuple[int, ...]:
@@ -219,8 +219,8 @@ def _own() -> torch.device | None:
     return torch.device("cuda", int(number)) if number is not None and gpus > 1 and int(number) < gpus else None
 
 
-def _gpu(target: Target) -> torch.device:
-    module = target.denoisers[0].module
+def _gpu(context: PipelineContext) -> torch.device:
+    module = context.denoisers[0].module
     found = [next(module.parameters()).device, *filter(None, map(_brings_to, _hooks(module)))]
     gpus = [device for device in found if device.type == "cuda"]
     # A model that waits on the host for anything else goes to its rank's own GPU.

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ...core.comm import Group, shares
 from ...core.later import Later, settled
 from ...models.adapter import by_name, parameter_names
-from ..feature import Denoiser, Target
+from ..context import Denoiser, PipelineContext
 
 # Twice the operations that any pipeline of the tests does to a branch before it calls the next one (LTX-2 with three of
 # them: 22). Those after the last step, a VAE's say, are not put off for a branch that does not come.
@@ -59,14 +59,14 @@ class Guidance:
     """One denoiser's branches, among the ranks of a group.
 
     Args:
-        target: The pipeline.
+        context: The pipeline.
         denoiser: The denoiser.
         group: The ranks.
         together: Whether all ranks must compute equally many calls, as those do that share weights.
     """
 
-    def __init__(self, target: Target, denoiser: Denoiser, group: Group, together: bool = False):
-        self.target, self.denoiser, self.group, self.together = target, denoiser, group, together
+    def __init__(self, context: PipelineContext, denoiser: Denoiser, group: Group, together: bool = False):
+        self.context, self.denoiser, self.group, self.together = context, denoiser, group, together
         # Ranks that have computed a call of this round, and how to compute its last one.
         self._round: set[int] = set()
         self._again: Callable[[], Any] | None = None
@@ -106,7 +106,7 @@ class Guidance:
 
     def _place(self) -> None:
         """Notices a new step."""
-        state = self.target.clock.current
+        state = self.context.clock.current
         step = (state.request, state.step) if state is not None else ()
         if step != self._step or not step:
             self._expected = self._calls if step and self._step else 0
@@ -136,7 +136,7 @@ class Guidance:
 
     def _later_as_now(self, compute: Callable[[], Any]) -> Callable[[], Any]:
         """What computes a call in its own place among all, whenever it is called."""
-        clock, state = self.target.clock, self.target.clock.current
+        clock, state = self.context.clock, self.context.clock.current
 
         def again() -> Any:
             before, clock.current = clock.current, state

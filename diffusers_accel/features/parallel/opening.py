@@ -8,14 +8,14 @@ from ...config import ParallelConfig
 from ...core.comm import Group
 from ...core.windows import MAKERS, open_windows
 from ...errors import Unsupported
-from ..feature import Target
+from ..context import PipelineContext
 
 
-def open_for(target: Target, group: Group, device: str, config: ParallelConfig) -> None:
+def open_for(context: PipelineContext, group: Group, device: str, config: ParallelConfig) -> None:
     """Memory through which a group exchanges what it has, where it is asked for and can be had. All its ranks call it.
 
     Args:
-        target: The pipeline, which is told of them.
+        context: The pipeline, which is told of them.
         group: The ranks.
         device: Type of the device that tensors are on.
         config: What is asked for.
@@ -27,7 +27,7 @@ def open_for(target: Target, group: Group, device: str, config: ParallelConfig) 
         return
     group.windows, reason = open_windows(group, device)
     if group.windows is not None:
-        target.windows.append(group.windows)
+        context.outputs.windows.append(group.windows)
     if reason is None:
         return
     if config.exchange == "windows":

@@ -34,7 +34,8 @@ from ...models.tensor import (
     ranges,
     whole_count,
 )
-from ..feature import Denoiser, Plan, Target, refuse_offloaded
+from ..context import Denoiser, PipelineContext
+from ..feature import Plan, refuse_offloaded
 from .opening import open_for
 
 _FEATURE = "parallel.tp"
@@ -44,7 +45,7 @@ _CLOSED_OF_PIPE = ("load_lora_weights", "load_ip_adapter")
 _CLOSED = ("load_lora_adapter", "add_adapter", "fuse_qkv_projections", "load_state_dict", "enable_parallelism")
 
 
-def check(target: Target, config: ParallelConfig) -> Plan:
+def check(context: PipelineContext, config: ParallelConfig) -> Plan:
     """How many layers would be divided, and what that leaves on a rank.
 
     Raises:
@@ -52,7 +53,7 @@ def check(target: Target, config: ParallelConfig) -> Plan:
             there as a whole.
     """
     actions, notes, modules = [], [], 0
-    for denoiser in target.denoisers:
+    for denoiser in context.denoisers:
         refuse_offloaded(_FEATURE, denoiser)
         if denoiser.adapter.tensor is None:
             raise Unsupported(_FEATURE, "no adapter says how its weights may be divided.", _INSTEAD, str(denoiser))
@@ -69,7 +70,7 @@ def check(target: Target, config: ParallelConfig) -> Plan:
             f"{denoiser.name}: their weights take {own / 2**20:.1f} MiB on a rank instead of {whole / 2**20:.1f}; the "
             f"other {rest / 2**20:.1f} stay whole."
         )
-    linear = target.config.linear if target.config is not None else None
+    linear = context.config.linear if context.config is not None else None
     if linear is not None and linear.keep_original == "drop":
         notes.append("Whole weights stay in every rank's host memory, whatever linear drops.")
     left = []
@@ -78,24 +79,24 @@ def check(target: Target, config: ParallelConfig) -> Plan:
     return Plan("; ".join(actions), modules, tuple(notes), tuple(left))
 
 
-def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: ParallelConfig) -> Iterator[Edit]:
     """The process group and mesh; then, layer by layer, a swap and the stock weight put aside; and what processors
     count."""
-    device = target.device.type
+    device = context.device.type
     begin(device)
     group = Mesh(config.sizes, device).group("tp")
     if group.size == 2:  # sums of more are NCCL's: core/windowed.py
-        open_for(target, group, device, config)
+        open_for(context, group, device, config)
     number = sharded.free_number()
     yield SetItem(sharded.GROUPS, number, group)
     for name in _CLOSED_OF_PIPE:
-        yield from _closed(target, target.pipe, name, type(target.pipe).__name__)
-    for denoiser in target.denoisers:
+        yield from _closed(context, context.pipe, name, type(context.pipe).__name__)
+    for denoiser in context.denoisers:
         for name in _CLOSED:
-            yield from _closed(target, denoiser.module, name, str(denoiser))
+            yield from _closed(context, denoiser.module, name, str(denoiser))
         layers = _layers(denoiser, config.tp)
         yield _ShowWhole(denoiser.module, layers)
-        yield from _tables(target, denoiser, config.tp, group.rank)
+        yield from _tables(context, denoiser, config.tp, group.rank)
         for layer in layers:
             yield from _divided(layer, group.rank, number)
         for attention in _attention(layers):
@@ -257,7 +258,7 @@ def _counted(attention: nn.Module, denoiser: Denoiser, ranks: int, rank: int) ->
         yield SetAttr(attention, name, value)
 
 
-def _tables(target: Target, denoiser: Denoiser, ranks: int, rank: int) -> Iterator[Edit]:
+def _tables(context: PipelineContext, denoiser: Denoiser, ranks: int, rank: int) -> Iterator[Edit]:
     """Layers around what makes rotary tables of heads: divided once in a call, where they are made."""
     assert denoiser.adapter.tensor is not None
     for path, name in denoiser.adapter.tensor.tables.items():
@@ -266,7 +267,7 @@ def _tables(target: Target, denoiser: Denoiser, ranks: int, rank: int) -> Iterat
         assert heads is not None
         counts = [queries for queries, _ in heads.shares(ranks)]
         own = _of_heads(heads.query, sum(counts[:rank]), counts[rank])
-        yield AddLayer(denoiser.module.get_submodule(path), target.rank("division"), own)
+        yield AddLayer(denoiser.module.get_submodule(path), context.rank("division"), own)
 
 
 def _of_heads(heads: int, first: int, count: int) -> Callable[..., Any]:
@@ -285,7 +286,7 @@ def _of_heads(heads: int, first: int, count: int) -> Callable[..., Any]:
     return forward
 
 
-def _closed(target: Target, owner: Any, name: str, who: str) -> Iterator[Edit]:
+def _closed(context: PipelineContext, owner: Any, name: str, who: str) -> Iterator[Edit]:
     """Refuses a method while weights are divided."""
     if not callable(getattr(owner, name, None)):
         return
@@ -296,7 +297,7 @@ def _closed(target: Target, owner: Any, name: str, who: str) -> Iterator[Edit]:
             "restore(pipe) first, and accelerate it again afterwards.", who,
         )  # fmt: skip
 
-    yield AddLayer(owner, target.rank("request"), refuse, name)
+    yield AddLayer(owner, context.rank("request"), refuse, name)
 
 
 @dataclass(eq=False)

@@ -24,7 +24,8 @@ from ...core.mesh import Mesh, begin, everyone, launched
 from ...errors import Unsupported
 from ...kernels.linear import StandIn
 from ...models.adapter import default_adapter
-from ..feature import Denoiser, Plan, Target, refuse_offloaded
+from ..context import Denoiser, PipelineContext
+from ..feature import Plan, refuse_offloaded
 from .shards import Divided, Memory, Opened, Settled, Weight, dense
 
 _FEATURE = "parallel.fsdp"
@@ -64,23 +65,23 @@ class _Weights:
     rest: list[Weight]
 
 
-def check(target: Target, config: ParallelConfig) -> Plan:
+def check(context: PipelineContext, config: ParallelConfig) -> Plan:
     """How much of which model a rank would hold.
 
     Raises:
         Unsupported: Blocks are not known, weights are offloaded or of a package that hides them, or something is asked
             for beside it that is recorded with the weights' places, or lets ranks go different ways.
     """
-    _refuse_neighbours(target)
-    for component in _components(target):
-        _refuse(component, component in target.denoisers)
-    found, world = _weights(target), launched() or 1
+    _refuse_neighbours(context)
+    for component in _components(context):
+        _refuse(component, component in context.denoisers)
+    found, world = _weights(context), launched() or 1
     bytes_of: dict[str, int] = defaultdict(int)
     for block in found.blocks:
         bytes_of[block.component] += block.bytes
     notes = [
         f"{name}: each of {world} ranks holds {size / world / 2**20:.1f} MiB of its blocks' {size / 2**20:.1f}"
-        + (", before they are quantized." if target.config is not None and target.config.linear is not None else ".")
+        + (", before they are quantized." if context.config is not None and context.config.linear is not None else ".")
         for name, size in bytes_of.items()
     ]
     most = max((block.bytes for block in found.blocks), default=0)
@@ -89,34 +90,38 @@ def check(target: Target, config: ParallelConfig) -> Plan:
     return Plan(f"the weights of blocks on {world}", len(found.blocks), tuple(notes))
 
 
-def edits(target: Target, config: ParallelConfig) -> Iterator[Edit]:
+def edits(context: PipelineContext, config: ParallelConfig) -> Iterator[Edit]:
     """Every block divided, with a layer that puts it together; and all that stays whole on the rank's device."""
-    device = target.device.type
+    device = context.device.type
     begin(device)
     mesh = Mesh(config.axes(launched() or 1), device)
-    found, memory = _weights(target), Memory(mesh.beside(), target.home)
+    found, memory = _weights(context), Memory(mesh.beside(), context.home)
     if memory.group.size == 1:
         found = _Weights([], [*found.rest, *(weight for block in found.blocks for weight in block.weights)])
-    rank, shards = target.rank("weights"), {}
+    rank, shards = context.rank("weights"), {}
     for block in found.blocks:
         shard = shards[id(block.module)] = memory.shard(block.name, block.weights)
         yield Divided(shard)
         yield AddLayer(block.module, rank, memory.around(shard))
         yield from _refused(block.module, _BLOCK, block.name, rank)
-        target.held[block.component] = target.held.get(block.component, 0) + shard.length
+        context.outputs.sharded_bytes[block.component] = (
+            context.outputs.sharded_bytes.get(block.component, 0) + shard.length
+        )
     for weight in found.rest:
-        if weight.tensor.device != target.home and weight.tensor.device.type == "cpu":
+        if weight.tensor.device != context.home and weight.tensor.device.type == "cpu":
             yield Settled(weight, memory.device)
     if not shards:
         return
-    for component in _components(target):
-        if component.name in target.held:
+    for component in _components(context):
+        if component.name in context.outputs.sharded_bytes:
             yield from _refused(component.module, _MODEL, str(component), rank)
-    yield from _refused(target.pipe, _PIPELINE, type(target.pipe).__name__, rank)
+    yield from _refused(context.pipe, _PIPELINE, type(context.pipe).__name__, rank)
     yield Opened(memory)
     # Ranks that skip other steps would wait for each other for ever.
-    target.summed = everyone().sum
-    target.gathered = lambda block: memory.gathered(shards[id(block)]) if id(block) in shards else nullcontext()
+    context.outputs.reduce = everyone().sum
+    context.outputs.gathered = lambda block: (
+        memory.gathered(shards[id(block)]) if id(block) in shards else nullcontext()
+    )
 
 
 def _refused(owner: Any, methods: tuple[str, ...], name: str, rank: int) -> Iterator[Edit]:
@@ -138,23 +143,23 @@ def _refusing(method: str, name: str) -> Callable[..., Any]:
 # --- what is shared --------------------------------------------------------------------------------------------------
 
 
-def _components(target: Target) -> list[Denoiser]:
+def _components(context: PipelineContext) -> list[Denoiser]:
     """The pipeline's models whose blocks are looked for, the VAEs left out; each as its adapter describes it."""
-    known = {denoiser.name: denoiser for denoiser in target.denoisers}
+    known = {denoiser.name: denoiser for denoiser in context.denoisers}
     found = []
-    for name, module in target.pipe.components.items():
+    for name, module in context.pipe.components.items():
         if not isinstance(module, nn.Module) or (hasattr(module, "encode") and hasattr(module, "decode")):
             continue
-        device = target.device
+        device = context.device
         found.append(known.get(name) or Denoiser(name, module, default_adapter(module), device))
     return found
 
 
-def _weights(target: Target) -> _Weights:
+def _weights(context: PipelineContext) -> _Weights:
     """Divides all tensors of the pipeline into those of single blocks, and the rest."""
     blocks: list[_Block] = []
     owner: dict[int, _Block] = {}
-    for component in _components(target):
+    for component in _components(context):
         paths = {id(module): path for path, module in component.module.named_modules()}
         for module in component.adapter.blocks(component.module):
             # A block within a block comes with it.
@@ -162,7 +167,7 @@ def _weights(target: Target) -> _Weights:
                 blocks.append(_Block(f"{component.name}.{paths[id(module)]}", component.name, module, []))
                 owner |= {id(part): blocks[-1] for part in module.modules()}
     rest = []
-    for entry in _entries(target, owner):
+    for entry in _entries(context, owner):
         (block, *others) = entry.owners
         if block is not None and not others and entry.stored and not entry.aliased:
             block.weights.append(entry.weight)
@@ -182,9 +187,9 @@ class _Entry:
     aliased: bool = False
 
 
-def _entries(target: Target, owner: dict[int, _Block]) -> list[_Entry]:
+def _entries(context: PipelineContext, owner: dict[int, _Block]) -> list[_Entry]:
     """All tensors of the pipeline's models."""
-    models = [item for item in target.pipe.components.values() if isinstance(item, nn.Module)]
+    models = [item for item in context.pipe.components.values() if isinstance(item, nn.Module)]
     modules = {id(module): module for model in models for module in model.modules()}
     found: dict[int, _Entry] = {}
     for module in modules.values():
@@ -216,9 +221,9 @@ def _kind(tensor: torch.Tensor) -> str:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def _refuse_neighbours(target: Target) -> None:
+def _refuse_neighbours(context: PipelineContext) -> None:
     """Refuses features that keep the places of weights, or would let ranks go different ways."""
-    others = target.config
+    others = context.config
     if others is not None and others.compile is not None and others.compile.mode in _OWN_GRAPHS:
         raise Unsupported(
             _FEATURE,

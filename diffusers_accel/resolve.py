@@ -1,5 +1,5 @@
-"""What is asked for, and of which pipeline: a stock pipeline as features see it, and the configuration that a user's
-words mean for it.
+"""Resolution of the arguments of `accelerate`. A stock pipeline becomes a `PipelineContext`; a preset, file, mapping or
+sections become one `AccelConfig`. Nothing is changed here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .core.mesh import own_gpu
 from .core.platform import describe
 from .core.step import StepClock
 from .errors import ConfigError, Unsupported, shown
-from .features.feature import Denoiser, Target
+from .features.context import Denoiser, PipelineContext
 from .models import adapter_for
 from .session import session_of
 
@@ -28,19 +28,19 @@ from .session import session_of
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 
 
-def target_of(
+def pipeline_context(
     pipe: Any, rank: Callable[[str], int], config: Any = None, sections: Mapping[str, Any] | None = None
-) -> Target:
-    """The pipeline as features see it. What is asked for may say where it is to run.
+) -> PipelineContext:
+    """A pipeline as features see it. Under `parallel.fsdp`, weights on the host are meant for a GPU.
 
     Args:
         pipe: A stock pipeline.
         rank: Place of a named layer in the order of all.
-        config: As in `accelerate`.
-        sections: Likewise.
+        config: A preset's name, a file, an `AccelConfig`, a mapping of its fields or `None`.
+        sections: Fields of `AccelConfig` that override those of `config`.
 
     Raises:
-        TypeError: It is not a diffusers pipeline.
+        TypeError: `pipe` is not a diffusers pipeline.
         Unsupported: Its class has no denoiser, or its denoiser is compiled or divided among ranks.
     """
     import diffusers
@@ -51,7 +51,7 @@ def target_of(
             "Give the object that DiffusionPipeline.from_pretrained(...) returns."
         )
     session = session_of(pipe)
-    if session is not None and session.target.held:
+    if session is not None and session.context.outputs.sharded_bytes:
         raise Unsupported(
             "accelerate", "its weights are divided among ranks.", "restore(pipe) first, on every rank.",
             type(pipe).__name__,
@@ -68,18 +68,11 @@ def target_of(
         raise Unsupported("accelerate", reason, "a pipeline that denoises.", type(pipe).__name__)
     for denoiser in denoisers:
         _refuse_compiled(denoiser)
-    found: list[Target] = []
-
-    def busy() -> str:
-        config = found[0].config
-        return config.request.busy if config is not None and config.request is not None else "wait"
-
-    clock = _clock(pipe, [denoiser.module for denoiser in denoisers], busy)
-    found.append(Target(pipe, denoisers, rank, clock))
-    return found[0]
+    clock = _clock(pipe, [denoiser.module for denoiser in denoisers])
+    return PipelineContext(weakref.ref(pipe), denoisers, rank, clock)
 
 
-def _clock(pipe: Any, modules: list[nn.Module], busy: Callable[[], str]) -> StepClock:
+def _clock(pipe: Any, modules: list[nn.Module]) -> StepClock:
     """The clock that places calls of denoisers. It does not keep the pipeline alive: others may share its denoisers."""
     import diffusers
 
@@ -89,7 +82,7 @@ def _clock(pipe: Any, modules: list[nn.Module], busy: Callable[[], str]) -> Step
         return isinstance(item, diffusers.DiffusionPipeline) and any(id(each) in known for each in vars(item).values())
 
     clock: StepClock
-    calls = Calls(owns, busy, resting=lambda: clock.current is None)
+    calls = Calls(owns, resting=lambda: clock.current is None)
     clock = StepClock(
         lambda: getattr(here(), "scheduler", None), lambda: getattr(here(), "current_timestep", None), calls
     )
@@ -117,30 +110,32 @@ def _refuse_compiled(denoiser: Denoiser) -> None:
         )
 
 
-def meant(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
-    """The configuration meant by what a user wrote, and notes on what was left off or put in.
+def resolve_config(
+    context: PipelineContext, config: Any, sections: Mapping[str, Any]
+) -> tuple[AccelConfig, tuple[str, ...]]:
+    """The configuration to apply, and notes on sections that were left off or added.
 
     Args:
-        target: The pipeline, for which presets are filled in.
-        config: As in `accelerate`.
-        sections: Likewise.
+        context: The pipeline, for which presets are filled in.
+        config: A preset's name, a file, an `AccelConfig`, a mapping of its fields, or `None` for the default.
+        sections: Fields of `AccelConfig` that override those of `config`.
 
     Raises:
         ConfigError: The configuration cannot be read.
     """
-    found, notes = _written(target, config, sections)
+    found, notes = _written(context, config, sections)
     names.refuse_unknown(found)
-    if not target.denoisers:
-        return _without_denoiser(target, found, notes)
+    if not context.denoisers:
+        return _without_denoiser(context, found, notes)
     if found.parallel is not None and found.parallel.sequence > 1 and found.attention is None:
-        # Somebody must carry attention between ranks.
+        # Stock attention would see one rank's part of the sequence.
         found = replace(found, attention=AttentionConfig(backend="sdpa"))
         notes = (*notes, "attention='sdpa', which carries a sequence that ranks share; name a faster one.")
     return found, notes
 
 
 def _without_denoiser(
-    target: Target, config: AccelConfig, notes: tuple[str, ...]
+    context: PipelineContext, config: AccelConfig, notes: tuple[str, ...]
 ) -> tuple[AccelConfig, tuple[str, ...]]:
     """The sections that change something else. Pipelines are loaded without a denoiser to encode prompts."""
     linear, graphs = config.linear, config.cuda_graph
@@ -156,10 +151,10 @@ def _without_denoiser(
     return AccelConfig(**kept), (*notes, note) if off else notes
 
 
-def _written(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
+def _written(context: PipelineContext, config: Any, sections: Mapping[str, Any]) -> tuple[AccelConfig, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
     if config is None:
-        base, notes = (AccelConfig(), ()) if sections else presets.resolve("lossless", target)
+        base, notes = (AccelConfig(), ()) if sections else presets.resolve("lossless", context)
     elif isinstance(config, AccelConfig):
         base = config
     elif isinstance(config, Mapping):
@@ -169,7 +164,7 @@ def _written(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[
         if isinstance(config, Path) or Path(config).suffix in (".yaml", ".yml", ".json"):
             base = AccelConfig.from_dict(read_yaml(config))
         else:
-            return presets.resolve(config, target, sections)
+            return presets.resolve(config, context, sections)
     else:
         raise ConfigError(
             f"config: expected a preset's name, a file, an AccelConfig, a mapping or None, got {type(config).__name__} "
@@ -182,11 +177,11 @@ def _written(target: Target, config: Any, sections: Mapping[str, Any]) -> tuple[
 
 
 def resolve_parallel(config: Any, sections: Mapping[str, Any]) -> ParallelConfig | None:
-    """What a configuration says of ranks, before there is a pipeline. No preset says anything of them.
+    """The section `parallel` of a configuration, before there is a pipeline. Presets have no such section.
 
     Args:
-        config: As in `accelerate`.
-        sections: Likewise.
+        config: A preset's name, a file, an `AccelConfig`, a mapping of its fields or `None`.
+        sections: Fields of `AccelConfig` that override those of `config`.
 
     Raises:
         ConfigError: The configuration cannot be read.

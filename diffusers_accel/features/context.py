@@ -1,0 +1,195 @@
+"""A pipeline as features see it, the values that features hand to each other, and the counters of a request.
+
+Three objects with different lifetimes. A `PipelineContext` says which pipeline, which denoisers and which
+configuration; it never changes. `FeatureOutputs` is filled while edits are applied: each field names the feature that
+writes it. `RunStats` is filled by requests and emptied as the next one begins.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import AccelConfig
+from ..core.mesh import own_gpu
+from ..core.parts import parts
+from ..core.platform import Device, describe
+from ..core.step import StepClock, StepState
+from ..core.windows import Windows
+from ..models import Adapter, Stack
+
+# Devices whose graphs are worth rewriting: it saves passes over memory, in kernels made for GPUs.
+REWRITTEN_ON = ("cuda",)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A denoiser of a pipeline.
+
+    Attributes:
+        name: The pipeline's name for it, e.g. `"transformer"`.
+        module: The stock model.
+        adapter: The data about its class.
+        device: The device it runs on. Under an offload hook its weights may be elsewhere.
+    """
+
+    name: str
+    module: nn.Module
+    adapter: Adapter
+    device: Device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations: that of the model's largest floating-point parameter."""
+        found = (item for part in parts(self.module) for item in part._parameters.values() if item is not None)
+        return max((item for item in found if item.is_floating_point()), key=torch.Tensor.numel).dtype
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(getattr(self.module, "config", {}))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Its stacks that have blocks."""
+        return tuple(stack for stack in self.adapter.stacks if len(stack.blocks(self.module)))
+
+    def __str__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__})"
+
+
+@dataclass(eq=False)
+class RunStats:
+    """Counters of the last request, which `stats` prints.
+
+    Attributes:
+        attention_calls: Kernel name -> calls.
+        attention_timings: Shape class -> kernel name -> seconds, where `"auto"` chose among several.
+        attention_broadcasts: `"computed"` and `"reused"` -> attention outputs, under PAB.
+        cache_bytes: (denoiser, branch) -> bytes that step caching keeps between steps.
+        cache_guarded: (denoiser, branch) -> findings of a cache's guard.
+        call_times: Each call of a denoiser, and the moments at which it began and ended.
+    """
+
+    attention_calls: Counter[str] = field(default_factory=Counter)
+    attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    attention_broadcasts: Counter[str] = field(default_factory=Counter)
+    cache_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
+    cache_guarded: dict[tuple[str, str], Any] = field(default_factory=dict)
+    call_times: list[tuple[StepState, Any, Any]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Empties all counters in place: layers hold on to them."""
+        for counter in vars(self).values():
+            counter.clear()
+
+
+@dataclass(eq=False)
+class FeatureOutputs:
+    """Values that a feature hands to the features applied after it and to the request.
+
+    Attributes:
+        request_hooks: From any feature to `request`. Called with the pipeline before it does anything in a request, and
+            with `None` before its denoiser first runs.
+        observed_blocks: From `cache` to `cuda_graph`. (denoiser, id of a block) whose input is read from outside the
+            block, besides each stack's first.
+        graph_keys: From `attention` and `compile` to `cuda_graph`. Functions whose values tell graph variants apart.
+        attention_carriers: From `parallel` to `attention` and `compile`. (denoiser, last part of an attention module's
+            name) -> the function that carries its calls between ranks.
+        reduce: From `parallel` to `cache`. Sums a tensor over the ranks that share a forward; `None` for a single rank.
+        windows: From `parallel` to its own check of inputs. Each group's memory that peers write to.
+        gathered: From `weights` to `cache`. A context within which a block's weights are whole; every rank that shares
+            them must enter it at once.
+        sharded_bytes: From `weights` to `stats`. Component -> bytes of its blocks' weights on this rank.
+        graphs: From `cuda_graph` to `stats`. Objects with `captured`, and with `replays` of the last request.
+        modulations: From `compile` to `stats`. Objects with the number of `layers`, and with `missed` of the last
+            request.
+        cache_records: From `cache` to `calibrate`. (denoiser, branch) -> records of all requests.
+    """
+
+    request_hooks: list[Callable[[Any], None]] = field(default_factory=list)
+    observed_blocks: set[tuple[str, int]] = field(default_factory=set)
+    graph_keys: list[Callable[[], Hashable]] = field(default_factory=list)
+    attention_carriers: dict[tuple[str, str], Callable[..., torch.Tensor]] = field(default_factory=dict)
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+    windows: list[Windows] = field(default_factory=list)
+    gathered: Callable[[nn.Module], AbstractContextManager[Any]] = lambda block: nullcontext()
+    sharded_bytes: dict[str, int] = field(default_factory=dict)
+    graphs: list[Any] = field(default_factory=list)
+    modulations: list[Any] = field(default_factory=list)
+    cache_records: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineContext:
+    """One pipeline as features see it.
+
+    Attributes:
+        reference: The stock pipeline, weakly: layers that outlive it hold the context.
+        denoisers: Its loaded denoisers.
+        rank: Place of a named layer in the one order that `api.py` holds.
+        clock: Places every call of a denoiser.
+        config: The configuration that is, or is to be, applied; `None` before it is known.
+        shared: Components besides the denoisers that another session has changed in the same way already.
+        outputs: Values that features hand to each other.
+        stats: Counters of the last request.
+    """
+
+    reference: weakref.ref[Any]
+    denoisers: tuple[Denoiser, ...]
+    rank: Callable[[str], int]
+    clock: StepClock
+    config: AccelConfig | None = None
+    shared: frozenset[str] = frozenset()
+    outputs: FeatureOutputs = field(default_factory=FeatureOutputs)
+    stats: RunStats = field(default_factory=RunStats)
+
+    @property
+    def pipe(self) -> Any:
+        """The stock pipeline; `None` once nobody has it any more."""
+        return self.reference()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the denoisers' blocks are, or are to be, compiled: in mode `"auto"` on CUDA alone."""
+        compile = self.config.compile if self.config is not None else None
+        on_cuda = all(denoiser.device.type == "cuda" for denoiser in self.denoisers)
+        return compile is not None and (compile.mode != "auto" or on_cuda)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether ranks share, or are to share, the weights of blocks."""
+        parallel = self.config.parallel if self.config is not None else None
+        return parallel is not None and parallel.fsdp
+
+    def rewrites(self, denoiser: Denoiser) -> bool:
+        """Whether graphs of a denoiser's blocks are, or are to be, rewritten before they are compiled."""
+        compile = self.config.compile if self.config is not None else None
+        return compile is not None and compile.rewriting and denoiser.device.type in REWRITTEN_ON
+
+    @property
+    def device(self) -> Device:
+        """The device of the denoisers, or of the whole pipeline if none is loaded."""
+        return self.denoisers[0].device if self.denoisers else describe(self.pipe._execution_device)
+
+    @property
+    def home(self) -> torch.device:
+        """The device that blocks run on, or are to run on: a model on the host may be meant for this rank's GPU."""
+        if not self.denoisers:
+            return torch.device(self.device.type)
+        first = self.denoisers[0]
+        now = next(first.module.parameters()).device
+        return own_gpu() if now.type == "cpu" and first.device.type == "cuda" else now
+
+    @property
+    def blocks(self) -> int:
+        return sum(len(denoiser.adapter.blocks(denoiser.module)) for denoiser in self.denoisers)
+
+    def __str__(self) -> str:
+        return str(self.denoisers[0]) if self.denoisers else type(self.pipe).__name__
