@@ -1,8 +1,8 @@
 """A hook of the site's generator: tables of the configuration's fields, from their declarations in the code.
 
 `{{ fields: TeaCacheConfig }}` on a line of its own becomes a table of that class's fields. What a field takes, its
-default and its meaning are read from the class, so a page cannot say otherwise. `{{ rows }}` becomes the lines of a table
-of published constants.
+default and its meaning are read from the class, so a page cannot say otherwise. `{{ rows }}` becomes the lines of a
+table of published constants.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "models.md")
 BEGIN, END = "<!-- matrix: python docs/matrix.py -->", "<!-- end of matrix -->"
-YES, SOME, FITTED, NO = "✓", "some", "fit", "–"
+YES, SOME, FITTED, NO = "✓", "some", "fit", "no"
 LEGEND = {
     YES: "every pipeline of the family has it",
     SOME: "some pipelines have it",
@@ -46,12 +46,12 @@ _TABLE = {"kind": "magcache", "mag_ratios": (1.0, 1.0)}
 # Rows: a feature -> settings of which all must be accepted. Layers of small pipelines are below every bound on size.
 FEATURES: dict[str, tuple[dict[str, Any], ...]] = {
     "attention kernels": ({"attention": "sdpa"},),
-    "low-bit linear layers": tuple({"linear": {"algo": name, "smallest": 0}} for name in ("fp8", "int8", "nvfp4")),
+    "low-bit linear layers": tuple({"linear": {"algo": name, "smallest": 0}} for name in ("fp8", "nvfp4")),
     "fused projections": ({"fuse": True},),
     "compilation": ({"compile": True},),
     "CUDA graphs": ({"cuda_graph": True},),
     "caches that need no constants": tuple(
-        {"cache": kind} for kind in ("fbcache", "seacache", "easycache", "mask", "interval", "taylorseer")
+        {"cache": kind} for kind in ("fbcache", "seacache", "easycache", "mask")
     ),
     "TeaCache": ({"cache": _POLYNOMIAL},),
     "MagCache": ({"cache": _TABLE},),
@@ -95,7 +95,9 @@ def pipelines() -> dict[str, list[Any]]:
     for entry in ALL.values():
         # The small Cosmos3 has one key head, which no two ranks can divide; the published one has several.
         pipe = with_heads(entry.name, 4) if entry.family == "cosmos3" else entry.build()
-        kinds = {type(getattr(pipe, name)).__name__ for name in entry.denoisers if getattr(pipe, name, None) is not None}
+        kinds = {
+            type(getattr(pipe, name)).__name__ for name in entry.denoisers if getattr(pipe, name, None) is not None
+        }
         [model] = {classes.get(kind, "other denoisers") for kind in kinds}
         found[model].append(pipe)
     return found
