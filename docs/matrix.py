@@ -92,9 +92,13 @@ def pipelines() -> dict[str, list[Any]]:
     assert set(map(id, adapters.values())) == set(map(id, models.ADAPTERS)), "MODELS does not name every adapter."
     classes = {kind: model for model, names in MODELS.items() for name in names for kind in adapters[name].classes}
     found: dict[str, list[Any]] = {model: [] for model in MODELS}
+    seen = set()
     for entry in ALL.values():
         # The small Cosmos3 has one key head, which no two ranks can divide; the published one has several.
         pipe = with_heads(entry.name, 4) if entry.family == "cosmos3" else entry.build()
+        if (key := (type(pipe), entry.denoisers)) in seen:
+            continue  # another call of the same pipeline
+        seen.add(key)
         kinds = {
             type(getattr(pipe, name)).__name__ for name in entry.denoisers if getattr(pipe, name, None) is not None
         }
