@@ -27,7 +27,7 @@ def takes(field: dataclasses.Field[Any], annotation: str) -> str:
         for word, bound in (("above", said.above), ("at least", said.least), ("at most", said.most))
         if bound is not None
     ]
-    return " ".join([f"`{annotation}`", *([f"({', '.join(bounds)})"] if bounds else [])])
+    return " ".join([f"`{annotation.replace(' | ', ' or ')}`", *([f"({', '.join(bounds)})"] if bounds else [])])
 
 
 def table(name: str) -> str:
