@@ -308,27 +308,31 @@ class TestRequests:
         assert torch.equal(run(pipe), run(accelerate(build("flux"), cache=HALF)))
 
     @pytest.mark.parametrize("name", ["flux", "wan"])
-    @pytest.mark.parametrize("own", [True, False], ids=["twins", "one"])
-    def test_threads_wait(self, name, own, monkeypatch):
-        """Of one pipeline, whose scheduler all use, or of one for each thread."""
+    @pytest.mark.parametrize("whose", ["one", "joined", "twins"])
+    def test_threads_wait(self, name, whose, monkeypatch):
+        """Requests of one pipeline, whose scheduler all use, or of one for each thread, which has joined or not."""
         pipe = accelerate(build(name), attention="sdpa", cache=NOTHING)
         expected = {seed: run(build(name), name, steps=3, seed=seed) for seed in range(3)}
         found, errors = {}, []
-        # A tokenizer keeps the padding of the call it is at: stock pipelines cannot encode prompts side by side either.
-        encode, one_at_a_time = type(pipe).encode_prompt, threading.Lock()
+        if whose == "twins":
+            # Their prompts are encoded before they reach the denoiser. A tokenizer keeps the padding of the call it is
+            # at, so stock pipelines cannot encode side by side either.
+            encode, one_at_a_time = type(pipe).encode_prompt, threading.Lock()
 
-        def encode_prompt(self, *args, **kwargs):
-            with one_at_a_time:
-                return encode(self, *args, **kwargs)
+            def encode_prompt(self, *args, **kwargs):
+                with one_at_a_time:
+                    return encode(self, *args, **kwargs)
 
-        monkeypatch.setattr(type(pipe), "encode_prompt", encode_prompt)
+            monkeypatch.setattr(type(pipe), "encode_prompt", encode_prompt)
 
         def work(number):
             torch.set_num_threads(1)  # each thread has a number of its own, and sums depend on it
             try:
                 with warnings.catch_warnings():
                     for seed in range(3):
-                        mine = twin_of(pipe) if own else pipe
+                        mine = pipe if whose == "one" else twin_of(pipe)
+                        if whose == "joined":
+                            accelerate(mine, attention="sdpa", cache=NOTHING)
                         mine.set_progress_bar_config(disable=True)
                         found[number, seed] = run(mine, name, steps=3, seed=seed)
             except BaseException as error:
