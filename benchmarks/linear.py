@@ -26,7 +26,7 @@ from torch import nn
 
 from diffusers_accel import accelerate, restore, stats
 from diffusers_accel.core.platform import describe
-from diffusers_accel.kernels.linear import LINEARS, Part, Stack, formats
+from diffusers_accel.kernels.linear import LINEARS, LinearSlice, PackedLinear, formats
 
 # rows, input features, output features
 SHAPES = {
@@ -80,8 +80,8 @@ def threefold(layers: list[nn.Module], x: torch.Tensor) -> None:
 
 
 def parts(layers: list[Any]) -> list[nn.Module]:
-    stack = Stack(layers)
-    return [Part(stack, place, layer) for place, layer in enumerate(layers)]
+    stack = PackedLinear(layers)
+    return [LinearSlice(stack, place, layer) for place, layer in enumerate(layers)]
 
 
 def products(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def tiles(device: torch.device) -> dict[str, Any]:
     """TFLOP/s of the INT8 product over cuts, operands rounded already."""
     from triton.testing import do_bench
 
-    from diffusers_accel.kernels.linear.products import Tile, int8_product
+    from diffusers_accel.kernels.linear.gemm import Tile, int8_linear
 
     found: dict[str, Any] = {}
     cuts = [
@@ -200,7 +200,7 @@ def tiles(device: torch.device) -> dict[str, Any]:
         scales = torch.rand(rows, 1, device=device), torch.rand(outside, 1, device=device)
         rates: dict[str, Any] = {}
         for cut in cuts:
-            call = partial(int8_product, x, scales[0], weight, scales[1], None, torch.bfloat16, cut)
+            call = partial(int8_linear, x, scales[0], weight, scales[1], None, torch.bfloat16, cut)
             try:
                 rate = 2e-9 * rows * inside * outside / do_bench(call, warmup=10, rep=30, return_mode="median")
             except Exception as error:  # a cut that does not fit
@@ -218,7 +218,7 @@ def roundings(device: torch.device) -> dict[str, Any]:
     """GB/s of rounding activations to e4m3 with a scale per row, over rows and warps of a program."""
     from triton.testing import do_bench
 
-    from diffusers_accel.kernels.linear.activations import quantize_rows
+    from diffusers_accel.kernels.linear.quantize_activations import quantize_rows
 
     found: dict[str, Any] = {}
     for rows, columns in ((4608, 3072), (4608, 12288), (4608, 15360), (32760, 1536), (32760, 8960), (32760, 5120)):

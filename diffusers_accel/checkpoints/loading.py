@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import nearest
-from ..kernels.linear import QuantizedLinear, RoundedOnce
+from ..kernels.linear import ActivationCache, QuantizedLinear
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
 from ..kernels.linear.four_bit import Nvfp4Linear, SvdNvfp4Linear
 from .files import as_modelopt, is_foreign_naming, is_scaled, judge_file, read_json, read_tensors, weight_files
@@ -177,13 +177,13 @@ def _model(
     modules = dict(model.named_modules())
     _refuse_unknown(modules, layers, rest, source)
     wide = getattr(kind, "_keep_in_fp32_modules", None) or ()
-    rounded_once = RoundedOnce()
+    activation_cache = ActivationCache()
     for name, parts in layers.items():
         linear = modules[name]
         linear.weight.data = linear.weight.data.to(dtype)
         parent, _, child = name.rpartition(".")
         layer = _layer(linear, name, parts, quantization)
-        layer.rounded_once = rounded_once
+        layer.activation_cache = activation_cache
         modules[parent]._modules[child] = layer
     for name, tensor in rest.items():
         holder, _, attribute = name.rpartition(".")
@@ -224,7 +224,7 @@ def _layer(linear: Any, name: str, parts: Mapping[str, torch.Tensor], quantizati
             stored |= {key: parts[key].to(linear.weight.dtype) for key in ("svdquant_lora_a", "svdquant_lora_b")}
             kind = SvdNvfp4Linear
     elif scale.ndim == 2:
-        stored |= Fp8BlockLinear.stored(weight, scale.float())
+        stored |= Fp8BlockLinear.padded(weight, scale.float())
         kind = Fp8BlockLinear
     else:
         stored["weight_scale"] = scale.float().reshape(1)
@@ -236,7 +236,7 @@ def _layer(linear: Any, name: str, parts: Mapping[str, torch.Tensor], quantizati
                 )
             stored["input_scale"] = parts["input_scale"].float().reshape(1)
         kind = Fp8TensorLinear
-    return kind.holding(linear, stored)
+    return kind.from_tensors(linear, stored)
 
 
 def _refuse_unknown(

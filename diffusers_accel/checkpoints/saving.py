@@ -13,7 +13,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import Unsupported
-from ..kernels.linear import Part, QuantizedLinear, is_divided, modules_of
+from ..kernels.linear import LinearSlice, QuantizedLinear, is_divided, stock_modules
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
 from ..kernels.linear.four_bit import Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4NativeLinear, SvdNvfp4Linear
 
@@ -83,8 +83,8 @@ def _layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules; layers that are multiplied as one are told apart."""
-    for name, module in modules_of(model):
-        yield name, module.alone() if isinstance(module, Part) else module
+    for name, module in stock_modules(model):
+        yield name, module.standalone() if isinstance(module, LinearSlice) else module
 
 
 def _save_model(model: Any, layers: dict[str, QuantizedLinear], folder: Path) -> None:

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from .chain import Chain, Layer
-from .hooks import hand_over, share
-from .places import Places
-from .platform import moved, parked
+from .hooks import copy_diffusers_hooks, share_hooks
+from .locations import ModuleLocations
+from .platform import offload_to_host, to_device
 
 
 class Edit(Protocol):
@@ -68,13 +68,13 @@ class SetAttr:
         value: Its value.
 
     Attributes:
-        theirs: Whether its user has set it since, to whatever value.
+        set_by_user: Whether its user has set it since, to whatever value.
     """
 
     owner: Any
     name: str
     value: Any
-    theirs: bool = field(default=False, init=False)
+    set_by_user: bool = field(default=False, init=False)
     _old: Any = field(default=None, init=False)
     _held: MutableMapping[str, Any] | None = field(default=None, init=False)
 
@@ -91,14 +91,14 @@ class SetAttr:
             held[self.name] = None
 
     @property
-    def place(self) -> Any:
+    def target(self) -> Any:
         """The instance that it changes."""
         return self.owner
 
     @property
     def replaced(self) -> bool:
         """Whether somebody has put another value in its place since."""
-        return self.theirs or _slots(self.owner, self.name).get(self.name, ABSENT) is not self.value
+        return self.set_by_user or _slots(self.owner, self.name).get(self.name, ABSENT) is not self.value
 
     def undo(self) -> None:
         held = self._held
@@ -150,14 +150,14 @@ class SwapModule:
         module: The replacement.
         root: The model that both are part of: where the replacement is looked for, since LoRA layers move it when they
             are put around it or taken away.
-        places: Where modules are; looked up anew if it is not given.
+        locations: Where modules are; looked up anew if it is not given.
     """
 
     parent: nn.Module
     name: str
     module: nn.Module
     root: nn.Module | None = None
-    places: Places | None = field(default=None, init=False)
+    locations: ModuleLocations | None = field(default=None, init=False)
     _old: nn.Module | None = field(default=None, init=False)
 
     def apply(self) -> None:
@@ -165,29 +165,29 @@ class SwapModule:
             self._old = self.parent._modules[self.name]
             self._swap(self._old, self.module)
         else:
-            share(self._old, self.module)
+            share_hooks(self._old, self.module)
             self._exchange(self._old, self.module)
 
     def _swap(self, old: nn.Module | None, new: nn.Module) -> None:
         assert old is not None
-        share(old, new)
+        share_hooks(old, new)
         self.parent._modules[self.name] = new
 
     def undo(self) -> None:
         if self._old is None:
             return
-        hand_over(self.module, self._old)
+        copy_diffusers_hooks(self.module, self._old)
         self._exchange(self.module, self._old)
-        self.places = None
+        self.locations = None
 
     @property
-    def place(self) -> Any:
+    def target(self) -> Any:
         """The module that is now part of the model."""
         return self.module
 
     def _exchange(self, here: nn.Module, there: nn.Module) -> None:
-        places = self.places or Places()
-        places.exchange(self.root if self.root is not None else self.parent, here, there)
+        locations = self.locations or ModuleLocations()
+        locations.exchange(self.root if self.root is not None else self.parent, here, there)
 
 
 # An empty buffer that says of which type a parked weight would be now.
@@ -195,14 +195,14 @@ _LIKE = "_diffusers_accel_like"
 
 
 @dataclass(eq=False)
-class ParkWeight:
+class OffloadWeight:
     """Puts the weight, or another parameter, of a module that is no longer used aside: to the host's memory, or away
     for good.
 
     Args:
         module: The module.
         successor: What stands in its place: tells where the weight belongs when it comes back.
-        keep: Whether to keep it. If not, `undo` finds what the successor holds, and `lasting` says so.
+        keep: Whether to keep it. If not, `undo` finds what the successor holds, and `irreversible` says so.
         tensor: The parameter's name.
     """
 
@@ -214,12 +214,12 @@ class ParkWeight:
     _moving: Future[None] | None = field(default=None, init=False)
 
     @property
-    def place(self) -> Any:
+    def target(self) -> Any:
         """The module that is now part of the model."""
         return self.successor
 
     @property
-    def lasting(self) -> str | None:
+    def irreversible(self) -> str | None:
         return None if self.keep else "the original weights were dropped (keep_original='drop')"
 
     def apply(self) -> None:
@@ -234,9 +234,9 @@ class ParkWeight:
         if not self.keep:
             weight.data = weight.data.new_empty(0)
         elif weight.device.type == "cuda":
-            self._moving = parked(weight)
+            self._moving = offload_to_host(weight)
         else:
-            weight.data = moved(weight.data, torch.device("cpu"))
+            weight.data = to_device(weight.data, torch.device("cpu"))
 
     def finish(self) -> None:
         """Waits until the weight lies where it is to stay."""
@@ -263,7 +263,7 @@ class ParkWeight:
             if loaded and type(now.data) is torch.Tensor and now.shape == weight.shape:
                 weight.data = now.data
             else:
-                weight.data = moved(weight.data, there.device).to(dtype)
+                weight.data = to_device(weight.data, there.device).to(dtype)
             self._follow()
         elif not weight.numel():
             with torch.no_grad():
@@ -325,7 +325,7 @@ class AddLayer:
     _layer: Layer | None = field(default=None, init=False)
 
     @property
-    def place(self) -> Any:
+    def target(self) -> Any:
         """The instance that it changes."""
         return self.owner
 
@@ -353,9 +353,9 @@ class Journal:
         return iter(self._applied)
 
     @property
-    def lasting(self) -> list[str]:
+    def irreversible(self) -> list[str]:
         """Why some of the edits cannot be undone."""
-        reasons = (getattr(edit, "lasting", None) for edit in self._applied)
+        reasons = (getattr(edit, "irreversible", None) for edit in self._applied)
         return list(dict.fromkeys(reason for reason in reasons if reason))
 
     def apply(self, edits: Iterable[Edit]) -> None:
@@ -384,11 +384,11 @@ class Journal:
 
     def _unwind(self) -> None:
         failed: Exception | None = None
-        places = Places()
+        locations = ModuleLocations()
         while self._applied:
             edit = self._applied[-1]
-            if hasattr(edit, "places"):
-                edit.places = places
+            if hasattr(edit, "locations"):
+                edit.locations = locations
             try:
                 edit.undo()
             except Exception as error:  # whatever a foreign module raises while it is put back
@@ -399,7 +399,7 @@ class Journal:
         if failed is not None:
             raise failed
 
-    def hand_over(self, other: Journal, belongs: Callable[[Edit], bool]) -> None:
+    def transfer(self, other: Journal, belongs: Callable[[Edit], bool]) -> None:
         """Has another journal undo some of the edits, in their order, as if they had been applied before its own."""
         given = [edit for edit in self._applied if belongs(edit)]
         # For a moment they are in both, and Ctrl-C loses none: an edit may be undone twice.
@@ -409,14 +409,14 @@ class Journal:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """A context within which every edit is undone; the same edits are applied again behind it."""
-        edits, places = list(self._applied), Places()
+        edits, locations = list(self._applied), ModuleLocations()
         self.undo()
         try:
             yield
         finally:
             for edit in edits:
-                if hasattr(edit, "places"):
-                    edit.places = places
+                if hasattr(edit, "locations"):
+                    edit.locations = locations
             self.apply(edits)
 
     def _finish(self) -> None:

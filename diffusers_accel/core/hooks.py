@@ -28,13 +28,13 @@ REGISTRY = "_diffusers_hook"
 _LAYERWISE = "layerwise_casting"
 
 
-def share(stock: nn.Module, replacement: nn.Module) -> None:
+def share_hooks(stock: nn.Module, replacement: nn.Module) -> None:
     """Has a replacement call the hooks of the module whose place it takes, those added later too."""
     for name in _DICTIONARIES:
         vars(replacement)[name] = vars(stock)[name]
 
 
-def hand_over(replacement: nn.Module, stock: nn.Module) -> None:
+def copy_diffusers_hooks(replacement: nn.Module, stock: nn.Module) -> None:
     """Hangs diffusers' hooks of a replacement on the stock module that comes back."""
     registry: Any = vars(replacement).get(REGISTRY)
     if registry is None or REGISTRY in vars(stock):
@@ -45,13 +45,13 @@ def hand_over(replacement: nn.Module, stock: nn.Module) -> None:
         there.register_hook(copy.copy(registry.hooks[name]), name)
 
 
-def cast_layerwise(module: nn.Module) -> bool:
+def has_layerwise_casting(module: nn.Module) -> bool:
     """Whether diffusers casts a module's weights before and after each call."""
     registry: Any = vars(module).get(REGISTRY)
     return registry is not None and _LAYERWISE in registry.hooks
 
 
-def wrapped(module: nn.Module) -> bool:
+def is_wrapped(module: nn.Module) -> bool:
     """Whether somebody's own code runs around a module's forward: a hook of torch's, or another `forward`."""
     own = vars(module).get("forward")
     return bool(module._forward_hooks or module._forward_pre_hooks) or not (own is None or isinstance(own, Chain))

@@ -40,7 +40,7 @@ def describe(device: torch.device) -> Device:
     return Device(device.type, platform.machine())
 
 
-def best() -> Device:
+def default_device() -> Device:
     """The device a pipeline would run on by default: the first GPU, or the CPU."""
     return describe(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
@@ -48,7 +48,7 @@ def best() -> Device:
 _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 
-def on(x: torch.Tensor) -> AbstractContextManager[Any]:
+def device_guard(x: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which the tensor's GPU is the current one. torch's own operators need none; Triton, packages'
     kernels, events and captures go by the current device. It costs half a microsecond where that is the tensor's."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
@@ -92,7 +92,7 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {name: value for name, value in found.items() if value}
 
 
-def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on another device. Between host and GPU it passes through page-locked memory, which torch keeps for the
     next one: several times as fast as a copy from or to ordinary memory, and the result lies in ordinary memory."""
     if x.device == device:
@@ -109,8 +109,8 @@ _PARKING = ThreadPoolExecutor(1, "diffusers_accel-parking")
 _WAITING = threading.BoundedSemaphore(4)
 
 
-def parked(x: torch.Tensor) -> Future[None]:
-    """Moves a tensor's data from a GPU to the host, as `moved` does, its two copies beside those of other tensors.
+def offload_to_host(x: torch.Tensor) -> Future[None]:
+    """Moves a tensor's data from a GPU to the host, as `to_device` does, its two copies beside those of other tensors.
     Meanwhile the tensor has its shape, and values that are not to be read.
 
     Returns:

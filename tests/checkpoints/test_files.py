@@ -127,7 +127,7 @@ class TestSingleFiles:
         assert set(linear) == set(expected) and len(linear) > 20
         for name, layer in linear.items():
             assert isinstance(layer, QuantizedLinear) and layer.kind == "fp8-tensor"
-            torch.testing.assert_close(layer.numbers().double(), expected[name], rtol=1e-7, atol=0)
+            torch.testing.assert_close(layer.materialize().double(), expected[name], rtol=1e-7, atol=0)
             assert (layer.input_scale is not None) == inputs
             assert layer.bias is None or torch.equal(layer.bias, stock[f"{name}.bias"])
 

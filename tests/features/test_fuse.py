@@ -1,4 +1,4 @@
-"""Projections multiplied as one: the same numbers, quantized or not, with neighbours, and undone."""
+"""Packed projections: stock outputs, quantized or not, beside other features and packages, and undone by restore."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from diffusers_accel import (
     stats,
 )
 from diffusers_accel.features import feature
-from diffusers_accel.kernels.linear import Part
+from diffusers_accel.kernels.linear import LinearSlice
 
-# Layers of a tiny denoiser that are multiplied as one with others.
+# Number of layers of a tiny denoiser that are packed.
 FAMILIES = {
     "flux": 3 * 6 + 3 * 4,  # both streams of a double block; a single block's feed-forward too
     "flux2": 18,
@@ -89,7 +89,7 @@ def test_every_family(name):
     found, after = products(pipe, lambda pipe: entry.run(pipe, steps=2))
     close(found, stock)
     assert after < before
-    parts = [module for model in denoisers(pipe) for module in model.modules() if isinstance(module, Part)]
+    parts = [module for model in denoisers(pipe) for module in model.modules() if isinstance(module, LinearSlice)]
     assert FAMILIES[name] in (None, len(parts)) and parts
     assert stats(pipe).weight_bytes_after == stats(pipe).weight_bytes_before
     seen = state(pipe)
@@ -112,7 +112,7 @@ def test_quantized(name):
         apart = entry.run(pipe, steps=2)
         kinds = stats(pipe).linear_layers
         accelerate(pipe, linear={"algo": algo, "smallest": 0}, fuse=True)
-        assert any(isinstance(module, Part) for module in pipe.transformer.modules())
+        assert any(isinstance(module, LinearSlice) for module in pipe.transformer.modules())
         close(entry.run(pipe, steps=2), apart)
         assert stats(pipe).linear_layers == kinds
     restore(pipe)
@@ -125,8 +125,8 @@ def test_formats_that_differ_stay_apart():
     linear = {"algo": "int8", "smallest": 0, "plan": {"transformer_blocks.*.attn.to_v": "none"}}
     with pytest.warns(UserWarning, match=r"fuse: transformer: transformer_blocks\.0\.attn\.to_q.*formats differ"):
         accelerate(pipe, linear=linear, fuse=True)
-    assert isinstance(pipe.transformer.transformer_blocks[0].attn.add_q_proj, Part)
-    assert not isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, Part)
+    assert isinstance(pipe.transformer.transformer_blocks[0].attn.add_q_proj, LinearSlice)
+    assert not isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, LinearSlice)
     restore(pipe)
     assert same(TINY["flux"].run(pipe, steps=2), stock)
 
@@ -152,8 +152,8 @@ def test_compiled(name):
         accelerate(pipe, compile=CompileConfig(backend=f"counting_{name}"), **sections)
         close(entry.run(pipe, steps=2), stock)
     assert graphs[0] == graphs[1] and linears[1] < linears[0]
-    stacks = {id(part._stack): part._stack for part in pipe.transformer.modules() if isinstance(part, Part)}
-    assert all(stack._given is None and stack._found is None for stack in stacks.values())
+    packed = {id(part._packed): part._packed for part in pipe.transformer.modules() if isinstance(part, LinearSlice)}
+    assert all(item._traced_input is None and item._traced_output is None for item in packed.values())
 
 
 LORA = {"flux": ["to_q", "to_k", "proj_mlp"], "wan": ["to_q", "to_v", "ffn.net.2"]}
@@ -243,10 +243,10 @@ def test_quantized_checkpoints(algo, tmp_path):
 def test_what_is_asked_for():
     pipe = build("wan")
     text = str(explain(pipe, fuse=True))
-    assert "6 products instead of 15" in text
+    assert "6 GEMMs instead of 15" in text
     accelerate(pipe, fuse={"ignore": ["blocks.0.*"]})
-    assert not any(isinstance(module, Part) for module in pipe.transformer.blocks[0].modules())
-    assert isinstance(pipe.transformer.blocks[1].attn1.to_v, Part)
+    assert not any(isinstance(module, LinearSlice) for module in pipe.transformer.blocks[0].modules())
+    assert isinstance(pipe.transformer.blocks[1].attn1.to_v, LinearSlice)
     assert str(explain(pipe, fuse=True)) == text  # seen through what is in force
     with pytest.raises(Unsupported, match=r"fuse\.ignore: 'nowhere'"):
         accelerate(pipe, fuse=FuseConfig(ignore=("nowhere",)))
@@ -255,7 +255,7 @@ def test_what_is_asked_for():
     restore(pipe)
     pipe.transformer.blocks[0].attn1.fuse_projections()
     accelerate(pipe, fuse=True)  # diffusers has done it there
-    assert not isinstance(pipe.transformer.blocks[0].attn1.to_q, Part)
+    assert not isinstance(pipe.transformer.blocks[0].attn1.to_q, LinearSlice)
     restore(pipe)
 
 
@@ -267,14 +267,14 @@ def test_a_layer_that_stays_apart(monkeypatch):
         pipe = build("flux")
         accelerate(pipe, **sections)
         block = pipe.transformer.single_transformer_blocks[0]
-        return [isinstance(layer, Part) for layer in (block.proj_mlp, block.attn.to_q, block.attn.to_v)]
+        return [isinstance(layer, LinearSlice) for layer in (block.proj_mlp, block.attn.to_q, block.attn.to_v)]
 
     assert parts(fuse=True) == [True, True, True]
     assert parts(fuse={"ignore": ["*.proj_mlp"]}) == [False, True, True]
     monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
     assert parts(fuse=True) == [True, True, True]
     assert parts(fuse=True, compile=True) == [False, True, True]
-    said = "proj_mlp stay apart: their own product"
+    said = "proj_mlp are not packed: the activation is fused into their own GEMM"
     assert said in str(explain(build("flux"), fuse=True, compile=True))
     assert said not in str(explain(build("flux"), fuse=True))
     assert parts(fuse=True, compile={"rewrites": False}) == [True, True, True]
@@ -294,7 +294,7 @@ def test_a_failure_changes_nothing(monkeypatch):
     monkeypatch.setattr(attention, "edits", fails)
     with pytest.raises(Unsupported, match=r"attention on transformer .*RuntimeError: no"):
         accelerate(pipe, linear={"algo": "int8", "smallest": 0}, fuse=True, attention="sdpa")
-    assert not any(isinstance(module, Part) for module in pipe.transformer.modules())
+    assert not any(isinstance(module, LinearSlice) for module in pipe.transformer.modules())
     seen = state(pipe)
     assert all(torch.equal(seen[key], weights[key]) for key in weights)
 

@@ -124,8 +124,8 @@ class TestWhatStaysWide:
         row = rows["linear"]
         assert row.modules > 10 and "nvfp4 x" in row.action
         notes = " ".join(row.notes)
-        assert "10 layers stay wide: context_embedder, x_embedder" in notes and "instead of" in notes
-        assert "restore cannot bring them back" in notes and "widened" in notes
+        assert "10 layers are not quantized: context_embedder, x_embedder" in notes and "instead of" in notes
+        assert "restore cannot bring them back" in notes and "dequantized" in notes
         assert all(torch.equal(item, before[key]) for key, item in state(pipe).items())
 
     def test_shapes_a_format_cannot_take(self):
@@ -135,7 +135,9 @@ class TestWhatStaysWide:
         pipe.transformer.transformer_blocks[0].ff.net[2] = nn.Linear(
             pipe.transformer.transformer_blocks[0].ff.net[2].in_features, 24
         )
-        with pytest.warns(UserWarning, match=r"1 layers stay as they are \(24 output features are no multiple of 16\)"):
+        with pytest.warns(
+            UserWarning, match=r"1 layers are not quantized \(24 output features are no multiple of 16\)"
+        ):
             accelerate(pipe, linear="fp8")
 
 
@@ -143,7 +145,7 @@ def test_shared_weights_stay():
     pipe = build("flux")
     first, second = (block.attn.to_q for block in pipe.transformer.transformer_blocks[:2])
     second.weight = first.weight
-    with pytest.warns(UserWarning, match="2 layers stay as they are .its weight is shared with another layer."):
+    with pytest.warns(UserWarning, match="2 layers are not quantized .its weight is shared with another layer."):
         accelerate(pipe, linear="fp8")
     assert type(first) is type(second) is nn.Linear
 
@@ -175,7 +177,7 @@ class TestTorchao:
             accelerate(pipe, linear="torchao:int8_weights_only")
         with pytest.raises(Unsupported, match="a granularity is 'row' or nothing, not 'column'"):
             accelerate(pipe, linear="torchao:float8_dynamic_activation_float8_weight/column")
-        monkeypatch.setattr("diffusers_accel.kernels.linear.others.has_module", lambda name: False)
+        monkeypatch.setattr("diffusers_accel.kernels.linear.third_party.has_module", lambda name: False)
         monkeypatch.setattr("diffusers_accel.kernels.linear.record.has_module", lambda name: False)
         with pytest.raises(Unsupported, match=r"needs the package torchao \(pip install torchao\)"):
             accelerate(pipe, linear="torchao:int8_weight_only")

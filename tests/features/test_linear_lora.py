@@ -40,7 +40,7 @@ def widened(name, algo):
     with torch.no_grad():
         for path, module in quantized.transformer.named_modules():
             if isinstance(module, QuantizedLinear):
-                modules[path].weight.copy_(module.dense())
+                modules[path].weight.copy_(module.dequantize())
     return pipe
 
 
@@ -111,18 +111,18 @@ def test_merged_after(case, keep):
     pipe, stock = quantize(build(name), algo, keep), build(name)
     base = run(pipe)
     layers = dict(pipe.transformer.named_modules())
-    before = {path: layer.dense() for path, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+    before = {path: layer.dequantize() for path, layer in layers.items() if isinstance(layer, QuantizedLinear)}
     for each in (pipe, stock):
         each.load_lora_weights(lora(name))
         each.fuse_lora()
         each.unload_lora_weights()
     after = dict(pipe.transformer.named_modules())
-    changed = {path for path in before if not torch.equal(after[path].dense(), before[path])}
+    changed = {path for path in before if not torch.equal(after[path].dequantize(), before[path])}
     touched = {path for path in before if any(path.endswith(target) for target in MODELS[name])}
     assert changed == touched
     expected = quantize(stock, algo, "drop")
     for path in touched:
-        found, wanted = after[path].dense(), dict(expected.transformer.named_modules())[path].dense()
+        found, wanted = after[path].dequantize(), dict(expected.transformer.named_modules())[path].dequantize()
         if keep == "cpu":
             torch.testing.assert_close(found, wanted)
         else:  # once more rounded

@@ -74,7 +74,7 @@ def test_dense_is_what_is_stored(name):
     layer = quantized(name, stock)
     x = torch.zeros(4, 256, device=DEVICE)
     x[0, 3], x[1, 77], x[2, 255] = 1.0, -2.0, 4.0
-    expected = x.double() @ layer.dense().double().T
+    expected = x.double() @ layer.dequantize().double().T
     # What is stored in four bits and multiplied in eight is rounded once more, one value in three.
     bound = 0.025 if name == "nvfp4-fp8" else 1e-6 if DEVICE == "cpu" else 5e-3
     assert relative(layer(x), expected) < bound
@@ -84,8 +84,8 @@ def test_blocks_of_other_sizes():
     """Stored with zeros up to the next multiple of 128, which nobody sees."""
     stock = nn.Linear(200, 336, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
     layer = quantized("fp8-block", stock)
-    assert layer.weight_data.shape == (384, 256) and layer.dense().shape == (336, 200)
-    assert relative(layer.dense(), stock.weight) < 0.03
+    assert layer.weight_data.shape == (384, 256) and layer.dequantize().shape == (336, 200)
+    assert relative(layer.dequantize(), stock.weight) < 0.03
     x = torch.randn(3, 7, 200, device=DEVICE, dtype=torch.bfloat16)
     assert layer(x).shape == (3, 7, 336)
     assert relative(layer(x), x.double() @ stock.weight.double().T + stock.bias.double()) < 0.045
@@ -116,9 +116,9 @@ class TestNeighbours:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor) and weight.shape == stock.weight.shape
         assert weight.dtype == stock.weight.dtype and weight.device == stock.weight.device
-        assert torch.equal(weight + 0, layer.dense())
-        assert torch.equal(torch.cat([weight, weight])[384:], layer.dense())
-        assert torch.equal(weight.T @ weight, layer.dense().T @ layer.dense())
+        assert torch.equal(weight + 0, layer.dequantize())
+        assert torch.equal(torch.cat([weight, weight])[384:], layer.dequantize())
+        assert torch.equal(weight.T @ weight, layer.dequantize().T @ layer.dequantize())
 
     def test_the_weight_can_be_written(self, name):
         """As PEFT merges a LoRA: in place, through `.data`, and by assignment."""
@@ -152,7 +152,7 @@ class TestNeighbours:
         assert torch.equal(layer.state_dict()["weight"], original)
         layer.weight.data += 1
         assert torch.equal(stock.weight, original + 1)
-        assert relative(layer.dense(), original + 1) < ERRORS[name]
+        assert relative(layer.dequantize(), original + 1) < ERRORS[name]
 
     def test_state_dict_is_the_stock_layers(self, name):
         stock = linear(dtype=torch.bfloat16)
@@ -161,11 +161,11 @@ class TestNeighbours:
         assert set(state) == {"weight", "bias"} and state["weight"].dtype == torch.bfloat16
         fresh = nn.Linear(256, 384, dtype=torch.bfloat16)
         fresh.load_state_dict({key: item.cpu() for key, item in state.items()})
-        assert torch.equal(fresh.weight.to(DEVICE), layer.dense().bfloat16())
+        assert torch.equal(fresh.weight.to(DEVICE), layer.dequantize().bfloat16())
         other = linear(dtype=torch.bfloat16)
         other.weight += 1
         layer.load_state_dict(other.state_dict())
-        assert relative(layer.dense(), other.weight) < ERRORS[name]
+        assert relative(layer.dequantize(), other.weight) < ERRORS[name]
         with pytest.raises(RuntimeError, match="Missing key"):
             layer.load_state_dict({"bias": other.bias})
 
@@ -212,8 +212,8 @@ def test_static_scales_are_used():
     layer.input_scale = torch.tensor([0.01], device=DEVICE)
     x = torch.randn(64, 256, device=DEVICE)
     rounded = formats.dequantize(formats.to_e4m3(x / 0.01), layer.input_scale)
-    torch.testing.assert_close(layer(x), rounded @ layer.dense().T + layer.bias, rtol=2e-2, atol=2e-2)
-    assert relative(layer(x), x @ layer.dense().T + layer.bias) < 0.045
+    torch.testing.assert_close(layer(x), rounded @ layer.dequantize().T + layer.bias, rtol=2e-2, atol=2e-2)
+    assert relative(layer(x), x @ layer.dequantize().T + layer.bias) < 0.045
 
 
 def unswizzled(flat, rows, columns):
@@ -261,8 +261,8 @@ def test_blackwells_product(monkeypatch, joined):
     if joined:
         layer.weight_scale_2 = layer.weight_scale_2.reshape(1, 1).expand(160, 1).contiguous()
     x = torch.randn(2, 7, 96, dtype=torch.bfloat16)
-    expected = layer.reference(x.reshape(-1, 96))
-    assert relative(layer.product(x), expected) < 5e-3
+    expected = layer.forward_native(x.reshape(-1, 96))
+    assert relative(layer.forward_cuda(x), expected) < 5e-3
     assert relative(expected, stock(x).reshape(-1, 160)) < 0.2
 
 
@@ -295,7 +295,7 @@ class TestRoundedOnce:
     """Layers that read one tensor round it once, and never take an old rounding for a new one."""
 
     def counted(self):
-        from diffusers_accel.kernels.linear.module import RoundedOnce
+        from diffusers_accel.kernels.linear.module import ActivationCache
 
         calls = []
 
@@ -303,7 +303,7 @@ class TestRoundedOnce:
             calls.append(x.clone())
             return x * 2
 
-        return RoundedOnce(), calls, make
+        return ActivationCache(), calls, make
 
     def test_the_same_tensor_is_rounded_once(self):
         shared, calls, make = self.counted()

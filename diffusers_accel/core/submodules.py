@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 
-def parts(module: nn.Module) -> list[nn.Module]:
+def submodules(module: nn.Module) -> list[nn.Module]:
     """A module and all that is in it, once each, in the order of `nn.Module.modules`."""
     found: dict[int, nn.Module] = {}
     waiting = [module]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from .parts import parts
+from .submodules import submodules
 
 
-class Places:
+class ModuleLocations:
     """Where modules are in a model: looked up once, and kept up with what is exchanged.
 
     A module's parent may have left the model since, as LoRA layers do that were around it, so every place is found from
@@ -37,7 +37,7 @@ class Places:
     def _below(self, root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
         if id(root) not in self._known:
             found = self._known[id(root)] = {}
-            for owner in parts(root):
+            for owner in submodules(root):
                 for name, child in owner._modules.items():
                     if child is not None:
                         found.setdefault(id(child), []).append((owner, name))
