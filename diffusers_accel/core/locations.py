@@ -1,4 +1,8 @@
-"""Where modules are in a model: under which parents and names, whatever has been put around them since."""
+"""An index of module locations: the parents and names under which a model holds each module.
+
+`undo` of a module swap needs it, since a LoRA may have moved the replacement under a wrapper of its own. One index
+serves a whole unwinding journal; looking each module up anew would walk the model once per edit.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +12,36 @@ from .submodules import submodules
 
 
 class ModuleLocations:
-    """Where modules are in a model: looked up once, and kept up with what is exchanged.
+    """Module -> (parent, name) pairs below a root. The index is built on first use, and updated by `exchange`.
 
-    A module's parent may have left the model since, as LoRA layers do that were around it, so every place is found from
-    the root.
+    Locations are searched from the root: a former parent (a LoRA layer, say) may have left the model.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, dict[int, list[tuple[nn.Module, str]]]] = {}
+        self._indexes: dict[int, dict[int, list[tuple[nn.Module, str]]]] = {}
 
     def of(self, module: nn.Module, root: nn.Module) -> list[tuple[nn.Module, str]]:
-        """Parents and names under which a module is found below a root."""
-        return self._below(root).get(id(module), [])
+        """The (parent, name) pairs that hold a module below a root; empty if it has left the model."""
+        return self._index(root).get(id(module), [])
 
-    def exchange(self, root: nn.Module, here: nn.Module, there: nn.Module) -> None:
-        """Puts a module in all places of another."""
-        known = self._below(root)
-        places = known.pop(id(here), [])
-        for owner, name in places:
-            owner._modules[name] = there
-        if places:
-            known[id(there)] = places
-            for part in there.modules():
-                for name, child in part._modules.items():
+    def exchange(self, root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+        """Puts `new` in all locations of `old` below a root."""
+        index = self._index(root)
+        locations = index.pop(id(old), [])
+        for parent, name in locations:
+            parent._modules[name] = new
+        if locations:
+            index[id(new)] = locations
+            for parent in new.modules():
+                for name, child in parent._modules.items():
                     if child is not None:
-                        known[id(child)] = [(part, name)]
+                        index[id(child)] = [(parent, name)]
 
-    def _below(self, root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-        if id(root) not in self._known:
-            found = self._known[id(root)] = {}
-            for owner in submodules(root):
-                for name, child in owner._modules.items():
+    def _index(self, root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+        if id(root) not in self._indexes:
+            index = self._indexes[id(root)] = {}
+            for parent in submodules(root):
+                for name, child in parent._modules.items():
                     if child is not None:
-                        found.setdefault(id(child), []).append((owner, name))
-        return self._known[id(root)]
+                        index.setdefault(id(child), []).append((parent, name))
+        return self._indexes[id(root)]

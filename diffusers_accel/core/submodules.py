@@ -1,7 +1,8 @@
-"""A look at all parts of a model that costs little: where it is taken as a request begins, the GPU waits for it.
+"""A fast walk over all submodules of a model, for checks at the start of a request: the GPU waits for them.
 
-torch's own walks put a path together for every part, and `getattr` of what a module lacks asks for it among its
-parameters, buffers and parts, and makes an error of it: of FLUX.1's 1355 parts a graph's state took 7 ms so, now 2.
+`nn.Module.modules` builds a path for every submodule, and `getattr` of a missing attribute searches parameters, buffers
+and children before it raises. For the 1355 submodules of FLUX.1 the state of a CUDA graph took 7 ms that way, and takes
+2 ms with this walk.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from torch import nn
 
 
 def submodules(module: nn.Module) -> list[nn.Module]:
-    """A module and all that is in it, once each, in the order of `nn.Module.modules`."""
+    """A module and all its submodules, once each, in the order of `nn.Module.modules`."""
     found: dict[int, nn.Module] = {}
-    waiting = [module]
-    while waiting:
-        part = waiting.pop()
-        if id(part) in found:
+    stack = [module]
+    while stack:
+        current = stack.pop()
+        if id(current) in found:
             continue
-        found[id(part)] = part
-        inside = part._modules
-        if inside:
-            waiting += [each for each in reversed(inside.values()) if each is not None]
+        found[id(current)] = current
+        children = current._modules
+        if children:
+            stack += [child for child in reversed(children.values()) if child is not None]
     return list(found.values())

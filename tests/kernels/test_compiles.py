@@ -48,20 +48,20 @@ FORMS = {
         for one, two, first, second, int8 in (("", "gelu_tanh", 8192, 4096, False), ("swiglu", "swiglu", 0, 0, True),
                                               ("gelu", "silu", 4096, 0, False))
     ],
-    "linear.activations._rows": [{"INT8": int8, "ROWS": 2, "WIDTH": 4096} for int8 in (True, False)],
-    "linear.activations._groups": [{"ROWS": 32, "WIDTH": 128}],
-    "linear.activations._amax": [{"WIDTH": 4096}],
-    "linear.activations._tensor": [{"WIDTH": 4096}],
-    "linear.weights._pack": [{"ROWS": 16, "WIDTH": 256}],
-    "linear.products._narrow": [
+    "linear.quantize_activations._rows": [{"INT8": int8, "ROWS": 2, "WIDTH": 4096} for int8 in (True, False)],
+    "linear.quantize_activations._groups": [{"ROWS": 32, "WIDTH": 128}],
+    "linear.quantize_activations._amax": [{"WIDTH": 4096}],
+    "linear.quantize_activations._tensor": [{"WIDTH": 4096}],
+    "linear.quantize_weights._pack": [{"ROWS": 16, "WIDTH": 256}],
+    "linear.gemm._skinny_gemm": [
         {"SILU": silu, "SCALE": low, "BIAS": True, "WIDTH": 8, "DEPTH": 1024}
         for silu, low in ((True, True), (False, False))
     ],
-    "linear.products._known": [
+    "linear.gemm._precomputed_gemm": [
         {"SCALE": low, "BIAS": low, "WIDTH": 32, "DEPTH": 256, "WHOLE": 4096} for low in (True, False)
     ],
-    "linear.products._widen": [
-        {"BY_ROW": by_row, "RANK": rank, "R": max(rank, 16), "ROWS": 32, "WIDTH": 128}
+    "linear.gemm._dequantize_nvfp4": [
+        {"PER_ROW": by_row, "RANK": rank, "R": max(rank, 16), "ROWS": 32, "WIDTH": 128}
         for by_row, rank in ((False, 0), (True, 32))
     ],
 }  # fmt: skip
