@@ -77,7 +77,7 @@ OUTPUTS = {
     "_round": {"qo_ptr": "*i8", "ko_ptr": "*i8", "vo_ptr": "*fp8e4nv"},
     "_round_per_head": dict.fromkeys(("qo_ptr", "ko_ptr", "vo_ptr"), "*fp8e4nv"),
     "_pack": {"out_ptr": "*u8"},
-    "_widen": {"out_ptr": "*bf16", "scale_ptr": "*fp8e4nv"},
+    "_dequantize_nvfp4": {"out_ptr": "*bf16", "scale_ptr": "*fp8e4nv"},
     "_add": {"out_ptr": "*bf16"},
     "_prepare": dict.fromkeys(("qo_ptr", "ko_ptr"), "*bf16"),
 }
@@ -95,10 +95,10 @@ def main() -> None:
         kernel = getattr(importlib.import_module(f"diffusers_accel.kernels.{module}"), name).kernel
         for constants in forms:
             outputs = OUTPUTS.get(name, {"out_ptr": "*i8" if constants.get("INT8") else "*fp8e4nv"})
-            if name in ("_narrow", "_known"):
+            if name in ("_skinny_gemm", "_precomputed_gemm"):
                 outputs = {"out_ptr": "*bf16", "weight_ptr": "*fp8e4nv" if constants["SCALE"] else "*bf16"}
-                outputs |= dict.fromkeys(("bias_ptr", "rows_ptr", "products_ptr"), "*bf16")
-                outputs |= dict.fromkeys(("step_ptr", "missed_ptr"), "*i32")
+                outputs |= dict.fromkeys(("bias_ptr", "rows_ptr", "outputs_ptr"), "*bf16")
+                outputs |= dict.fromkeys(("step_ptr", "misses_ptr"), "*i32")
             if constants.get("ROUND") is False:
                 outputs = {"out_ptr": "*bf16"}
             if "INT8" in constants and name == "_round" and not constants["INT8"]:
