@@ -1,4 +1,4 @@
-"""Quantized checkpoints: what nvidia-modelopt writes, what we write, every variant of the layout, and bad files."""
+"""Quantized checkpoints: files of nvidia-modelopt, our own files, the variants of the layout, and bad files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def dequantized(parts):
-    """The numbers of a layer's tensors, by arithmetic of this test's own."""
+    """The dequantized weight of a layer's tensors, by arithmetic of this test."""
     weight, scale = parts["weight"], parts.get("weight_scale", parts.get("weight_scale_inv"))
     if weight.dtype == torch.uint8:
         codes = torch.stack([weight % 16, weight // 16], -1).flatten(1).long()
@@ -48,7 +48,7 @@ def file_of(folder):
 
 
 def layers_of(folder):
-    """Layer -> its tensors, of the quantized ones."""
+    """Layer -> its tensors, of quantized layers."""
     found = {}
     for name, tensor in load_file(file_of(folder)).items():
         layer, _, part = name.rpartition(".")
@@ -56,8 +56,8 @@ def layers_of(folder):
     return {name: parts for name, parts in found.items() if {"weight_scale", "weight_scale_inv"} & set(parts)}
 
 
-def widened(pipe, folder):
-    """The same pipeline with a stock transformer that holds the file's numbers."""
+def dequantized_pipeline(pipe, folder):
+    """The pipeline with a stock transformer that has the file's dequantized weights."""
     wide = type(pipe.transformer).from_config(dict(pipe.transformer.config)).eval().requires_grad_(False)
     state, layers = load_file(file_of(folder)), layers_of(folder)
     for name, parts in layers.items():
@@ -93,8 +93,8 @@ def edit(folder, change=None, config=None):
 @pytest.mark.parametrize(
     ("config", "algo", "bound"), [("FP8_DEFAULT_CFG", "fp8-tensor", 0.1), ("NVFP4_DEFAULT_CFG", "nvfp4", 1e-3)]
 )
-def test_what_modelopt_writes(tmp_path, config, algo, bound):
-    """`mtq.quantize` and ModelOpt's own export of a diffusers pipeline."""
+def test_files_of_modelopt(tmp_path, config, algo, bound):
+    """`mtq.quantize`, and ModelOpt's export of a diffusers pipeline."""
     mtq = pytest.importorskip("modelopt.torch.quantization")
     from modelopt.torch.export import export_hf_checkpoint
 
@@ -112,12 +112,12 @@ def test_what_modelopt_writes(tmp_path, config, algo, bound):
     if algo == "fp8-tensor":
         name, parts = next(iter(layers.items()))
         assert torch.equal(modules[name].input_scale, parts["input_scale"].reshape(1))
-    assert difference(entry.run(pipe, steps=2), entry.run(widened(pipe, tmp_path), steps=2)) < bound
+    assert difference(entry.run(pipe, steps=2), entry.run(dequantized_pipeline(pipe, tmp_path), steps=2)) < bound
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder of each algorithm, written by us, and the pipeline it was written from."""
+    """A saved folder per algorithm, and the pipeline that it was saved from."""
     found = {}
     for name, linear in {
         "fp8-tensor": {"algo": "fp8-tensor"},
@@ -157,13 +157,13 @@ def test_round_trip(written, name, tmp_path):
             one[1].view(-1).view(torch.uint8), other[1].view(-1).view(torch.uint8)
         )
     entry = TINY["flux"]
-    assert difference(entry.run(loaded, steps=2), entry.run(widened(loaded, folder), steps=2)) < 0.1
+    assert difference(entry.run(loaded, steps=2), entry.run(dequantized_pipeline(loaded, folder), steps=2)) < 0.1
     config = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
     names = {"fp8-tensor": "FP8", "nvfp4": "NVFP4", "svdq-nvfp4": "NVFP4_SVD", "mixed": "MIXED_PRECISION"}
     assert config["quant_algo"] == names[name]
 
 
-@pytest.mark.parametrize("name", ["wan-shapes", "flux-shapes"])  # sizes by 128, and others
+@pytest.mark.parametrize("name", ["wan-shapes", "flux-shapes"])  # with and without multiples of 128
 def test_round_trip_of_blocks(name, tmp_path):
     pipe = accelerate(demo.load(name), linear={"algo": "fp8-block", "keep_original": "drop", "smallest": 0})
     save_quantized(pipe, tmp_path)
@@ -175,7 +175,7 @@ def test_round_trip_of_blocks(name, tmp_path):
         layer = loaded.transformer.get_submodule(name)
         torch.testing.assert_close(layer.dequantize(), dequantized(parts), rtol=1e-6, atol=0)
 
-    def renamed(tensors):  # DeepSeek's name, and dimensions of one in between
+    def renamed(tensors):  # DeepSeek's name, and dimensions of size one
         for key in [key for key in tensors if key.endswith("weight_scale")]:
             tensors[f"{key}_inv"] = tensors.pop(key)[:, None, :, None].contiguous()
 
@@ -185,8 +185,8 @@ def test_round_trip_of_blocks(name, tmp_path):
 
 
 class TestVariants:
-    def test_smoothed_inputs(self, copied):
-        """`pre_quant_scale` multiplies what comes in."""
+    def test_pre_quant_scale(self, copied):
+        """`pre_quant_scale` multiplies the input."""
         folder = copied("nvfp4")
         name = next(iter(layers_of(folder)))
         size = layers_of(folder)[name]["weight"].shape[1] * 2
@@ -206,7 +206,7 @@ class TestVariants:
         ("dynamic", "groups", "static"), [(True, False, False), (False, False, True), (True, True, True)]
     )
     def test_static_and_dynamic_activations(self, copied, dynamic, groups, static):
-        """Without groups `dynamic` decides; with them the group's own flag, false unless it says otherwise."""
+        """Without groups `dynamic` decides; with groups, each group's flag, which is false by default."""
         folder = copied("fp8-tensor")
         name = next(iter(layers_of(folder)))
 
@@ -224,7 +224,7 @@ class TestVariants:
         layer = from_pretrained(folder, dtype=torch.float32).transformer.get_submodule(name)
         assert (layer.input_scale is not None) == static
 
-        for wanted in (True, False):  # a user's word beats the file's
+        for wanted in (True, False):  # the argument overrides the file
             layer = from_pretrained(folder, dtype=torch.float32, dynamic=wanted).transformer.get_submodule(name)
             assert (layer.input_scale is None) == wanted
 
@@ -237,7 +237,7 @@ class TestVariants:
 
     @pytest.mark.parametrize("name", ["fp8-tensor", "nvfp4", "mixed"])
     def test_a_single_file(self, written, name, tmp_path):
-        """Its header says what it holds; the configuration is the stock folder's."""
+        """The header describes the quantization; the model's configuration is the stock folder's."""
         folder, pipe = written[name]
         build("flux").save_pretrained(tmp_path / "stock")
         file = shutil.copy(file_of(folder), tmp_path / "model.safetensors")

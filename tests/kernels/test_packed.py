@@ -111,7 +111,7 @@ def test_a_write_to_a_slice_changes_its_rows_alone(algo):
         model["layer1"].weight = torch.zeros(3, 3)
 
 
-class TestOnce:
+class TestSharedProduct:
     """One product serves all slices while its input is unchanged."""
 
     @pytest.fixture
@@ -133,7 +133,7 @@ class TestOnce:
         model["layer1"](x)  # after the last slice nothing is cached
         assert len(calls) == 2
 
-    def test_an_input_that_changed_is_multiplied_again(self, counted):
+    def test_a_changed_input_is_computed_again(self, counted):
         model, alone, _ = counted
         x = inputs()
         model["layer0"](x)
@@ -150,7 +150,7 @@ class TestOnce:
             close(model["layer1"](x), alone[1](x), "plain")
         assert not calls  # tensors of inference mode have no version counter
 
-    def test_nothing_is_kept_beyond_its_input(self, counted):
+    def test_the_output_dies_with_its_input(self, counted):
         model, _, _ = counted
         x = inputs()
         model["layer0"](x)
@@ -159,7 +159,7 @@ class TestOnce:
         del x
         assert cache._entry is None
 
-    def test_a_graph_multiplies_once_and_keeps_nothing(self):
+    def test_a_graph_computes_once_and_keeps_no_tensor(self):
         layers = [layer(size, "plain", seed) for seed, size in enumerate(SIZES)]
         alone = [copy.deepcopy(item) for item in layers]
         model, packed = packed_model(layers)
