@@ -55,8 +55,8 @@ class Preprocessed(nn.Module):
 
 
 def rotation(linear: nn.Linear) -> torch.Tensor:
-    """A block-diagonal Hadamard matrix. A block's size is the largest power of two, up to 256, that divides the number of
-    channels."""
+    """A block-diagonal Hadamard matrix. The size of a block is the largest power of two, up to 256, that divides the
+    number of channels."""
     size = linear.in_features
     block = size & -size
     matrix = torch.ones(1, 1)
@@ -66,7 +66,7 @@ def rotation(linear: nn.Linear) -> torch.Tensor:
 
 
 def input_ranges(name: str, pipe: Any, device: str) -> dict[int, torch.Tensor]:
-    """The largest magnitude of each layer's input channels over training captions: `id` of the layer -> (in_features,)."""
+    """The largest magnitude of each layer's input channels over training captions: id of the layer -> (in_features,)."""
     found: dict[int, torch.Tensor] = {}
 
     def observe(module: nn.Module, given: Any) -> None:

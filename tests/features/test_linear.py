@@ -60,7 +60,7 @@ def test_every_family(name):
         if algo != "svdq-nvfp4":  # on layers this small the branch takes more than 4 bits save
             assert found.weight_bytes_after < found.weight_bytes_before
         # Random weights amplify errors, so this bound is loose; `tests/kernels/test_linear.py` bounds each layer.
-        The branch of svdq-nvfp4 holds layers as small as these entirely.
+        # The low-rank branch of svdq-nvfp4 represents layers as small as these exactly.
         assert difference(tensors(entry.run(pipe, steps=2)), stock) < BOUNDS[algo], algo
     restore(pipe)
     assert [type(module) for model in denoisers(pipe) for module in model.modules()] == types
