@@ -66,7 +66,7 @@ def rotation(linear: nn.Linear) -> torch.Tensor:
 
 
 def input_ranges(name: str, pipe: Any, device: str) -> dict[int, torch.Tensor]:
-    """The largest magnitude of each layer's input channels over training captions: id of the layer -> (in_features,)."""
+    """The largest magnitude of each layer's input channels over training captions: layer id -> (in_features,)."""
     found: dict[int, torch.Tensor] = {}
 
     def observe(module: nn.Module, given: Any) -> None:

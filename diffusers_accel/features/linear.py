@@ -148,7 +148,7 @@ def _try_foreign_formats(denoiser: Denoiser, layers: list[_LayerPlan]) -> None:
             first = (str(error).strip() or "no message").splitlines()[0]
             raise Unsupported(
                 f"linear={name!r}",
-                f"its package failed on {layer.path}, where it was tried: {type(error).__name__}: {first}.",
+                f"its package failed on {layer.path}, where it was tried: {type(error).__name__}: {first.rstrip('.')}.",
                 f"another format, or linear.plan={{{layer.path!r}: 'none'}} for layers like it.",
                 str(denoiser),
             ) from error
@@ -365,11 +365,11 @@ def _block_prefixes(denoiser: Denoiser) -> tuple[tuple[str, ...], tuple[str, ...
     paths = [
         (f"{path}.", id(module) in main) for path, module in denoiser.module.named_modules() if id(module) in blocks
     ]
-    stacked = [path for path, in_stack in paths if in_stack]
+    main_paths = [path for path, in_main in paths if in_main]
     first, last = adapter.wide_ends
-    if len(stacked) < 2 * (first + last):
+    if len(main_paths) < 2 * (first + last):
         first = last = 0
-    ends = (*stacked[:first], *stacked[len(stacked) - last :])
+    ends = (*main_paths[:first], *main_paths[len(main_paths) - last :])
     return tuple(path for path, _ in paths), ends
 
 

@@ -112,9 +112,9 @@ class TestSingleFiles:
         tensors, expected = {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}, {}
         stock = load_file(made / "stock" / "transformer" / f"{NAME}.safetensors")
         for name, item in stock.items():
-            layer, _, part = name.rpartition(".")
+            layer, _, suffix = name.rpartition(".")
             tensors[name] = item
-            if part == "weight" and item.ndim == 2 and "norm_q" not in name and "norm_k" not in name:
+            if suffix == "weight" and item.ndim == 2 and "norm_q" not in name and "norm_k" not in name:
                 scale = item.abs().max() / 448
                 tensors[name] = (item / scale).to(torch.float8_e4m3fn)
                 tensors[f"{layer}.scale_weight"] = scale
@@ -136,51 +136,51 @@ class TestSingleFiles:
 class TestFolders:
     def test_variants(self, folder):
         """Each variant is read by its own name, in any alphabetical order."""
-        part, model = folder / "transformer", f"{NAME}.safetensors"
-        tensors = load_file(part / model)
+        subfolder, model = folder / "transformer", f"{NAME}.safetensors"
+        tensors = load_file(subfolder / model)
         name = next(key for key in tensors if key.endswith("bias"))
         for variant, value in (("ema", 1.0), ("zero", 0.0)):
             changed = {**tensors, name: torch.full_like(tensors[name], value)}
-            save_file(changed, part / f"{NAME}.{variant}.safetensors")
+            save_file(changed, subfolder / f"{NAME}.{variant}.safetensors")
         for variant, expected in ((None, tensors[name]), ("ema", torch.ones(())), ("zero", torch.zeros(()))):
             model = from_pretrained(folder, dtype=torch.float32, variant=variant).transformer
             found = model.get_parameter(name)
             assert torch.equal(found, expected.expand(found.shape)), variant
         assert "no file of the variant 'fp16'; it holds None, ema, zero" in refused(folder, variant="fp16")
-        (part / f"{NAME}.safetensors").unlink()
+        (subfolder / f"{NAME}.safetensors").unlink()
         assert "no file without a variant; it holds ema, zero. Give variant='ema'" in refused(folder)
 
     def test_two_sets(self, folder):
-        part = folder / "transformer"
-        (part / f"{NAME}.safetensors").rename(part / "one.safetensors")
+        subfolder = folder / "transformer"
+        (subfolder / f"{NAME}.safetensors").rename(subfolder / "one.safetensors")
         assert from_pretrained(folder, dtype=torch.float32).transformer is not None
-        shutil.copy(part / "one.safetensors", part / "another.safetensors")
+        shutil.copy(subfolder / "one.safetensors", subfolder / "another.safetensors")
         assert "several sets of weights, another, one, and none has diffusers' name" in refused(folder)
         # diffusers' name decides.
-        shutil.copy(part / "one.safetensors", part / f"{NAME}.safetensors")
+        shutil.copy(subfolder / "one.safetensors", subfolder / f"{NAME}.safetensors")
         assert from_pretrained(folder, dtype=torch.float32).transformer is not None
 
     def test_shards(self, folder):
-        part = folder / "transformer"
-        tensors = load_file(part / f"{NAME}.safetensors")
-        (part / f"{NAME}.safetensors").unlink()
+        subfolder = folder / "transformer"
+        tensors = load_file(subfolder / f"{NAME}.safetensors")
+        (subfolder / f"{NAME}.safetensors").unlink()
         names = sorted(tensors)
         files = [f"{NAME}-0000{number}-of-00002.safetensors" for number in (1, 2)]
         halves = [names[: len(names) // 2], names[len(names) // 2 :]]
         for file, half in zip(files, halves, strict=True):
-            save_file({name: tensors[name] for name in half}, part / file)
-        index = part / f"{NAME}.safetensors.index.json"
+            save_file({name: tensors[name] for name in half}, subfolder / file)
+        index = subfolder / f"{NAME}.safetensors.index.json"
         # A file that the index does not list is ignored.
-        save_file({"foreign": torch.zeros(1)}, part / "adapter.safetensors")
+        save_file({"foreign": torch.zeros(1)}, subfolder / "adapter.safetensors")
         where = {name: file for file, half in zip(files, halves, strict=True) for name in half}
         index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
         assert from_pretrained(folder, dtype=torch.float32).transformer is not None
         index.unlink()
         assert from_pretrained(folder, dtype=torch.float32).transformer is not None
-        save_file({name: tensors[name] for name in names[len(names) // 2 - 1 :]}, part / files[1])
+        save_file({name: tensors[name] for name in names[len(names) // 2 - 1 :]}, subfolder / files[1])
         text = refused(folder)
         assert names[len(names) // 2 - 1] in text and files[0] in text and files[1] in text
-        (part / files[1]).unlink()
+        (subfolder / files[1]).unlink()
         assert f"1 of 2 shards of '{NAME}'" in refused(folder)
         index.write_text(json.dumps({"weight_map": where}))
         assert f"{files[1]}' is missing: {index.name} lists it" in refused(folder)
@@ -190,20 +190,20 @@ class TestFolders:
         assert "has no weight_map" in refused(folder)
 
     def test_folders_of_no_pipeline(self, folder, made, tmp_path):
-        part = folder / "transformer"
-        (part / f"{NAME}.safetensors").rename(part / f"{NAME}.bin")
+        subfolder = folder / "transformer"
+        (subfolder / f"{NAME}.safetensors").rename(subfolder / f"{NAME}.bin")
         assert f"holds no safetensors file, but {NAME}.bin, which is a pickle" in refused(folder)
-        (part / f"{NAME}.bin").rename(part / f"{NAME}.safetensors")
-        file = part / f"{NAME}.safetensors"
+        (subfolder / f"{NAME}.bin").rename(subfolder / f"{NAME}.safetensors")
+        file = subfolder / f"{NAME}.safetensors"
         assert "is the file of one model" in refused(file) and "transformer=" in refused(file)
         assert "There is no folder './nowhere'" in refused("./nowhere")
         assert "There is no folder" in refused(tmp_path / "a" / "b")
         assert "Did you mean 'transformer'?" in refused(made / "stock", transfomer=str(file))
-        config = json.loads((part / "config.json").read_text())
+        config = json.loads((subfolder / "config.json").read_text())
         del config["_class_name"]
-        (part / "config.json").write_text(json.dumps(config))
+        (subfolder / "config.json").write_text(json.dumps(config))
         assert "diffusers has no class None" in refused(folder)
-        (part / "config.json").unlink()
+        (subfolder / "config.json").unlink()
         assert "holds no config.json" in refused(folder, transformer=str(file))
         (folder / "model_index.json").write_text("[]")
         assert "holds a list, not a mapping" in refused(folder)

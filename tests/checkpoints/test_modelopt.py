@@ -25,22 +25,22 @@ from diffusers_accel.kernels.linear import QuantizedLinear
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def dequantized(parts):
+def dequantized(layer_tensors):
     """The dequantized weight of a layer's tensors, by arithmetic of this test."""
-    weight, scale = parts["weight"], parts.get("weight_scale", parts.get("weight_scale_inv"))
+    weight, scale = layer_tensors["weight"], layer_tensors.get("weight_scale", layer_tensors.get("weight_scale_inv"))
     if weight.dtype == torch.uint8:
         codes = torch.stack([weight % 16, weight // 16], -1).flatten(1).long()
         values = torch.where(codes < 8, E2M1[codes % 8], -E2M1[codes % 8])
-        found = values * scale.float().repeat_interleave(16, 1) * parts["weight_scale_2"].float()
-        if "svdquant_lora_a" in parts:
-            found = found + parts["svdquant_lora_b"].float() @ parts["svdquant_lora_a"].float()
+        found = values * scale.float().repeat_interleave(16, 1) * layer_tensors["weight_scale_2"].float()
+        if "svdquant_lora_a" in layer_tensors:
+            found = found + layer_tensors["svdquant_lora_b"].float() @ layer_tensors["svdquant_lora_a"].float()
     elif scale.numel() > 1:
         rows, columns = weight.shape
         each = scale.float().reshape(-(-rows // 128), -(-columns // 128))
         found = weight.float() * each.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
     else:
         found = weight.float() * scale.float()
-    return found * parts["pre_quant_scale"].float() if "pre_quant_scale" in parts else found
+    return found * layer_tensors["pre_quant_scale"].float() if "pre_quant_scale" in layer_tensors else found
 
 
 def file_of(folder):
@@ -51,19 +51,23 @@ def layers_of(folder):
     """Layer -> its tensors, of quantized layers."""
     found = {}
     for name, tensor in load_file(file_of(folder)).items():
-        layer, _, part = name.rpartition(".")
-        found.setdefault(layer, {})[part] = tensor
-    return {name: parts for name, parts in found.items() if {"weight_scale", "weight_scale_inv"} & set(parts)}
+        layer, _, suffix = name.rpartition(".")
+        found.setdefault(layer, {})[suffix] = tensor
+    return {
+        name: layer_tensors
+        for name, layer_tensors in found.items()
+        if {"weight_scale", "weight_scale_inv"} & set(layer_tensors)
+    }
 
 
 def dequantized_pipeline(pipe, folder):
     """The pipeline with a stock transformer that has the file's dequantized weights."""
-    wide = type(pipe.transformer).from_config(dict(pipe.transformer.config)).eval().requires_grad_(False)
+    reference = type(pipe.transformer).from_config(dict(pipe.transformer.config)).eval().requires_grad_(False)
     state, layers = load_file(file_of(folder)), layers_of(folder)
-    for name, parts in layers.items():
-        state[f"{name}.weight"] = dequantized(parts)
-    wide.load_state_dict({key: item.float() for key, item in state.items() if key in wide.state_dict()})
-    return type(pipe)(**{**pipe.components, "transformer": wide})
+    for name, layer_tensors in layers.items():
+        state[f"{name}.weight"] = dequantized(layer_tensors)
+    reference.load_state_dict({key: item.float() for key, item in state.items() if key in reference.state_dict()})
+    return type(pipe)(**{**pipe.components, "transformer": reference})
 
 
 def difference(found, expected):
@@ -106,12 +110,12 @@ def test_files_of_modelopt(tmp_path, config, algo, bound):
     assert {name for name, item in modules.items() if isinstance(item, QuantizedLinear)} == set(layers) and len(
         layers
     ) > 20
-    for name, parts in layers.items():
+    for name, layer_tensors in layers.items():
         assert modules[name].kind.startswith(algo)
-        torch.testing.assert_close(modules[name].materialize(), dequantized(parts), rtol=1e-6, atol=0)
+        torch.testing.assert_close(modules[name].materialize(), dequantized(layer_tensors), rtol=1e-6, atol=0)
     if algo == "fp8-tensor":
-        name, parts = next(iter(layers.items()))
-        assert torch.equal(modules[name].input_scale, parts["input_scale"].reshape(1))
+        name, layer_tensors = next(iter(layers.items()))
+        assert torch.equal(modules[name].input_scale, layer_tensors["input_scale"].reshape(1))
     assert difference(entry.run(pipe, steps=2), entry.run(dequantized_pipeline(pipe, tmp_path), steps=2)) < bound
 
 
@@ -171,9 +175,9 @@ def test_round_trip_of_blocks(name, tmp_path):
     found, expected = dict(loaded.transformer.named_buffers()), dict(pipe.transformer.named_buffers())
     assert sum(key.endswith("weight_scale") for key in expected) > 10
     same_bytes(found, expected)
-    for name, parts in layers_of(tmp_path).items():
+    for name, layer_tensors in layers_of(tmp_path).items():
         layer = loaded.transformer.get_submodule(name)
-        torch.testing.assert_close(layer.dequantize(), dequantized(parts), rtol=1e-6, atol=0)
+        torch.testing.assert_close(layer.dequantize(), dequantized(layer_tensors), rtol=1e-6, atol=0)
 
     def renamed(tensors):  # DeepSeek's name, and dimensions of size one
         for key in [key for key in tensors if key.endswith("weight_scale")]:
@@ -251,8 +255,8 @@ class TestVariants:
         build("flux").save_pretrained(tmp_path / "stock")
         tensors = load_file(file_of(folder))
         formats = {
-            layer: {"format": "nvfp4" if parts["weight"].dtype == torch.uint8 else "float8_e4m3fn"}
-            for layer, parts in layers_of(folder).items()
+            layer: {"format": "nvfp4" if layer_tensors["weight"].dtype == torch.uint8 else "float8_e4m3fn"}
+            for layer, layer_tensors in layers_of(folder).items()
         }
 
         def load(layers):

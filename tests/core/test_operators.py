@@ -8,14 +8,14 @@ import torch
 from diffusers_accel.core.operators import operator
 
 
-def _weighted_sum_fake(parts: list[torch.Tensor], weight: torch.Tensor | None, factor: float) -> torch.Tensor:
-    return parts[0].new_empty(parts[0].shape)
+def _weighted_sum_fake(inputs: list[torch.Tensor], weight: torch.Tensor | None, factor: float) -> torch.Tensor:
+    return inputs[0].new_empty(inputs[0].shape)
 
 
 @operator("test_weighted_sum", _weighted_sum_fake)
-def weighted_sum(parts: list[torch.Tensor], weight: torch.Tensor | None, factor: float) -> torch.Tensor:
+def weighted_sum(inputs: list[torch.Tensor], weight: torch.Tensor | None, factor: float) -> torch.Tensor:
     """An operator with a list of tensors, which autograd does not search by itself."""
-    total = torch.stack(parts).sum(0) * factor
+    total = torch.stack(inputs).sum(0) * factor
     return total if weight is None else total * weight
 
 

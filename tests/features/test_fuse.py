@@ -89,8 +89,8 @@ def test_every_family(name):
     found, after = products(pipe, lambda pipe: entry.run(pipe, steps=2))
     close(found, stock)
     assert after < before
-    parts = [module for model in denoisers(pipe) for module in model.modules() if isinstance(module, LinearSlice)]
-    assert FAMILIES[name] in (None, len(parts)) and parts
+    slices = [module for model in denoisers(pipe) for module in model.modules() if isinstance(module, LinearSlice)]
+    assert FAMILIES[name] in (None, len(slices)) and slices
     assert stats(pipe).weight_bytes_after == stats(pipe).weight_bytes_before
     seen = state(pipe)
     assert list(seen) == list(weights) and all(torch.equal(seen[key], weights[key]) for key in seen)
@@ -152,7 +152,7 @@ def test_compiled(name):
         accelerate(pipe, compile=CompileConfig(backend=f"counting_{name}"), **sections)
         close(entry.run(pipe, steps=2), stock)
     assert graphs[0] == graphs[1] and linears[1] < linears[0]
-    packed = {id(part._packed): part._packed for part in pipe.transformer.modules() if isinstance(part, LinearSlice)}
+    packed = {id(item._packed): item._packed for item in pipe.transformer.modules() if isinstance(item, LinearSlice)}
     assert all(item._traced_input is None and item._traced_output is None for item in packed.values())
 
 

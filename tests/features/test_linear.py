@@ -74,9 +74,9 @@ class TestExcludedLayers:
     def test_outside_the_blocks(self):
         pipe = build("flux")
         accelerate(pipe, linear="fp8")
-        wide = [path for path, module in pipe.transformer.named_modules() if type(module) is nn.Linear]
-        assert wide and not any("blocks" in path for path in wide)
-        assert {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"} <= set(wide)
+        unquantized = [path for path, module in pipe.transformer.named_modules() if type(module) is nn.Linear]
+        assert unquantized and not any("blocks" in path for path in unquantized)
+        assert {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"} <= set(unquantized)
 
     def test_the_first_and_last_blocks_where_they_are_few(self):
         pipe = build("wan")

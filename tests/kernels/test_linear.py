@@ -212,8 +212,8 @@ def test_static_scales_are_used():
     layer = quantized("fp8-tensor", linear())
     layer.input_scale = torch.tensor([0.01], device=DEVICE)
     x = torch.randn(64, 256, device=DEVICE)
-    rounded = formats.dequantize(formats.to_e4m3(x / 0.01), layer.input_scale)
-    torch.testing.assert_close(layer(x), rounded @ layer.dequantize().T + layer.bias, rtol=2e-2, atol=2e-2)
+    x_quantized = formats.dequantize(formats.to_e4m3(x / 0.01), layer.input_scale)
+    torch.testing.assert_close(layer(x), x_quantized @ layer.dequantize().T + layer.bias, rtol=2e-2, atol=2e-2)
     assert relative(layer(x), x @ layer.dequantize().T + layer.bias) < 0.045
 
 

@@ -74,8 +74,8 @@ def test_a_norm_across_heads_is_the_stock_norm(group, eps, affine):
 def test_what_stands_for_a_part_remembers_the_whole():
     layer, other = linear(6, 10), linear(6, 10)
     parts = [sharded.columns(item, [(0, 5)]) for item in (layer, other)]
-    stack = PackedLinear(parts)
-    joined = LinearSlice(stack, 1, parts[1])
+    packed = PackedLinear(parts)
+    joined = LinearSlice(packed, 1, parts[1])
     assert whole_of(joined) is other and stock_of(joined) is other
     plain = LinearSlice(PackedLinear([layer, other]), 0, layer)
     assert whole_of(plain) is plain and stock_of(plain).weight.shape == (10, 6)
