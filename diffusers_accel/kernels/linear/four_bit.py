@@ -94,7 +94,7 @@ class Nvfp4Linear(QuantizedLinear):
         weight = _dequantize_nvfp4(self.weight_data, self.weight_scale, self.weight_scale_2, x.dtype, None, None)
         return F.linear(x.reshape(-1, self.in_features), weight, None if self.bias is None else self.bias.to(x.dtype))
 
-    def forward_has_nvfp4_units(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_native(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.dequantize().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -108,7 +108,7 @@ class Nvfp4NativeLinear(Nvfp4Linear):
         out = _nvfp4_gemm(x.reshape(-1, self.in_features), self.weight_data, self.weight_scale, self.weight_scale_2)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
-    def forward_has_nvfp4_units(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_native(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
         return F.linear(formats.dequantize_nvfp4(*_quantize_nvfp4(x)), self.dequantize(), bias).to(x.dtype)
 
@@ -178,7 +178,7 @@ class Nvfp4Fp8Linear(Nvfp4Linear):
         weight = _dequantize_nvfp4(self.weight_data, self.weight_scale, scale, torch.float8_e4m3fn, None, None)
         return fp8_linear(x.reshape(-1, self.in_features), weight, self.row_scale, self.bias)
 
-    def forward_has_nvfp4_units(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_native(self, x: torch.Tensor) -> torch.Tensor:
         weight = formats.dequantize(formats.to_e4m3(self.dequantize() / self.row_scale), self.row_scale)
         bias = None if self.bias is None else self.bias.float()
         return F.linear(formats.dequantize(*formats.quantize_rows(x)), weight, bias).to(x.dtype)
