@@ -148,7 +148,7 @@ class TestAsStockLayer:
         stock = linear()
         original = stock.weight.clone()
         layer = quantized(name, stock)
-        layer.keep(stock)
+        layer.keep_stock(stock)
         assert torch.equal(layer.weight + 0, original)
         assert torch.equal(layer.state_dict()["weight"], original)
         layer.weight.data += 1
