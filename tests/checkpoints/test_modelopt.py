@@ -312,7 +312,7 @@ class TestBadCheckpoints:
             (lambda t, n: t.update({f"{n}.weight_scale": torch.ones(3, 3)}), "weight_scale: shape (32, 2), not (3, 3)"),
             (lambda t, n: t.update({f"{n}.weight": t[f"{n}.weight"][:16].contiguous(),
                                     f"{n}.weight_scale": t[f"{n}.weight_scale"][:16].contiguous()}),
-             "a weight of (16, 32); the model wants (32, 32)"),
+             "a weight of shape (16, 32); the model wants (32, 32)"),
             (lambda t, n: t.update({f"{n}.weight": torch.zeros(32, 32).to(torch.float8_e4m3fn)}), "says nvfp4"),
             (lambda t, n: t.pop(f"{n}.bias"), "1 tensors are missing"),
             (lambda t, n: t.update({f"{n}.bias": torch.zeros(7)}), "bias: shape (7,); the model wants (32,)"),
