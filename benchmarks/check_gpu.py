@@ -322,7 +322,7 @@ def _rewritten(name: str) -> tuple[dict[str, Any], list[str]]:
 
     from diffusers_accel.features.compile import rewrites
 
-    rewrites.rows._NARROWEST = rewrites.linear._LEAST = 1
+    rewrites.rows._NARROWEST = rewrites.linear._LEAST_ELEMENTS = 1
     put = rewrites.graph.put
     made: Counter[str] = Counter()
 

@@ -1,12 +1,12 @@
-"""Low-bit linear layers on the models' shapes: rates of every format against bf16, and a whole FLUX.1-dev quantized.
+"""Quantized linear layers on the models' shapes: speed of each format against bf16, and a whole FLUX.1-dev quantized.
 
-Rates count the work of the product alone; quantization of the activations is included in the time, as a model meets it
-in eager. `raw` is torch's product on operands that are rounded already; `torchao` its row-wise layer, where it is
-installed. All are called in turn over several rounds. Errors are against float64 on a sample of rows, with Gaussian
-weights and activations that have outlying channels.
+Rates count the operations of the GEMM alone. Times include the quantization of activations, as in an eager model. `raw`
+is torch's GEMM on quantized operands; `torchao` is its row-wise layer, where it is installed. The calls take turns over
+several rounds. Errors are against float64 on a sample of rows, with Gaussian weights and activations that have outlier
+channels.
 
     python benchmarks/linear.py            # benchmarks/results/linear.json
-    python benchmarks/linear.py --tiles    # cuts of the INT8 product, and of the rounding of activations
+    python benchmarks/linear.py --tiles    # tilings of the INT8 GEMM, and launches of the activation quantization
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 
 from diffusers_accel import accelerate, restore, stats
 from diffusers_accel.core.platform import describe
-from diffusers_accel.kernels.linear import LINEARS, Part, Stack, formats
+from diffusers_accel.kernels.linear import LINEARS, LinearSlice, PackedLinear, formats
 
 # rows, input features, output features
 SHAPES = {
@@ -43,12 +43,12 @@ SHAPES = {
 
 
 def raw(x: torch.Tensor, linear: nn.Linear) -> dict[str, Callable[[], Any]]:
-    """torch's products on operands that are rounded already."""
+    """torch's GEMMs on quantized operands."""
     calls: dict[str, Callable[[], Any]] = {}
     weight = linear.weight.detach()
     for name, kind in (("fp8", F.ScalingType.RowWise), ("fp8-tensor", F.ScalingType.TensorWise)):
-        rounded = formats.quantize_rows if name == "fp8" else formats.quantize_tensor
-        (data, scale), (stored, stored_scale) = rounded(x), rounded(weight)
+        quantize = formats.quantize_rows if name == "fp8" else formats.quantize_tensor
+        (data, scale), (stored, stored_scale) = quantize(x), quantize(weight)
         stored_scale = stored_scale if name == "fp8-tensor" else stored_scale.t()
         calls[f"{name}, raw"] = partial(
             F.scaled_mm, data, stored.t(), scale, kind, stored_scale, kind, use_fast_accum=True
@@ -68,8 +68,8 @@ def torchao(linear: nn.Linear) -> nn.Module | None:
     return layer[0]
 
 
-def alone(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A call whose activations no other layer shares."""
+def uncached(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A call on a new tensor object: the activation cache misses."""
     return layer(x.view_as(x))
 
 
@@ -79,9 +79,9 @@ def threefold(layers: list[nn.Module], x: torch.Tensor) -> None:
         layer(shared)
 
 
-def parts(layers: list[Any]) -> list[nn.Module]:
-    stack = Stack(layers)
-    return [Part(stack, place, layer) for place, layer in enumerate(layers)]
+def packed_slices(layers: list[Any]) -> list[nn.Module]:
+    packed = PackedLinear(layers)
+    return [LinearSlice(packed, index, layer) for index, layer in enumerate(layers)]
 
 
 def products(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -118,13 +118,13 @@ def products(options: argparse.Namespace, device: torch.device) -> dict[str, Any
                 missing[name] = f"{type(error).__name__}: {error}"[:300]
                 continue
             figures[name] = {"relative error": round(float((out - expected).norm() / expected.norm()), 5)}
-            calls[name] = partial(alone, layer, x)
+            calls[name] = partial(uncached, layer, x)
         calls |= raw(x, linear)
         if "fp8" in layers and inside == outside:
-            # As attention calls it: Q, K and V of one tensor, which is rounded once; and the same as one product.
+            # Q, K and V of one tensor: quantized once for three GEMMs, and packed into one GEMM.
             for name in {"bf16", "fp8", "fp8-block", "int8", "nvfp4"} & set(layers):
                 calls[f"{name}, three layers of one input"] = partial(threefold, [layers[name]] * 3, x)
-                calls[f"{name}, three layers as one"] = partial(threefold, parts([layers[name]] * 3), x)
+                calls[f"{name}, three layers as one"] = partial(threefold, packed_slices([layers[name]] * 3), x)
         times = measure.rounds(calls, options.rounds, warmup=10, rep=40)
         for name, milliseconds in times.items():
             layer_count = 3 if "three" in name else 1
@@ -178,13 +178,13 @@ def whole(device: torch.device) -> dict[str, Any]:
 
 
 def tiles(device: torch.device) -> dict[str, Any]:
-    """TFLOP/s of the INT8 product over cuts, operands rounded already."""
+    """TFLOP/s of the INT8 GEMM over tilings, on quantized operands."""
     from triton.testing import do_bench
 
-    from diffusers_accel.kernels.linear.products import Tile, int8_product
+    from diffusers_accel.kernels.linear.gemm import Tile, int8_linear
 
     found: dict[str, Any] = {}
-    cuts = [
+    tilings = [
         Tile(rows, columns, depth, warps, stages, band)
         for rows, columns, depth, warps, stages in (
             (128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (128, 256, 64, 8, 4), (128, 128, 128, 8, 4),
@@ -199,37 +199,37 @@ def tiles(device: torch.device) -> dict[str, Any]:
         weight = torch.randint(-127, 128, (outside, inside), device=device, dtype=torch.int8)
         scales = torch.rand(rows, 1, device=device), torch.rand(outside, 1, device=device)
         rates: dict[str, Any] = {}
-        for cut in cuts:
-            call = partial(int8_product, x, scales[0], weight, scales[1], None, torch.bfloat16, cut)
+        for tile in tilings:
+            call = partial(int8_linear, x, scales[0], weight, scales[1], None, torch.bfloat16, tile)
             try:
                 rate = 2e-9 * rows * inside * outside / do_bench(call, warmup=10, rep=30, return_mode="median")
-            except Exception as error:  # a cut that does not fit
-                print(label, cut, type(error).__name__, flush=True)
+            except Exception as error:  # a tiling that does not fit
+                print(label, tile, type(error).__name__, flush=True)
                 continue
-            rates[f"{cut.rows}x{cut.columns}x{cut.depth}, {cut.warps} warps, {cut.stages} stages, band {cut.band}"] = (
-                round(rate, 1)
-            )
+            rates[
+                f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages, band {tile.band}"
+            ] = round(rate, 1)
         found[label] = dict(sorted(rates.items(), key=lambda item: -item[1]))
         print(label, list(found[label].items())[:6], flush=True)
     return found
 
 
-def roundings(device: torch.device) -> dict[str, Any]:
-    """GB/s of rounding activations to e4m3 with a scale per row, over rows and warps of a program."""
+def activation_quantization(device: torch.device) -> dict[str, Any]:
+    """GB/s of quantizing activations to e4m3 with a scale per row, over rows and warps of a program."""
     from triton.testing import do_bench
 
-    from diffusers_accel.kernels.linear.activations import quantize_rows
+    from diffusers_accel.kernels.linear.quantize_activations import quantize_rows
 
     found: dict[str, Any] = {}
     for rows, columns in ((4608, 3072), (4608, 12288), (4608, 15360), (32760, 1536), (32760, 8960), (32760, 5120)):
         x = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
         rates = {}
-        for cut in ((1, 2), (1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8), (8, 4), (8, 8)):
-            if cut[0] * columns > 40000:
+        for launch in ((1, 2), (1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8), (8, 4), (8, 8)):
+            if launch[0] * columns > 40000:
                 continue
-            call = partial(quantize_rows, x, torch.float8_e4m3fn, cut)
+            call = partial(quantize_rows, x, torch.float8_e4m3fn, launch)
             milliseconds = do_bench(call, warmup=5, rep=25, return_mode="median")
-            rates[f"{cut[0]} rows, {cut[1]} warps"] = round(3e-6 * rows * columns / milliseconds)
+            rates[f"{launch[0]} rows, {launch[1]} warps"] = round(3e-6 * rows * columns / milliseconds)
         found[f"{rows} x {columns}"] = dict(sorted(rates.items(), key=lambda item: -item[1]))
         print(rows, columns, found[f"{rows} x {columns}"], flush=True)
     return found
@@ -237,7 +237,7 @@ def roundings(device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", help="parts of the names of shapes; all if not given")
+    parser.add_argument("--shapes", nargs="*", help="substrings of the shapes' names; all shapes if not given")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiles", action="store_true")
     parser.add_argument("--skip-whole", action="store_true")
@@ -245,7 +245,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda")
     if options.tiles:
-        found = {"rounding rows, GB/s": roundings(device), "INT8 product, TFLOP/s": tiles(device)}
+        found = {"rounding rows, GB/s": activation_quantization(device), "INT8 product, TFLOP/s": tiles(device)}
         print(measure.write("linear-tiles", found, options.out))
         return
     result: dict[str, Any] = {"shapes": products(options, device)}

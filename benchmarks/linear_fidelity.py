@@ -1,16 +1,16 @@
-"""What low-bit linear layers cost on the shipped checkpoints: PSNR of pictures against stock, over held-out captions.
+"""The quality of quantized linear layers on the shipped checkpoints: PSNR of pictures against stock, held-out captions.
 
-In float32, so that nothing but the formats' rounding is measured: on a GPU the real kernels run, elsewhere the plain
-references. Every layer inside the blocks is quantized.
+Everything but the linear layers runs in float32, so that only the formats' rounding is measured. On a GPU the kernels
+run, elsewhere the references in plain torch. Every layer inside the blocks is quantized.
 
-Two things a format could be given are measured beside it, as modules around our layers that are part of this script
-only: `rotation`, a Hadamard matrix over the input features, which spreads outlying channels (activations are multiplied
-by it at every call); and `smoothing` (https://arxiv.org/abs/2211.10438, its strength 0.5), which moves the activations'
-range into the weights, channel by channel, from a calibration on other captions. Finer scales are `fp8-block`'s.
+Two preprocessings are measured too, as modules around the layers that exist in this script only. `rotation` multiplies
+activations by a Hadamard matrix over the input features, which spreads outlier channels. `smoothing`
+(https://arxiv.org/abs/2211.10438, strength 0.5) moves the activations' range into the weights, channel by channel, by a
+calibration on other captions.
 
     python benchmarks/linear_fidelity.py                            # benchmarks/results/linear-fidelity.json
     python benchmarks/linear_fidelity.py --count 2 --only flux-shapes
-    # Two formats over more captions, where a few of them decide a pooled figure: linear-fidelity-nvfp4.json
+    # Two formats over more captions, since few captions decide a pooled figure: linear-fidelity-nvfp4.json
     python benchmarks/linear_fidelity.py --only wan-shapes --count 64 --formats nvfp4 svdq-nvfp4
 """
 
@@ -31,15 +31,15 @@ from torch import nn
 from diffusers_accel import Unsupported, accelerate, demo, restore, stats
 from diffusers_accel.kernels.linear import LINEARS
 
-# Least PSNR, dB, pooled over captions.
+# Lower bounds on the PSNR in dB, pooled over captions.
 BOUNDS = {"fp8": 34.0, "fp8-tensor": 34.0, "fp8-block": 34.0, "int8": 39.0, "nvfp4": 26.0}
 BETTER_THAN_NVFP4 = 3.0
-# Formats whose options are measured.
-OPTIONS = ("fp8", "fp8-tensor", "int8", "nvfp4")
+# Formats that are measured with preprocessing.
+PREPROCESSED = ("fp8", "fp8-tensor", "int8", "nvfp4")
 
 
-class Prepared(nn.Module):
-    """A layer whose input is multiplied by a matrix, or channel by channel, before it."""
+class Preprocessed(nn.Module):
+    """A quantized layer behind a factor on its input: an orthogonal matrix, or one number per channel."""
 
     def __init__(self, linear: nn.Linear, algo: str, factor: torch.Tensor):
         super().__init__()
@@ -55,7 +55,8 @@ class Prepared(nn.Module):
 
 
 def rotation(linear: nn.Linear) -> torch.Tensor:
-    """A Hadamard matrix on every run of channels as long as the largest power of two that divides their number."""
+    """A block-diagonal Hadamard matrix. The size of a block is the largest power of two, up to 256, that divides the
+    number of channels."""
     size = linear.in_features
     block = size & -size
     matrix = torch.ones(1, 1)
@@ -64,16 +65,16 @@ def rotation(linear: nn.Linear) -> torch.Tensor:
     return torch.block_diag(*[matrix / len(matrix) ** 0.5] * (size // len(matrix))).to(linear.weight.device)
 
 
-def calibrated(name: str, pipe: Any, device: str) -> dict[int, torch.Tensor]:
-    """The largest magnitude of every layer's input, channel by channel, over captions that are not held out."""
+def input_ranges(name: str, pipe: Any, device: str) -> dict[int, torch.Tensor]:
+    """The largest magnitude of each layer's input channels over training captions: layer id -> (in_features,)."""
     found: dict[int, torch.Tensor] = {}
 
-    def see(module: nn.Module, given: Any) -> None:
+    def observe(module: nn.Module, given: Any) -> None:
         amax = given[0].detach().abs().flatten(0, -2).amax(0)
         found[id(module)] = torch.maximum(found.get(id(module), amax), amax)
 
     layers = [item for item in pipe.transformer.modules() if isinstance(item, nn.Linear)]
-    handles = [layer.register_forward_pre_hook(see) for layer in layers]
+    handles = [layer.register_forward_pre_hook(observe) for layer in layers]
     generate(name, pipe, captions(demo.CHECKPOINTS[name].kind, 4, "training"), device)
     for handle in handles:
         handle.remove()
@@ -81,14 +82,14 @@ def calibrated(name: str, pipe: Any, device: str) -> dict[int, torch.Tensor]:
 
 
 def register(algo: str, ranges: dict[int, torch.Tensor]) -> list[str]:
-    """Records of a format with what could be done to its inputs."""
+    """Registers a format with each preprocessing, and returns the names."""
 
     def smoothing(linear: nn.Linear) -> torch.Tensor:
         amax = ranges[id(linear)].clamp_min(1e-5)
         return (linear.weight.abs().amax(0).clamp_min(1e-5) / amax).sqrt()
 
     def load(factor: Any) -> Any:
-        return lambda: lambda linear: Prepared(linear, algo, factor(linear))
+        return lambda: lambda linear: Preprocessed(linear, algo, factor(linear))
 
     kernel, names = LINEARS.get(algo), []
     for label, factor in (("rotation", rotation), ("smoothing", smoothing)):
@@ -105,8 +106,8 @@ def evaluate(name: str, count: int, device: str, formats: list[str] | None) -> d
     rows: dict[str, Any] = {}
     own = formats or [algo for algo in LINEARS if "+" not in algo]
     if not formats:
-        ranges = calibrated(name, pipe, device)
-        own += [name for base in OPTIONS for name in register(base, ranges)]
+        ranges = input_ranges(name, pipe, device)
+        own += [name for base in PREPROCESSED for name in register(base, ranges)]
     for algo in own:
         try:
             accelerate(pipe, linear={"algo": algo, "smallest": 0})
@@ -129,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted(demo.CHECKPOINTS))
     parser.add_argument("--count", type=int, default=16)
-    parser.add_argument("--formats", nargs="+", choices=list(LINEARS), help="these alone, without options")
+    parser.add_argument("--formats", nargs="+", choices=list(LINEARS), help="only these formats, without preprocessing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result")
     options = parser.parse_args()

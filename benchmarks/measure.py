@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from diffusers_accel.core.platform import best, versions
+from diffusers_accel.core.platform import default_device, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -80,7 +80,7 @@ def summary(times: list[float]) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Hardware, versions and the command that is running."""
-    found: dict[str, Any] = {"device": str(best()), "machine": platform.machine(), "versions": versions()}
+    found: dict[str, Any] = {"device": str(default_device()), "machine": platform.machine(), "versions": versions()}
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda
         found["cudnn"] = torch.backends.cudnn.version()

@@ -23,7 +23,7 @@ from diffusers_accel.kernels.attention import quantize
 from diffusers_accel.kernels.attention.prepare import prepare
 from diffusers_accel.kernels.attention.record import QKNorm, Rotary
 from diffusers_accel.kernels.elementwise import operators, rows
-from diffusers_accel.kernels.linear import activations, formats
+from diffusers_accel.kernels.linear import formats, quantize_activations
 
 # Rows, channels, heads, channels of the feed-forward, and whether the QK-norm is over all heads at once.
 SHAPES = {
@@ -82,7 +82,8 @@ def passes(name: str) -> dict[str, tuple[Callable[[int | None], Any], Function, 
         )  # fmt: skip
     plain_rows = torch.compile(lambda: formats.quantize_rows(x[0]), dynamic=False)
     found["to e4m3"] = (
-        lambda warps: activations.quantize_rows(x[0], cut=None if warps is None else (1, warps)), plain_rows, size * 3
+        lambda warps: quantize_activations.quantize_rows(x[0], launch=None if warps is None else (1, warps)),
+        plain_rows, size * 3,
     )  # fmt: skip
 
     dim = channels // heads

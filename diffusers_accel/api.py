@@ -31,7 +31,7 @@ from .features import attention, cache, compile, fuse, graphs, linear, parallel,
 from .features.context import PipelineContext
 from .features.feature import Feature, Plan
 from .features.parallel import tensor, weights
-from .kernels.linear import kind_of, modules_of
+from .kernels.linear import kind_of, stock_modules
 from .reporting import Explanation, Row, Stats
 from .resolve import DENOISERS, pipeline_context, resolve_config
 from .session import Session, Wanted, abandoned, dropped, session_of, shared_components, shared_with
@@ -125,7 +125,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     wanted = _wanted(context, resolved)
     context = replace(context, shared=shared_components(context, wanted, earlier))
     if earlier is not None:
-        for reason in earlier.lasting:
+        for reason in earlier.irreversible:
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
         earlier.context.clock.settle()
     words, sections = copy.deepcopy((config, sections))  # what the caller does to them later is no wish
@@ -205,7 +205,7 @@ def restore(pipe: Pipe) -> Pipe:
     if session_of(pipe) is None and any([dropped(pipe), abandoned(pipe)]):
         return pipe  # taken back through another pipeline that shares its denoisers, or left by one that is gone
     session = _session(pipe, "restore")
-    for reason in session.lasting:
+    for reason in session.irreversible:
         raise Unsupported("restore", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
     session.context.clock.settle()
     try:
@@ -259,7 +259,7 @@ def stats(pipe: Any) -> Stats:
     linears = Counter(
         kind_of(module)
         for denoiser in session.context.denoisers
-        for _, module in modules_of(denoiser.module)
+        for _, module in stock_modules(denoiser.module)
         if isinstance(module, nn.Linear)
     )
     return Stats(

@@ -147,7 +147,10 @@ class Session:
         Raises:
             Unsupported: The stock weights are gone, or divided among ranks.
         """
-        reasons = [*self.journal.lasting, *(reason for held in self._helds for reason in held.journal.lasting)]
+        reasons = [
+            *self.journal.irreversible,
+            *(reason for held in self._helds for reason in held.journal.irreversible),
+        ]
         parallel = self.config.parallel
         if parallel is not None and (parallel.tp > 1 or parallel.fsdp):
             reasons = ["its weights are divided among ranks"]
@@ -163,10 +166,10 @@ class Session:
             yield
 
     @property
-    def lasting(self) -> list[str]:
+    def irreversible(self) -> list[str]:
         """Why `end` could not take everything back."""
         alone = (held for held in self._helds if not [each for each in held.sessions if each is not self])
-        return [*self.journal.lasting, *(reason for held in alone for reason in held.journal.lasting)]
+        return [*self.journal.irreversible, *(reason for held in alone for reason in held.journal.irreversible)]
 
     @property
     def edits(self) -> Iterator[Edit]:
@@ -252,7 +255,7 @@ class Held:
         module = self.module()
         assert module is not None
         inside = {id(part) for part in module.modules()}
-        session.journal.hand_over(self.journal, lambda edit: id(getattr(edit, "place", None)) in inside)
+        session.journal.transfer(self.journal, lambda edit: id(getattr(edit, "target", None)) in inside)
 
     def let_go(self) -> None:
         """Takes everything back."""
@@ -282,7 +285,7 @@ def let_go(module: Any) -> bool:
     held = vars(module).get(_HELD)
     if not isinstance(held, Held) or held.others(None):
         return False
-    for reason in held.journal.lasting:
+    for reason in held.journal.irreversible:
         raise Unsupported("restore", f"{reason}.", "load the component again.", type(module).__name__)
     held.let_go()
     return True
@@ -460,7 +463,7 @@ def _stock(owner: Any, what: str) -> Iterator[None]:
         for module in modules:
             held = vars(module).get(_HELD)
             if isinstance(held, Held):
-                for reason in held.journal.lasting:
+                for reason in held.journal.irreversible:
                     raise Unsupported(what, f"{reason}.", "load the component again.", type(module).__name__)
                 stack.enter_context(_suspended(module))
         yield

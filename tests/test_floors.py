@@ -27,7 +27,7 @@ TRITON = {
     "kernels/rounding.py",
     *(f"kernels/attention/{name}.py" for name in ("rows", "norm", "quantize", "low_bit", "prepare", "scatter")),
     "kernels/elementwise/rows.py",
-    *(f"kernels/linear/{name}.py" for name in ("activations", "products", "weights")),
+    *(f"kernels/linear/{name}.py" for name in ("gemm", "quantize_activations", "quantize_weights")),
 }
 OPTIONAL = {
     "triton",

@@ -145,8 +145,8 @@ class TestWeights:
         pipe = build("flux")
         accelerate(pipe, linear={"algo": algo, "smallest": 0}, fuse=fuse)
         layer = pipe.transformer.single_transformer_blocks[0].attn.to_q
-        # Layers of 128 x 128 blocks stay apart where a block would belong to two of them.
-        stored = (layer.alone() if hasattr(layer, "alone") else layer).dense()
+        # Layers with 128 x 128 blocks are not packed where one block would span two of them.
+        stored = (layer.standalone() if hasattr(layer, "standalone") else layer).dequantize()
         x = torch.randn(5, layer.in_features, requires_grad=True)
         gradient = torch.randn(5, layer.out_features)
         layer(x).backward(gradient)

@@ -1,5 +1,6 @@
-"""Quantized checkpoints: reading them into stock pipelines, and writing them.
+"""Quantized checkpoints: loading stock pipelines from them, and saving them.
 
-`modelopt.py`: NVIDIA ModelOpt's layout. `files.py`: which files weights are in, and of what kind they are.
-`loading.py`: pipelines from them. `saving.py`: files from quantized pipelines.
+- `modelopt.py`: NVIDIA ModelOpt's layout: the configuration, and the tensors of each layer.
+- `files.py`: the files of a model's weights, and files of other kinds.
+- `loading.py`: `from_pretrained`. `saving.py`: `save_quantized`.
 """

@@ -1,4 +1,8 @@
-"""Quantized pipelines written in NVIDIA ModelOpt's layout, as `from_pretrained` reads them."""
+"""Saving of quantized pipelines in NVIDIA ModelOpt's layout, which `from_pretrained` reads.
+
+Quantized layers are written as they are stored, without another quantization. All checks come before the first file is
+written. Components without quantized layers are saved by diffusers.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from torch import nn
 
 from .. import __version__
 from ..errors import Unsupported
-from ..kernels.linear import Part, QuantizedLinear, is_divided, modules_of
+from ..kernels.linear import LinearSlice, QuantizedLinear, is_divided, stock_modules
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
 from ..kernels.linear.four_bit import Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4NativeLinear, SvdNvfp4Linear
 
-# Layers -> ModelOpt's name of their algorithm.
+# Class of a layer -> ModelOpt's name of its algorithm. Formats without an entry cannot be saved.
 _ALGORITHMS: dict[type[QuantizedLinear], str] = {
     Fp8TensorLinear: "FP8",
     Fp8BlockLinear: "FP8_BLOCK_SCALES",
@@ -29,17 +33,18 @@ _ALGORITHMS: dict[type[QuantizedLinear], str] = {
 
 
 def save_quantized(pipe: Any, path: str | Path) -> None:
-    """Writes a pipeline with its quantized layers as they are stored.
+    """Saves a pipeline with its quantized layers in ModelOpt's layout.
 
     Args:
-        pipe: A stock pipeline, accelerated with `linear=`, or loaded by `from_pretrained`.
-        path: The folder; made if it is not there.
+        pipe: A stock pipeline, accelerated with `linear=` or loaded by `from_pretrained`.
+        path: The folder; created if it does not exist.
 
     Raises:
-        Unsupported: Nothing is quantized, or a layer's format has no place in ModelOpt's layout; nothing was written.
+        Unsupported: No layer is quantized, ranks hold shards of the weights, or ModelOpt's layout has no name for a
+            layer's format. Nothing was written.
     """
     models = {name: item for name, item in pipe.components.items() if isinstance(item, nn.Module)}
-    quantized = {name: _layers(model) for name, model in models.items()}
+    quantized = {name: _quantized_layers(model) for name, model in models.items()}
     quantized = {name: layers for name, layers in quantized.items() if layers}
     if not quantized:
         raise Unsupported(
@@ -50,20 +55,20 @@ def save_quantized(pipe: Any, path: str | Path) -> None:
         )
     if any(not item.numel() for model in models.values() for item in model.parameters()):
         raise Unsupported(
-            "save_quantized", "weights are divided among ranks.", "parallel without fsdp.", type(pipe).__name__
+            "save_quantized", "weights are sharded over ranks.", "parallel without fsdp.", type(pipe).__name__
         )
     for name, layers in quantized.items():
         if is_divided(models[name]):
             raise Unsupported(
                 "save_quantized",
-                f"this rank has a part of {name}'s layers.",
+                f"this rank holds shards of {name}'s layers.",
                 "accelerate(pipe, linear=...) without parallel.tp; or save_pretrained, which writes the stock weights.",
             )
         for layer, module in layers.items():
             if type(module) not in _ALGORITHMS:
                 raise Unsupported(
                     "save_quantized",
-                    f"{name}.{layer} is {module.kind}, for which ModelOpt's layout has no place.",
+                    f"{name}.{layer} is {module.kind}, for which ModelOpt's layout has no name.",
                     "linear='fp8-tensor', 'fp8-block', 'nvfp4' or 'svdq-nvfp4'; or save_pretrained, which writes the "
                     "stock weights.",
                 )
@@ -77,14 +82,14 @@ def save_quantized(pipe: Any, path: str | Path) -> None:
             component.save_pretrained(folder / name)
 
 
-def _layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in _modules(model) if isinstance(module, QuantizedLinear)}
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Paths and modules; layers that are multiplied as one are told apart."""
-    for name, module in modules_of(model):
-        yield name, module.alone() if isinstance(module, Part) else module
+    """Paths and modules; slices of a packed layer as layers of their own."""
+    for name, module in stock_modules(model):
+        yield name, module.standalone() if isinstance(module, LinearSlice) else module
 
 
 def _save_model(model: Any, layers: dict[str, QuantizedLinear], folder: Path) -> None:
@@ -99,40 +104,40 @@ def _save_model(model: Any, layers: dict[str, QuantizedLinear], folder: Path) ->
     tensors: dict[str, torch.Tensor] = {}
     for name, module in _modules(model):
         if isinstance(module, QuantizedLinear):
-            tensors |= {f"{name}.{part}": tensor for part, tensor in _parts(module).items()}
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _tensors(module).items()}
         direct = {**module._parameters, **module._buffers}
-        lasting = {key: item for key, item in direct.items() if key not in module._non_persistent_buffers_set}
-        tensors |= {f"{name}.{key}".lstrip("."): item for key, item in lasting.items() if item is not None}
+        persistent = {key: item for key, item in direct.items() if key not in module._non_persistent_buffers_set}
+        tensors |= {f"{name}.{key}".lstrip("."): item for key, item in persistent.items() if item is not None}
     cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    # In the header too: the file alone says what it holds.
+    # The header has the configuration too, so that the file can be read without its folder.
     metadata = {"format": "pt", "quantization_config": json.dumps(config["quantization_config"])}
     save_file(cpu, folder / "diffusion_pytorch_model.safetensors", metadata=metadata)
 
 
-def _parts(module: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """A layer's tensors by ModelOpt's names."""
-    parts = {"weight": module.weight_data, "weight_scale": module.weight_scale}
+def _tensors(module: QuantizedLinear) -> dict[str, torch.Tensor]:
+    """ModelOpt's suffix -> tensor, of one layer."""
+    tensors = {"weight": module.weight_data, "weight_scale": module.weight_scale}
     if isinstance(module, Fp8BlockLinear):
-        parts["weight"] = module.weight_data[: module.out_features, : module.in_features]
-        parts["weight_scale"] = module.weight_scale[:, : -(-module.in_features // 128)]
+        tensors["weight"] = module.weight_data[: module.out_features, : module.in_features]
+        tensors["weight_scale"] = module.weight_scale[:, : -(-module.in_features // 128)]
     elif isinstance(module, Fp8TensorLinear):
-        parts["weight_scale"] = module.weight_scale.reshape(())
+        tensors["weight_scale"] = module.weight_scale.reshape(())
         if module.input_scale is not None:
-            parts["input_scale"] = module.input_scale.reshape(())
+            tensors["input_scale"] = module.input_scale.reshape(())
     elif isinstance(module, Nvfp4Linear):
-        parts["weight_scale_2"] = module.weight_scale_2.reshape(())
+        tensors["weight_scale_2"] = module.weight_scale_2.reshape(())
     if isinstance(module, SvdNvfp4Linear):
-        parts |= {"svdquant_lora_a": module.svdquant_lora_a, "svdquant_lora_b": module.svdquant_lora_b}
+        tensors |= {"svdquant_lora_a": module.svdquant_lora_a, "svdquant_lora_b": module.svdquant_lora_b}
     if module.pre_quant_scale is not None:
-        parts["pre_quant_scale"] = module.pre_quant_scale
-    return parts
+        tensors["pre_quant_scale"] = module.pre_quant_scale
+    return tensors
 
 
 def _description(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[str, Any]:
-    """The `quantization_config`."""
+    """The `quantization_config` of a model."""
     algorithms = {name: _ALGORITHMS[type(module)] for name, module in layers.items()}
     static = all(getattr(module, "input_scale", None) is not None for module in layers.values())
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "quant_method": "modelopt",
         "ignore": [
             name
@@ -146,12 +151,17 @@ def _description(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[s
         return {"quant_algo": "MIXED_PRECISION", "quantized_layers": {
             name: {"quant_algo": algorithm, **({"group_size": 16} if "NVFP4" in algorithm else {})}
             for name, algorithm in algorithms.items()
-        }, **found}  # fmt: skip
+        }, **config}  # fmt: skip
     algorithm = next(iter(algorithms.values()))
-    four = "NVFP4" in algorithm
-    weights = {"dynamic": False, "num_bits": 4 if four else 8, "type": "float", **({"group_size": 16} if four else {})}
+    is_nvfp4 = "NVFP4" in algorithm
+    weights = {
+        "dynamic": False,
+        "num_bits": 4 if is_nvfp4 else 8,
+        "type": "float",
+        **({"group_size": 16} if is_nvfp4 else {}),
+    }
     if algorithm != "FP8_BLOCK_SCALES":
-        found["config_groups"] = {
+        config["config_groups"] = {
             "group_0": {
                 "input_activations": {**weights, "dynamic": not static},
                 "weights": weights,
@@ -160,5 +170,5 @@ def _description(model: nn.Module, layers: dict[str, QuantizedLinear]) -> dict[s
         }
     ranks = {module.svdquant_lora_a.shape[0] for module in layers.values() if isinstance(module, SvdNvfp4Linear)}
     if ranks:
-        found["lora_rank"] = max(ranks)
-    return {"quant_algo": algorithm, **found}
+        config["lora_rank"] = max(ranks)
+    return {"quant_algo": algorithm, **config}

@@ -16,7 +16,7 @@ import torch
 import typer
 
 from .. import api, demo
-from ..checkpoints.files import judge_file
+from ..checkpoints.files import check_file
 from ..checkpoints.loading import from_pretrained
 from ..checkpoints.modelopt import CheckpointError
 from ..config import AccelConfig, ParallelConfig, parsed, read_yaml
@@ -212,7 +212,7 @@ def _source(model: str) -> str:
     """What `from_pretrained` shall read, once it is sure that it can be meant."""
     folder = Path(model).expanduser()
     if folder.is_file():
-        judge_file(folder)
+        check_file(folder)
         raise CommandError(f"{model!r} is one model's file. Give a pipeline's folder, or its Hugging Face id.")
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():

@@ -28,12 +28,12 @@ def env() -> None:
         facts.add_row(name, version)
     console.print(facts)
 
-    best = platform.best()
-    table = Table(title=f"Attention kernels on {best}", title_justify="left")
+    default = platform.default_device()
+    table = Table(title=f"Attention kernels on {default}", title_justify="left")
     for column in ("kernel", "here", "GPUs", "types", "head_dim", "mask", "LSE", "exact"):
         table.add_column(column, overflow="fold", no_wrap=column == "kernel")
     # A recipe's record differs from its backend's in what is rounded only.
-    missing = {name: KERNELS.get(name).missing(best) for name in KERNELS if "/" not in name}
+    missing = {name: KERNELS.get(name).missing(default) for name in KERNELS if "/" not in name}
     for name, reason in missing.items():
         here = "[green]yes[/green]" if reason is None else "[yellow]no[/yellow]"
         table.add_row(name, here, *_abilities(KERNELS.get(name)))
@@ -46,13 +46,13 @@ def env() -> None:
         if reason is not None:
             console.print(f"[bold]{name}[/bold] {escape(reason)}", soft_wrap=True, highlight=False)
 
-    formats = Table(title=f"Formats of linear layers on {best}", title_justify="left")
+    formats = Table(title=f"Formats of linear layers on {default}", title_justify="left")
     for column in ("format", "here", "features", "bits of a weight", "why not"):
         formats.add_column(column, overflow="fold", no_wrap=column == "format")
     for name in LINEARS:
         linear = LINEARS.get(name)
-        reason = linear.missing(best)
-        here = "no" if reason is not None else "yes" if best.type == "cuda" else "reference"
+        reason = linear.missing(default)
+        here = "no" if reason is not None else "yes" if default.type == "cuda" else "reference"
         color = {"yes": "green", "no": "yellow"}.get(here, "cyan")
         multiple = f"multiples of {linear.in_multiple}" if linear.in_multiple > 1 else "any"
         bits = "" if linear.bits is None else f"{linear.bits:g}"

@@ -211,7 +211,7 @@ class LinearConfig(Section):
 class FuseConfig(Section):
     """Linear layers that read one tensor (query, key and value, say) multiplied as one. `True` is short for it."""
 
-    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that stay apart.")
+    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that are not packed.")
 
     section: typing.ClassVar[str] = "fuse"
     switch: typing.ClassVar[bool] = True

@@ -1,12 +1,12 @@
-"""The chain: one wrapper around a method of one instance, holding layers sorted by rank.
+"""The chain: one wrapper around a method of one instance, with layers of functions sorted by rank.
 
-Nesting follows rank, never the history of calls: a cache gate added before or after compilation ends up outside the
-compiled block either way. The chain sits in the instance's `__dict__` (no class is touched, no module added, so
-`state_dict` and types stay) and disappears with its last layer.
+Ranks decide the nesting, not the order of calls: a cache gate ends up outside the compiled block whether it is added
+before compilation or after. The chain lies in the instance's `__dict__`, so no class and no `state_dict` changes. It
+disappears with its last layer.
 
-Neighbours that wrap `forward` too are lived with. accelerate's hooks keep the function they wrap in `_old_forward` and
-put it back when they are removed, so under such a hook the chain goes there. A hook added after the chain holds the
-chain as the function it wraps; there an emptied chain stays behind, transparent, until that hook goes.
+Hooks of other packages may wrap `forward` too. accelerate's hooks keep the wrapped function in `_old_forward` and put
+it back when they are removed, so the chain goes there under such a hook. A hook that was added after the chain holds
+the chain as its wrapped function. There an empty chain stays behind, transparent, until that hook is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from typing import Any
 
 
 class Layer:
-    """A function around a method: called as `function(inner, *args, **kwargs)`; higher ranks run outside lower ones."""
+    """A function around a method.
+
+    Args:
+        rank: Position in the chain: higher ranks run outside lower ones.
+        function: Called as `function(inner, *args, **kwargs)`.
+    """
 
     __slots__ = ("function", "rank")
 
@@ -28,12 +33,16 @@ class Layer:
         self.rank, self.function = rank, function
 
 
-# Kept beside the method in the owner's __dict__, so that a chain hidden under a foreign wrapper is found again.
+# Key of the chain in the owner's __dict__: it finds a chain again that a hook of another package has wrapped.
 _MARK = "_diffusers_accel_chain_{}"
 
 
 class Chain:
-    """Layers around `inner`, the method as it was found. Made and found through `around` and `find`."""
+    """Layers around a method of one instance. `around` and `find` make and find chains.
+
+    Attributes:
+        inner: The method as it was before the chain.
+    """
 
     def __init__(self, owner: Any, method: str):
         self.method = method
@@ -45,13 +54,13 @@ class Chain:
         self.inner: Callable[..., Any] = getattr(owner, self._slot)
         self._layers: list[Layer] = []
         self._call: Callable[..., Any] = self.inner
-        # Marked first: a chain that was interrupted here is found by its mark, and undone.
+        # The mark comes first: an interrupted chain is found by its mark, and undone.
         slots[_MARK.format(method)] = self
         slots[self._slot] = self
 
     @classmethod
     def find(cls, owner: Any, method: str = "forward") -> Chain | None:
-        """The chain around `owner.method`, if there is one."""
+        """The chain around `owner.method`, or `None`."""
         chain = vars(owner).get(_MARK.format(method))
         return chain if isinstance(chain, Chain) else None
 
@@ -62,15 +71,16 @@ class Chain:
 
     @property
     def stock(self) -> bool:
-        """Whether `inner` is the plain method of the owner's class, wrapped by nobody else."""
+        """Whether `inner` is the method of the owner's class, with no other wrapper."""
         return self._was_absent
 
     def add(self, layer: Layer) -> None:
+        """Adds a layer at its rank."""
         bisect.insort(self._layers, layer, key=lambda item: item.rank)
         self._compose()
 
     def remove(self, layer: Layer) -> None:
-        """Takes a layer out, if it is there; the last one takes the chain along."""
+        """Removes a layer, if it is in the chain; without layers the chain is removed from its owner."""
         if layer in self._layers:
             self._layers.remove(layer)
         self._compose()
@@ -88,14 +98,14 @@ class Chain:
         if owner is None:
             return
         slots = vars(owner)
-        # A hook added or removed since may have moved the chain between the two places.
+        # A hook that was added or removed since may have moved the chain between the two slots.
         for slot in (self.method, "_old_forward"):
             if slots.get(slot) is self:
                 if self._was_absent and slot == self.method:
                     del slots[slot]
                 else:
                     slots[slot] = self.inner
-        # The mark goes last: without it a chain that is left behind would not be found.
+        # The mark goes last: an interrupted removal is found by it, and finished.
         slots.pop(_MARK.format(self.method), None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,12 @@
-"""Edits and the journal: the only way this package touches anything that is not its own.
+"""Edits and the journal: the only way that this package changes objects of others.
 
-An edit knows how to apply itself and holds what it replaced (a value, or that there was none). The journal records an
-edit before it is applied, so that an error or Ctrl-C in the middle of one is unwound too, and `undo` takes all of them
-back last-in first-out. No feature writes an undo of its own.
+An edit applies itself and holds the value that it replaced, or the fact that there was none. The journal records an
+edit before it is applied, so that an error or Ctrl-C in the middle is unwound too. `Journal.undo` reverts all edits,
+last in first out. No feature writes an undo of its own.
 
-Between `apply` and `undo` the pipeline belongs to its user. A LoRA may have wrapped a module, a setter may have put
-another value in an attribute's place. So `undo` looks for its module where it is now, and leaves alone a value that is
-not its own any more.
+Between `apply` and `undo` the pipeline belongs to its user. A LoRA may have wrapped a module, and a setter may have
+replaced an attribute. An edit's `undo` therefore looks for its module at its current location, and leaves alone a value
+that its user has set since.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ import torch
 from torch import nn
 
 from .chain import Chain, Layer
-from .hooks import hand_over, share
-from .places import Places
-from .platform import moved, parked
+from .hooks import copy_diffusers_hooks, share_hooks
+from .locations import ModuleLocations
+from .platform import offload_to_host, to_device
 
 
 class Edit(Protocol):
     """One reversible change.
 
-    `undo` is right for an edit that was applied in full, in part or not at all, and may be called twice. `apply` may be
-    called again after `undo`.
+    `undo` must be correct after a full, a partial and no `apply`, and when it is called twice. `apply` may be called
+    again after `undo`.
+
+    An edit may have more attributes, which the journal or the session reads:
+
+    - `target`: the instance that it changes, for sessions that share components.
+    - `irreversible`: the reason why it cannot be undone, or `None`.
+    - `locations`: the journal sets an index of modules that edits share.
+    - `finish()`: waits for background work.
     """
 
     def apply(self) -> None: ...
@@ -48,7 +55,7 @@ ABSENT = _Absent()
 
 
 def _slots(owner: Any, name: str) -> MutableMapping[str, Any]:
-    """The mapping that holds an instance's attribute: a module keeps parameters, buffers and children apart."""
+    """The mapping that holds an instance's attribute: `__dict__`, or a module's parameters, buffers or children."""
     own = vars(owner)
     if name not in own and isinstance(owner, nn.Module):
         for kind in ("_parameters", "_buffers", "_modules"):
@@ -60,21 +67,22 @@ def _slots(owner: Any, name: str) -> MutableMapping[str, Any]:
 
 @dataclass(eq=False)
 class SetAttr:
-    """Sets an attribute of one instance; a class attribute it hides shows again after `undo`.
+    """Sets an attribute of one instance. After `undo` a class attribute of that name is visible again.
 
     Args:
         owner: The instance.
-        name: The attribute. A child module, parameter or buffer of that name keeps its place among the others.
-        value: Its value.
+        name: The attribute. A child module, parameter or buffer of that name keeps its position among the others.
+        value: The new value.
 
     Attributes:
-        theirs: Whether its user has set it since, to whatever value.
+        set_by_user: Whether the user has set the attribute since. A setter's wrapper writes it, so that the same value
+            counts too.
     """
 
     owner: Any
     name: str
     value: Any
-    theirs: bool = field(default=False, init=False)
+    set_by_user: bool = field(default=False, init=False)
     _old: Any = field(default=None, init=False)
     _held: MutableMapping[str, Any] | None = field(default=None, init=False)
 
@@ -86,19 +94,19 @@ class SetAttr:
         elif isinstance(self.value, nn.Module):
             held[self.name] = self.value
         else:
-            # Python finds an instance's own attribute before it asks the module for a child of that name.
+            # Python finds an attribute in `__dict__` before it asks the module for a child of that name.
             vars(self.owner)[self.name] = self.value
             held[self.name] = None
 
     @property
-    def place(self) -> Any:
+    def target(self) -> Any:
         """The instance that it changes."""
         return self.owner
 
     @property
     def replaced(self) -> bool:
-        """Whether somebody has put another value in its place since."""
-        return self.theirs or _slots(self.owner, self.name).get(self.name, ABSENT) is not self.value
+        """Whether the attribute was set since."""
+        return self.set_by_user or _slots(self.owner, self.name).get(self.name, ABSENT) is not self.value
 
     def undo(self) -> None:
         held = self._held
@@ -118,7 +126,13 @@ class SetAttr:
 
 @dataclass(eq=False)
 class SetItem:
-    """Sets an item of a mapping (a registry, say)."""
+    """Sets an item of a mapping.
+
+    Args:
+        mapping: The mapping.
+        key: The key.
+        value: The new value.
+    """
 
     mapping: MutableMapping
     key: Any
@@ -141,23 +155,24 @@ class SetItem:
 
 @dataclass(eq=False)
 class SwapModule:
-    """Puts another module in a child's place. The replacement keeps the parent's order of children, and the hooks that
-    others hang on either of the two are hooks of both.
+    """Replaces a child module. The order of the parent's children stays, and the two modules share torch hooks.
 
     Args:
-        parent: The module whose child it is.
+        parent: The module that holds the child.
         name: The child's name.
         module: The replacement.
-        root: The model that both are part of: where the replacement is looked for, since LoRA layers move it when they
-            are put around it or taken away.
-        places: Where modules are; looked up anew if it is not given.
+        root: The model. `undo` searches it for the replacement, since LoRA layers move a module when they are added or
+            removed. `None` searches the parent.
+
+    Attributes:
+        locations: An index of modules that the journal shares among edits; `None` builds one.
     """
 
     parent: nn.Module
     name: str
     module: nn.Module
     root: nn.Module | None = None
-    places: Places | None = field(default=None, init=False)
+    locations: ModuleLocations | None = field(default=None, init=False)
     _old: nn.Module | None = field(default=None, init=False)
 
     def apply(self) -> None:
@@ -165,45 +180,45 @@ class SwapModule:
             self._old = self.parent._modules[self.name]
             self._swap(self._old, self.module)
         else:
-            share(self._old, self.module)
+            share_hooks(self._old, self.module)
             self._exchange(self._old, self.module)
 
     def _swap(self, old: nn.Module | None, new: nn.Module) -> None:
         assert old is not None
-        share(old, new)
+        share_hooks(old, new)
         self.parent._modules[self.name] = new
 
     def undo(self) -> None:
         if self._old is None:
             return
-        hand_over(self.module, self._old)
+        copy_diffusers_hooks(self.module, self._old)
         self._exchange(self.module, self._old)
-        self.places = None
+        self.locations = None
 
     @property
-    def place(self) -> Any:
-        """The module that is now part of the model."""
+    def target(self) -> Any:
+        """The module that is now in the model."""
         return self.module
 
-    def _exchange(self, here: nn.Module, there: nn.Module) -> None:
-        places = self.places or Places()
-        places.exchange(self.root if self.root is not None else self.parent, here, there)
+    def _exchange(self, old: nn.Module, new: nn.Module) -> None:
+        locations = self.locations or ModuleLocations()
+        locations.exchange(self.root if self.root is not None else self.parent, old, new)
 
 
-# An empty buffer that says of which type a parked weight would be now.
-_LIKE = "_diffusers_accel_like"
+# Name of an empty buffer whose dtype follows casts of the model: the dtype that an offloaded weight has to take.
+_DTYPE_PROBE = "_diffusers_accel_dtype"
 
 
 @dataclass(eq=False)
-class ParkWeight:
-    """Puts the weight, or another parameter, of a module that is no longer used aside: to the host's memory, or away
-    for good.
+class OffloadWeight:
+    """Offloads the weight, or another parameter, of a replaced module to host memory, or frees it.
 
     Args:
-        module: The module.
-        successor: What stands in its place: tells where the weight belongs when it comes back.
-        keep: Whether to keep it. If not, `undo` finds what the successor holds, and `lasting` says so.
-        tensor: The parameter's name.
+        module: The replaced module.
+        successor: The module in its place. Its device, dtype and loaded parameters decide those of the restored ones.
+        keep: Whether to keep the weight in host memory. If not, it is freed: `undo` takes the successor's weight, and
+            `irreversible` gives the reason.
+        tensor: Name of the parameter.
     """
 
     module: nn.Module
@@ -214,12 +229,13 @@ class ParkWeight:
     _moving: Future[None] | None = field(default=None, init=False)
 
     @property
-    def place(self) -> Any:
-        """The module that is now part of the model."""
+    def target(self) -> Any:
+        """The module that is now in the model."""
         return self.successor
 
     @property
-    def lasting(self) -> str | None:
+    def irreversible(self) -> str | None:
+        """The reason why `undo` does not bring the stock weight back, or `None`."""
         return None if self.keep else "the original weights were dropped (keep_original='drop')"
 
     def apply(self) -> None:
@@ -228,33 +244,32 @@ class ParkWeight:
         made = getattr(self.successor, self.tensor, None)
         plain = type(getattr(made, "data", None)) is torch.Tensor
         if not plain and not hasattr(self.successor, "weight_dtype"):
-            # A tensor of another package may not follow a cast of the model; an empty one beside it does.
-            like = torch.empty(0, dtype=weight.dtype, device=weight.device)
-            self.successor.register_buffer(_LIKE, like, persistent=False)
+            # Another package's tensor may not follow a cast of the model; an empty tensor beside it does.
+            probe = torch.empty(0, dtype=weight.dtype, device=weight.device)
+            self.successor.register_buffer(_DTYPE_PROBE, probe, persistent=False)
         if not self.keep:
             weight.data = weight.data.new_empty(0)
         elif weight.device.type == "cuda":
-            self._moving = parked(weight)
+            self._moving = offload_to_host(weight)
         else:
-            weight.data = moved(weight.data, torch.device("cpu"))
+            weight.data = to_device(weight.data, torch.device("cpu"))
 
     def finish(self) -> None:
-        """Waits until the weight lies where it is to stay."""
+        """Waits until the weight has arrived in host memory."""
         if self._moving is not None:
             self._moving.result()
             self._moving = None
 
     def undo(self) -> None:
         if self._moving is not None:
-            # If it failed, the weight lies in page-locked memory, whole.
+            # If the transfer failed, the whole weight lies in page-locked memory.
             self._moving.exception()
             self._moving = None
         weight: torch.Tensor = getattr(self.module, self.tensor)
         if self.keep:
-            there = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
-            # A cast of the model since passes the module by, and so does a weight that was loaded in the place of its
-            # successor's; that has seen it.
-            seen: Any = self.successor._buffers.get(_LIKE)
+            reference = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
+            # Casts of the model and loaded weights reach the successor only, which is in the model.
+            seen: Any = self.successor._buffers.get(_DTYPE_PROBE)
             if seen is None:
                 seen = getattr(self.successor, self.tensor, weight)
             dtype = seen.dtype if isinstance(seen, torch.Tensor) and seen.is_floating_point() else weight.dtype
@@ -263,57 +278,57 @@ class ParkWeight:
             if loaded and type(now.data) is torch.Tensor and now.shape == weight.shape:
                 weight.data = now.data
             else:
-                weight.data = moved(weight.data, there.device).to(dtype)
-            self._follow()
+                weight.data = to_device(weight.data, reference.device).to(dtype)
+            self._take_over_parameters()
         elif not weight.numel():
             with torch.no_grad():
                 weight.data = getattr(self.successor, self.tensor) + 0
 
-    def _follow(self) -> None:
-        """Takes over what became of the module's other parameters in its successor: loaded, cast or moved ones."""
+    def _take_over_parameters(self) -> None:
+        """Copies the successor's other parameters to the module, where they were loaded, cast or moved since."""
         for name, own in self.module._parameters.items():
-            there = self.successor._parameters.get(name)
-            same = there is own or there is None or own is None or name == self.tensor
-            if not same and there.shape == own.shape and type(there.data) is torch.Tensor:  # type: ignore[union-attr]
-                own.data = there.data  # type: ignore[union-attr]
+            other = self.successor._parameters.get(name)
+            same = other is own or other is None or own is None or name == self.tensor
+            if not same and other.shape == own.shape and type(other.data) is torch.Tensor:  # type: ignore[union-attr]
+                own.data = other.data  # type: ignore[union-attr]
 
 
 @dataclass(eq=False)
 class MoveTensors:
-    """Moves what modules have on one device to another. They have nothing there yet; what is on a third one stays.
+    """Moves the parameters and buffers of modules from one device to another. Tensors on a third device stay.
 
     Args:
-        modules: The modules.
-        here: Where their parameters and buffers are.
-        there: Where they are to be.
+        modules: The modules. They must have no tensors on `destination`, so that `undo` moves the same tensors back.
+        source: The device that tensors are moved from.
+        destination: The device that tensors are moved to.
     """
 
     modules: Sequence[nn.Module]
-    here: torch.device
-    there: torch.device
+    source: torch.device
+    destination: torch.device
 
     def apply(self) -> None:
-        self._move(self.here, self.there)
+        self._move(self.source, self.destination)
 
     def undo(self) -> None:
-        self._move(self.there, self.here)
+        self._move(self.destination, self.source)
 
-    def _move(self, here: torch.device, there: torch.device) -> None:
+    def _move(self, source: torch.device, destination: torch.device) -> None:
         for module in self.modules:
-            # As `module.to` does it, which would take along what is elsewhere.
-            module._apply(lambda x: x.to(there) if x.device == here else x)
-        if here.type == "cuda":
-            # Other processes may be waiting for that memory.
+            # `module.to` would move the tensors on a third device too.
+            module._apply(lambda x: x.to(destination) if x.device == source else x)
+        if source.type == "cuda":
+            # Other processes may need this memory.
             torch.cuda.empty_cache()
 
 
 @dataclass(eq=False)
 class AddLayer:
-    """Adds a layer to the chain around one of an instance's methods (`forward` unless said otherwise).
+    """Adds a layer to the chain around a method of an instance.
 
     Args:
         owner: The instance whose method is wrapped.
-        rank: Its place among the layers: higher ranks run outside lower ones, whatever the order of the edits.
+        rank: Position among the layers: higher ranks run outside lower ones, in any order of edits.
         function: Called as `function(inner, *args, **kwargs)`.
         method: The name of the method.
     """
@@ -325,7 +340,7 @@ class AddLayer:
     _layer: Layer | None = field(default=None, init=False)
 
     @property
-    def place(self) -> Any:
+    def target(self) -> Any:
         """The instance that it changes."""
         return self.owner
 
@@ -341,7 +356,7 @@ class AddLayer:
 
 
 class Journal:
-    """The edits in force, in the order they were applied."""
+    """The edits that are applied, in the order of their application."""
 
     def __init__(self) -> None:
         self._applied: list[Edit] = []
@@ -353,16 +368,16 @@ class Journal:
         return iter(self._applied)
 
     @property
-    def lasting(self) -> list[str]:
-        """Why some of the edits cannot be undone."""
-        reasons = (getattr(edit, "lasting", None) for edit in self._applied)
+    def irreversible(self) -> list[str]:
+        """The reasons why edits cannot be undone, each once."""
+        reasons = (getattr(edit, "irreversible", None) for edit in self._applied)
         return list(dict.fromkeys(reason for reason in reasons if reason))
 
     def apply(self, edits: Iterable[Edit]) -> None:
-        """Applies each edit as it is yielded. On any error, Ctrl-C included, everything in the journal is undone."""
+        """Applies each edit as it is yielded. On any error, Ctrl-C included, all edits in the journal are undone."""
         try:
             for edit in edits:
-                # Recorded first: an edit that is interrupted has changed something too.
+                # Recorded first: an interrupted edit must be undone too.
                 self._applied.append(edit)
                 edit.apply()
             self._finish()
@@ -371,10 +386,10 @@ class Journal:
             raise
 
     def undo(self) -> None:
-        """Takes every edit back, last first. Safe to call twice.
+        """Undoes every edit, last first. Calling it twice is safe.
 
-        Ctrl-C does not stop it, and is raised when all is undone. An edit that cannot be undone does not keep others
-        from it; its error is raised in the end.
+        Ctrl-C does not stop it, and is raised at the end. An error in one edit does not keep the others from being
+        undone; the first error is raised at the end.
         """
         try:
             self._unwind()
@@ -384,43 +399,48 @@ class Journal:
 
     def _unwind(self) -> None:
         failed: Exception | None = None
-        places = Places()
+        locations = ModuleLocations()
         while self._applied:
             edit = self._applied[-1]
-            if hasattr(edit, "places"):
-                edit.places = places
+            if hasattr(edit, "locations"):
+                edit.locations = locations
             try:
                 edit.undo()
-            except Exception as error:  # whatever a foreign module raises while it is put back
+            except Exception as error:  # modules of other packages raise errors of any kind
                 failed = failed or error
-            # Undone first: if it is interrupted here, it is undone twice.
+            # Removed after its undo: an interrupted edit is undone twice rather than never.
             if self._applied and self._applied[-1] is edit:
                 self._applied.pop()
         if failed is not None:
             raise failed
 
-    def hand_over(self, other: Journal, belongs: Callable[[Edit], bool]) -> None:
-        """Has another journal undo some of the edits, in their order, as if they had been applied before its own."""
-        given = [edit for edit in self._applied if belongs(edit)]
-        # For a moment they are in both, and Ctrl-C loses none: an edit may be undone twice.
-        other._applied[:0] = given
-        self._applied = [edit for edit in self._applied if edit not in given]
+    def transfer(self, other: Journal, belongs: Callable[[Edit], bool]) -> None:
+        """Moves edits to the front of another journal, in their order.
+
+        Args:
+            other: The journal that will undo them.
+            belongs: Whether an edit is moved.
+        """
+        moved = [edit for edit in self._applied if belongs(edit)]
+        # The edits are in both journals for a moment, so that Ctrl-C loses none: they may be undone twice.
+        other._applied[:0] = moved
+        self._applied = [edit for edit in self._applied if edit not in moved]
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """A context within which every edit is undone; the same edits are applied again behind it."""
-        edits, places = list(self._applied), Places()
+        """A context in which every edit is undone. The same edits are applied again at its end."""
+        edits, locations = list(self._applied), ModuleLocations()
         self.undo()
         try:
             yield
         finally:
             for edit in edits:
-                if hasattr(edit, "places"):
-                    edit.places = places
+                if hasattr(edit, "locations"):
+                    edit.locations = locations
             self.apply(edits)
 
     def _finish(self) -> None:
-        """Waits for whatever edits do beside what comes after them."""
+        """Waits for the background work of all edits."""
         for edit in self._applied:
             finish = getattr(edit, "finish", None)
             if finish is not None:

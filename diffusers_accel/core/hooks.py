@@ -1,8 +1,10 @@
-"""Hooks that others hang on a module, when another module takes its place.
+"""Hooks of other packages on a module that a replacement takes the place of.
 
-torch keeps a module's hooks in dictionaries of the instance. A module and its replacement share them, so that a hook is
-called whichever of the two is in the model, and its handle removes it from both. Hooks that wrap `forward` (diffusers'
-layerwise casting, say) cannot be shared: they are hung on the module that comes back.
+torch keeps a module's hooks in dictionaries of the instance. A stock module and its replacement share these
+dictionaries. A hook is therefore called whichever of the two is in the model, and its handle removes it from both.
+
+diffusers' hooks (layerwise casting, say) wrap `forward` of one instance and cannot be shared. They are copied to the
+stock module when it comes back.
 """
 
 from __future__ import annotations
@@ -23,35 +25,36 @@ _DICTIONARIES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-# Where diffusers keeps what it wraps around a module's forward, and the hook of layerwise casting there.
+# Attribute of a module with diffusers' hook registry, and the registry's name for layerwise casting.
 REGISTRY = "_diffusers_hook"
 _LAYERWISE = "layerwise_casting"
 
 
-def share(stock: nn.Module, replacement: nn.Module) -> None:
-    """Has a replacement call the hooks of the module whose place it takes, those added later too."""
+def share_hooks(stock: nn.Module, replacement: nn.Module) -> None:
+    """Lets a replacement share the stock module's dictionaries of torch hooks: hooks added later are called too."""
     for name in _DICTIONARIES:
         vars(replacement)[name] = vars(stock)[name]
 
 
-def hand_over(replacement: nn.Module, stock: nn.Module) -> None:
-    """Hangs diffusers' hooks of a replacement on the stock module that comes back."""
+def copy_diffusers_hooks(replacement: nn.Module, stock: nn.Module) -> None:
+    """Copies diffusers' hooks of a replacement to the stock module that comes back, if that has no registry."""
     registry: Any = vars(replacement).get(REGISTRY)
     if registry is None or REGISTRY in vars(stock):
         return
-    there = type(registry).check_if_exists_or_initialize(stock)
+    stock_registry = type(registry).check_if_exists_or_initialize(stock)
     for name in registry._hook_order:
-        # A copy: some cannot be removed from where they are, and each knows the forward that it wraps.
-        there.register_hook(copy.copy(registry.hooks[name]), name)
+        # A copy: some hooks cannot be removed, and each holds the forward that it wraps.
+        stock_registry.register_hook(copy.copy(registry.hooks[name]), name)
 
 
-def cast_layerwise(module: nn.Module) -> bool:
+def has_layerwise_casting(module: nn.Module) -> bool:
     """Whether diffusers casts a module's weights before and after each call."""
     registry: Any = vars(module).get(REGISTRY)
     return registry is not None and _LAYERWISE in registry.hooks
 
 
-def wrapped(module: nn.Module) -> bool:
-    """Whether somebody's own code runs around a module's forward: a hook of torch's, or another `forward`."""
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether other code runs around a module's forward: a torch hook, or a `forward` of the instance that is no
+    `Chain`."""
     own = vars(module).get("forward")
     return bool(module._forward_hooks or module._forward_pre_hooks) or not (own is None or isinstance(own, Chain))

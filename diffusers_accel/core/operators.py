@@ -1,9 +1,11 @@
-"""Operators of ours, as torch's dispatcher knows them: opaque in compiled graphs, cheap to call.
+"""Custom operators of torch's dispatcher: opaque nodes in compiled graphs, cheap to call in eager.
 
-`torch.library.custom_op` does the same with more around every call (its checks for mutation and aliasing, two passes
-through the dispatcher), at nearly twice the cost, which shows on a GPU that is faster than the host. Ours neither
-mutate what they are given nor return it, and tests check that (`torch.library.opcheck`). They are for inference: a
-result may be computed while gradients are recorded, and going back through it is an error.
+`torch.library.custom_op` costs nearly twice as much per call: it checks for mutation and aliasing, and passes through
+the dispatcher twice. That shows where the GPU is faster than the host. Operators made here neither mutate nor return
+their arguments, which tests check with `torch.library.opcheck`.
+
+The operators are for inference. A result may be computed while gradients are recorded; a backward pass through it
+raises.
 """
 
 from __future__ import annotations
@@ -18,12 +20,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a function an operator, `torch.ops.diffusers_accel.<name>`. To be used as a decorator; what stands in the
-    function's place is the operator, called with the same arguments.
+    """A decorator that makes a function the operator `torch.ops.diffusers_accel.<name>`, and returns its overload.
 
     Args:
-        name: The operator's.
-        fake: Of the same arguments, returns empty tensors of the result's shapes and types.
+        name: Name of the operator.
+        fake: Function of the same arguments that returns empty tensors with the result's shapes and dtypes.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -34,7 +35,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         overload = getattr(torch.ops.diffusers_accel, name).default
 
         def with_gradients(*args: Any) -> Any:
-            """What runs where torch would record gradients: usually the function itself, without a second pass through
+            """The operator's autograd kernel. It usually calls the function itself, which saves a second pass through
             the dispatcher."""
             plain, recorded = True, False
             for item in _tensors(args):
@@ -43,7 +44,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
             if recorded and torch.is_grad_enabled():
                 return _Forward.apply(overload, args, *_tensors(args))
             with torch._C._AutoDispatchBelowAutograd():
-                # A mode that traces, or a tensor of another class, has its own say.
+                # A tracing mode, or a tensor subclass, must see the operator.
                 return (function if plain and not torch._C._len_torch_dispatch_stack() else overload)(*args)
 
         _LIBRARY.impl(name, with_gradients, "Autograd")
@@ -61,7 +62,7 @@ def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
 
 
 class _Forward(torch.autograd.Function):
-    """An operator's result as one that depends on what it was given, and refuses to say how."""
+    """An operator under autograd: its result requires gradients, and its backward raises."""
 
     @staticmethod
     def forward(ctx: Any, overload: Any, args: tuple[Any, ...], *tensors: torch.Tensor) -> Any:
@@ -72,6 +73,6 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(
-            f"{ctx.name} is for inference: no gradient goes back through it. Instead: restore(pipe) before training, "
-            "or torch.no_grad()."
+            f"{ctx.name} is for inference: it has no backward. Instead: restore(pipe) before training, or "
+            "torch.no_grad()."
         )

@@ -1,4 +1,4 @@
-"""What this machine has: packages and GPUs. Answers are sentences a user can read where something is missing."""
+"""Facts about this machine (devices, installed packages), and transfers of tensors between host and GPU."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """Where a denoiser lives.
+    """A device, as records of kernels see it.
 
     Attributes:
-        type: As in `torch.device.type`.
-        name: The GPU's name, or the machine's architecture.
-        arch: CUDA compute capability, e.g. (9, 0); `None` off CUDA.
+        type: Type of the device, as `torch.device.type`.
+        name: Name of the GPU, or of the host's architecture.
+        arch: CUDA compute capability, e.g. (9, 0); `None` on other devices.
     """
 
     type: str
@@ -34,30 +34,30 @@ class Device:
 
 
 def describe(device: torch.device) -> Device:
-    """What is known of a torch device."""
+    """The facts about a torch device."""
     if device.type == "cuda":
         return Device("cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     return Device(device.type, platform.machine())
 
 
-def best() -> Device:
-    """The device a pipeline would run on by default: the first GPU, or the CPU."""
+def default_device() -> Device:
+    """The device that a pipeline runs on by default: the first GPU, or the CPU."""
     return describe(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
-_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+_NO_GUARD: AbstractContextManager[Any] = nullcontext()
 
 
-def on(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """A context in which the tensor's GPU is the current one. torch's own operators need none; Triton, packages'
-    kernels, events and captures go by the current device. It costs half a microsecond where that is the tensor's."""
+def device_guard(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context in which a tensor's GPU is the current device. Triton, kernels of other packages, events and captures
+    use the current device; torch's own operators need no guard. On the current device it costs half a microsecond."""
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        return _AS_IT_IS
+        return _NO_GUARD
     return torch.cuda.device(x.device)
 
 
 def has_module(name: str) -> bool:
-    """Whether a module can be found, without importing it (parents of a dotted name excepted)."""
+    """Whether a Python module can be found, without importing it. Parents of a dotted name are imported."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -73,7 +73,7 @@ def version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what can run here; absent ones left out."""
+    """Versions of Python and of the installed packages that kernels depend on."""
     names = (
         "diffusers-accel",
         "torch",
@@ -92,9 +92,9 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0]} | {name: value for name, value in found.items() if value}
 
 
-def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on another device. Between host and GPU it passes through page-locked memory, which torch keeps for the
-    next one: several times as fast as a copy from or to ordinary memory, and the result lies in ordinary memory."""
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on another device. Between host and GPU it is staged in page-locked memory, which torch reuses: several
+    times as fast as a copy between pageable memory and the GPU. On the host the result lies in pageable memory."""
     if x.device == device:
         return x
     if "cuda" not in (x.device.type, device.type) or "cpu" not in (x.device.type, device.type):
@@ -104,36 +104,40 @@ def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return staged.clone() if device.type == "cpu" else staged.to(device)
 
 
-# Copies from page-locked to ordinary memory, beside the transfers from the GPU; and how many may wait for it.
-_PARKING = ThreadPoolExecutor(1, "diffusers_accel-parking")
-_WAITING = threading.BoundedSemaphore(4)
+# The thread that copies from page-locked to pageable memory, in parallel with transfers from the GPU; and a bound on
+# the tensors that wait for it in page-locked memory.
+_OFFLOADING = ThreadPoolExecutor(1, "diffusers_accel-offloading")
+_PENDING = threading.BoundedSemaphore(4)
 
 
-def parked(x: torch.Tensor) -> Future[None]:
-    """Moves a tensor's data from a GPU to the host, as `moved` does, its two copies beside those of other tensors.
-    Meanwhile the tensor has its shape, and values that are not to be read.
+def offload_to_host(x: torch.Tensor) -> Future[None]:
+    """Moves a tensor's data from a GPU to pageable host memory, in the background. Its two copies overlap with those of
+    other tensors. Until the end the tensor keeps its shape, and its values must not be read.
+
+    Args:
+        x: A tensor on a GPU, whose `data` is replaced.
 
     Returns:
-        What ends when the data is there.
+        A future that is done when the data has arrived.
     """
-    _WAITING.acquire()
+    _PENDING.acquire()
     try:
         staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         staged.copy_(x.data, non_blocking=True)
-        there = torch.cuda.Event()
-        there.record(torch.cuda.current_stream(x.device))
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(x.device))
         x.data = staged
     except BaseException:
-        _WAITING.release()
+        _PENDING.release()
         raise
 
     def move() -> None:
         try:
-            there.synchronize()
-            # Whoever was interrupted while the copy was under way may have put the data back already.
+            arrived.synchronize()
+            # An interrupted caller may have put the data back already.
             if x.data.data_ptr() == staged.data_ptr():
                 x.data = staged.clone()
         finally:
-            _WAITING.release()
+            _PENDING.release()
 
-    return _PARKING.submit(move)
+    return _OFFLOADING.submit(move)

@@ -1,6 +1,6 @@
-"""Registries: named records, loaded only when they are needed.
+"""Registries of named records: attention kernels, linear formats, rules of caching.
 
-A registry maps a name to a record; nothing is imported by looking one up. It is the only kind of state this package
+A record is data with lazy loaders, so looking one up imports nothing. Registries are the only state that this package
 keeps at module level.
 """
 
@@ -19,9 +19,9 @@ class Registry(Generic[Record]):
     """Named records of one kind.
 
     Args:
-        kind: What the records are, as a user reads it in an error.
-        register: The public function that lets a user's own in.
-        reserved: Words that a configuration takes beside names.
+        kind: Noun for a record in errors, e.g. `"linear kernel"`.
+        register: Name of the public function that adds a user's record.
+        reserved: Words that a configuration field accepts beside names; no record may have one of them.
     """
 
     def __init__(self, kind: str, register: str, reserved: tuple[str, ...] = ()):
@@ -30,20 +30,40 @@ class Registry(Generic[Record]):
         self._families: dict[str, Callable[[str], Record]] = {}
 
     def add(self, name: str, record: Record, replace: bool = False) -> None:
+        """Adds a record.
+
+        Args:
+            name: One line of text.
+            record: The record.
+            replace: Whether a record of this name may be replaced.
+
+        Raises:
+            ValueError: The name is no such text, is reserved, belongs to a family, or is taken.
+        """
         if not isinstance(name, str) or not name.strip() or len(name) > LONGEST or not name.isprintable():
-            raise ValueError(f"A {self.kind} is named by text of one line, got {shown(name)}.")
+            raise ValueError(
+                f"The name of a {self.kind} is one line of text of at most {LONGEST} characters, got "
+                f"{shown(name)}. Give another name."
+            )
         if name in self.reserved or name.startswith(tuple(self._families)):
-            raise ValueError(f"{name!r} means something else where a {self.kind} is named. Give another name.")
+            raise ValueError(
+                f"{name!r} is reserved: it has another meaning where a {self.kind} is named. Give another name."
+            )
         if name in self._records and not replace:
             raise ValueError(f"There is a {self.kind} named {name!r} already. Give another name, or replace=True.")
         self._records[name] = record
 
     def add_family(self, prefix: str, make: Callable[[str], Record]) -> None:
-        """Names that begin with `prefix` have records made for them when they are asked for; none is listed."""
+        """Adds a family of names. `get` makes the record of a name that begins with `prefix`; iteration lists none of
+        them."""
         self._families[prefix] = make
 
     def get(self, name: str) -> Record:
-        """The record of that name; `UnknownName` with the nearest known name if there is none."""
+        """The record of a name.
+
+        Raises:
+            UnknownName: There is none; the message has the nearest known name.
+        """
         if name not in self._records:
             for prefix, make in self._families.items():
                 if name.startswith(prefix):
@@ -52,22 +72,22 @@ class Registry(Generic[Record]):
         return self._records[name]
 
     def knows(self, name: str) -> bool:
-        """Whether there is a record of that name, or a family that may make one."""
+        """Whether a record has this name, or a family may make one."""
         return name in self._records or name.startswith(tuple(self._families))
 
     def unknown(self, name: str, field: str = "", besides: Iterable[str] = ()) -> UnknownName:
-        """The error for a name that is not here.
+        """The error for an unknown name.
 
         Args:
             name: The name.
-            field: Section and field of the configuration that have it.
-            besides: What else that field takes.
+            field: Section and field of the configuration that holds it, e.g. `"linear.algo"`.
+            besides: Other words that this field accepts.
         """
-        none = f"None is registered; diffusers_accel.{self.register} lets one in."
+        none = f"None is registered; diffusers_accel.{self.register} adds one."
         where = f"{field}={shown(name)}" if field else shown(name)
         reason = f"There is no {self.kind} of that name."
-        # Records that say more than their name, behind a slash, are told to those who know that.
-        known = [each for each in self._records if "/" in name or "/" not in each]
+        # Recipes (names with a slash) are suggested only to a user who wrote a slash: there are many.
+        known = [known for known in self._records if "/" in name or "/" not in known]
         return UnknownName(where, reason, nearest(name, (*known, *besides), none))
 
     def __contains__(self, name: str) -> bool:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch import nn
 
 from ..config import AccelConfig
 from ..core.mesh import own_gpu
-from ..core.parts import parts
 from ..core.platform import Device, describe
 from ..core.step import StepClock, StepState
+from ..core.submodules import submodules
 from ..core.windows import Windows
 from ..models import Adapter, Stack
 
@@ -48,7 +49,7 @@ class Denoiser:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations: that of the model's largest floating-point parameter."""
-        found = (item for part in parts(self.module) for item in part._parameters.values() if item is not None)
+        found = (item for part in submodules(self.module) for item in part._parameters.values() if item is not None)
         return max((item for item in found if item.is_floating_point()), key=torch.Tensor.numel).dtype
 
     @property
@@ -59,6 +60,10 @@ class Denoiser:
     def stacks(self) -> tuple[Stack, ...]:
         """Its stacks that have blocks."""
         return tuple(stack for stack in self.adapter.stacks if len(stack.blocks(self.module)))
+
+    def matches(self, path: str, glob: str) -> bool:
+        """Whether a glob of the configuration matches a module's path, with or without the denoiser's name in front."""
+        return fnmatchcase(path, glob) or fnmatchcase(f"{self.name}.{path}", glob)
 
     def __str__(self) -> str:
         return f"{self.name} ({type(self.module).__name__})"

@@ -1,10 +1,11 @@
-"""Fused projections: linear layers that read one tensor are multiplied as one (query, key and value; in FLUX's
-single-stream blocks the feed-forward's too).
+"""Fused projections: linear layers that read one tensor are packed into one layer, so that one GEMM computes them all.
 
-Stock code still calls each layer: its place is taken by a part that finds its columns in the product of all
-(`kernels/linear/stacked.py`). That works for every model alike, quantized or not, with a LoRA around a part, and with
-the shards that tensor parallelism leaves. The weights lie in one tensor; the separate ones are let go, and cut out of
-it again by `restore`.
+Such layers are an attention's query, key and value, and the feed-forward's first layer in FLUX's single-stream blocks.
+Stock code still calls each layer: a slice of the packed layer (`kernels/linear/packed.py`) takes its place. Models
+therefore need no support for it. It works with quantized layers, with a LoRA around a layer, and with the shards of
+tensor parallelism.
+
+The weights lie in one tensor, and the separate weights are freed. `restore` slices them out of it again.
 """
 
 from __future__ import annotations
@@ -12,41 +13,46 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from ..config import FuseConfig
 from ..core.edits import Edit, SwapModule
-from ..core.places import Places
+from ..core.locations import ModuleLocations
 from ..errors import Unsupported
-from ..kernels.linear import STOCK, Apart, Part, Stack, emptied, unstacked
+from ..kernels.linear import STOCK, CannotPack, LinearSlice, PackedLinear, release_tensors, restore_tensors
 from .context import Denoiser, PipelineContext
 from .feature import Plan, refuse_offloaded
 
-# Names of an attention module's projections that read its own stream, another one, and one beside it.
-_OWN = ("to_q", "to_k", "to_v")
-_OTHER = ("to_k", "to_v")
-_BESIDE = (("add_q_proj", "add_k_proj", "add_v_proj"), ("k_img", "v_img"))
+# Names of attention projections by the tensor that they read: the module's own stream, the encoder's states in cross
+# attention, and the added streams of joint attention and of image conditioning.
+_SELF_ATTENTION = ("to_q", "to_k", "to_v")
+_CROSS_ATTENTION = ("to_k", "to_v")
+_ADDED = (("add_q_proj", "add_k_proj", "add_v_proj"), ("k_img", "v_img"))
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers that read one tensor: their paths as stock code has them, and where they hang."""
+    """Layers that read one tensor.
+
+    Attributes:
+        paths: Their paths in the stock model.
+        slots: Of each layer, the module that holds it and its name there.
+    """
 
     paths: tuple[str, ...]
-    places: tuple[tuple[nn.Module, str], ...]
+    slots: tuple[tuple[nn.Module, str], ...]
 
     @property
     def layers(self) -> list[Any]:
-        """The layers; of a stack of an earlier `accelerate`, those whose places its parts have taken."""
-        found = [parent._modules[name] for parent, name in self.places]
-        return [layer.original if isinstance(layer, Part) else layer for layer in found]
+        """The layers. For slices of an earlier `accelerate`, the layers whose places they have taken."""
+        layers = [parent._modules[name] for parent, name in self.slots]
+        return [layer.original if isinstance(layer, LinearSlice) else layer for layer in layers]
 
     @property
-    def before(self) -> list[Any]:
-        """The layers as they are before another package's take their places: an earlier `accelerate` makes way."""
+    def stock_layers(self) -> list[Any]:
+        """The layers, with stock layers instead of another package's: an earlier `accelerate` is undone first."""
         return [vars(layer).get(STOCK, (layer,))[0] for layer in self.layers]
 
     def __str__(self) -> str:
@@ -54,140 +60,155 @@ class _Group:
 
 
 def check(context: PipelineContext, config: FuseConfig) -> Plan:
-    """How many groups of layers would be multiplied as one.
+    """The plan: number of groups that would be packed, and the groups that cannot be, with the reason.
 
     Raises:
-        Unsupported: There are no such layers, a glob matches none of them, or their weights are not there.
+        Unsupported: A denoiser has no layers that read one tensor, a glob matches none of them, no group can be packed,
+            or the weights are offloaded.
     """
-    modules, notes, left = 0, [], []
+    modules, notes, skipped = 0, [], []
     for denoiser in context.denoisers:
         refuse_offloaded("fuse", denoiser)
-        groups, fused = _groups(denoiser), _fused(denoiser)
+        groups, fused = _groups(denoiser), _fused_by_diffusers(denoiser)
         if not groups and fused:
             undo = f"{denoiser.name}.unfuse_qkv_projections()"
             raise Unsupported(
                 "fuse",
-                f"fuse_qkv_projections() of diffusers' own has joined the projections of {len(fused)} modules already.",
+                f"diffusers' own fuse_qkv_projections() has fused the projections of {len(fused)} modules already.",
                 f"pipe.{undo} first, or fuse=None.",
                 str(denoiser),
             )
         if fused:
-            notes.append(f"{denoiser.name}: diffusers' own fuse_qkv_projections() has joined {len(fused)} modules.")
+            notes.append(f"{denoiser.name}: diffusers' own fuse_qkv_projections() has fused {len(fused)} modules.")
         for glob in config.ignore or ():
-            if not any(_matches(denoiser, path, glob) for group in groups for path in group.paths):
+            if not any(denoiser.matches(path, glob) for group in groups for path in group.paths):
                 example = groups[0].paths[0] if groups else None
                 raise Unsupported(
                     f"fuse.ignore: {glob!r}",
-                    "it matches no projection.",
+                    "it matches no layer that shares its input with another.",
                     f"a glob over names like {example!r}." if example else "fuse=None.",
                     str(denoiser),
                 )
-        wanted = _wanted(context, denoiser, groups, config)
-        reasons = [(group, Stack.refusal(group.before)) for group in wanted]
-        fit = [group for group, reason in reasons if reason is None]
-        left += [f"{denoiser.name}: {group} stay apart: {reason}." for group, reason in reasons if reason is not None]
-        if not fit:
+        candidates = _candidates(context, denoiser, groups, config)
+        reasons = [(group, PackedLinear.refusal(group.stock_layers)) for group in candidates]
+        packable = [group for group, reason in reasons if reason is None]
+        skipped += [
+            f"{denoiser.name}: {group} are not packed: {reason}." for group, reason in reasons if reason is not None
+        ]
+        if not packable:
             raise Unsupported(
                 "fuse",
-                left[0]
-                if left
-                else "fuse.ignore leaves no two layers that read one tensor."
+                skipped[0]
+                if skipped
+                else "fuse.ignore excludes all but one layer of every group that reads one tensor."
                 if groups and config.ignore
-                else "no layers were found that read one tensor.",
-                "fewer globs in fuse.ignore, or fuse=None." if groups and config.ignore and not left else "fuse=None.",
+                else "the model has no linear layers that read one tensor.",
+                "fewer globs in fuse.ignore, or fuse=None."
+                if groups and config.ignore and not skipped
+                else "fuse=None.",
                 str(denoiser),
             )
-        modules += len(fit)
+        modules += len(packable)
         names = sorted(
             {
                 path.rpartition(".")[2]
                 for group in groups
                 for path in group.paths
-                if _activated(context, denoiser, group, path)
+                if _has_fused_activation(context, denoiser, group, path)
             }
         )
         if names:
-            notes.append(f"{denoiser.name}: {', '.join(names)} stay apart: their own product does the activation.")
-        notes.append(f"{denoiser.name}: {len(fit)} products instead of {sum(len(group.paths) for group in fit)}.")
-    return Plan("layers that read one tensor are multiplied as one", modules, tuple(notes), tuple(left))
+            notes.append(
+                f"{denoiser.name}: {', '.join(names)} are not packed: the activation is fused into their own GEMM."
+            )
+        notes.append(
+            f"{denoiser.name}: {len(packable)} GEMMs instead of {sum(len(group.paths) for group in packable)}."
+        )
+    return Plan("layers that read one tensor are packed into one", modules, tuple(notes), tuple(skipped))
 
 
 def edits(context: PipelineContext, config: FuseConfig) -> Iterator[Edit]:
-    """One edit per group of layers."""
+    """One edit per group of layers. A group that turns out not to be packable is left as it is, with a warning."""
     for denoiser in context.denoisers:
-        for group in _wanted(context, denoiser, _groups(denoiser), config):
-            reason = Stack.refusal(group.layers)
+        for group in _candidates(context, denoiser, _groups(denoiser), config):
+            reason = PackedLinear.refusal(group.layers)
             if reason is None:
                 try:
-                    yield _Stacked(group.places, Stack(group.layers), denoiser.module)
-                except Apart as error:
+                    yield _PackLayers(group.slots, PackedLinear(group.layers), denoiser.module)
+                except CannotPack as error:
                     reason = str(error)
             if reason is not None:
-                warnings.warn(f"accelerate: fuse: {denoiser.name}: {group} stay apart: {reason}.", stacklevel=2)
+                warnings.warn(f"accelerate: fuse: {denoiser.name}: {group} are not packed: {reason}.", stacklevel=2)
 
 
 @dataclass(eq=False)
-class _Stacked:
-    """Puts the parts of a stack in its layers' places, and lets the layers' own tensors go."""
+class _PackLayers:
+    """Puts slices of a packed layer in the places of its layers, and frees the layers' own tensors.
 
-    owners: tuple[tuple[nn.Module, str], ...]
-    stack: Stack
+    Args:
+        slots: Of each layer, the module that holds it and its name there.
+        packed: The packed layer.
+        root: The denoiser: `undo` searches it for the slices, which a LoRA may have moved.
+
+    Attributes:
+        locations: Set by the journal, which shares one index of modules among edits.
+    """
+
+    slots: tuple[tuple[nn.Module, str], ...]
+    packed: PackedLinear
     root: nn.Module
-    places: Places | None = field(default=None, init=False)
-    _swaps: list[tuple[Part, SwapModule]] = field(default_factory=list, init=False)
+    locations: ModuleLocations | None = field(default=None, init=False)
+    _swaps: list[tuple[LinearSlice, SwapModule]] = field(default_factory=list, init=False)
 
     def apply(self) -> None:
         if not self._swaps:
-            originals: list[Any] = [parent._modules[name] for parent, name in self.owners]
-            parts = [Part(self.stack, place, original) for place, original in enumerate(originals)]
+            originals: list[Any] = [parent._modules[name] for parent, name in self.slots]
+            slices = [LinearSlice(self.packed, index, original) for index, original in enumerate(originals)]
             self._swaps = [
-                (part, SwapModule(parent, name, part, self.root))
-                for part, (parent, name) in zip(parts, self.owners, strict=True)
+                (item, SwapModule(parent, name, item, self.root))
+                for item, (parent, name) in zip(slices, self.slots, strict=True)
             ]
-        for part, swap in self._swaps:
-            swap.places = self.places
+        for item, swap in self._swaps:
+            swap.locations = self.locations
             swap.apply()
-            emptied(part.original)
+            release_tensors(item.original)
 
     def undo(self) -> None:
-        for part, swap in reversed(self._swaps):
-            unstacked(part)
-            swap.places = self.places
+        for item, swap in reversed(self._swaps):
+            restore_tensors(item)
+            swap.locations = self.locations
             swap.undo()
 
 
-def _wanted(context: PipelineContext, denoiser: Denoiser, groups: list[_Group], config: FuseConfig) -> list[_Group]:
-    """The groups without the layers that the user left out, and without those of 16 bits that do better apart."""
-    found = []
+def _candidates(context: PipelineContext, denoiser: Denoiser, groups: list[_Group], config: FuseConfig) -> list[_Group]:
+    """The groups, without layers in `fuse.ignore` and without layers whose activation is fused into their own GEMM."""
+    candidates = []
     for group in groups:
         kept = [
-            place
-            for place, path in enumerate(group.paths)
-            if not any(_matches(denoiser, path, glob) for glob in config.ignore or ())
-            and not _activated(context, denoiser, group, path)
+            index
+            for index, path in enumerate(group.paths)
+            if not any(denoiser.matches(path, glob) for glob in config.ignore or ())
+            and not _has_fused_activation(context, denoiser, group, path)
         ]
         if len(kept) > 1:
-            found.append(
-                _Group(tuple(group.paths[place] for place in kept), tuple(group.places[place] for place in kept))
+            candidates.append(
+                _Group(tuple(group.paths[index] for index in kept), tuple(group.slots[index] for index in kept))
             )
-    return found
+    return candidates
 
 
-def _activated(context: PipelineContext, denoiser: Denoiser, group: _Group, path: str) -> bool:
-    """Whether an activation is part of a layer's own product, in a rewritten graph, unless its result is rounded."""
+def _has_fused_activation(context: PipelineContext, denoiser: Denoiser, group: _Group, path: str) -> bool:
+    """Whether a rewrite fuses the activation after a 16-bit layer into the layer's GEMM (`epilogue.linear_gelu`). With
+    quantized layers the activation is fused into the quantization instead."""
     if path.rpartition(".")[2] not in denoiser.adapter.activated or not context.rewrites(denoiser):
         return False
     quantized = context.config is not None and context.config.linear is not None
     return type(group.layers[group.paths.index(path)]) is nn.Linear and not quantized
 
 
-def _matches(denoiser: Denoiser, path: str, glob: str) -> bool:
-    return fnmatchcase(path, glob) or fnmatchcase(f"{denoiser.name}.{path}", glob)
-
-
-def _fused(denoiser: Denoiser) -> list[str]:
-    """Attention modules whose projections diffusers has joined itself. Older classes keep the flag when they are taken
-    apart again; there the processor tells."""
+def _fused_by_diffusers(denoiser: Denoiser) -> list[str]:
+    """Paths of attention modules whose projections diffusers has fused itself. Older classes keep the flag
+    `fused_projections` after unfusing; there the processor's class decides."""
     return [
         path
         for path, module in denoiser.module.named_modules()
@@ -200,38 +221,42 @@ def _fused(denoiser: Denoiser) -> list[str]:
 
 
 def _groups(denoiser: Denoiser) -> list[_Group]:
-    """The layers of a denoiser that read one tensor: those that its adapter names, and those of its attention."""
+    """Groups of layers that read one tensor: the adapter's `projections` first, then those of attention modules. A
+    layer is in one group at most."""
     adapter = denoiser.adapter
-    found: list[_Group] = []
+    groups: list[_Group] = []
     taken: set[str] = set()
     paths = {id(module): path for path, module in denoiser.module.named_modules()}
 
-    def take(owner: nn.Module, names: tuple[str, ...]) -> None:
+    def add(owner: nn.Module, names: tuple[str, ...]) -> None:
         group = _group(paths[id(owner)], owner, names)
         if group is not None and taken.isdisjoint(group.paths):
             taken.update(group.paths)
-            found.append(group)
+            groups.append(group)
 
-    fused = tuple(f"{path}." for path in _fused(denoiser))
+    fused = tuple(f"{path}." for path in _fused_by_diffusers(denoiser))
     for path, block in adapter.named_blocks(denoiser.module):
         for names in adapter.projections:
-            # Stock code no longer calls projections that it has joined.
+            # Stock code no longer calls the projections that diffusers has fused.
             if not any(f"{path}.{name}".startswith(fused) for name in names):
-                take(block, names)
+                add(block, names)
     for path, module in list(denoiser.module.named_modules()):
         if "to_k" not in module._modules or f"{path}.".startswith(fused):
             continue
-        crossed = path.rpartition(".")[2] in adapter.cross_attention or getattr(module, "is_cross_attention", False)
-        alone = type(getattr(module, "processor", None)).__name__ in adapter.values_alone
-        for names in (_OTHER if crossed else _OWN[:2] if alone else _OWN, *_BESIDE):
-            take(module, tuple(name for name in names if name in module._modules))
-    return found
+        cross = path.rpartition(".")[2] in adapter.cross_attention or getattr(module, "is_cross_attention", False)
+        values_alone = type(getattr(module, "processor", None)).__name__ in adapter.values_alone
+        for names in (_CROSS_ATTENTION if cross else _SELF_ATTENTION[:2] if values_alone else _SELF_ATTENTION, *_ADDED):
+            add(module, tuple(name for name in names if name in module._modules))
+    return groups
 
 
 def _group(path: str, owner: nn.Module, names: tuple[str, ...]) -> _Group | None:
-    """The layers of these names below a module, or `None` if there are not two of them; of a LoRA layer, what lies
-    beneath it."""
-    places: list[tuple[nn.Module, str]] = []
+    """The group of linear layers with these names below a module; of LoRA layers, the base layers.
+
+    Returns:
+        `None` if a layer is missing or of another class, or if there are fewer than two.
+    """
+    slots: list[tuple[nn.Module, str]] = []
     for name in names:
         holder, _, child = name.rpartition(".")
         try:
@@ -243,5 +268,5 @@ def _group(path: str, owner: nn.Module, names: tuple[str, ...]) -> _Group | None
             parent, child, layer = layer, "base_layer", layer.base_layer
         if not isinstance(layer, nn.Linear):
             return None
-        places.append((parent, child))
-    return _Group(tuple(f"{path}.{name}".lstrip(".") for name in names), tuple(places)) if len(places) > 1 else None
+        slots.append((parent, child))
+    return _Group(tuple(f"{path}.{name}".lstrip(".") for name in names), tuple(slots)) if len(slots) > 1 else None

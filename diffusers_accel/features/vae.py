@@ -66,7 +66,7 @@ def _noted(switch: SetAttr) -> Callable[..., Any]:
     """A layer around a VAE's own switch: where its user has used it, the value is theirs, and stays."""
 
     def switched(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        switch.theirs = True
+        switch.set_by_user = True
         return inner(*args, **kwargs)
 
     return switched

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core.platform import on
+from ..core.platform import device_guard
 
 
 class on_its_device:
@@ -37,7 +37,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def _launch(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     for item in args:
         if type(item) in _PLAIN or isinstance(item, torch.Tensor):
-            with on(item):
+            with device_guard(item):
                 launch(*args, **kwargs)
             return
     raise TypeError("a kernel is launched with a tensor among its arguments")

@@ -1,4 +1,4 @@
-"""Which files are read, what is said of files that cannot be, and what the hub is asked."""
+"""The files that are read, the errors for files that cannot be, and the requests to the hub."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class TestSingleFiles:
             ("x.safetensors", pickled(), "is a pickle"),
             ("x.ckpt", b"\x80\x02}q\x00" + bytes(60), "is a pickle"),
             ("x.bin", bytes(64), "is a pickle"),
-            ("x.bin", WHOLE, "says nothing of a quantization"),  # told by what it holds
+            ("x.bin", WHOLE, "says nothing of a quantization"),  # recognized by its content
             ("x.safetensors", b"", r"is empty\. Was it downloaded in full\?"),
             ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is Git LFS's pointer"),
             ("x.safetensors", b"<!doctype html><html>" + bytes(60), "is a web page"),
@@ -95,9 +95,10 @@ class TestSingleFiles:
              "from_single_file"),
             ({"double_blocks.0.img_attn.qkv.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn),
               "double_blocks.0.img_attn.qkv.scale_weight": torch.ones(()), "scaled_fp8": torch.zeros(0)}, None,
-             "names layers as the model's own repository does, 'double_blocks.0.img_attn.qkv' say.*from_single_file"),
+             "has the layer names of the model's original repository .e.g. 'double_blocks.0.img_attn.qkv'.*"
+             "from_single_file"),
             ({"x_embedder.weight": torch.zeros(4, 4).to(torch.float8_e5m2), "x_embedder.scale_weight": torch.ones(())},
-             None, "x_embedder.weight: torch.float8_e5m2; ComfyUI's scaled fp8 can be read here as e4m3 only"),
+             None, "x_embedder.weight: torch.float8_e5m2; ComfyUI's scaled fp8 is supported in e4m3 only"),
         ],
     )  # fmt: skip
     def test_other_packages(self, made, tmp_path, tensors, metadata, message):
@@ -107,13 +108,13 @@ class TestSingleFiles:
 
     @pytest.mark.parametrize("inputs", [False, True])
     def test_scaled_fp8_of_comfyui(self, made, tmp_path, inputs):
-        """A weight is what is stored times `scale_weight`, which is float64's product of the two."""
+        """A weight is the stored values times `scale_weight`; the reference is their product in float64."""
         tensors, expected = {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}, {}
         stock = load_file(made / "stock" / "transformer" / f"{NAME}.safetensors")
         for name, item in stock.items():
-            layer, _, part = name.rpartition(".")
+            layer, _, suffix = name.rpartition(".")
             tensors[name] = item
-            if part == "weight" and item.ndim == 2 and "norm_q" not in name and "norm_k" not in name:
+            if suffix == "weight" and item.ndim == 2 and "norm_q" not in name and "norm_k" not in name:
                 scale = item.abs().max() / 448
                 tensors[name] = (item / scale).to(torch.float8_e4m3fn)
                 tensors[f"{layer}.scale_weight"] = scale
@@ -127,82 +128,82 @@ class TestSingleFiles:
         assert set(linear) == set(expected) and len(linear) > 20
         for name, layer in linear.items():
             assert isinstance(layer, QuantizedLinear) and layer.kind == "fp8-tensor"
-            torch.testing.assert_close(layer.numbers().double(), expected[name], rtol=1e-7, atol=0)
+            torch.testing.assert_close(layer.materialize().double(), expected[name], rtol=1e-7, atol=0)
             assert (layer.input_scale is not None) == inputs
             assert layer.bias is None or torch.equal(layer.bias, stock[f"{name}.bias"])
 
 
 class TestFolders:
     def test_variants(self, folder):
-        """Each is read for its own name, whichever comes last in the alphabet."""
-        part, model = folder / "transformer", f"{NAME}.safetensors"
-        tensors = load_file(part / model)
+        """Each variant is read by its own name, in any alphabetical order."""
+        subfolder, model = folder / "transformer", f"{NAME}.safetensors"
+        tensors = load_file(subfolder / model)
         name = next(key for key in tensors if key.endswith("bias"))
         for variant, value in (("ema", 1.0), ("zero", 0.0)):
             changed = {**tensors, name: torch.full_like(tensors[name], value)}
-            save_file(changed, part / f"{NAME}.{variant}.safetensors")
+            save_file(changed, subfolder / f"{NAME}.{variant}.safetensors")
         for variant, expected in ((None, tensors[name]), ("ema", torch.ones(())), ("zero", torch.zeros(()))):
             model = from_pretrained(folder, dtype=torch.float32, variant=variant).transformer
             found = model.get_parameter(name)
             assert torch.equal(found, expected.expand(found.shape)), variant
         assert "no file of the variant 'fp16'; it holds None, ema, zero" in refused(folder, variant="fp16")
-        (part / f"{NAME}.safetensors").unlink()
+        (subfolder / f"{NAME}.safetensors").unlink()
         assert "no file without a variant; it holds ema, zero. Give variant='ema'" in refused(folder)
 
     def test_two_sets(self, folder):
-        part = folder / "transformer"
-        (part / f"{NAME}.safetensors").rename(part / "one.safetensors")
+        subfolder = folder / "transformer"
+        (subfolder / f"{NAME}.safetensors").rename(subfolder / "one.safetensors")
         assert from_pretrained(folder, dtype=torch.float32).transformer is not None
-        shutil.copy(part / "one.safetensors", part / "another.safetensors")
-        assert "several sets of weights, another, one, and nothing says" in refused(folder)
-        # diffusers' own name says it.
-        shutil.copy(part / "one.safetensors", part / f"{NAME}.safetensors")
+        shutil.copy(subfolder / "one.safetensors", subfolder / "another.safetensors")
+        assert "several sets of weights, another, one, and none has diffusers' name" in refused(folder)
+        # diffusers' name decides.
+        shutil.copy(subfolder / "one.safetensors", subfolder / f"{NAME}.safetensors")
         assert from_pretrained(folder, dtype=torch.float32).transformer is not None
 
-    def test_parts(self, folder):
-        part = folder / "transformer"
-        tensors = load_file(part / f"{NAME}.safetensors")
-        (part / f"{NAME}.safetensors").unlink()
+    def test_shards(self, folder):
+        subfolder = folder / "transformer"
+        tensors = load_file(subfolder / f"{NAME}.safetensors")
+        (subfolder / f"{NAME}.safetensors").unlink()
         names = sorted(tensors)
         files = [f"{NAME}-0000{number}-of-00002.safetensors" for number in (1, 2)]
         halves = [names[: len(names) // 2], names[len(names) // 2 :]]
         for file, half in zip(files, halves, strict=True):
-            save_file({name: tensors[name] for name in half}, part / file)
-        index = part / f"{NAME}.safetensors.index.json"
-        # Something that no index speaks of is left alone.
-        save_file({"foreign": torch.zeros(1)}, part / "adapter.safetensors")
+            save_file({name: tensors[name] for name in half}, subfolder / file)
+        index = subfolder / f"{NAME}.safetensors.index.json"
+        # A file that the index does not list is ignored.
+        save_file({"foreign": torch.zeros(1)}, subfolder / "adapter.safetensors")
         where = {name: file for file, half in zip(files, halves, strict=True) for name in half}
         index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
         assert from_pretrained(folder, dtype=torch.float32).transformer is not None
         index.unlink()
         assert from_pretrained(folder, dtype=torch.float32).transformer is not None
-        save_file({name: tensors[name] for name in names[len(names) // 2 - 1 :]}, part / files[1])
+        save_file({name: tensors[name] for name in names[len(names) // 2 - 1 :]}, subfolder / files[1])
         text = refused(folder)
         assert names[len(names) // 2 - 1] in text and files[0] in text and files[1] in text
-        (part / files[1]).unlink()
-        assert f"1 of 2 parts of '{NAME}'" in refused(folder)
+        (subfolder / files[1]).unlink()
+        assert f"1 of 2 shards of '{NAME}'" in refused(folder)
         index.write_text(json.dumps({"weight_map": where}))
-        assert f"{files[1]}' is missing: {index.name} says" in refused(folder)
+        assert f"{files[1]}' is missing: {index.name} lists it" in refused(folder)
         index.write_text("{")
         assert "is not JSON" in refused(folder)
         index.write_text("{}")
-        assert "says of no tensor where it is" in refused(folder)
+        assert "has no weight_map" in refused(folder)
 
-    def test_what_is_no_pipeline(self, folder, made, tmp_path):
-        part = folder / "transformer"
-        (part / f"{NAME}.safetensors").rename(part / f"{NAME}.bin")
+    def test_folders_of_no_pipeline(self, folder, made, tmp_path):
+        subfolder = folder / "transformer"
+        (subfolder / f"{NAME}.safetensors").rename(subfolder / f"{NAME}.bin")
         assert f"holds no safetensors file, but {NAME}.bin, which is a pickle" in refused(folder)
-        (part / f"{NAME}.bin").rename(part / f"{NAME}.safetensors")
-        file = part / f"{NAME}.safetensors"
-        assert "one model's file" in refused(file) and "transformer=" in refused(file)
+        (subfolder / f"{NAME}.bin").rename(subfolder / f"{NAME}.safetensors")
+        file = subfolder / f"{NAME}.safetensors"
+        assert "is the file of one model" in refused(file) and "transformer=" in refused(file)
         assert "There is no folder './nowhere'" in refused("./nowhere")
         assert "There is no folder" in refused(tmp_path / "a" / "b")
         assert "Did you mean 'transformer'?" in refused(made / "stock", transfomer=str(file))
-        config = json.loads((part / "config.json").read_text())
+        config = json.loads((subfolder / "config.json").read_text())
         del config["_class_name"]
-        (part / "config.json").write_text(json.dumps(config))
+        (subfolder / "config.json").write_text(json.dumps(config))
         assert "diffusers has no class None" in refused(folder)
-        (part / "config.json").unlink()
+        (subfolder / "config.json").unlink()
         assert "holds no config.json" in refused(folder, transformer=str(file))
         (folder / "model_index.json").write_text("[]")
         assert "holds a list, not a mapping" in refused(folder)
@@ -232,11 +233,11 @@ class TestHub:
         from_pretrained("owner/name", text_encoder=encoder, vae=None, **self.ARGUMENTS)
         [(path, fetched), (folder, loaded)] = asked
         assert path == "owner/name" and folder == made / "stock"
-        # What is given need not be fetched.
+        # Components that are given as objects are not downloaded.
         assert fetched == {**self.ARGUMENTS, "text_encoder": encoder, "vae": None}
         assert loaded == {**fetched, "dtype": torch.bfloat16}
 
-    def test_a_part_of_a_repository(self, made, monkeypatch):
+    def test_a_subfolder_of_a_repository(self, made, monkeypatch):
         asked = []
 
         def snapshot(path, **given):
@@ -251,10 +252,10 @@ class TestHub:
         again = from_pretrained(made, subfolder="quantized", dtype=torch.float32)
         assert any(isinstance(item, QuantizedLinear) for item in again.transformer.modules())
 
-    def test_what_is_not_there(self, tmp_path):
+    def test_repositories_that_do_not_exist(self, tmp_path):
         text = refused("owner/name", cache_dir=tmp_path, local_files_only=True)
-        assert text.startswith("'owner/name' is no folder here, and could not be fetched: ")
-        assert "could not be fetched" in refused("no such name", cache_dir=tmp_path)
+        assert text.startswith("'owner/name' is no local folder, and could not be downloaded: ")
+        assert "could not be downloaded" in refused("no such name", cache_dir=tmp_path)
 
     def test_types_by_component(self, made):
         pipe = from_pretrained(made / "quantized", dtype={"transformer": torch.float16, "default": torch.float32})

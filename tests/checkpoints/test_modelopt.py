@@ -1,4 +1,4 @@
-"""Quantized checkpoints: what nvidia-modelopt writes, what we write, every variant of the layout, and bad files."""
+"""Quantized checkpoints: files of nvidia-modelopt, our own files, the variants of the layout, and bad files."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from diffusers_accel.kernels.linear import QuantizedLinear
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
-def dequantized(parts):
-    """The numbers of a layer's tensors, by arithmetic of this test's own."""
-    weight, scale = parts["weight"], parts.get("weight_scale", parts.get("weight_scale_inv"))
+def dequantized(layer_tensors):
+    """The dequantized weight of a layer's tensors, by arithmetic of this test."""
+    weight, scale = layer_tensors["weight"], layer_tensors.get("weight_scale", layer_tensors.get("weight_scale_inv"))
     if weight.dtype == torch.uint8:
         codes = torch.stack([weight % 16, weight // 16], -1).flatten(1).long()
         values = torch.where(codes < 8, E2M1[codes % 8], -E2M1[codes % 8])
-        found = values * scale.float().repeat_interleave(16, 1) * parts["weight_scale_2"].float()
-        if "svdquant_lora_a" in parts:
-            found = found + parts["svdquant_lora_b"].float() @ parts["svdquant_lora_a"].float()
+        found = values * scale.float().repeat_interleave(16, 1) * layer_tensors["weight_scale_2"].float()
+        if "svdquant_lora_a" in layer_tensors:
+            found = found + layer_tensors["svdquant_lora_b"].float() @ layer_tensors["svdquant_lora_a"].float()
     elif scale.numel() > 1:
         rows, columns = weight.shape
         each = scale.float().reshape(-(-rows // 128), -(-columns // 128))
         found = weight.float() * each.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
     else:
         found = weight.float() * scale.float()
-    return found * parts["pre_quant_scale"].float() if "pre_quant_scale" in parts else found
+    return found * layer_tensors["pre_quant_scale"].float() if "pre_quant_scale" in layer_tensors else found
 
 
 def file_of(folder):
@@ -48,22 +48,26 @@ def file_of(folder):
 
 
 def layers_of(folder):
-    """Layer -> its tensors, of the quantized ones."""
+    """Layer -> its tensors, of quantized layers."""
     found = {}
     for name, tensor in load_file(file_of(folder)).items():
-        layer, _, part = name.rpartition(".")
-        found.setdefault(layer, {})[part] = tensor
-    return {name: parts for name, parts in found.items() if {"weight_scale", "weight_scale_inv"} & set(parts)}
+        layer, _, suffix = name.rpartition(".")
+        found.setdefault(layer, {})[suffix] = tensor
+    return {
+        name: layer_tensors
+        for name, layer_tensors in found.items()
+        if {"weight_scale", "weight_scale_inv"} & set(layer_tensors)
+    }
 
 
-def widened(pipe, folder):
-    """The same pipeline with a stock transformer that holds the file's numbers."""
-    wide = type(pipe.transformer).from_config(dict(pipe.transformer.config)).eval().requires_grad_(False)
+def dequantized_pipeline(pipe, folder):
+    """The pipeline with a stock transformer that has the file's dequantized weights."""
+    reference = type(pipe.transformer).from_config(dict(pipe.transformer.config)).eval().requires_grad_(False)
     state, layers = load_file(file_of(folder)), layers_of(folder)
-    for name, parts in layers.items():
-        state[f"{name}.weight"] = dequantized(parts)
-    wide.load_state_dict({key: item.float() for key, item in state.items() if key in wide.state_dict()})
-    return type(pipe)(**{**pipe.components, "transformer": wide})
+    for name, layer_tensors in layers.items():
+        state[f"{name}.weight"] = dequantized(layer_tensors)
+    reference.load_state_dict({key: item.float() for key, item in state.items() if key in reference.state_dict()})
+    return type(pipe)(**{**pipe.components, "transformer": reference})
 
 
 def difference(found, expected):
@@ -93,8 +97,8 @@ def edit(folder, change=None, config=None):
 @pytest.mark.parametrize(
     ("config", "algo", "bound"), [("FP8_DEFAULT_CFG", "fp8-tensor", 0.1), ("NVFP4_DEFAULT_CFG", "nvfp4", 1e-3)]
 )
-def test_what_modelopt_writes(tmp_path, config, algo, bound):
-    """`mtq.quantize` and ModelOpt's own export of a diffusers pipeline."""
+def test_files_of_modelopt(tmp_path, config, algo, bound):
+    """`mtq.quantize`, and ModelOpt's export of a diffusers pipeline."""
     mtq = pytest.importorskip("modelopt.torch.quantization")
     from modelopt.torch.export import export_hf_checkpoint
 
@@ -106,18 +110,18 @@ def test_what_modelopt_writes(tmp_path, config, algo, bound):
     assert {name for name, item in modules.items() if isinstance(item, QuantizedLinear)} == set(layers) and len(
         layers
     ) > 20
-    for name, parts in layers.items():
+    for name, layer_tensors in layers.items():
         assert modules[name].kind.startswith(algo)
-        torch.testing.assert_close(modules[name].numbers(), dequantized(parts), rtol=1e-6, atol=0)
+        torch.testing.assert_close(modules[name].materialize(), dequantized(layer_tensors), rtol=1e-6, atol=0)
     if algo == "fp8-tensor":
-        name, parts = next(iter(layers.items()))
-        assert torch.equal(modules[name].input_scale, parts["input_scale"].reshape(1))
-    assert difference(entry.run(pipe, steps=2), entry.run(widened(pipe, tmp_path), steps=2)) < bound
+        name, layer_tensors = next(iter(layers.items()))
+        assert torch.equal(modules[name].input_scale, layer_tensors["input_scale"].reshape(1))
+    assert difference(entry.run(pipe, steps=2), entry.run(dequantized_pipeline(pipe, tmp_path), steps=2)) < bound
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder of each algorithm, written by us, and the pipeline it was written from."""
+    """A saved folder per algorithm, and the pipeline that it was saved from."""
     found = {}
     for name, linear in {
         "fp8-tensor": {"algo": "fp8-tensor"},
@@ -157,13 +161,13 @@ def test_round_trip(written, name, tmp_path):
             one[1].view(-1).view(torch.uint8), other[1].view(-1).view(torch.uint8)
         )
     entry = TINY["flux"]
-    assert difference(entry.run(loaded, steps=2), entry.run(widened(loaded, folder), steps=2)) < 0.1
+    assert difference(entry.run(loaded, steps=2), entry.run(dequantized_pipeline(loaded, folder), steps=2)) < 0.1
     config = json.loads((folder / "transformer" / "config.json").read_text())["quantization_config"]
     names = {"fp8-tensor": "FP8", "nvfp4": "NVFP4", "svdq-nvfp4": "NVFP4_SVD", "mixed": "MIXED_PRECISION"}
     assert config["quant_algo"] == names[name]
 
 
-@pytest.mark.parametrize("name", ["wan-shapes", "flux-shapes"])  # sizes by 128, and others
+@pytest.mark.parametrize("name", ["wan-shapes", "flux-shapes"])  # with and without multiples of 128
 def test_round_trip_of_blocks(name, tmp_path):
     pipe = accelerate(demo.load(name), linear={"algo": "fp8-block", "keep_original": "drop", "smallest": 0})
     save_quantized(pipe, tmp_path)
@@ -171,11 +175,11 @@ def test_round_trip_of_blocks(name, tmp_path):
     found, expected = dict(loaded.transformer.named_buffers()), dict(pipe.transformer.named_buffers())
     assert sum(key.endswith("weight_scale") for key in expected) > 10
     same_bytes(found, expected)
-    for name, parts in layers_of(tmp_path).items():
+    for name, layer_tensors in layers_of(tmp_path).items():
         layer = loaded.transformer.get_submodule(name)
-        torch.testing.assert_close(layer.dense(), dequantized(parts), rtol=1e-6, atol=0)
+        torch.testing.assert_close(layer.dequantize(), dequantized(layer_tensors), rtol=1e-6, atol=0)
 
-    def renamed(tensors):  # DeepSeek's name, and dimensions of one in between
+    def renamed(tensors):  # DeepSeek's name, and dimensions of size one
         for key in [key for key in tensors if key.endswith("weight_scale")]:
             tensors[f"{key}_inv"] = tensors.pop(key)[:, None, :, None].contiguous()
 
@@ -185,8 +189,8 @@ def test_round_trip_of_blocks(name, tmp_path):
 
 
 class TestVariants:
-    def test_smoothed_inputs(self, copied):
-        """`pre_quant_scale` multiplies what comes in."""
+    def test_pre_quant_scale(self, copied):
+        """`pre_quant_scale` multiplies the input."""
         folder = copied("nvfp4")
         name = next(iter(layers_of(folder)))
         size = layers_of(folder)[name]["weight"].shape[1] * 2
@@ -206,7 +210,7 @@ class TestVariants:
         ("dynamic", "groups", "static"), [(True, False, False), (False, False, True), (True, True, True)]
     )
     def test_static_and_dynamic_activations(self, copied, dynamic, groups, static):
-        """Without groups `dynamic` decides; with them the group's own flag, false unless it says otherwise."""
+        """Without groups `dynamic` decides; with groups, each group's flag, which is false by default."""
         folder = copied("fp8-tensor")
         name = next(iter(layers_of(folder)))
 
@@ -224,7 +228,7 @@ class TestVariants:
         layer = from_pretrained(folder, dtype=torch.float32).transformer.get_submodule(name)
         assert (layer.input_scale is not None) == static
 
-        for wanted in (True, False):  # a user's word beats the file's
+        for wanted in (True, False):  # the argument overrides the file
             layer = from_pretrained(folder, dtype=torch.float32, dynamic=wanted).transformer.get_submodule(name)
             assert (layer.input_scale is None) == wanted
 
@@ -237,7 +241,7 @@ class TestVariants:
 
     @pytest.mark.parametrize("name", ["fp8-tensor", "nvfp4", "mixed"])
     def test_a_single_file(self, written, name, tmp_path):
-        """Its header says what it holds; the configuration is the stock folder's."""
+        """The header describes the quantization; the model's configuration is the stock folder's."""
         folder, pipe = written[name]
         build("flux").save_pretrained(tmp_path / "stock")
         file = shutil.copy(file_of(folder), tmp_path / "model.safetensors")
@@ -251,8 +255,8 @@ class TestVariants:
         build("flux").save_pretrained(tmp_path / "stock")
         tensors = load_file(file_of(folder))
         formats = {
-            layer: {"format": "nvfp4" if parts["weight"].dtype == torch.uint8 else "float8_e4m3fn"}
-            for layer, parts in layers_of(folder).items()
+            layer: {"format": "nvfp4" if layer_tensors["weight"].dtype == torch.uint8 else "float8_e4m3fn"}
+            for layer, layer_tensors in layers_of(folder).items()
         }
 
         def load(layers):
@@ -262,7 +266,7 @@ class TestVariants:
 
         same_bytes(dict(load(formats).transformer.named_buffers()), dict(pipe.transformer.named_buffers()))
         name = next(iter(formats))
-        with pytest.raises(CheckpointError, match=f"{name}: the format 'int3' is not known here"):
+        with pytest.raises(CheckpointError, match=f"{name}: the format 'int3' is not known"):
             load({**formats, name: {"format": "int3"}})
         with pytest.raises(CheckpointError, match="the configuration says"):
             load({**formats, name: {"format": "nvfp4" if formats[name]["format"] != "nvfp4" else "float8_e4m3fn"}})
@@ -308,11 +312,11 @@ class TestBadCheckpoints:
             (lambda t, n: t.update({f"{n}.weight_scale": torch.ones(3, 3)}), "weight_scale: shape (32, 2), not (3, 3)"),
             (lambda t, n: t.update({f"{n}.weight": t[f"{n}.weight"][:16].contiguous(),
                                     f"{n}.weight_scale": t[f"{n}.weight_scale"][:16].contiguous()}),
-             "a weight of (16, 32); the model wants (32, 32)"),
+             "a weight of shape (16, 32); the model wants (32, 32)"),
             (lambda t, n: t.update({f"{n}.weight": torch.zeros(32, 32).to(torch.float8_e4m3fn)}), "says nvfp4"),
             (lambda t, n: t.pop(f"{n}.bias"), "1 tensors are missing"),
             (lambda t, n: t.update({f"{n}.bias": torch.zeros(7)}), "bias: shape (7,); the model wants (32,)"),
-            (lambda t, n: t.update({f"{n}.bias": torch.zeros(32, dtype=torch.int8)}), "torch.int8 is none of"),
+            (lambda t, n: t.update({f"{n}.bias": torch.zeros(32, dtype=torch.int8)}), "has no torch.int8"),
             (lambda t, n: t.update({"foreign.weight": torch.zeros(2)}), "foreign.weight: the model has no such tensor"),
         ],
     )  # fmt: skip
@@ -326,7 +330,7 @@ class TestBadCheckpoints:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda c: c.update(quant_algo="INT3"), "the algorithm 'INT3' is not known here. Known: FP8,"),
+            (lambda c: c.update(quant_algo="INT3"), "the algorithm 'INT3' is not known. Known: FP8,"),
             (lambda c: c.update(quant_method="awq"), "quantized by 'awq'; only ModelOpt's"),
             (lambda c: c.update(quant_algo="FP8"), "the configuration says fp8, and the weight is torch.uint8"),
             (lambda c: c.update(ignore=["transformer_blocks.*"]), "the configuration ignores it"),
@@ -351,11 +355,11 @@ class TestBadCheckpoints:
 
 
 class TestSaving:
-    def test_what_has_no_place_is_refused(self, tmp_path):
+    def test_refusals(self, tmp_path):
         pipe = build("flux")
         with pytest.raises(Unsupported, match="no layer is quantized"):
             save_quantized(pipe, tmp_path / "none")
         accelerate(pipe, linear="int8")
-        with pytest.raises(Unsupported, match="is int8, for which ModelOpt's layout has no place"):
+        with pytest.raises(Unsupported, match="is int8, for which ModelOpt's layout has no name"):
             save_quantized(pipe, tmp_path / "none")
         assert not (tmp_path / "none").exists()

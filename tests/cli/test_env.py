@@ -15,7 +15,7 @@ from diffusers_accel.kernels.linear import LINEARS
 
 def test_env_names_every_kernel_and_why_it_cannot_run(cli, monkeypatch):
     h100 = Device("cuda", "NVIDIA H100", (9, 0))
-    monkeypatch.setattr(env_module.platform, "best", lambda: h100)
+    monkeypatch.setattr(env_module.platform, "default_device", lambda: h100)
     result = cli("env")
     assert result.exit_code == 0
     assert f"torch            {importlib.metadata.version('torch')}" in result.stdout
@@ -39,7 +39,7 @@ def test_env_names_every_format_and_why_it_cannot_run(cli, monkeypatch):
             {name: " reference " if LINEARS.get(name).everywhere else " no " for name in LINEARS},
         ),
     ):
-        monkeypatch.setattr(env_module.platform, "best", lambda device=device: device)
+        monkeypatch.setattr(env_module.platform, "default_device", lambda device=device: device)
         lines = cli("env").stdout.splitlines()
         for name, here in expected.items():
             row = next(line for line in lines if line.startswith(f"│ {name} "))

@@ -1,4 +1,4 @@
-"""The chain: nesting by rank, no trace afterwards, and life among other wrappers of `forward`."""
+"""The chain: nesting by rank, complete removal, and other wrappers of `forward`."""
 
 from __future__ import annotations
 

@@ -174,4 +174,4 @@ def test_captures_have_a_stream_of_their_device(monkeypatch, current):
 
 
 def test_on_the_host_nothing_is_switched():
-    assert platform.on(torch.zeros(1)) is platform.on(torch.zeros(2))
+    assert platform.device_guard(torch.zeros(1)) is platform.device_guard(torch.zeros(2))

@@ -1,4 +1,4 @@
-"""Operators: what torch asks of one, and no gradient through them in silence."""
+"""Operators: torch's requirements, and errors instead of silent gradients."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from diffusers_accel.core.operators import operator
 
 
-def _weighted_sum_fake(parts: list[torch.Tensor], weight: torch.Tensor | None, factor: float) -> torch.Tensor:
-    return parts[0].new_empty(parts[0].shape)
+def _weighted_sum_fake(inputs: list[torch.Tensor], weight: torch.Tensor | None, factor: float) -> torch.Tensor:
+    return inputs[0].new_empty(inputs[0].shape)
 
 
 @operator("test_weighted_sum", _weighted_sum_fake)
-def weighted_sum(parts: list[torch.Tensor], weight: torch.Tensor | None, factor: float) -> torch.Tensor:
-    """Of tensors in a list, which autograd does not look into by itself."""
-    total = torch.stack(parts).sum(0) * factor
+def weighted_sum(inputs: list[torch.Tensor], weight: torch.Tensor | None, factor: float) -> torch.Tensor:
+    """An operator with a list of tensors, which autograd does not search by itself."""
+    total = torch.stack(inputs).sum(0) * factor
     return total if weight is None else total * weight
 
 
 PARTS = [torch.arange(4.0), torch.ones(4)]
 
 
-def test_as_torch_wants_it():
+def test_opcheck():
     for weight in (None, torch.full((4,), 2.0)):
         torch.library.opcheck(weighted_sum, (PARTS, weight, 3.0))
         assert weighted_sum(PARTS, weight, 3.0).tolist() == [
@@ -30,22 +30,22 @@ def test_as_torch_wants_it():
         ]
 
 
-def test_a_mode_has_its_say():
+def test_dispatch_modes():
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(item) for item in PARTS]
         assert isinstance(weighted_sum(fakes, None, 1.0), torch._subclasses.FakeTensor)
-    # A fake tensor outside its mode, too.
+    # A fake tensor outside its mode is dispatched too.
     assert isinstance(weighted_sum(fakes, None, 1.0), torch._subclasses.FakeTensor)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_gradients_are_refused(place):
-    """When somebody goes back, not when they are only recorded."""
+@pytest.mark.parametrize("index", [0, 1])
+def test_gradients_are_refused(index):
+    """A backward raises; recording gradients does not."""
     leaf = torch.ones(4, requires_grad=True)
-    args = ([leaf, PARTS[1]], None, 1.0) if place == 0 else (PARTS, leaf, 1.0)
+    args = ([leaf, PARTS[1]], None, 1.0) if index == 0 else (PARTS, leaf, 1.0)
     out = weighted_sum(*args)
     assert out.requires_grad and torch.equal(
-        out.detach(), weighted_sum(PARTS if place else [leaf.detach(), PARTS[1]], None, 1.0)
+        out.detach(), weighted_sum(PARTS if index else [leaf.detach(), PARTS[1]], None, 1.0)
     )
     with pytest.raises(RuntimeError, match=r"test_weighted_sum.default is for inference.*restore"):
         out.sum().backward()

@@ -14,7 +14,7 @@ def on_cpu(monkeypatch):
     """Rewrites on the CPU too, of tiny models."""
     monkeypatch.setattr(rewrites.graph, "KINDS", [("cpu", torch.float32)])
     monkeypatch.setattr(rewrites.rows, "_NARROWEST", 1)
-    monkeypatch.setattr(rewrites.linear, "_LEAST", 1)
+    monkeypatch.setattr(rewrites.linear, "_LEAST_ELEMENTS", 1)
     monkeypatch.setattr(context, "REWRITTEN_ON", ("cpu",))
     torch.compiler.reset()
     yield

@@ -1,4 +1,4 @@
-"""Projections multiplied as one: the same numbers, quantized or not, with neighbours, and undone."""
+"""Packed projections: stock outputs, quantized or not, beside other features and packages, and undone by restore."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from diffusers_accel import (
     stats,
 )
 from diffusers_accel.features import context
-from diffusers_accel.kernels.linear import Part
+from diffusers_accel.kernels.linear import LinearSlice
 
-# Layers of a tiny denoiser that are multiplied as one with others.
+# Number of layers of a tiny denoiser that are packed.
 FAMILIES = {
     "flux": 3 * 6 + 3 * 4,  # both streams of a double block; a single block's feed-forward too
     "flux2": 18,
@@ -33,7 +33,7 @@ FAMILIES = {
     "wan-i2v": 21,
     "wan-vace": None,
     "ltx2": 42,
-    "ltx2-stg": 3 * (2 + 2 + 4 * 2),  # values may be asked for alone
+    "ltx2-stg": 3 * (2 + 2 + 4 * 2),  # values may be computed without queries
     "qwen": 18,
     "cosmos": 15,
     "cosmos-predict25-v2w": 15,
@@ -89,8 +89,8 @@ def test_every_family(name):
     found, after = products(pipe, lambda pipe: entry.run(pipe, steps=2))
     close(found, stock)
     assert after < before
-    parts = [module for model in denoisers(pipe) for module in model.modules() if isinstance(module, Part)]
-    assert FAMILIES[name] in (None, len(parts)) and parts
+    slices = [module for model in denoisers(pipe) for module in model.modules() if isinstance(module, LinearSlice)]
+    assert FAMILIES[name] in (None, len(slices)) and slices
     assert stats(pipe).weight_bytes_after == stats(pipe).weight_bytes_before
     seen = state(pipe)
     assert list(seen) == list(weights) and all(torch.equal(seen[key], weights[key]) for key in seen)
@@ -104,7 +104,7 @@ def test_every_family(name):
 
 @pytest.mark.parametrize("name", ["flux", "wan", "ltx2-stg", "cosmos3"])
 def test_quantized(name):
-    """What is stored is joined as it is: nothing is rounded again."""
+    """Packing concatenates the stored tensors and quantizes nothing again."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=2)
     for algo in ("fp8", "fp8-tensor", "int8", "nvfp4", "svdq-nvfp4"):
@@ -112,28 +112,28 @@ def test_quantized(name):
         apart = entry.run(pipe, steps=2)
         kinds = stats(pipe).linear_layers
         accelerate(pipe, linear={"algo": algo, "smallest": 0}, fuse=True)
-        assert any(isinstance(module, Part) for module in pipe.transformer.modules())
+        assert any(isinstance(module, LinearSlice) for module in pipe.transformer.modules())
         close(entry.run(pipe, steps=2), apart)
         assert stats(pipe).linear_layers == kinds
     restore(pipe)
     assert same(entry.run(pipe, steps=2), stock)
 
 
-def test_formats_that_differ_stay_apart():
+def test_different_formats_are_not_packed():
     pipe = build("flux")
     stock = TINY["flux"].run(pipe, steps=2)
     linear = {"algo": "int8", "smallest": 0, "plan": {"transformer_blocks.*.attn.to_v": "none"}}
     with pytest.warns(UserWarning, match=r"fuse: transformer: transformer_blocks\.0\.attn\.to_q.*formats differ"):
         accelerate(pipe, linear=linear, fuse=True)
-    assert isinstance(pipe.transformer.transformer_blocks[0].attn.add_q_proj, Part)
-    assert not isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, Part)
+    assert isinstance(pipe.transformer.transformer_blocks[0].attn.add_q_proj, LinearSlice)
+    assert not isinstance(pipe.transformer.transformer_blocks[0].attn.to_q, LinearSlice)
     restore(pipe)
     assert same(TINY["flux"].run(pipe, steps=2), stock)
 
 
 @pytest.mark.parametrize("name", ["flux", "wan", "ltx2-stg", "sd3"])
 def test_compiled(name):
-    """As many graphs as without, and no more products in them than in eager."""
+    """As many graphs as without packing, and no more GEMMs in them than in eager."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=2)
     graphs, linears = [], []
@@ -152,8 +152,8 @@ def test_compiled(name):
         accelerate(pipe, compile=CompileConfig(backend=f"counting_{name}"), **sections)
         close(entry.run(pipe, steps=2), stock)
     assert graphs[0] == graphs[1] and linears[1] < linears[0]
-    stacks = {id(part._stack): part._stack for part in pipe.transformer.modules() if isinstance(part, Part)}
-    assert all(stack._given is None and stack._found is None for stack in stacks.values())
+    packed = {id(item._packed): item._packed for item in pipe.transformer.modules() if isinstance(item, LinearSlice)}
+    assert all(item._traced_input is None and item._traced_output is None for item in packed.values())
 
 
 LORA = {"flux": ["to_q", "to_k", "proj_mlp"], "wan": ["to_q", "to_v", "ffn.net.2"]}
@@ -162,7 +162,7 @@ LORA = {"flux": ["to_q", "to_k", "proj_mlp"], "wan": ["to_q", "to_v", "ffn.net.2
 @pytest.mark.parametrize("name", LORA)
 @pytest.mark.parametrize("linear", [None, {"algo": "int8", "smallest": 0}])
 def test_lora(name, linear):
-    """Loaded before and after, merged, unmerged and unloaded: what the same does to layers apart."""
+    """A LoRA loaded before or after, merged, unmerged and unloaded, against the same LoRA on separate layers."""
     peft = pytest.importorskip("peft")
     entry, donor = TINY[name], build(name)
     torch.manual_seed(0)
@@ -193,7 +193,7 @@ def test_lora(name, linear):
     for pipe in (fused, apart):
         pipe.unload_lora_weights()
     close(alike(), without)
-    # A LoRA that is there already is wrapped around the parts too, and stays when they go.
+    # A LoRA that is loaded already wraps the slices, and stays after restore.
     for pipe in (fused, apart):
         restore(pipe)
         pipe.load_lora_weights(dict(weights), adapter_name="one")
@@ -218,7 +218,7 @@ def test_saved_files_are_the_stock_ones(tmp_path):
 
 @pytest.mark.parametrize("algo", ["fp8-tensor", "nvfp4", "svdq-nvfp4"])
 def test_quantized_checkpoints(algo, tmp_path):
-    """Written from parts as from layers apart; loaded, fused and restored without a bit changed."""
+    """Files of packed layers equal those of separate layers; loaded, packed and restored bit for bit."""
     pipe = build("wan")
     accelerate(pipe, linear={"algo": algo, "smallest": 0})
     save_quantized(pipe, tmp_path / "apart")
@@ -240,45 +240,45 @@ def test_quantized_checkpoints(algo, tmp_path):
     assert all(torch.equal(found[key].view(torch.uint8), item.view(torch.uint8)) for key, item in buffers.items())
 
 
-def test_what_is_asked_for():
+def test_explain_and_ignore():
     pipe = build("wan")
     text = str(explain(pipe, fuse=True))
-    assert "6 products instead of 15" in text
+    assert "6 GEMMs instead of 15" in text
     accelerate(pipe, fuse={"ignore": ["blocks.0.*"]})
-    assert not any(isinstance(module, Part) for module in pipe.transformer.blocks[0].modules())
-    assert isinstance(pipe.transformer.blocks[1].attn1.to_v, Part)
-    assert str(explain(pipe, fuse=True)) == text  # seen through what is in force
+    assert not any(isinstance(module, LinearSlice) for module in pipe.transformer.blocks[0].modules())
+    assert isinstance(pipe.transformer.blocks[1].attn1.to_v, LinearSlice)
+    assert str(explain(pipe, fuse=True)) == text  # explain sees the stock layers behind the session in force
     with pytest.raises(Unsupported, match=r"fuse\.ignore: 'nowhere'"):
         accelerate(pipe, fuse=FuseConfig(ignore=("nowhere",)))
     with pytest.raises(ConfigError, match="fuse"):
         accelerate(pipe, fuse="all")
     restore(pipe)
     pipe.transformer.blocks[0].attn1.fuse_projections()
-    accelerate(pipe, fuse=True)  # diffusers has done it there
-    assert not isinstance(pipe.transformer.blocks[0].attn1.to_q, Part)
+    accelerate(pipe, fuse=True)  # diffusers has fused the other block
+    assert not isinstance(pipe.transformer.blocks[0].attn1.to_q, LinearSlice)
     restore(pipe)
 
 
-def test_a_layer_that_stays_apart(monkeypatch):
-    """One that the user names; and in a rewritten graph the one whose activation its own product can do, unless its
-    result is to be rounded."""
+def test_layers_that_are_not_packed(monkeypatch):
+    """A layer in `fuse.ignore`; and in a rewritten graph the layer whose activation is fused into its GEMM, unless its
+    output is quantized."""
 
-    def parts(**sections):
+    def packed(**sections):
         pipe = build("flux")
         accelerate(pipe, **sections)
         block = pipe.transformer.single_transformer_blocks[0]
-        return [isinstance(layer, Part) for layer in (block.proj_mlp, block.attn.to_q, block.attn.to_v)]
+        return [isinstance(layer, LinearSlice) for layer in (block.proj_mlp, block.attn.to_q, block.attn.to_v)]
 
-    assert parts(fuse=True) == [True, True, True]
-    assert parts(fuse={"ignore": ["*.proj_mlp"]}) == [False, True, True]
+    assert packed(fuse=True) == [True, True, True]
+    assert packed(fuse={"ignore": ["*.proj_mlp"]}) == [False, True, True]
     monkeypatch.setattr(context, "REWRITTEN_ON", ("cpu",))
-    assert parts(fuse=True) == [True, True, True]
-    assert parts(fuse=True, compile=True) == [False, True, True]
-    said = "proj_mlp stay apart: their own product"
+    assert packed(fuse=True) == [True, True, True]
+    assert packed(fuse=True, compile=True) == [False, True, True]
+    said = "proj_mlp are not packed: the activation is fused into their own GEMM"
     assert said in str(explain(build("flux"), fuse=True, compile=True))
     assert said not in str(explain(build("flux"), fuse=True))
-    assert parts(fuse=True, compile={"rewrites": False}) == [True, True, True]
-    assert parts(fuse=True, compile=True, linear={"algo": "int8", "smallest": 0}) == [True, True, True]
+    assert packed(fuse=True, compile={"rewrites": False}) == [True, True, True]
+    assert packed(fuse=True, compile=True, linear={"algo": "int8", "smallest": 0}) == [True, True, True]
 
 
 def test_a_failure_changes_nothing(monkeypatch):
@@ -294,7 +294,7 @@ def test_a_failure_changes_nothing(monkeypatch):
     monkeypatch.setattr(attention, "edits", fails)
     with pytest.raises(Unsupported, match=r"attention on transformer .*RuntimeError: no"):
         accelerate(pipe, linear={"algo": "int8", "smallest": 0}, fuse=True, attention="sdpa")
-    assert not any(isinstance(module, Part) for module in pipe.transformer.modules())
+    assert not any(isinstance(module, LinearSlice) for module in pipe.transformer.modules())
     seen = state(pipe)
     assert all(torch.equal(seen[key], weights[key]) for key in weights)
 
@@ -303,7 +303,7 @@ def test_a_failure_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("linear", [None, {"algo": "fp8", "smallest": 0}])
 @pytest.mark.parametrize("kind", ["model", "block_level", "leaf_level"])
 def test_offloading(kind, linear):
-    """Enabled afterwards, every part finds its weight on the device, whichever is called first."""
+    """Offloading that is enabled afterwards: every slice finds its weight on the device, in any order of calls."""
     gpu = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if gpu.type == "cpu" and kind == "model":
         pytest.skip("needs an accelerator")

@@ -1,4 +1,4 @@
-"""Low-bit linear layers on stock pipelines: what is quantized and what is not, memory, undoing, and neighbours."""
+"""Quantized linear layers on stock pipelines: the choice of layers, memory, restore, other features and packages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from diffusers_accel.kernels.linear import LINEARS, QuantizedLinear
 FAMILIES = ["flux", "flux2", "wan", "wan22", "wan-i2v", "wan-vace", "ltx2", "qwen", "cosmos", "cosmos3", "sd3"]
 ALGOS = ["fp8", "fp8-tensor", "int8", "nvfp4", "svdq-nvfp4"]
 BOUNDS = {"fp8": 0.3, "fp8-tensor": 0.3, "int8": 0.12, "nvfp4": 0.35, "svdq-nvfp4": 0.01}
-# Everything inside the blocks, however small the tiny models are.
+# All layers inside the blocks: the layers of tiny models are below `smallest`.
 ALL = {"smallest": 0}
 
 
@@ -57,10 +57,10 @@ def test_every_family(name):
         found = stats(pipe)
         kind = next(kind for kind in found.linear_layers if kind != "Linear")
         assert kind.startswith(algo) and found.linear_layers[kind] > 5, found.linear_layers
-        if algo != "svdq-nvfp4":  # on layers this small the branch is larger than what it saves
+        if algo != "svdq-nvfp4":  # on layers this small the branch takes more than 4 bits save
             assert found.weight_bytes_after < found.weight_bytes_before
-        # Random weights amplify: a family's answer shows that nothing is wrong at large, `test_linear.py` of the
-        # kernels what a layer computes. The branch of svdq-nvfp4 holds layers as small as these entirely.
+        # Random weights amplify errors, so this bound is loose; `tests/kernels/test_linear.py` bounds each layer.
+        # The low-rank branch of svdq-nvfp4 represents layers as small as these exactly.
         assert difference(tensors(entry.run(pipe, steps=2)), stock) < BOUNDS[algo], algo
     restore(pipe)
     assert [type(module) for model in denoisers(pipe) for module in model.modules()] == types
@@ -70,13 +70,13 @@ def test_every_family(name):
     assert all(map(torch.equal, tensors(entry.run(pipe, steps=2)), stock))
 
 
-class TestWhatStaysWide:
+class TestExcludedLayers:
     def test_outside_the_blocks(self):
         pipe = build("flux")
         accelerate(pipe, linear="fp8")
-        wide = [path for path, module in pipe.transformer.named_modules() if type(module) is nn.Linear]
-        assert wide and not any("blocks" in path for path in wide)
-        assert {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"} <= set(wide)
+        unquantized = [path for path, module in pipe.transformer.named_modules() if type(module) is nn.Linear]
+        assert unquantized and not any("blocks" in path for path in unquantized)
+        assert {"x_embedder", "context_embedder", "proj_out", "norm_out.linear"} <= set(unquantized)
 
     def test_the_first_and_last_blocks_where_they_are_few(self):
         pipe = build("wan")
@@ -117,33 +117,35 @@ class TestWhatStaysWide:
         accelerate(pipe, linear={"algo": "fp8", "smallest": 8})
         assert stats(pipe).linear_layers["fp8"] > 5
 
-    def test_explain_says_it(self):
+    def test_explain_names_them(self):
         pipe = build("flux")
         before = state(pipe)
         rows = {row.feature: row for row in explain(pipe, linear={"algo": "nvfp4", "keep_original": "drop"}).rows}
         row = rows["linear"]
         assert row.modules > 10 and "nvfp4 x" in row.action
         notes = " ".join(row.notes)
-        assert "10 layers stay wide: context_embedder, x_embedder" in notes and "instead of" in notes
-        assert "restore cannot bring them back" in notes and "widened" in notes
+        assert "10 layers are not quantized: context_embedder, x_embedder" in notes and "instead of" in notes
+        assert "restore cannot bring them back" in notes and "dequantized" in notes
         assert all(torch.equal(item, before[key]) for key, item in state(pipe).items())
 
-    def test_shapes_a_format_cannot_take(self):
+    def test_shapes_that_a_format_cannot_store(self):
         pipe = build("flux")
         with pytest.raises(Unsupported, match=r"left to quantize: .*are no larger than linear.smallest=1000000"):
             accelerate(pipe, linear={"algo": "fp8-block", "smallest": 10**6})
         pipe.transformer.transformer_blocks[0].ff.net[2] = nn.Linear(
             pipe.transformer.transformer_blocks[0].ff.net[2].in_features, 24
         )
-        with pytest.warns(UserWarning, match=r"1 layers stay as they are \(24 output features are no multiple of 16\)"):
+        with pytest.warns(
+            UserWarning, match=r"1 layers are not quantized \(24 output features are no multiple of 16\)"
+        ):
             accelerate(pipe, linear="fp8")
 
 
-def test_shared_weights_stay():
+def test_shared_weights_are_not_quantized():
     pipe = build("flux")
     first, second = (block.attn.to_q for block in pipe.transformer.transformer_blocks[:2])
     second.weight = first.weight
-    with pytest.warns(UserWarning, match="2 layers stay as they are .its weight is shared with another layer."):
+    with pytest.warns(UserWarning, match="2 layers are not quantized .its weight is shared with another layer."):
         accelerate(pipe, linear="fp8")
     assert type(first) is type(second) is nn.Linear
 
@@ -160,7 +162,7 @@ class TestTorchao:
         layer = pipe.transformer.transformer_blocks[0].attn.to_q
         assert type(layer.weight.data).__module__.startswith("torchao")
         assert 0 < difference(tensors(entry.run(pipe, steps=2)), stock) < 0.05
-        # A second call is judged by the stock layers, and starts from them.
+        # A second call starts from the stock layers.
         accelerate(pipe, linear="int8")
         assert set(stats(pipe).linear_layers) == {"Linear", "int8"}
         accelerate(pipe, linear="torchao:int8_weight_only")
@@ -175,7 +177,7 @@ class TestTorchao:
             accelerate(pipe, linear="torchao:int8_weights_only")
         with pytest.raises(Unsupported, match="a granularity is 'row' or nothing, not 'column'"):
             accelerate(pipe, linear="torchao:float8_dynamic_activation_float8_weight/column")
-        monkeypatch.setattr("diffusers_accel.kernels.linear.others.has_module", lambda name: False)
+        monkeypatch.setattr("diffusers_accel.kernels.linear.third_party.has_module", lambda name: False)
         monkeypatch.setattr("diffusers_accel.kernels.linear.record.has_module", lambda name: False)
         with pytest.raises(Unsupported, match=r"needs the package torchao \(pip install torchao\)"):
             accelerate(pipe, linear="torchao:int8_weight_only")
@@ -262,7 +264,7 @@ class TestOriginals:
             assert difference(found, stock) < 0.02
 
     def test_one_layer_is_held_twice_at_most(self):
-        """While a layer is being quantized, the ones before it hold their low-bit form alone on the device."""
+        """While a layer is quantized, the layers before it hold only their low-bit form on the device."""
         pipe, seen = build("flux"), []
         stocks = []
 
@@ -279,7 +281,7 @@ class TestOriginals:
         assert seen == list(range(len(seen)))
 
 
-class TestNeighbours:
+class TestBesideOthers:
     def test_state_dict_and_save_pretrained_are_the_stock_ones(self, tmp_path):
         pipe = build("flux")
         before = state(pipe)
@@ -341,7 +343,7 @@ class TestNeighbours:
         assert isinstance(layer, QuantizedLinear) and layer.weight_data.dtype == torch.float8_e4m3fn
 
     def test_model_offloading_in_either_order(self):
-        """The hooks of `enable_model_cpu_offload`, which needs an accelerator; the host stands in for it here."""
+        """The hooks of `enable_model_cpu_offload`, which need an accelerator; the host is used here."""
         from accelerate import cpu_offload_with_hook
 
         expected = tensors(TINY["flux"].run(accelerate(build("flux"), linear="fp8"), steps=2))
@@ -442,12 +444,12 @@ class TestUsersOwn:
         assert all(map(torch.equal, tensors(entry.run(pipe, steps=2)), stock))
         with pytest.raises(ValueError, match="already"):
             register_linear("doubled", doubled)
-        # What is dropped must be found again should a later layer fail.
+        # A dropped weight must be recoverable if a later layer fails.
         with pytest.raises(Unsupported, match=r"makes of .* has no weight of the stock shape"):
             accelerate(pipe, linear={"algo": "doubled", "keep_original": "drop"})
         assert all(map(torch.equal, tensors(entry.run(pipe, steps=2)), stock))
 
-    def test_what_is_no_module_is_refused(self):
+    def test_functions_that_return_no_module(self):
         register_linear("wrong", lambda linear: linear.weight)
         pipe = build("wan")
         with pytest.raises(Unsupported, match=r"ValueError: .*registered as 'wrong' returned Parameter"):

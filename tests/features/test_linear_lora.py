@@ -1,5 +1,5 @@
-"""LoRA on quantized layers, through diffusers' own loader: before and after, merged and not, always what the same LoRA
-makes of the same numbers in wide layers."""
+"""LoRA on quantized layers, through diffusers' loader, loaded before or after, merged or not. The reference is the same
+LoRA on stock layers with the dequantized weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 # (pipeline, LoRA targets)
 MODELS = {"flux": ["to_q", "to_k", "proj_out"], "wan": ["to_q", "to_v", "ffn.net.2"]}
-# How near: 4-bit weights leave the activations alone, 8-bit layers round what they are given.
+# Relative tolerances: formats with 4-bit weights leave activations unquantized, 8-bit formats quantize them.
 ALGOS = {"nvfp4": 1e-4, "int8": 0.12}
 
 
@@ -32,15 +32,15 @@ def lora(name, seed=0):
     return {f"transformer.{key}": value for key, value in get_peft_model_state_dict(donor.transformer).items()}
 
 
-def widened(name, algo):
-    """A stock pipeline that holds the numbers a quantized one has stored."""
+def dequantized(name, algo):
+    """A stock pipeline with the dequantized weights of a quantized one."""
     quantized, pipe = build(name), build(name)
     accelerate(quantized, linear={"algo": algo, "smallest": 0, "keep_original": "drop"})
     modules = dict(pipe.transformer.named_modules())
     with torch.no_grad():
         for path, module in quantized.transformer.named_modules():
             if isinstance(module, QuantizedLinear):
-                modules[path].weight.copy_(module.dense())
+                modules[path].weight.copy_(module.dequantize())
     return pipe
 
 
@@ -57,17 +57,17 @@ def quantize(pipe, algo, keep="cpu"):
 
 def test_loaded_after(case):
     name, algo, bound, run = case
-    pipe, wide = quantize(build(name), algo), widened(name, algo)
+    pipe, reference = quantize(build(name), algo), dequantized(name, algo)
     before = run(pipe)
-    for each in (pipe, wide):
+    for each in (pipe, reference):
         each.load_lora_weights(lora(name), adapter_name="one")
         each.load_lora_weights(lora(name, seed=1), adapter_name="two")
     assert any(isinstance(module, QuantizedLinear) for module in pipe.transformer.modules())
     for names, weights in ((["one"], [1.0]), (["two"], [0.5]), (["one", "two"], [0.7, -0.4])):
-        for each in (pipe, wide):
+        for each in (pipe, reference):
             each.set_adapters(names, weights)
-        with_lora = run(wide)
-        # What the activations' rounding leaves is far less than what the LoRA does.
+        with_lora = run(reference)
+        # The error of quantized activations is far below the effect of the LoRA.
         assert difference(run(pipe), with_lora) < min(bound, difference(before, with_lora) / 2)
     pipe.disable_lora()
     assert difference(run(pipe), before) < 1e-6
@@ -77,7 +77,7 @@ def test_loaded_after(case):
 
 
 def test_restored_with_a_lora_on(case):
-    """`restore` takes back what we did and leaves the LoRA that came later."""
+    """`restore` undoes the quantization and leaves a LoRA that was loaded later."""
     name, algo, _, run = case
     pipe, stock = quantize(build(name), algo), build(name)
     for each in (pipe, stock):
@@ -91,14 +91,14 @@ def test_restored_with_a_lora_on(case):
 
 def test_loaded_before(case):
     name, algo, bound, run = case
-    pipe, wide, stock = build(name), widened(name, algo), build(name)
-    for each in (pipe, wide, stock):
+    pipe, reference, stock = build(name), dequantized(name, algo), build(name)
+    for each in (pipe, reference, stock):
         each.load_lora_weights(lora(name))
     quantize(pipe, algo)
-    assert difference(run(pipe), run(wide)) < bound
+    assert difference(run(pipe), run(reference)) < bound
     pipe.set_adapters(["default_0"], [0.5])
-    wide.set_adapters(["default_0"], [0.5])
-    assert difference(run(pipe), run(wide)) < bound
+    reference.set_adapters(["default_0"], [0.5])
+    assert difference(run(pipe), run(reference)) < bound
     restore(pipe)
     pipe.set_adapters(["default_0"], [1.0])
     assert difference(run(pipe), run(stock)) == 0
@@ -106,33 +106,33 @@ def test_loaded_before(case):
 
 @pytest.mark.parametrize("keep", ["cpu", "drop"])
 def test_merged_after(case, keep):
-    """Merging rounds the touched layers anew, from the stock weight where it is kept, and no other layer."""
+    """A merge quantizes the merged layers again, from the stock weight where it is kept, and no other layer."""
     name, algo, bound, run = case
     pipe, stock = quantize(build(name), algo, keep), build(name)
     base = run(pipe)
     layers = dict(pipe.transformer.named_modules())
-    before = {path: layer.dense() for path, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+    before = {path: layer.dequantize() for path, layer in layers.items() if isinstance(layer, QuantizedLinear)}
     for each in (pipe, stock):
         each.load_lora_weights(lora(name))
         each.fuse_lora()
         each.unload_lora_weights()
     after = dict(pipe.transformer.named_modules())
-    changed = {path for path in before if not torch.equal(after[path].dense(), before[path])}
+    changed = {path for path in before if not torch.equal(after[path].dequantize(), before[path])}
     touched = {path for path in before if any(path.endswith(target) for target in MODELS[name])}
     assert changed == touched
     expected = quantize(stock, algo, "drop")
     for path in touched:
-        found, wanted = after[path].dense(), dict(expected.transformer.named_modules())[path].dense()
+        found, wanted = after[path].dequantize(), dict(expected.transformer.named_modules())[path].dequantize()
         if keep == "cpu":
             torch.testing.assert_close(found, wanted)
-        else:  # once more rounded
+        else:  # quantized twice
             assert float((found - wanted).norm() / wanted.norm()) < 0.25
     if keep == "cpu":
         assert difference(run(pipe), run(expected)) < 1e-3
     assert difference(run(pipe), base) > bound / 10
 
 
-def test_merged_and_taken_apart_again(case):
+def test_merged_and_unmerged(case):
     name, algo, bound, run = case
     pipe = quantize(build(name), algo)
     before = run(pipe)

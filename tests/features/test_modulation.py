@@ -9,7 +9,7 @@ import torch
 from tiny import TINY, build, tensors
 
 from diffusers_accel import CompileConfig, StepMaskConfig, accelerate, explain, restore, stats
-from diffusers_accel.kernels.linear import known, narrow
+from diffusers_accel.kernels.linear import precomputed, skinny
 
 
 @pytest.fixture
@@ -17,13 +17,13 @@ def asked(monkeypatch, on_cpu):
     """Rewritten graphs on the CPU; how often they asked for a product, and how often something was known of it."""
     found: Counter[str] = Counter()
 
-    def known_of(weight):
-        answer = known.known_of(weight)
+    def precomputed_for(weight):
+        answer = precomputed.precomputed_for(weight)
         found["asked"] += 1
         found["known"] += answer is not None
         return answer
 
-    monkeypatch.setattr(narrow, "known_of", known_of)
+    monkeypatch.setattr(skinny, "precomputed_for", precomputed_for)
     return found
 
 

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from diffusers_accel import CompileConfig, LinearConfig, accelerate
 from diffusers_accel.features.compile import rewrites
 from diffusers_accel.kernels.linear import formats
-from diffusers_accel.kernels.linear.epilogue import linear_gelu, linear_of_parts
-from diffusers_accel.kernels.linear.rounding import TYPES
+from diffusers_accel.kernels.linear.epilogue import concat_linear, linear_gelu
+from diffusers_accel.kernels.linear.row_quantization import TYPES
 
 COUNTED = CompileConfig(backend="counting rewritten graphs", rewrites=True)
 
@@ -61,7 +61,7 @@ def test_stock_blocks(name, gelu, parts, seen):
     stock = entry.run(pipe, steps=2)
     accelerate(pipe, compile=COUNTED)
     torch.testing.assert_close(entry.run(pipe, steps=2), stock, atol=1e-4, rtol=1e-4)
-    graphs = counted(seen, "linear_gelu", "linear_of_parts")
+    graphs = counted(seen, "linear_gelu", "concat_linear")
     assert graphs >= (gelu, parts) and bool(graphs[0]) == bool(gelu) and bool(graphs[1]) == bool(parts), seen
 
 
@@ -200,7 +200,7 @@ def test_few_rows(name, seen):
     stock = entry.run(pipe, steps=2)
     accelerate(pipe, compile=COUNTED)
     torch.testing.assert_close(entry.run(pipe, steps=2), stock, atol=1e-4, rtol=1e-4)
-    assert counted(seen, "narrow_linear")[0] >= 2
+    assert counted(seen, "skinny_linear")[0] >= 2
 
 
 def test_processors_with_weights(seen):
@@ -235,7 +235,7 @@ def test_few_rows_of_8_bits(rows, kind, on_cpu):
     silu.meta["example_value"] = x
     rounding = graph.call_function(operators.quantize_rows.default, (silu, kind))
     values, scales = (graph.call_function(operator.getitem, (rounding, place)) for place in (0, 1))
-    target = torch._scaled_mm if kind == "e4m3" else operators.int8_product.default
+    target = torch._scaled_mm if kind == "e4m3" else operators.int8_linear.default
     if kind == "e4m3":
         transposed = [graph.call_method("t", (nodes[name],)) for name in ("data", "scale")]
         product = graph.call_function(target, (values, transposed[0], scales, transposed[1]), {"bias": nodes["bias"]})
@@ -266,7 +266,7 @@ def test_layers_of_another_library(seen):
     stock = entry.run(pipe, steps=1)
     accelerate(pipe, compile=COUNTED)
     torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
-    left = counted(seen, "linear_gelu", "linear_of_parts", "narrow_linear")
+    left = counted(seen, "linear_gelu", "concat_linear", "skinny_linear")
     assert not any(left) and counted(seen, "normed")[0]
 
 
@@ -336,10 +336,10 @@ def test_operators():
     x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
     weight, bias = torch.randn(6, 9, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
     sums = torch.einsum("abk,nk->abn", torch.cat([x, y], -1), weight) + bias
-    torch.testing.assert_close(linear_of_parts([x, y], weight, bias), sums)
+    torch.testing.assert_close(concat_linear([x, y], weight, bias), sums)
     tanh = 0.5 * sums * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (sums + 0.044715 * sums**3)))
     torch.testing.assert_close(linear_gelu(torch.cat([x, y], -1), weight, bias), tanh)
-    for function, args in ((linear_of_parts, ([x, y], weight, bias)), (linear_gelu, (x, weight[:, :4], bias))):
+    for function, args in ((concat_linear, ([x, y], weight, bias)), (linear_gelu, (x, weight[:, :4], bias))):
         torch.library.opcheck(function, args)
 
 

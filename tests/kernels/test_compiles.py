@@ -48,20 +48,20 @@ FORMS = {
         for one, two, first, second, int8 in (("", "gelu_tanh", 8192, 4096, False), ("swiglu", "swiglu", 0, 0, True),
                                               ("gelu", "silu", 4096, 0, False))
     ],
-    "linear.activations._rows": [{"INT8": int8, "ROWS": 2, "WIDTH": 4096} for int8 in (True, False)],
-    "linear.activations._groups": [{"ROWS": 32, "WIDTH": 128}],
-    "linear.activations._amax": [{"WIDTH": 4096}],
-    "linear.activations._tensor": [{"WIDTH": 4096}],
-    "linear.weights._pack": [{"ROWS": 16, "WIDTH": 256}],
-    "linear.products._narrow": [
+    "linear.quantize_activations._rows": [{"INT8": int8, "ROWS": 2, "WIDTH": 4096} for int8 in (True, False)],
+    "linear.quantize_activations._groups": [{"ROWS": 32, "WIDTH": 128}],
+    "linear.quantize_activations._amax": [{"WIDTH": 4096}],
+    "linear.quantize_activations._tensor": [{"WIDTH": 4096}],
+    "linear.quantize_weights._pack": [{"ROWS": 16, "WIDTH": 256}],
+    "linear.gemm._skinny_gemm": [
         {"SILU": silu, "SCALE": low, "BIAS": True, "WIDTH": 8, "DEPTH": 1024}
         for silu, low in ((True, True), (False, False))
     ],
-    "linear.products._known": [
+    "linear.gemm._precomputed_gemm": [
         {"SCALE": low, "BIAS": low, "WIDTH": 32, "DEPTH": 256, "WHOLE": 4096} for low in (True, False)
     ],
-    "linear.products._widen": [
-        {"BY_ROW": by_row, "RANK": rank, "R": max(rank, 16), "ROWS": 32, "WIDTH": 128}
+    "linear.gemm._dequantize_nvfp4": [
+        {"PER_ROW": by_row, "RANK": rank, "R": max(rank, 16), "ROWS": 32, "WIDTH": 128}
         for by_row, rank in ((False, 0), (True, 32))
     ],
 }  # fmt: skip
@@ -77,7 +77,7 @@ OUTPUTS = {
     "_round": {"qo_ptr": "*i8", "ko_ptr": "*i8", "vo_ptr": "*fp8e4nv"},
     "_round_per_head": dict.fromkeys(("qo_ptr", "ko_ptr", "vo_ptr"), "*fp8e4nv"),
     "_pack": {"out_ptr": "*u8"},
-    "_widen": {"out_ptr": "*bf16", "scale_ptr": "*fp8e4nv"},
+    "_dequantize_nvfp4": {"out_ptr": "*bf16", "scale_ptr": "*fp8e4nv"},
     "_add": {"out_ptr": "*bf16"},
     "_prepare": dict.fromkeys(("qo_ptr", "ko_ptr"), "*bf16"),
 }
@@ -95,10 +95,10 @@ def main() -> None:
         kernel = getattr(importlib.import_module(f"diffusers_accel.kernels.{module}"), name).kernel
         for constants in forms:
             outputs = OUTPUTS.get(name, {"out_ptr": "*i8" if constants.get("INT8") else "*fp8e4nv"})
-            if name in ("_narrow", "_known"):
+            if name in ("_skinny_gemm", "_precomputed_gemm"):
                 outputs = {"out_ptr": "*bf16", "weight_ptr": "*fp8e4nv" if constants["SCALE"] else "*bf16"}
-                outputs |= dict.fromkeys(("bias_ptr", "rows_ptr", "products_ptr"), "*bf16")
-                outputs |= dict.fromkeys(("step_ptr", "missed_ptr"), "*i32")
+                outputs |= dict.fromkeys(("bias_ptr", "rows_ptr", "outputs_ptr"), "*bf16")
+                outputs |= dict.fromkeys(("step_ptr", "misses_ptr"), "*i32")
             if constants.get("ROUND") is False:
                 outputs = {"out_ptr": "*bf16"}
             if "INT8" in constants and name == "_round" and not constants["INT8"]:

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from diffusers_accel.kernels.elementwise import operators, rows
-from diffusers_accel.kernels.linear.rounding import TYPES, quantize_rows
+from diffusers_accel.kernels.linear.row_quantization import TYPES, quantize_rows
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

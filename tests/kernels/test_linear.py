@@ -1,4 +1,4 @@
-"""Quantized linear layers as modules: what they store and compute, and that they still are `nn.Linear` to others."""
+"""Quantized linear layers as modules: stored tensors, outputs, and the interface of the replaced `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from diffusers_accel.kernels.linear.four_bit import Nvfp4NativeLinear
 from diffusers_accel.kernels.linear.module import WeightView
 
 NAMES = ["fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "nvfp4-fp8", "svdq-nvfp4"]
-# Relative error of y on Gaussian inputs: both operands rounded for 8 bits, the weight alone for 4.
+# Bounds on the relative error of outputs on Gaussian inputs. 8-bit formats quantize both operands, 4-bit formats the
+# weight alone.
 ERRORS = {
     "fp8": 0.045,
     "fp8-tensor": 0.045,
@@ -44,7 +45,7 @@ def relative(found, expected):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 256), (2, 7, 256), (300, 256), (0, 256)])
-def test_it_multiplies(name, dtype, shape):
+def test_output_against_float64(name, dtype, shape):
     stock = linear(dtype=dtype)
     layer = quantized(name, stock)
     x = torch.randn(shape, device=DEVICE).to(dtype)
@@ -55,7 +56,7 @@ def test_it_multiplies(name, dtype, shape):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_it_stores_is_low_bit(name):
+def test_stored_bytes(name):
     stock = linear(bias=False)
     layer = quantized(name, stock)
     expected = torch.uint8 if "nvfp4" in name else torch.int8 if name == "int8" else torch.float8_e4m3fn
@@ -68,32 +69,32 @@ def test_what_it_stores_is_low_bit(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_dense_is_what_is_stored(name):
-    """The product is that of the numbers stored: activations exact in the format leave no other error."""
+def test_output_is_that_of_the_dequantized_weight(name):
+    """Activations that are exact in the format leave no other error than the weight's."""
     stock = linear(bias=False)
     layer = quantized(name, stock)
     x = torch.zeros(4, 256, device=DEVICE)
     x[0, 3], x[1, 77], x[2, 255] = 1.0, -2.0, 4.0
-    expected = x.double() @ layer.dense().double().T
-    # What is stored in four bits and multiplied in eight is rounded once more, one value in three.
+    expected = x.double() @ layer.dequantize().double().T
+    # nvfp4-fp8 rounds the dequantized weight to e4m3: one value in three changes.
     bound = 0.025 if name == "nvfp4-fp8" else 1e-6 if DEVICE == "cpu" else 5e-3
     assert relative(layer(x), expected) < bound
 
 
-def test_blocks_of_other_sizes():
-    """Stored with zeros up to the next multiple of 128, which nobody sees."""
+def test_sizes_that_are_no_multiple_of_a_block():
+    """The stored weight is padded with zeros to a multiple of 128; `dequantize` and outputs are not."""
     stock = nn.Linear(200, 336, device=DEVICE, dtype=torch.bfloat16).requires_grad_(False)
     layer = quantized("fp8-block", stock)
-    assert layer.weight_data.shape == (384, 256) and layer.dense().shape == (336, 200)
-    assert relative(layer.dense(), stock.weight) < 0.03
+    assert layer.weight_data.shape == (384, 256) and layer.dequantize().shape == (336, 200)
+    assert relative(layer.dequantize(), stock.weight) < 0.03
     x = torch.randn(3, 7, 200, device=DEVICE, dtype=torch.bfloat16)
     assert layer(x).shape == (3, 7, 336)
     assert relative(layer(x), x.double() @ stock.weight.double().T + stock.bias.double()) < 0.045
 
 
 @pytest.mark.parametrize("name", NAMES)
-class TestNeighbours:
-    def test_a_change_of_type_leaves_the_stored_form(self, name):
+class TestAsStockLayer:
+    def test_casts_leave_the_stored_form(self, name):
         layer = quantized(name, linear())
         before = {key: item.clone() for key, item in layer.named_buffers()}
         layer.to(torch.bfloat16)
@@ -102,7 +103,7 @@ class TestNeighbours:
             assert item.dtype == before[key].dtype and torch.equal(item.float(), before[key].float())
         assert layer.half()(torch.randn(3, 256, device=DEVICE).half()).dtype == torch.float16
 
-    def test_to_meta_and_back_keeps_types(self, name):
+    def test_to_meta_keeps_dtypes(self, name):
         layer = quantized(name, linear())
         types = {key: item.dtype for key, item in layer.named_buffers()}
         layer.to("meta")
@@ -116,12 +117,12 @@ class TestNeighbours:
         weight = layer.weight
         assert isinstance(weight, torch.Tensor) and weight.shape == stock.weight.shape
         assert weight.dtype == stock.weight.dtype and weight.device == stock.weight.device
-        assert torch.equal(weight + 0, layer.dense())
-        assert torch.equal(torch.cat([weight, weight])[384:], layer.dense())
-        assert torch.equal(weight.T @ weight, layer.dense().T @ layer.dense())
+        assert torch.equal(weight + 0, layer.dequantize())
+        assert torch.equal(torch.cat([weight, weight])[384:], layer.dequantize())
+        assert torch.equal(weight.T @ weight, layer.dequantize().T @ layer.dequantize())
 
     def test_the_weight_can_be_written(self, name):
-        """As PEFT merges a LoRA: in place, through `.data`, and by assignment."""
+        """PEFT merges a LoRA in place, through `.data`, and by assignment."""
         stock = linear()
         delta = torch.randn(384, 256, device=DEVICE) * 0.1
         error = 2 * ERRORS[name]
@@ -143,29 +144,29 @@ class TestNeighbours:
         with pytest.raises(ValueError, match=r"shape \(384, 256\), not \(3, 3\)"):
             layer.weight = torch.zeros(3, 3)
 
-    def test_with_the_stock_layer_kept_it_is_what_others_see(self, name):
+    def test_a_kept_stock_layer_gives_the_weight(self, name):
         stock = linear()
         original = stock.weight.clone()
         layer = quantized(name, stock)
-        layer.keep(stock)
+        layer.keep_stock(stock)
         assert torch.equal(layer.weight + 0, original)
         assert torch.equal(layer.state_dict()["weight"], original)
         layer.weight.data += 1
         assert torch.equal(stock.weight, original + 1)
-        assert relative(layer.dense(), original + 1) < ERRORS[name]
+        assert relative(layer.dequantize(), original + 1) < ERRORS[name]
 
-    def test_state_dict_is_the_stock_layers(self, name):
+    def test_state_dict_holds_the_stock_weight(self, name):
         stock = linear(dtype=torch.bfloat16)
         layer = quantized(name, stock)
         state = layer.state_dict()
         assert set(state) == {"weight", "bias"} and state["weight"].dtype == torch.bfloat16
         fresh = nn.Linear(256, 384, dtype=torch.bfloat16)
         fresh.load_state_dict({key: item.cpu() for key, item in state.items()})
-        assert torch.equal(fresh.weight.to(DEVICE), layer.dense().bfloat16())
+        assert torch.equal(fresh.weight.to(DEVICE), layer.dequantize().bfloat16())
         other = linear(dtype=torch.bfloat16)
         other.weight += 1
         layer.load_state_dict(other.state_dict())
-        assert relative(layer.dense(), other.weight) < ERRORS[name]
+        assert relative(layer.dequantize(), other.weight) < ERRORS[name]
         with pytest.raises(RuntimeError, match="Missing key"):
             layer.load_state_dict({"bias": other.bias})
 
@@ -194,7 +195,7 @@ class TestNeighbours:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_awkward_weights(name):
-    """Rows of zeros, subnormal and large values: nothing becomes NaN, and zeros stay zeros."""
+    """Rows of zeros, subnormal and large values: no value becomes NaN, and zeros stay zeros."""
     stock = linear()
     stock.weight[0] = 0
     stock.weight[1] *= 1e-38
@@ -211,13 +212,13 @@ def test_static_scales_are_used():
     layer = quantized("fp8-tensor", linear())
     layer.input_scale = torch.tensor([0.01], device=DEVICE)
     x = torch.randn(64, 256, device=DEVICE)
-    rounded = formats.dequantize(formats.to_e4m3(x / 0.01), layer.input_scale)
-    torch.testing.assert_close(layer(x), rounded @ layer.dense().T + layer.bias, rtol=2e-2, atol=2e-2)
-    assert relative(layer(x), x @ layer.dense().T + layer.bias) < 0.045
+    x_quantized = formats.dequantize(formats.to_e4m3(x / 0.01), layer.input_scale)
+    torch.testing.assert_close(layer(x), x_quantized @ layer.dequantize().T + layer.bias, rtol=2e-2, atol=2e-2)
+    assert relative(layer(x), x @ layer.dequantize().T + layer.bias) < 0.045
 
 
 def unswizzled(flat, rows, columns):
-    """Block scales from the order of Blackwell's matrix units, one by one, by cuBLAS's description of it."""
+    """Block scales in row order, from the order of Blackwell's matrix units, by the description in cuBLAS's manual."""
     found = torch.empty(rows, columns)
     tiles = -(-columns // 4)
     for r in range(rows):
@@ -237,9 +238,9 @@ def test_scales_in_blackwells_order(rows, columns):
     assert torch.equal(flat.float(), utils.to_blocked(scale).float())
 
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_blackwells_product(monkeypatch, joined):
-    """No such GPU is at hand: a stand-in for torch's product computes what its arguments say, in float64."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_nvfp4_gemm_of_blackwell(monkeypatch, packed):
+    """Without such a GPU: a mock of `F.scaled_mm` computes the product of its arguments in float64."""
     import torch.nn.functional as F
 
     def operand(packed, scales, recipe, swizzle):
@@ -258,28 +259,28 @@ def test_blackwells_product(monkeypatch, joined):
     stock = nn.Linear(96, 160, dtype=torch.bfloat16).requires_grad_(False)
     layer = Nvfp4NativeLinear(stock)
     assert layer.kind == "nvfp4"
-    if joined:
+    if packed:
         layer.weight_scale_2 = layer.weight_scale_2.reshape(1, 1).expand(160, 1).contiguous()
     x = torch.randn(2, 7, 96, dtype=torch.bfloat16)
-    expected = layer.reference(x.reshape(-1, 96))
-    assert relative(layer.product(x), expected) < 5e-3
+    expected = layer.forward_native(x.reshape(-1, 96))
+    assert relative(layer.forward_cuda(x), expected) < 5e-3
     assert relative(expected, stock(x).reshape(-1, 160)) < 0.2
 
 
-def test_where_a_format_can_multiply():
+def test_devices_of_each_format():
     ampere, ada, hopper, blackwell = (Device("cuda", "GPU", arch) for arch in ((8, 0), (8, 9), (9, 0), (10, 0)))
     for name, able in {
         "fp8": (ada, hopper, blackwell),
-        "fp8-block": (hopper,),  # torch's product with blocks of scales
+        "fp8-block": (hopper,),  # `F.scaled_mm` with block scales
         "int8": (ampere, ada, hopper, blackwell),
         "nvfp4": (ampere, ada, hopper, blackwell),
     }.items():
         for device in (ampere, ada, hopper, blackwell):
             assert (LINEARS.get(name).missing(device) is None) == (device in able), (name, device)
-    assert "multiplies on sm_90; this is GPU" in LINEARS.get("fp8-block").missing(blackwell)
+    assert "runs on sm_90 only; this is GPU" in LINEARS.get("fp8-block").missing(blackwell)
 
 
-def test_shapes_that_are_refused():
+def test_refused_shapes():
     for name, inside, outside, reason in (
         ("fp8", 24, 32, "24 input features are no multiple of 16"),
         ("fp8-block", 256, 40, "40 output features are no multiple of 16"),
@@ -291,11 +292,11 @@ def test_shapes_that_are_refused():
     assert "float8_e4m3fn" in LINEARS.get("fp8").refuses(layer)
 
 
-class TestRoundedOnce:
-    """Layers that read one tensor round it once, and never take an old rounding for a new one."""
+class TestActivationCache:
+    """Layers that read one tensor quantize it once, and never use a value of an older version."""
 
     def counted(self):
-        from diffusers_accel.kernels.linear.module import RoundedOnce
+        from diffusers_accel.kernels.linear.module import ActivationCache
 
         calls = []
 
@@ -303,43 +304,43 @@ class TestRoundedOnce:
             calls.append(x.clone())
             return x * 2
 
-        return RoundedOnce(), calls, make
+        return ActivationCache(), calls, make
 
-    def test_the_same_tensor_is_rounded_once(self):
-        shared, calls, make = self.counted()
+    def test_one_tensor_is_quantized_once(self):
+        cache, calls, make = self.counted()
         x = torch.ones(3)
-        first = shared.of(x, "rows", make)
-        assert shared.of(x, "rows", make) is first and len(calls) == 1
-        assert shared.of(x, "groups", make) is not first and len(calls) == 2
+        first = cache.get(x, "row", make)
+        assert cache.get(x, "row", make) is first and len(calls) == 1
+        assert cache.get(x, "block", make) is not first and len(calls) == 2
 
-    def test_a_change_in_place_is_seen(self):
-        shared, _, make = self.counted()
+    def test_in_place_writes(self):
+        cache, _, make = self.counted()
         x = torch.ones(4)
-        shared.of(x, "rows", make)
+        cache.get(x, "row", make)
         x[:2].add_(1)  # through a view
-        assert torch.equal(shared.of(x, "rows", make), torch.tensor([4.0, 4.0, 2.0, 2.0]))
+        assert torch.equal(cache.get(x, "row", make), torch.tensor([4.0, 4.0, 2.0, 2.0]))
 
-    def test_another_tensor_at_the_same_place_is_seen(self):
-        shared, calls, make = self.counted()
+    def test_another_tensor_at_the_same_address(self):
+        cache, calls, make = self.counted()
         base = torch.zeros(8)
         for value in range(5):
             x = base[:4]  # a new tensor over old memory
             base.fill_(value)
-            assert torch.equal(shared.of(x, "rows", make), torch.full((4,), 2.0 * value))
+            assert torch.equal(cache.get(x, "row", make), torch.full((4,), 2.0 * value))
             del x
         assert len(calls) == 5
 
-    def test_nothing_outlives_the_tensor(self):
-        shared, _, make = self.counted()
+    def test_the_value_dies_with_the_tensor(self):
+        cache, _, make = self.counted()
         x = torch.ones(3)
-        shared.of(x, "rows", make)
+        cache.get(x, "row", make)
         del x
-        assert shared._entry is None
+        assert cache._entry is None
 
-    def test_inference_tensors_do_not_count_changes(self):
-        shared, calls, make = self.counted()
+    def test_inference_tensors_are_not_cached(self):
+        cache, calls, make = self.counted()
         with torch.inference_mode():
             x = torch.ones(3)
-            shared.of(x, "rows", make)
+            cache.get(x, "row", make)
             x.add_(1)
-            assert torch.equal(shared.of(x, "rows", make), torch.full((3,), 4.0)) and len(calls) == 2
+            assert torch.equal(cache.get(x, "row", make), torch.full((3,), 4.0)) and len(calls) == 2

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffusers_accel.kernels.linear import is_divided, sharded, stock_of, whole_of
-from diffusers_accel.kernels.linear.stacked import Part, Stack
+from diffusers_accel.kernels.linear.packed import LinearSlice, PackedLinear
 
 
 class Together:
@@ -74,10 +74,10 @@ def test_a_norm_across_heads_is_the_stock_norm(group, eps, affine):
 def test_what_stands_for_a_part_remembers_the_whole():
     layer, other = linear(6, 10), linear(6, 10)
     parts = [sharded.columns(item, [(0, 5)]) for item in (layer, other)]
-    stack = Stack(parts)
-    joined = Part(stack, 1, parts[1])
+    packed = PackedLinear(parts)
+    joined = LinearSlice(packed, 1, parts[1])
     assert whole_of(joined) is other and stock_of(joined) is other
-    plain = Part(Stack([layer, other]), 0, layer)
+    plain = LinearSlice(PackedLinear([layer, other]), 0, layer)
     assert whole_of(plain) is plain and stock_of(plain).weight.shape == (10, 6)
 
 

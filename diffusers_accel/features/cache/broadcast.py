@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ def check(context: PipelineContext, config: PABConfig) -> Plan:
                 name = f"{_kind(denoiser, path)} every {interval}"
                 counts[name] = counts.get(name, 0) + 1
     for glob in config.layers or {}:
-        if not any(_matches(each, path, glob) for each in context.denoisers for path, _ in _modules(each)):
+        if not any(each.matches(path, glob) for each in context.denoisers for path, _ in _modules(each)):
             example = next((path for each in context.denoisers for path, _ in _modules(each)), None)
             raise Unsupported(
                 f"cache.layers[{glob!r}]",
@@ -180,11 +179,7 @@ def _kind(denoiser: Denoiser, path: str) -> str:
 
 def _interval(denoiser: Denoiser, path: str, config: PABConfig) -> int | None:
     for glob, interval in (config.layers or {}).items():
-        if _matches(denoiser, path, glob):
+        if denoiser.matches(path, glob):
             return interval
     by_kind: int | None = getattr(config, _kind(denoiser, path))
     return by_kind
-
-
-def _matches(denoiser: Denoiser, path: str, glob: str) -> bool:
-    return fnmatchcase(path, glob) or fnmatchcase(f"{denoiser.name}.{path}", glob)

@@ -18,8 +18,8 @@ from torch import nn
 from ...config import CompileConfig
 from ...core.chain import Chain
 from ...core.edits import AddLayer, Edit
-from ...core.hooks import wrapped
-from ...core.parts import parts
+from ...core.hooks import is_wrapped
+from ...core.submodules import submodules
 from ...errors import Unsupported
 from ..context import Denoiser, PipelineContext
 from ..feature import Plan
@@ -140,7 +140,7 @@ class _Hooked:
         if pipe is not None:  # the denoiser is not about to run yet
             return
         self.blocks.clear()
-        self.blocks.update(id(block) for block in self._all if any(map(wrapped, parts(block)[1:])))
+        self.blocks.update(id(block) for block in self._all if any(map(is_wrapped, submodules(block)[1:])))
         if self.blocks and not self._warned:
             self._warned = True
             warnings.warn(

@@ -3,8 +3,9 @@
 Some models make what modulates their tokens anew in every block (FLUX.1, Qwen-Image, SD3), from an embedding of the
 time step and the prompt: products of one row, which read up to a third of the model's weights once a step. When a
 request's first embedding is made, those of its other steps are too, by the stock module itself, and the layers'
-products of all of them at once. Rewritten graphs look them up (`kernels/linear/known.py`), after comparing their input
-on the GPU. Weights are read when a request begins: one that is written to in place before it ends counts from the next.
+products of all of them at once. Rewritten graphs look them up (`kernels/linear/precomputed.py`), after comparing their
+input on the GPU. Weights are read when a request begins: one that is written to in place before it ends counts from the
+next.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...kernels.linear import QuantizedLinear
-from ...kernels.linear.known import Known, KnownInputs, publish
-from ...kernels.linear.narrow import MOST
+from ...kernels.linear.precomputed import PrecomputedInputs, PrecomputedOutputs, register_precomputed
+from ...kernels.linear.skinny import MAX_ROWS
 from ...models.adapter import Modulation
 from ..context import Denoiser, PipelineContext
 
@@ -41,8 +42,8 @@ class Modulations:
         self.context, self.denoiser, self.modulation = context, denoiser, modulation
         self._generation = 0
         # By the form of the embedding: CUDA graphs of several batch sizes know their buffers by their addresses.
-        self._sets: dict[Hashable, tuple[KnownInputs, dict[int, Known]]] = {}
-        self._current: tuple[KnownInputs, dict[int, Known]] | None = None
+        self._sets: dict[Hashable, tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]]] = {}
+        self._current: tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]] | None = None
         # Kept for the call at hand, whose graphs still have their addresses.
         self._outgrown: Any = None
         self._branch: tuple[int, str] | None = None
@@ -55,7 +56,7 @@ class Modulations:
     @property
     def missed(self) -> int:
         """Products of those layers that were made anew all the same, in the last request. Reads from the device."""
-        return 0 if self._current is None else int(self._current[0].missed)
+        return 0 if self._current is None else int(self._current[0].misses)
 
     def buffers(self) -> int:
         """Another number once CUDA graphs that know the buffers' addresses must not be played any more."""
@@ -71,21 +72,21 @@ class Modulations:
         if self._branch is None or self._branch[0] != branch[0]:
             self._branch = branch
             for inputs, _ in self._sets.values():
-                inputs.at(None)
+                inputs.set_step(None)
             self._current = self._ahead(step.step, inner, args, kwargs)
         self._at(step.step if branch == self._branch or not self.modulation.of_prompt else None)
         return inner(*args, **kwargs)
 
     def _at(self, step: int | None) -> None:
         if self._current is not None:
-            self._current[0].at(step)
+            self._current[0].set_step(step)
 
     def _ahead(
         self, first: int, inner: Callable[..., Any], args: Any, kwargs: Any
-    ) -> tuple[KnownInputs, dict[int, Known]] | None:
+    ) -> tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]] | None:
         """Makes the products of all steps from this one on; `None` where that cannot be done, or does not pay."""
         given, schedule, dtype = args[0], self.context.clock.timesteps, self.denoiser.dtype
-        if not isinstance(given, torch.Tensor) or given.ndim != 1 or len(given) > MOST:
+        if not isinstance(given, torch.Tensor) or given.ndim != 1 or len(given) > MAX_ROWS:
             return None
         if not 2 <= len(schedule) - first <= len(schedule) <= _MOST_STEPS:
             return None
@@ -100,33 +101,33 @@ class Modulations:
         if not layers:
             return None
         inputs, before = self._room(found)
-        inputs.take(found)
+        inputs.load(found)
         activated = F.silu(found).flatten(0, 1)
-        known: dict[int, Known] = {}
+        known: dict[int, PrecomputedOutputs] = {}
         for layer in layers:
             address = _stored(layer).data_ptr()
             made = before.get(address)
             if made is None:
                 with torch.inference_mode(False):
-                    made = Known(inputs, found.new_empty((*inputs.rows.shape[:2], layer.out_features)))
-            made.products[: len(found)] = _product(layer, activated).view(*found.shape[:2], -1)
+                    made = PrecomputedOutputs(inputs, found.new_empty((*inputs.rows.shape[:2], layer.out_features)))
+            made.outputs[: len(found)] = _product(layer, activated).view(*found.shape[:2], -1)
             known[address] = made
         before.clear()
         before.update(known)
-        publish(known)
+        register_precomputed(known)
         return inputs, before
 
-    def _room(self, rows: torch.Tensor) -> tuple[KnownInputs, dict[int, Known]]:
+    def _room(self, rows: torch.Tensor) -> tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]]:
         """Buffers for inputs like these."""
         form = (rows.shape[1:], rows.dtype, rows.device)
         kept = self._sets.get(form)
-        if kept is not None and kept[0].fits(rows):
+        if kept is not None and kept[0].has_room_for(rows):
             return kept
         if kept is not None:
             # Graphs that know the smaller buffers are played in this call for the last time, and find nothing there.
             self._generation += 1
             self._outgrown = kept
-        self._sets[form] = (KnownInputs(rows), {})
+        self._sets[form] = (PrecomputedInputs(rows), {})
         return self._sets[form]
 
     def _layers(self, dtype: torch.dtype, rows: torch.Tensor) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.parts import parts
+from ...core.submodules import submodules
 from .segments import CONSTANTS
 
 
@@ -34,7 +34,7 @@ def state_of(module: nn.Module) -> State:
     why: str | None = None
     adapters: list[tuple[Any, tuple[str, ...]]] = []
     found: list[Hashable] = []
-    for part in parts(module):
+    for part in submodules(module):
         own = vars(part)
         if "_hf_hook" in own or ("_diffusers_hook" in own and any("offload" in name for name in _hooks_of(part))):
             why = "its weights are offloaded"

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from ...core.comm import Group
 from ...core.edits import AddLayer, Edit, MoveTensors, SetAttr
 from ...core.mesh import own_gpu
-from ...core.parts import parts
+from ...core.submodules import submodules
 from ...errors import Unsupported
 from ..context import PipelineContext
 
@@ -165,7 +165,7 @@ class _MoveHooks:
 def _hooks(module: nn.Module) -> list[Any]:
     """Hooks of accelerate's, on a model and all that is in it."""
     found: list[Any] = []
-    waiting = [vars(part)["_hf_hook"] for part in parts(module) if "_hf_hook" in vars(part)]
+    waiting = [vars(part)["_hf_hook"] for part in submodules(module) if "_hf_hook" in vars(part)]
     while waiting:
         hook = waiting.pop()
         inside = getattr(hook, "hooks", None)
@@ -188,7 +188,7 @@ def _bound_by(module: nn.Module) -> str | None:
     # One whose device is nobody's only puts outputs where inputs were, as sequential offloading has them.
     if not all(hasattr(hook, "execution_device") for hook in _hooks(module)):
         return f"hooks of its {name} move tensors to a device of their own"
-    for part in parts(module):
+    for part in submodules(module):
         for hook in getattr(vars(part).get("_diffusers_hook"), "hooks", {}).values():
             group = getattr(hook, "group", None)
             if group is None:

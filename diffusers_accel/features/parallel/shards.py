@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ...core.comm import Group
-from ...core.platform import moved, parked
+from ...core.platform import offload_to_host, to_device
 from ...errors import Unsupported
 
 # Where a tensor may begin: kernels read wide words, and torch's own allocator gives no less.
@@ -306,7 +306,7 @@ class Divided:
             kept = _run(weight.tensor)
             self._homes.append(kept.device)
             if kept.device.type == "cuda":
-                self._moving.append(parked(kept))
+                self._moving.append(offload_to_host(kept))
             self._kept.append(kept)
         self.shard.hide()
 
@@ -321,7 +321,7 @@ class Divided:
             # If it failed, the weight lies in page-locked memory, whole.
             moving.exception()
         for weight, kept, home, form in zip(self.shard.weights, self._kept, self._homes, self.shard.forms, strict=True):
-            run = kept if home.type == "cpu" else moved(kept, weight.now().device)
+            run = kept if home.type == "cpu" else to_device(kept, weight.now().device)
             weight.back(run.as_strided(*form[1:]))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...config import ParallelConfig
-from ...core.edits import AddLayer, Edit, ParkWeight, SetAttr, SetItem, SwapModule
+from ...core.edits import AddLayer, Edit, OffloadWeight, SetAttr, SetItem, SwapModule
 from ...core.mesh import Mesh, begin
 from ...errors import Unsupported
 from ...kernels.linear import sharded, stock_of
@@ -239,9 +239,9 @@ def _divided(layer: _Layer, rank: int, number: int) -> Iterator[Edit]:
         made = holder = sharded.columns(stock, parts)
     yield SwapModule(place.parent, place.name, made)
     if stock.weight is not None:
-        yield ParkWeight(stock, holder, keep=True)
+        yield OffloadWeight(stock, holder, keep=True)
     if not place.rows and getattr(stock, "bias", None) is not None:
-        yield ParkWeight(stock, holder, keep=True, tensor="bias")
+        yield OffloadWeight(stock, holder, keep=True, tensor="bias")
 
 
 def _counted(attention: nn.Module, denoiser: Denoiser, ranks: int, rank: int) -> Iterator[Edit]:

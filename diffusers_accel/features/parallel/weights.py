@@ -22,7 +22,7 @@ from ...config import ParallelConfig
 from ...core.edits import AddLayer, Edit
 from ...core.mesh import Mesh, begin, everyone, launched
 from ...errors import Unsupported
-from ...kernels.linear import StandIn
+from ...kernels.linear import LinearProxy
 from ...models.adapter import default_adapter
 from ..context import Denoiser, PipelineContext
 from ..feature import Plan, refuse_offloaded
@@ -193,7 +193,7 @@ def _entries(context: PipelineContext, owner: dict[int, _Block]) -> list[_Entry]
     modules = {id(module): module for model in models for module in model.modules()}
     found: dict[int, _Entry] = {}
     for module in modules.values():
-        for holder, stored in ((module._parameters, True), (module._buffers, isinstance(module, StandIn))):
+        for holder, stored in ((module._parameters, True), (module._buffers, isinstance(module, LinearProxy))):
             for name, tensor in holder.items():
                 if tensor is None or not _plain(tensor):
                     continue

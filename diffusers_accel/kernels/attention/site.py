@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from ...core.operators import operator
-from ...core.platform import on
+from ...core.platform import device_guard
 from ...errors import Unsupported
 from .choice import Choice, shape_class
 from .pending import pending, settled
@@ -57,7 +57,7 @@ class AttentionSite:
 
     def here(self, inputs: Inputs) -> Any:
         """The same on this rank alone; with the logsumexp, if that is asked for."""
-        with on(inputs.value):
+        with device_guard(inputs.value):
             return self._here(inputs)
 
     def _here(self, inputs: Inputs) -> Any:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ...core.operators import operator
 from ..linear import formats
-from ..linear.rounding import TYPES
+from ..linear.row_quantization import TYPES
 
 
 def _fits(x: torch.Tensor) -> bool:

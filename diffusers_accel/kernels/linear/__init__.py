@@ -1,40 +1,42 @@
-"""Linear layers in low-bit formats: one record each.
+"""Linear layers in low-bit formats, one record per format.
 
 Importing this package registers the records and imports no kernel package. Where to look:
 
-- `formats.py`: what each format is, in plain torch. `module.py`: what every quantized layer has in common.
-- `stacked.py`: several layers as one product. `sharded.py`: layers of which a rank has a part.
-- `record.py`: what a linear kernel is, and `register_linear`.
-- `eight_bit.py`, `four_bit.py`: the layers. `others.py`: those of packages a user may have.
-- Operators that rewrites of compiled graphs find or put there: `rounding.py` (activations, row by row), `epilogue.py`
-  (GELU in a product, a product of parts), `narrow.py` (a few rows).
-- In Triton, imported only when a layer runs on a CUDA device: `activations.py`, `products.py`, `weights.py`.
+- `formats.py`: the definition of each format, in plain torch. `module.py`: the base classes of quantized layers.
+- `packed.py`: several layers as one product. `sharded.py`: a rank's shard of a layer.
+- `record.py`: the record of a format, and `register_linear`.
+- `eight_bit.py`, `four_bit.py`: the layers. `third_party.py`: layers of other packages.
+- Operators that rewrites of compiled graphs find or insert: `row_quantization.py` (activations, row by row),
+  `epilogue.py` (GELU after a product, a concatenation before it), `skinny.py` (products of a few rows).
+- `precomputed.py`: outputs of a few rows that were computed before a request's first step.
+- Triton kernels, imported only when a layer runs on CUDA: `gemm.py`, `quantize_activations.py`,
+  `quantize_weights.py`.
 """
 
 from __future__ import annotations
 
-from . import eight_bit, four_bit, others  # noqa: F401  (each registers its records)
-from .module import STOCK, Apart, QuantizedLinear, RoundedOnce, StandIn
+from . import eight_bit, four_bit, third_party  # noqa: F401  (each registers its records)
+from .module import STOCK, ActivationCache, CannotPack, LinearProxy, QuantizedLinear
+from .packed import LinearSlice, PackedLinear, release_tensors, restore_tensors, stock_modules
 from .record import LINEARS, LinearKernel, kind_of, register_linear
 from .sharded import is_divided, stock_of, whole_of
-from .stacked import Part, Stack, emptied, modules_of, unstacked
 
 __all__ = [
     "LINEARS",
     "STOCK",
-    "Apart",
+    "CannotPack",
     "LinearKernel",
-    "Part",
+    "LinearSlice",
     "QuantizedLinear",
-    "RoundedOnce",
-    "Stack",
-    "StandIn",
-    "emptied",
+    "ActivationCache",
+    "PackedLinear",
+    "LinearProxy",
+    "release_tensors",
     "is_divided",
     "kind_of",
-    "modules_of",
+    "stock_modules",
     "register_linear",
     "stock_of",
-    "unstacked",
+    "restore_tensors",
     "whole_of",
 ]

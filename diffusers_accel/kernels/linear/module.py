@@ -1,9 +1,15 @@
-"""Modules in a stock layer's place, and the one that stores low-bit weights.
+"""Base classes of the modules that take a stock linear layer's place: `LinearProxy` and `QuantizedLinear`.
 
-To everything around it, a stand-in still is the `nn.Linear` it replaces: `state_dict` speaks of the stock weight, and
-`weight` is a tensor of the stock shape and dtype whose values are made when somebody asks for them. Whatever is written
-to it (a LoRA being merged, say) is rounded into the stored form. What is stored are buffers, so optimizers and dtype
-changes pass them by and `.to(device)`, offloading and hooks carry them along.
+To its surroundings a proxy still is the `nn.Linear` that it replaces. Its `state_dict` holds the stock weight. Its
+`weight` is a `WeightView`: a tensor of the stock shape and dtype whose values are dequantized on first use. A write to
+the view (a LoRA merge, say) is quantized into the stored form.
+
+The stored form lies in buffers. Optimizers and dtype casts pass buffers by; `.to(device)`, offloading and hooks carry
+them along.
+
+`WeightView` and the lazy tensors of guidance parallelism are both wrapper subclasses that answer metadata without
+values. They differ in ownership: a lazy tensor owns a computation that runs once, and its result never changes. A view
+owns nothing: it reads the layer at every use and writes back to it.
 """
 
 from __future__ import annotations
@@ -15,63 +21,75 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-# What does not depend on the values, and may be answered without them.
+# Functions of a tensor that do not depend on its values.
 _METADATA = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout", "is_meta", "is_sparse")
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.stride}
 
 
-# Where a module that is no `StandIn` remembers the stock layer it stands for; in a tuple, so that it is no child of it.
+# Attribute of a module that is no `LinearProxy` (another package's layer): the stock layer that it replaces. The value
+# is a tuple, so that the stock layer is not registered as a child.
 STOCK = "_diffusers_accel_stock"
 
 
-class RoundedOnce:
-    """Rounded activations that several layers can share: Q, K and V read one tensor, so it is rounded for the first of
-    them only. Kept as long as the tensor itself, and only while nobody writes to it."""
+class ActivationCache:
+    """One value derived from an activation tensor, shared by the layers that read this tensor.
+
+    Q, K and V read one tensor, so it is quantized for the first of them only. The value lives as long as the tensor,
+    and is used only while the tensor's version counter is unchanged.
+    """
 
     def __init__(self) -> None:
         self._entry: tuple[weakref.ref[torch.Tensor], int, str, Any] | None = None
 
-    def of(self, x: torch.Tensor, form: str, make: Callable[[torch.Tensor], Any]) -> Any:
-        """`make(x)`, or what it gave for the same tensor and form before."""
-        if x.is_inference():  # such tensors do not count their changes
-            return make(x)
+    def get(self, x: torch.Tensor, key: str, compute: Callable[[torch.Tensor], Any]) -> Any:
+        """The cached value for a tensor, or `compute(x)`.
+
+        Args:
+            x: The activation. Tensors of inference mode have no version counter, so nothing is cached for them.
+            key: Name of the derived value: one of another key is not returned.
+            compute: Makes the value.
+        """
+        if x.is_inference():
+            return compute(x)
         entry = self._entry
-        if entry is not None and entry[0]() is x and entry[1:3] == (x._version, form):
+        if entry is not None and entry[0]() is x and entry[1:3] == (x._version, key):
             return entry[3]
         self._entry = None
-        found = make(x)
-        self._entry = (weakref.ref(x, self._drop), x._version, form, found)
-        return found
+        value = compute(x)
+        self._entry = (weakref.ref(x, self._expire), x._version, key, value)
+        return value
 
-    def forget(self) -> None:
-        """Drops what is kept."""
+    def clear(self) -> None:
+        """Drops the cached value."""
         self._entry = None
 
-    def _drop(self, reference: Any) -> None:
+    def _expire(self, reference: Any) -> None:
         if self._entry is not None and self._entry[0] is reference:
             self._entry = None
 
-    def __deepcopy__(self, memory: Any) -> RoundedOnce:
-        return RoundedOnce()
+    def __deepcopy__(self, memo: Any) -> ActivationCache:
+        return ActivationCache()
 
 
-class Apart(ValueError):
-    """Layers that cannot be joined in one: why, to follow their names."""
+class CannotPack(ValueError):
+    """Layers cannot be packed into one. The message is the reason, phrased to follow the layers' names."""
 
 
-def _below(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors one below the other. Bytes are joined: not every operation knows the low-bit types."""
+def _concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors concatenated along their rows, as bytes: `torch.cat` does not support all low-bit dtypes."""
     return torch.cat([item.view(torch.uint8) for item in tensors]).view(tensors[0].dtype)
 
 
-class StandIn(nn.Linear):
-    """Base of the modules in a stock layer's place. A subclass says what its weight is (`numbers`) and takes another
-    (`store`).
+class LinearProxy(nn.Linear):
+    """Base of the modules that take a stock layer's place.
+
+    A subclass implements `materialize`, which reads the weight, and `set_weight`, which writes it.
 
     Attributes:
-        weight_dtype: The weight's type, to everything around.
+        kind: Name of the format, as `stats` prints it.
+        weight_dtype: The dtype that `weight` reports: the stock weight's, unless the model was cast since.
     """
 
     kind: ClassVar[str]
@@ -79,31 +97,38 @@ class StandIn(nn.Linear):
 
     @property
     def stock(self) -> nn.Linear | None:
-        """The stock layer, if its weight is kept."""
+        """The stock layer, or `None` if its weight was dropped."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
+        """The device of the stored tensors."""
         raise NotImplementedError
 
-    def numbers(self) -> torch.Tensor:
-        """The weight in its stock dtype."""
+    def materialize(self) -> torch.Tensor:
+        """The weight, (out_features, in_features), in `weight_dtype` on `device`."""
         raise NotImplementedError
 
-    def store(self, value: torch.Tensor) -> None:
-        """Takes other numbers as the weight.
+    def set_weight(self, value: torch.Tensor) -> None:
+        """Replaces the weight.
+
+        Args:
+            value: (out_features, in_features), any floating-point dtype and device.
 
         Raises:
-            ValueError: The shape is another.
+            ValueError: The shape differs.
         """
         raise NotImplementedError
 
-    def retype(self, dtype: torch.dtype) -> None:
-        """Has the weight be of another type to everything around, before other numbers are taken as it."""
+    def set_weight_dtype(self, dtype: torch.dtype) -> None:
+        """Changes the dtype that `weight` reports. `load_state_dict(assign=True)` calls it before `set_weight`."""
 
-    def _judged(self, value: torch.Tensor) -> torch.Tensor:
+    def _validated(self, value: torch.Tensor) -> torch.Tensor:
         if value.shape != (self.out_features, self.in_features):
-            raise ValueError(f"A weight of shape {(self.out_features, self.in_features)}, not {tuple(value.shape)}.")
+            raise ValueError(
+                f"The weight of this {self.kind} layer has shape {(self.out_features, self.in_features)}, not "
+                f"{tuple(value.shape)}. Assign a tensor of that shape."
+            )
         return value.detach()
 
     @property
@@ -111,16 +136,16 @@ class StandIn(nn.Linear):
         return WeightView(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":  # a Parameter too: nn.Module would register it beside the stored form
-            self.store(value)
+        if name == "weight":  # nn.Module would register a Parameter beside the stored form
+            self.set_weight(value)
         else:
             super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # All layers at once may not fit on the device.
+        # On the host: the dequantized weights of all layers may not fit on the device.
         stock = self.stock
-        destination[prefix + "weight"] = stock.weight.detach() if stock is not None else self.numbers().cpu()
+        destination[prefix + "weight"] = stock.weight.detach() if stock is not None else self.materialize().cpu()
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
@@ -137,70 +162,95 @@ class StandIn(nn.Linear):
         state_dict[prefix + "weight"] = given
         try:
             if local_metadata.get("assign_to_params_buffers", False):
-                self.retype(given.dtype)
-            self.store(given)
+                self.set_weight_dtype(given.dtype)
+            self.set_weight(given)
         except ValueError as error:
             error_msgs.append(f"{prefix}weight: {error}")
 
 
-class QuantizedLinear(StandIn):
+class QuantizedLinear(LinearProxy):
     """Base of the layers that store their weight in a low-bit format.
 
-    A subclass says how a weight is stored (`encode`), what the stored form stands for (`dense`), and multiplies
-    (`product`).
+    A subclass implements `quantize` (weight to stored tensors), `dequantize` (stored tensors to float32),
+    `forward_cuda` and `forward_native`.
 
     Args:
-        linear: The stock layer. Its bias is taken over as it is, and its weight encoded on the device where it lies.
+        linear: The stock layer. The new layer shares its bias parameter and quantizes its weight on the weight's
+            device.
+
+    Attributes:
+        weight_data: The quantized values; a subclass documents dtype and shape.
+        weight_scale: The scales of the values; a subclass documents dtype and shape.
+        bias: The stock layer's bias, (out_features,), or `None`.
+        pre_quant_scale: float32 (in_features,), or `None`. Multiplies the input feature by feature, where a checkpoint
+            has smoothed its activations.
+        activation_cache: Shared by the layers of one model.
     """
 
     weight_data: torch.Tensor
     weight_scale: torch.Tensor
     bias: nn.Parameter | None  # type: ignore[assignment]
-
-    # Multiplies the input, feature by feature, where a checkpoint has smoothed its activations.
     pre_quant_scale: torch.Tensor | None
 
     def __init__(self, linear: nn.Linear):
-        self._begin(linear)
+        self._init_from(linear)
         with torch.no_grad():
-            for name, tensor in self.encode(linear.weight.detach()).items():
+            for name, tensor in self.quantize(linear.weight.detach()).items():
                 self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
-    def holding(cls, linear: nn.Linear, tensors: Mapping[str, torch.Tensor]) -> QuantizedLinear:
-        """A layer for the place of a stock one whose weight is not loaded, with the stored form given."""
+    def from_tensors(cls, linear: nn.Linear, tensors: Mapping[str, torch.Tensor]) -> QuantizedLinear:
+        """A layer from stored tensors, for the place of a stock layer whose weight is not loaded.
+
+        Args:
+            linear: The stock layer. Sizes, bias, dtype of the weight and training mode are taken from it.
+            tensors: Buffer name -> tensor, as `quantize` returns them.
+        """
         layer = cls.__new__(cls)
-        layer._begin(linear)
+        layer._init_from(linear)
         for name, tensor in tensors.items():
             layer.register_buffer(name, tensor, persistent=False)
         return layer
 
-    def _begin(self, linear: nn.Linear) -> None:
+    def _init_from(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", linear.bias)
         self.training = linear.training
         self.weight_dtype = linear.weight.dtype
-        # Kept apart from the children: its weight is not this model's any more.
+        # In a tuple, so that the stock layer is not registered as a child.
         self._stock: tuple[nn.Linear, ...] = ()
-        self.rounded_once = RoundedOnce()
+        self.activation_cache = ActivationCache()
         self.register_buffer("pre_quant_scale", None, persistent=False)
 
-    def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The stored form of a weight, (out_features, in_features): names and tensors."""
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stored form of a weight, (out_features, in_features): buffer name -> tensor."""
         raise NotImplementedError
 
-    def dense(self) -> torch.Tensor:
-        """What is stored, as numbers: float32 (out_features, in_features)."""
+    def dequantize(self) -> torch.Tensor:
+        """The weight that the stored tensors stand for: float32 (out_features, in_features)."""
         raise NotImplementedError
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) times the weight, plus the bias, on a CUDA device: (rows, out_features)."""
+    def forward_cuda(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer on a CUDA device.
+
+        Args:
+            x: (..., in_features).
+
+        Returns:
+            (rows, out_features), dtype of `x`.
+        """
         raise NotImplementedError
 
-    def reference(self, x: torch.Tensor) -> torch.Tensor:
-        """The same in plain torch, summed in float32: what runs where there is no such device. `x` is (rows,
-        in_features)."""
+    def forward_native(self, x: torch.Tensor) -> torch.Tensor:
+        """The reference in plain torch, summed in float32. It runs on devices other than CUDA.
+
+        Args:
+            x: (rows, in_features).
+
+        Returns:
+            (rows, out_features), dtype of `x`.
+        """
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -210,78 +260,87 @@ class QuantizedLinear(StandIn):
             x = x * self.pre_quant_scale.to(x.dtype)
         bias = self.bias
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            found: torch.Tensor = _StraightThrough.apply(x, bias, self)  # type: ignore[no-untyped-call]
-            return found
-        return self.multiply(x)
+            out: torch.Tensor = _StraightThrough.apply(x, bias, self)  # type: ignore[no-untyped-call]
+            return out
+        return self.quantized_linear(x)
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) times the weight, plus the bias: (..., out_features)."""
-        out = self.product(x) if x.is_cuda else self.reference(x.reshape(-1, self.in_features))
+    def quantized_linear(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer without gradients: (..., in_features) to (..., out_features)."""
+        out = self.forward_cuda(x) if x.is_cuda else self.forward_native(x.reshape(-1, self.in_features))
         return out.view(*x.shape[:-1], self.out_features)
 
-    # --- several layers in one: their weights, row by row, one below the other ---
+    # --- packing: the weights of several layers, concatenated along their rows (`packed.py`) ---
 
-    # Stored tensors with the weight's rows -> how many of the weight's rows one of theirs stands for.
-    by_row: ClassVar[Mapping[str, int]] = {"weight_data": 1, "weight_scale": 1}
-    # Scales of a whole weight, float32 (1,); several weights' are held row by row, (out_features, 1).
-    by_weight: ClassVar[tuple[str, ...]] = ()
-    # Stored tensors that a subclass joins itself.
-    joined_apart: ClassVar[tuple[str, ...]] = ()
+    # Stored tensors that have the weight's rows -> number of weight rows that one of their rows stands for.
+    row_tensors: ClassVar[Mapping[str, int]] = {"weight_data": 1, "weight_scale": 1}
+    # Scales of a whole weight, float32 (1,). A packed layer holds them per row, (out_features, 1).
+    per_tensor_scales: ClassVar[tuple[str, ...]] = ()
+    # Stored tensors that a subclass packs in its own `pack_layers`.
+    custom_packed: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def joined(cls, layers: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """The stored form of several layers' weights, one below the other. Nothing is rounded again: their products
-        are what they were one by one.
+    def pack_layers(cls, layers: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """The stored form of several layers' weights, concatenated along their rows. Nothing is quantized again, so
+        the outputs equal those of the separate layers.
 
         Raises:
-            Apart: They cannot be joined; the message says why.
+            CannotPack: The layers differ in a tensor that all rows share.
         """
-        found = {name: _below([getattr(layer, name) for layer in layers]) for name in cls.by_row}
-        for name in cls.by_weight:
-            each = [getattr(layer, name).reshape(1, 1).expand(layer.out_features, 1) for layer in layers]
-            found[name] = torch.cat(each)
-        for name in set(layers[0]._buffers) - {*cls.by_row, *cls.by_weight, *cls.joined_apart}:
+        packed = {name: _concatenated([getattr(layer, name) for layer in layers]) for name in cls.row_tensors}
+        for name in cls.per_tensor_scales:
+            scales = [getattr(layer, name).reshape(1, 1).expand(layer.out_features, 1) for layer in layers]
+            packed[name] = torch.cat(scales)
+        for name in set(layers[0]._buffers) - {*cls.row_tensors, *cls.per_tensor_scales, *cls.custom_packed}:
             first, *others = (layer._buffers[name] for layer in layers)
             for other in others:
                 if (first is None) != (other is None) or (first is not None and not torch.equal(first, other)):
-                    raise Apart(f"their {name} differ")
+                    raise CannotPack(f"their {name} differ")
             if first is not None:
-                found[name] = first
-        return found
+                packed[name] = first
+        return packed
 
-    def part(self, place: int, bounds: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """The stored form of one of the layers joined in this one: views, where it can be.
+    def slice_tensors(self, index: int, row_ranges: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """The stored form of one packed layer: views where the format allows views.
 
         Args:
-            place: Which one.
-            bounds: First and last row (exclusive) of each.
+            index: Index of the packed layer.
+            row_ranges: First and last (exclusive) weight row of each packed layer.
         """
-        first, last = bounds[place]
-        found = {name: item for name, item in self._buffers.items() if item is not None}
-        found |= {name: found[name][first // rows : -(-last // rows)] for name, rows in self.by_row.items()}
-        return found | {name: found[name][first] for name in self.by_weight}
+        first, last = row_ranges[index]
+        tensors = {name: item for name, item in self._buffers.items() if item is not None}
+        tensors |= {name: tensors[name][first // rows : -(-last // rows)] for name, rows in self.row_tensors.items()}
+        return tensors | {name: tensors[name][first] for name in self.per_tensor_scales}
 
-    def write(self, place: int, bounds: Sequence[tuple[int, int]], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Puts another weight's stored form in the place of one of the layers joined in this one."""
-        first, last = bounds[place]
-        for name, rows in self.by_row.items():
+    def write_slice(
+        self, index: int, row_ranges: Sequence[tuple[int, int]], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Overwrites the stored form of one packed layer.
+
+        Args:
+            index: Index of the packed layer.
+            row_ranges: First and last (exclusive) weight row of each packed layer.
+            tensors: Buffer name -> tensor, as `quantize` returns them.
+        """
+        first, last = row_ranges[index]
+        for name, rows in self.row_tensors.items():
             getattr(self, name)[first // rows : -(-last // rows)] = tensors[name]
-        for name in self.by_weight:
+        for name in self.per_tensor_scales:
             getattr(self, name)[first:last] = tensors[name]
 
-    # --- the weight, as others see it ---
+    # --- the weight, as the surroundings see it ---
 
-    def keep(self, linear: nn.Linear) -> None:
-        """Keeps the stock layer, whose weight may lie on another device, as what `weight` and `state_dict` show."""
+    def keep_stock(self, linear: nn.Linear) -> None:
+        """Keeps the stock layer. `weight` and `state_dict` then show its weight, which may lie on another device."""
         self._stock = (linear,)
 
     @property
     def stock(self) -> nn.Linear | None:
-        """The stock layer, if it is kept."""
+        """The stock layer, or `None` if it was not kept."""
         return self._stock[0] if self._stock else None
 
     @property
     def stored_bytes(self) -> int:
+        """Bytes of the stored tensors, without the bias."""
         return sum(item.numel() * item.element_size() for item in self.buffers(recurse=False))
 
     @property
@@ -289,33 +348,34 @@ class QuantizedLinear(StandIn):
         return next(self.buffers(recurse=False)).device
 
     @torch.no_grad()
-    def numbers(self) -> torch.Tensor:
-        """The weight in its stock dtype: the stock layer's own where it is kept, what is stored otherwise."""
+    def materialize(self) -> torch.Tensor:
+        """The weight in `weight_dtype`: the kept stock layer's, or else the dequantized one."""
         if self._stock:
             return self._stock[0].weight.detach().to(self.device, self.weight_dtype)
-        dense = self.dense()
-        return (dense if self.pre_quant_scale is None else dense * self.pre_quant_scale).to(self.weight_dtype)
+        weight = self.dequantize()
+        return (weight if self.pre_quant_scale is None else weight * self.pre_quant_scale).to(self.weight_dtype)
 
-    def retype(self, dtype: torch.dtype) -> None:
+    def set_weight_dtype(self, dtype: torch.dtype) -> None:
         self.weight_dtype = dtype
         if self._stock:
             kept = self._stock[0].weight
             kept.data = kept.data.to(dtype)
 
     @torch.no_grad()
-    def store(self, value: torch.Tensor) -> None:
+    def set_weight(self, value: torch.Tensor) -> None:
         if isinstance(value, WeightView) and value.layer is self:
             return
-        value = self._judged(value)
+        value = self._validated(value)
         if self._stock:
             kept = self._stock[0].weight
             kept.copy_(value.to(kept.device, kept.dtype))
         self.pre_quant_scale = None
-        for name, tensor in self.encode(value.to(self.device, self.weight_dtype)).items():
+        for name, tensor in self.quantize(value.to(self.device, self.weight_dtype)).items():
             setattr(self, name, tensor)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        # Stored forms follow the device, never a change of dtype, which would be taken for one of their numbers.
+        # Stored tensors follow a change of device only. Viewed as bytes they are no floating-point tensors, so that
+        # a cast of the model leaves them alone.
         stored = dict(self._buffers)
         self._buffers.clear()
         try:
@@ -333,46 +393,46 @@ class QuantizedLinear(StandIn):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """A quantized layer's product. Rounding has no gradient worth the name, so going back it counts as none
-    (straight-through, https://arxiv.org/abs/1308.3432): the gradient is that of a product with the stored weight."""
+    """A quantized layer with gradients by the straight-through estimator (https://arxiv.org/abs/1308.3432): rounding
+    counts as the identity, so the gradient of the input is a product with the dequantized weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: QuantizedLinear) -> torch.Tensor:
-        ctx.layer, ctx.biased = layer, bias is not None and bias.requires_grad
-        return layer.multiply(x)
+        ctx.layer, ctx.bias_requires_grad = layer, bias is not None and bias.requires_grad
+        return layer.quantized_linear(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
-        back = None
+        input_gradient = None
         if ctx.needs_input_grad[0]:
-            back = gradient @ ctx.layer.dense().to(gradient.dtype)
-        own = gradient.flatten(0, -2).sum(0) if ctx.biased else None
-        return back, own, None
+            input_gradient = gradient @ ctx.layer.dequantize().to(gradient.dtype)
+        bias_gradient = gradient.flatten(0, -2).sum(0) if ctx.bias_requires_grad else None
+        return input_gradient, bias_gradient, None
 
 
 _DATA: Any = torch.Tensor.data
 
 
 class WeightView(torch.Tensor):
-    """The weight of a stand-in as a tensor: shape, dtype and device cost nothing, values are made when they are
-    needed, and what is written in place is stored.
+    """The weight of a proxy as a tensor. Shape, dtype and device are answered without values; any other use
+    materializes them; an in-place write sets the layer's weight.
 
     Attributes:
-        layer: The layer.
+        layer: The layer. The view holds no values of its own, so it is never stale.
     """
 
-    layer: StandIn
+    layer: LinearProxy
 
     @staticmethod
-    def __new__(cls, layer: StandIn) -> WeightView:
-        found = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, layer: LinearProxy) -> WeightView:
+        view = torch.Tensor._make_wrapper_subclass(
             cls, (layer.out_features, layer.in_features), dtype=layer.weight_dtype, device=layer.device
         )
-        found.layer = layer
-        return found
+        view.layer = layer
+        return view
 
-    def __init__(self, layer: StandIn):
+    def __init__(self, layer: LinearProxy):
         super().__init__()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -388,30 +448,44 @@ class WeightView(torch.Tensor):
         if func == _DATA.__get__ or func in (torch.Tensor.detach, torch.Tensor.requires_grad_):
             return view
         if func == _DATA.__set__:
-            view.layer.store(args[1])
+            view.layer.set_weight(args[1])
             return None
         if isinstance(kwargs.get("out"), WeightView):
-            raise TypeError("The weight of a quantized layer cannot be an `out=`: assign the result to it.")
+            raise TypeError(
+                f"The weight of a {kwargs['out'].layer.kind} layer cannot be an `out=`: it has no memory of the stock "
+                "dtype. Assign the result to it instead."
+            )
         name = getattr(func, "__name__", "")
         in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
         if isinstance(view, WeightView) and in_place:
-            numbers = view.layer.numbers().clone()
-            func(numbers, *(_plain(item) for item in args[1:]), **{key: _plain(item) for key, item in kwargs.items()})
-            view.layer.store(numbers)
+            values = view.layer.materialize().clone()
+            func(
+                values,
+                *(_materialized(item) for item in args[1:]),
+                **{key: _materialized(item) for key, item in kwargs.items()},
+            )
+            view.layer.set_weight(values)
             return view
-        return func(*(_plain(item) for item in args), **{key: _plain(item) for key, item in kwargs.items()})
+        return func(
+            *(_materialized(item) for item in args), **{key: _materialized(item) for key, item in kwargs.items()}
+        )
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
-        return func(*(_plain(item) for item in args), **{key: _plain(item) for key, item in (kwargs or {}).items()})
+        return func(
+            *(_materialized(item) for item in args),
+            **{key: _materialized(item) for key, item in (kwargs or {}).items()},
+        )
 
 
+# In-place functions whose names do not end with a single underscore.
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")} | {"__setitem__"}
 
 
-def _plain(x: Any) -> Any:
+def _materialized(x: Any) -> Any:
+    """An argument with views replaced by their values."""
     if isinstance(x, WeightView):
-        return x.layer.numbers()
+        return x.layer.materialize()
     if isinstance(x, (list, tuple)) and any(isinstance(item, WeightView) for item in x):
-        return type(x)(_plain(item) for item in x)
+        return type(x)(_materialized(item) for item in x)
     return x

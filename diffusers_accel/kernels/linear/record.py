@@ -1,4 +1,8 @@
-"""Linear records: what each low-bit format is called, where it can run, and which layers it can take."""
+"""Records of linear formats: the name of each format, the devices that run it, and the layers that it can take.
+
+A record imports no kernel package; its `load` does. `missing` and `refuses` return sentences that users read in errors
+and in `diffusers-accel env`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import nn
 from ...core.platform import Device, has_module
 from ...core.registry import Registry
 
-# Takes a stock layer and returns what stands in its place.
+# Maps a stock layer to the module that takes its place.
 Replace = Callable[[nn.Linear], nn.Module]
 
 
@@ -20,18 +24,19 @@ class LinearKernel:
     """A way to store and multiply a linear layer's weight.
 
     Args:
-        name: As a user writes it.
-        load: Imports what is needed and returns the function that makes the layer.
-        modules: Alternative modules it comes from on a CUDA device; any one of them is enough.
-        install: How to get them.
-        everywhere: Whether a plain reference runs where there is no CUDA device, whatever is installed.
-        at_least: Lowest CUDA compute capability it multiplies on; `None` for any.
-        architectures: The CUDA compute capabilities it multiplies on, where only some will do; empty otherwise.
-        in_multiple: What the number of input features must be a multiple of.
-        out_multiple: The same for output features.
-        bits: Of a stored weight, scales included, to tell a user what it will take; `None` if it is not known.
-        note: What a user should know of how it runs, by the device.
-        foreign: Whether it is somebody else's code: what it takes is known once it has been tried on a layer.
+        name: The name that a user writes in `linear=`.
+        load: Imports the format's packages and returns the function that makes its layers.
+        modules: Alternative Python modules that provide it on CUDA; any one of them suffices.
+        install: The command that installs one of `modules`.
+        everywhere: Whether a reference in plain torch runs on devices other than CUDA, without `modules`.
+        at_least: Lowest CUDA compute capability, e.g. (8, 9); `None` for any.
+        architectures: The only CUDA compute capabilities that run it, e.g. ((9, 0),); empty for all.
+        in_multiple: Number that must divide the input features.
+        out_multiple: Number that must divide the output features.
+        bits: Bits of a stored weight, scales included, for the memory estimate; `None` if unknown.
+        note: Maps a device to a sentence about how the format runs there, or to `None`.
+        foreign: Whether another package's code makes the layer. Such a format is tried on one layer before any is
+            replaced, since only a trial shows which layers it takes.
     """
 
     name: str
@@ -48,7 +53,7 @@ class LinearKernel:
     foreign: bool = False
 
     def missing(self, device: Device) -> str | None:
-        """Why it cannot run on a device, or `None` if it can."""
+        """The reason why the format cannot run on a device, to follow its name; `None` if it can."""
         if device.type != "cuda" and self.everywhere:
             return None
         if self.modules and not any(has_module(name) for name in self.modules):
@@ -57,11 +62,11 @@ class LinearKernel:
             return f"needs sm_{self.at_least[0]}{self.at_least[1]} or later; this is {device}."
         if self.architectures and device.arch not in self.architectures:
             names = ", ".join(f"sm_{major}{minor}" for major, minor in self.architectures)
-            return f"multiplies on {names}; this is {device}."
+            return f"runs on {names} only; this is {device}."
         return None
 
     def refuses(self, linear: nn.Linear) -> str | None:
-        """Why it cannot take a layer, or `None` if it can."""
+        """The reason why the format cannot store a layer, or `None` if it can."""
         if not linear.weight.is_floating_point() or linear.weight.dtype.itemsize < 2:
             return f"its weight is {str(linear.weight.dtype).removeprefix('torch.')}"
         for label, size, multiple in (
@@ -77,28 +82,31 @@ LINEARS: Registry[LinearKernel] = Registry("linear kernel", "register_linear", (
 
 
 def register_linear(name: str, function: Any = None, *, replace: bool = False, **properties: Any) -> Any:
-    """Registers a user's linear layer under a name that `linear=` accepts. Also usable as a decorator.
+    """Registers a linear layer of your own under a name that `linear=` accepts. Also usable as a decorator.
 
     Args:
-        name: The name.
-        function: `fn(linear: nn.Linear) -> nn.Module`: takes a stock layer and returns the module for its place, which
-            maps (..., in_features) to (..., out_features).
-        replace: Allow the name to be registered already.
-        properties: What it supports, as in `LinearKernel` (e.g. `in_multiple=16`).
+        name: The name, one line of text.
+        function: `fn(linear: nn.Linear) -> nn.Module`: maps a stock layer to the module that takes its place. The
+            module maps (..., in_features) to (..., out_features).
+        replace: Whether a record of this name may be replaced.
+        properties: Fields of `LinearKernel`, e.g. `in_multiple=16`.
+
+    Returns:
+        `function`, or a decorator where it is `None`.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: The name is taken, and `replace` is False.
     """
 
     def register(function: Replace) -> Replace:
         def checked(linear: nn.Linear) -> nn.Module:
-            found = function(linear)
-            if not isinstance(found, nn.Module):
+            module = function(linear)
+            if not isinstance(module, nn.Module):
                 raise ValueError(
-                    f"The function registered as {name!r} returned {type(found).__name__}; it must return the "
+                    f"The function registered as {name!r} returned {type(module).__name__}; it must return the "
                     "nn.Module that takes the layer's place."
                 )
-            return found
+            return module
 
         LINEARS.add(
             name,
@@ -111,5 +119,5 @@ def register_linear(name: str, function: Any = None, *, replace: bool = False, *
 
 
 def kind_of(module: nn.Module) -> str:
-    """What a linear layer is called in `stats`."""
+    """The name of a linear layer's format, as `stats` prints it: its `kind`, or its class."""
     return str(getattr(module, "kind", None) or type(module).__name__)

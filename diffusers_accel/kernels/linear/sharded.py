@@ -22,8 +22,8 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from ...core.comm import Group
 from ...core.operators import operator
-from .module import STOCK, StandIn
-from .stacked import Part
+from .module import STOCK, LinearProxy
+from .packed import LinearSlice
 
 # Groups that sum, by number. The number is a constant in compiled graphs: freed ones are used again.
 GROUPS: dict[int, Group] = {}
@@ -162,9 +162,9 @@ def whole_of(module: Any) -> Any:
     while behind is not None:
         if _WHOLE in vars(behind):
             return vars(behind)[_WHOLE][0]
-        if isinstance(behind, Part):
+        if isinstance(behind, LinearSlice):
             behind = behind.original
-        elif isinstance(behind, StandIn):
+        elif isinstance(behind, LinearProxy):
             behind = behind.stock
         else:
             behind = vars(behind).get(STOCK, (None,))[0]
@@ -176,7 +176,7 @@ def stock_of(module: Any) -> Any:
     whole = whole_of(module)
     if whole is not module:
         return whole
-    return module.stock if isinstance(module, StandIn) else vars(module).get(STOCK, (module,))[0]
+    return module.stock if isinstance(module, LinearProxy) else vars(module).get(STOCK, (module,))[0]
 
 
 def is_divided(model: nn.Module) -> bool:

@@ -1,5 +1,8 @@
-"""Rewrites around products: what a 16-bit one's epilogue can do, operands that need not be laid side by side, and
-products of a few rows, which are made for no matrix unit.
+"""Rewrites of linear layers in compiled graphs.
+
+- gelu(linear(x)) in 16 bits becomes one GEMM with the GELU in its epilogue.
+- linear(cat(a, b)) in 16 bits becomes two accumulating GEMMs without the concatenation.
+- linear(silu(x)) of a few rows becomes a skinny GEMM, which also dequantizes 8-bit weights.
 """
 
 from __future__ import annotations
@@ -14,61 +17,66 @@ from torch.fx import Graph
 from ....kernels.linear import (  # noqa: F401 - registers the operators
     eight_bit,
     epilogue,
-    narrow,
+    skinny,
 )
 from .graph import arguments, fits, is_call, is_method, put, replace, root, value, written
 
 LINEAR, GELU = torch._C._nn.linear, torch._C._nn.gelu
-# Weights of fewer numbers cost no more than their launch, whatever multiplies them.
-_LEAST = 1 << 20
+# A skinny GEMM with a weight of fewer elements takes a launch's time with any kernel: it is not rewritten.
+_LEAST_ELEMENTS = 1 << 20
 
 
 def rewrite(graph: Graph) -> None:
     """Rewrites a graph in place."""
     changed = written(graph)
 
-    def still(node: Any) -> bool:
-        """Whether what a node reads, and what that is made of, stays what it was."""
+    def is_unchanged(node: Any) -> bool:
+        """Whether no in-place write touches a node's inputs, or the inputs of these."""
         read = node.all_input_nodes
         return not any(
-            root(each) in changed for each in (*read, *(one for item in read for one in item.all_input_nodes))
+            root(each) in changed for each in (*read, *(source for item in read for source in item.all_input_nodes))
         )
 
-    for node in filter(still, graph.find_nodes(op="call_function", target=GELU)):
-        _activated(graph, node)
-    for node in filter(still, graph.find_nodes(op="call_function", target=LINEAR)):
-        if not _narrow(graph, node):
-            _of_parts(graph, node)
-    for target in (torch._scaled_mm, torch.ops.diffusers_accel.int8_product.default):
+    for node in filter(is_unchanged, graph.find_nodes(op="call_function", target=GELU)):
+        _fuse_gelu(graph, node)
+    for node in filter(is_unchanged, graph.find_nodes(op="call_function", target=LINEAR)):
+        if not _use_skinny(graph, node):
+            _split_concat(graph, node)
+    for target in (torch._scaled_mm, torch.ops.diffusers_accel.int8_linear.default):
         for node in graph.find_nodes(op="call_function", target=target):
-            _narrow_of_8_bits(graph, node, changed)
+            _use_skinny_8_bit(graph, node, changed)
 
 
-def _activated(graph: Graph, node: Any) -> None:
-    """gelu(linear(x)) in one."""
+def _fuse_gelu(graph: Graph, node: Any) -> None:
+    """Replaces gelu(linear(x)) by `linear_gelu`."""
     source, approximate = arguments(node, "input", "approximate")
-    if approximate != "tanh" or not is_call(source, LINEAR) or len(source.users) > 1 or not _fits(source):
+    if approximate != "tanh" or not is_call(source, LINEAR) or len(source.users) > 1 or not _is_16_bit(source):
         return
     x, weight, bias = arguments(source, "input", "weight", "bias")
     if bias is not None and value(weight) is not None:
         replace(node, put(graph, node, torch.ops.diffusers_accel.linear_gelu.default, (x, weight, bias), node))
 
 
-def _narrow(graph: Graph, node: Any) -> bool:
-    """linear(silu(x)) of a few rows, or without the SiLU."""
+def _use_skinny(graph: Graph, node: Any) -> bool:
+    """Replaces linear(silu(x)) or linear(x) of a few rows by `skinny_linear`.
+
+    Returns:
+        Whether the node was replaced.
+    """
     x, weight, bias = arguments(node, "input", "weight", "bias")
-    if not _few(x) or not _fits(node) or not _large(weight) or value(weight).dtype != value(x).dtype:
+    if not _few(x) or not _is_16_bit(node) or not _large(weight) or value(weight).dtype != value(x).dtype:
         return False
     source, silu = _before_silu(x)
     replace(
         node,
-        put(graph, node, torch.ops.diffusers_accel.narrow_linear.default, (source, weight, None, bias, silu), node),
+        put(graph, node, torch.ops.diffusers_accel.skinny_linear.default, (source, weight, None, bias, silu), node),
     )
     return True
 
 
-def _narrow_of_8_bits(graph: Graph, node: Any, changed: set[Any]) -> None:
-    """The same of a weight of 8 bits with a scale per row: its activations need no rounding."""
+def _use_skinny_8_bit(graph: Graph, node: Any, changed: set[Any]) -> None:
+    """Replaces an 8-bit GEMM of a few rows, scales per row, by `skinny_linear`, which leaves activations
+    unquantized."""
     if is_call(node, torch._scaled_mm):
         data, weight, _, scale = node.args[:4]
         bias = node.kwargs.get("bias")
@@ -77,49 +85,52 @@ def _narrow_of_8_bits(graph: Graph, node: Any, changed: set[Any]) -> None:
         weight, scale = weight.args[0], scale.args[0]
     else:
         data, _, weight, scale, bias, _ = node.args
-    rounding: Any = data.args[0] if is_call(data, operator.getitem) else None
-    if not is_call(rounding, torch.ops.diffusers_accel.quantize_rows.default):
+    quantization: Any = data.args[0] if is_call(data, operator.getitem) else None
+    if not is_call(quantization, torch.ops.diffusers_accel.quantize_rows.default):
         return
-    x = rounding.args[0]
+    x = quantization.args[0]
     if not _few(x) or not fits(node) or value(node).dtype != value(x).dtype:
         return
     source, silu = _before_silu(x)
     if not _large(weight) or root(source) in changed:
         return
     args = (source, weight, scale, bias, silu)
-    replace(node, put(graph, node, torch.ops.diffusers_accel.narrow_linear.default, args, node))
+    replace(node, put(graph, node, torch.ops.diffusers_accel.skinny_linear.default, args, node))
 
 
 def _few(x: Any) -> bool:
-    """Whether a tensor has few rows, whose number is known."""
-    found = value(x)
-    return found is not None and found.ndim == 2 and isinstance(found.shape[0], int) and found.shape[0] <= narrow.MOST
+    """Whether a tensor is (rows, columns) with a static number of rows up to `MAX_ROWS`."""
+    fake = value(x)
+    return fake is not None and fake.ndim == 2 and isinstance(fake.shape[0], int) and fake.shape[0] <= skinny.MAX_ROWS
 
 
 def _large(weight: Any) -> bool:
-    return value(weight) is not None and value(weight).numel() >= _LEAST
+    return value(weight) is not None and value(weight).numel() >= _LEAST_ELEMENTS
 
 
 def _before_silu(x: Any) -> tuple[Any, bool]:
-    """A tensor before SiLU, which costs next to nothing to do again for another layer."""
+    """The node in front of SiLU, and True; without a SiLU, the node itself, and False. Applying SiLU once per layer
+    costs next to nothing."""
     source = x.args[0] if is_method(x, "reshape") and value(x.args[0]).shape == value(x).shape else x
     return (source.args[0], True) if is_call(source, F.silu) else (x, False)
 
 
-def _of_parts(graph: Graph, node: Any) -> None:
-    """linear(cat(a, b)) as two products."""
+def _split_concat(graph: Graph, node: Any) -> None:
+    """Replaces linear(cat(inputs)) by `concat_linear`."""
     x, weight, bias = arguments(node, "input", "weight", "bias")
-    if not is_call(x, torch.cat) or len(x.users) > 1 or not _fits(node):
+    if not is_call(x, torch.cat) or len(x.users) > 1 or not _is_16_bit(node):
         return
-    parts, dim = arguments(x, "tensors", "dim", dim=0)
-    whole = value(x)
-    if len(parts) < 2 or whole is None or value(weight) is None or dim not in (-1, whole.ndim - 1):
+    inputs, dim = arguments(x, "tensors", "dim", dim=0)
+    concatenated = value(x)
+    if len(inputs) < 2 or concatenated is None or value(weight) is None:
         return
-    made = put(graph, node, torch.ops.diffusers_accel.linear_of_parts.default, (list(parts), weight, bias), node)
-    replace(node, made)
+    if dim not in (-1, concatenated.ndim - 1):
+        return
+    replacement = put(graph, node, torch.ops.diffusers_accel.concat_linear.default, (list(inputs), weight, bias), node)
+    replace(node, replacement)
 
 
-def _fits(node: Any) -> bool:
-    """Of 16 bits: float32 is for tests alone, on the CPU."""
-    found = value(node)
-    return fits(node) and found is not None and (found.itemsize == 2 or not found.is_cuda)
+def _is_16_bit(node: Any) -> bool:
+    """Whether a node's value is of 16 bits. float32 is allowed on the CPU, for tests."""
+    fake = value(node)
+    return fits(node) and fake is not None and (fake.itemsize == 2 or not fake.is_cuda)

@@ -24,7 +24,7 @@ from .linear import LINEAR
 
 _OPERATORS = torch.ops.diffusers_accel
 _SITES = ("attention", "attention_unprepared", "ship", "attention_arrived")
-_PRODUCTS = ("linear_gelu", "linear_of_parts", "int8_product")
+_PRODUCTS = ("linear_gelu", "concat_linear", "int8_linear")
 # Multiplications of a product that are worth a split: some ten microseconds' on a large GPU.
 _WORTH = 1 << 32
 

@@ -1,7 +1,7 @@
-"""Activations rounded in one pass, in Triton: a row is read once, its largest value found in registers, and stored.
+"""Dynamic quantization of activations in one pass, in Triton: each row is read once and its maximum kept in registers.
 
-The formats are those of `formats.py`; a quotient is a product with the reciprocal here, so a value that lies at a
-midpoint may round to its other neighbour. Imported only by the loaders of linear records: it needs triton.
+The formats are those of `formats.py`. The kernels multiply with the scale's reciprocal instead of dividing, so a value
+at a midpoint may round to its other neighbour. Only loaders of linear records import this module: it needs triton.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _rows(
 @on_its_device
 @triton.jit(do_not_specialize=["rows", "padded"])
 def _groups(x_ptr, out_ptr, scale_ptr, stride, rows, columns, padded, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Program (rows, group of columns). Rows beyond the last are zeros."""
+    """Program (rows, group of columns). Rows from `rows` to `padded` are stored as zeros."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = (r < rows)[:, None] & (k < columns)[None, :]
@@ -54,18 +54,18 @@ def _groups(x_ptr, out_ptr, scale_ptr, stride, rows, columns, padded, ROWS: tl.c
 
 @on_its_device
 @triton.jit
-def _amax(x_ptr, part_ptr, stride, columns, WIDTH: tl.constexpr):
-    """Program (row): its largest magnitude."""
+def _amax(x_ptr, amax_ptr, stride, columns, WIDTH: tl.constexpr):
+    """Program (row): its largest magnitude, float32."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
     x = tl.load(x_ptr + row * stride + k, mask=k < columns, other=0.0).to(tl.float32)
-    tl.store(part_ptr + row, tl.max(tl.abs(x)))
+    tl.store(amax_ptr + row, tl.max(tl.abs(x)))
 
 
 @on_its_device
 @triton.jit
 def _tensor(x_ptr, out_ptr, scale_ptr, stride, columns, WIDTH: tl.constexpr):
-    """Program (row): rounded with the scale given."""
+    """Program (row): quantized with a given scale."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, WIDTH)
     inside = k < columns
@@ -73,7 +73,7 @@ def _tensor(x_ptr, out_ptr, scale_ptr, stride, columns, WIDTH: tl.constexpr):
     store_rounded(out_ptr + row * columns + k, x * (1.0 / tl.load(scale_ptr)), inside, False)
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
+def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -82,31 +82,50 @@ def _warps(width: int) -> int:
 
 
 def quantize_rows(
-    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, cut: tuple[int, int] | None = None
+    x: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, launch: tuple[int, int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `formats.quantize_rows`, of bf16, fp16 or float32 with any stride between rows.
+    """`formats.quantize_rows` in one kernel.
 
     Args:
-        x: (rows, columns).
-        dtype: Of the values: e4m3 or int8.
-        cut: Rows and warps of a program, instead of those measured (`benchmarks/linear.py --tiles`).
+        x: (rows, columns), bf16, fp16 or float32, with any stride between rows.
+        dtype: Dtype of the values: e4m3 or int8.
+        launch: Rows and warps of a program; `None` takes the measured ones (`benchmarks/linear.py --tiles`).
+
+    Returns:
+        Values of `dtype`, (rows, columns), and scales, float32 (rows, 1).
     """
-    x = _dense(x)
+    x = _contiguous_rows(x)
     rows, columns = x.shape
     values = torch.empty((rows, columns), dtype=dtype, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     width = triton.next_power_of_2(columns)
-    each, warps = cut or (1, _warps(width))
-    _rows[(triton.cdiv(rows, each),)](
-        x, values, scale, x.stride(0), rows, columns, INT8=dtype == torch.int8, ROWS=each, WIDTH=width, num_warps=warps
+    rows_each, warps = launch or (1, _warps(width))
+    _rows[(triton.cdiv(rows, rows_each),)](
+        x,
+        values,
+        scale,
+        x.stride(0),
+        rows,
+        columns,
+        INT8=dtype == torch.int8,
+        ROWS=rows_each,
+        WIDTH=width,
+        num_warps=warps,
     )
     return values, scale
 
 
 def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `formats.quantize_groups`, as the matrix units' library reads them: rows of zeros make their number a multiple
-    of 4, and the scales lie column by column."""
-    x = _dense(x)
+    """`formats.quantize_groups` in one kernel, in the layout that cuBLASLt reads.
+
+    Args:
+        x: (rows, columns), bf16, fp16 or float32, with any stride between rows.
+
+    Returns:
+        e4m3 values (rows padded with zeros to a multiple of 4, columns), and scales, float32 (padded rows,
+        columns / 128) in column-major order.
+    """
+    x = _contiguous_rows(x)
     rows, columns = x.shape
     groups, padded = triton.cdiv(columns, BLOCK), triton.cdiv(rows, 4) * 4
     values = torch.empty((padded, columns), dtype=torch.float8_e4m3fn, device=x.device)
@@ -118,14 +137,22 @@ def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize_tensor(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `formats.quantize_tensor`; with the `scale` given, float32 (1,), in a single pass."""
-    x = _dense(x)
+    """`formats.quantize_tensor` in one kernel, or two where the scale is computed.
+
+    Args:
+        x: (rows, columns), bf16, fp16 or float32, with any stride between rows.
+        scale: float32 (1,): a calibrated scale; `None` computes it from `x`.
+
+    Returns:
+        e4m3 values (rows, columns), and the scale, float32 (1,).
+    """
+    x = _contiguous_rows(x)
     rows, columns = x.shape
     width = triton.next_power_of_2(columns)
     if scale is None:
-        parts = torch.empty(rows, dtype=torch.float32, device=x.device)
-        _amax[(rows,)](x, parts, x.stride(0), columns, WIDTH=width, num_warps=_warps(width))
-        scale = parts.amax().div_(448.0).reshape(1)
+        row_amax = torch.empty(rows, dtype=torch.float32, device=x.device)
+        _amax[(rows,)](x, row_amax, x.stride(0), columns, WIDTH=width, num_warps=_warps(width))
+        scale = row_amax.amax().div_(448.0).reshape(1)
         scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
     values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
     _tensor[(rows,)](x, values, scale, x.stride(0), columns, WIDTH=width, num_warps=_warps(width))

@@ -1,7 +1,7 @@
-"""Products on low-bit operands, in Triton, where torch has none: INT8 with its scales applied on the way out, and NVFP4
-weights widened to 16 bits.
+"""Triton kernels around GEMMs that torch lacks: an INT8 GEMM, dequantization of NVFP4 weights, and skinny GEMMs.
 
-Imported only by the loaders of linear records: it needs triton.
+The INT8 GEMM applies the scales in its epilogue. The skinny GEMM (a few rows) streams the weight once and can copy a
+precomputed output (`precomputed.py`) instead. Only loaders of linear records import this module: it needs triton.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..launching import on_its_device
 from ..rounding import to_e4m3
 from .formats import GROUP
-from .known import Known
+from .precomputed import PrecomputedOutputs
 
 
 @on_its_device
@@ -26,8 +26,8 @@ def _int8(
     x_desc, w_desc, out_desc, x_scale_ptr, w_scale_ptr, bias_ptr, rows, columns, depth,
     BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile): tiles run down a band of BAND rows of tiles before the next column, so that both operands are
-    found in the L2 cache."""
+    """Program (tile). Tiles run down a band of BAND rows of tiles before the next column, so that both operands hit the
+    L2 cache."""
     tile = tl.program_id(0)
     down, across = tl.cdiv(rows, M), tl.cdiv(columns, N)
     band = tile // (BAND * across)
@@ -50,7 +50,14 @@ def _int8(
 
 @dataclass(frozen=True)
 class Tile:
-    """How the INT8 product is cut: rows, columns, depth of a tile; warps, pipeline depth, rows of tiles in a band."""
+    """Tiling of the INT8 GEMM.
+
+    Attributes:
+        rows, columns, depth: Sizes of a tile.
+        warps: Warps of a program.
+        stages: Depth of the software pipeline.
+        band: Rows of tiles that share a column of tiles before the next column begins.
+    """
 
     rows: int
     columns: int
@@ -60,8 +67,8 @@ class Tile:
     band: int = 8
 
 
-# `benchmarks/linear.py --tiles`: two programs of the first fit on a multiprocessor, so that one multiplies while the
-# other writes. The second is for less shared memory than Hopper's.
+# Measured by `benchmarks/linear.py --tiles`. Two programs of the first tiling fit on a multiprocessor, so that one
+# multiplies while the other writes. The second needs less shared memory than Hopper has.
 _HOPPER = Tile(128, 128, 128, 4, 3, band=4)
 _SMALL = Tile(128, 128, 64, 8, 3)
 
@@ -70,53 +77,59 @@ def _descriptor(x: torch.Tensor, block: list[int]) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
-def int8_product(
+def int8_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
-    cut: Tile | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
-    """(x * x_scale) @ (weight * weight_scale)^T + bias, summed in int32 and scaled in float32.
+    """(x * x_scale) @ (weight * weight_scale).T + bias, summed in int32 and scaled in float32.
 
     Args:
-        x: int8 (rows, depth); its scale float32 (rows, 1).
-        weight: int8 (columns, depth); its scale float32 (columns, 1). Columns and depth are multiples of 16.
+        x: int8 (rows, depth), depth a multiple of 16.
+        x_scale: float32 (rows, 1).
+        weight: int8 (columns, depth), columns a multiple of 16.
+        weight_scale: float32 (columns, 1).
         bias: (columns,), or `None`.
-        dtype: Of the result, (rows, columns).
+        dtype: Dtype of the output.
+        tile: The tiling; `None` takes the measured one for the GPU.
+
+    Returns:
+        (rows, columns) of `dtype`.
     """
     rows, depth = x.shape
     columns = weight.shape[0]
     out = torch.empty((rows, columns), dtype=dtype, device=x.device)
-    if cut is None:
-        cut = _HOPPER if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) else _SMALL
-    _int8[(triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns),)](
-        _descriptor(x, [cut.rows, cut.depth]),
-        _descriptor(weight, [cut.columns, cut.depth]),
-        _descriptor(out, [cut.rows, cut.columns]),
+    if tile is None:
+        tile = _HOPPER if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) else _SMALL
+    _int8[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        _descriptor(x, [tile.rows, tile.depth]),
+        _descriptor(weight, [tile.columns, tile.depth]),
+        _descriptor(out, [tile.rows, tile.columns]),
         x_scale, weight_scale, weight_scale if bias is None else bias, rows, columns, depth,
-        BIAS=bias is not None, M=cut.rows, N=cut.columns, K=cut.depth, BAND=cut.band, STAGES=cut.stages,
-        num_warps=cut.warps, num_stages=cut.stages,
+        BIAS=bias is not None, M=tile.rows, N=tile.columns, K=tile.depth, BAND=tile.band, STAGES=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
 
 @on_its_device
 @triton.jit
-def _widen(
+def _dequantize_nvfp4(
     packed_ptr, scale_ptr, global_ptr, left_ptr, right_ptr, out_ptr, rows, columns,
-    BY_ROW: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    PER_ROW: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, columns). BY_ROW: whether there is a global scale for each."""
+    """Program (rows, columns). PER_ROW: whether each row has a global scale. RANK: of the low-rank branch, or 0."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * WIDTH
     pair = first // 2 + tl.arange(0, WIDTH // 2)
     inside = (r < rows)[:, None] & (pair < columns // 2)[None, :]
     packed = tl.load(packed_ptr + r.to(tl.int64)[:, None] * (columns // 2) + pair[None, :], mask=inside, other=0)
     codes = tl.join(packed & 15, packed >> 4).reshape(ROWS, WIDTH).to(tl.int32)
-    # Two bits of exponent and one of mantissa become a float32's; zero and one half are what is left.
+    # Two exponent bits and one mantissa bit move to their places in a float32; 0 and 0.5 (subnormals) are separate.
     magnitude = codes & 7
     bits = ((magnitude >> 1) + 126 << 23) | ((magnitude & 1) << 22)
     value = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, bits.to(tl.float32, bitcast=True))
@@ -124,7 +137,7 @@ def _widen(
     group = first // 16 + tl.arange(0, WIDTH // 16)
     inside = (r < rows)[:, None] & (group < columns // 16)[None, :]
     scale = tl.load(scale_ptr + r.to(tl.int64)[:, None] * (columns // 16) + group[None, :], mask=inside, other=0.0)
-    if BY_ROW:
+    if PER_ROW:
         scale = scale.to(tl.float32) * tl.load(global_ptr + r, mask=r < rows, other=0.0)[:, None]
     else:
         scale = scale.to(tl.float32) * tl.load(global_ptr)
@@ -149,7 +162,7 @@ def _widen(
         tl.store(at, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def widen_nvfp4(
+def dequantize_nvfp4(
     packed: torch.Tensor,
     block_scale: torch.Tensor,
     global_scale: torch.Tensor,
@@ -157,36 +170,41 @@ def widen_nvfp4(
     left: torch.Tensor | None = None,
     right: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`formats.dequantize_nvfp4`, plus the product of a low-rank branch, rounded once to `dtype`: (rows, columns). For
-    e4m3 the global scale must bring values into its range.
+    """`formats.dequantize_nvfp4` plus a low-rank branch, left @ right, rounded once to `dtype`.
 
     Args:
-        packed: uint8 (rows, columns / 2); block scales e4m3 (rows, columns / 16); global scale float32 (1,)
-            or (rows, 1).
-        left: (rows, rank), of `dtype`; right: (rank, columns).
+        packed: uint8 (rows, columns / 2): two e2m1 codes per byte.
+        block_scale: e4m3 (rows, columns / 16).
+        global_scale: float32 (1,) or (rows, 1). With `dtype` e4m3 it must bring the values into e4m3's range.
+        dtype: Dtype of the output: float32, bf16, fp16 or e4m3.
+        left: (rows, rank), of `dtype`; `None` without a branch.
+        right: (rank, columns), of `dtype`; `None` without a branch.
+
+    Returns:
+        (rows, columns) of `dtype`.
     """
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
     rank = 0 if left is None else left.shape[1]
-    nothing = global_scale
+    unused = global_scale  # a pointer that the kernel does not read
     height, width = (32, 128)
-    _widen[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
-        packed, block_scale, global_scale, nothing if left is None else left, nothing if right is None else right, out,
-        rows, columns, BY_ROW=global_scale.numel() > 1, RANK=rank, R=max(16, triton.next_power_of_2(rank)),
+    _dequantize_nvfp4[(triton.cdiv(rows, height), triton.cdiv(columns, width))](
+        packed, block_scale, global_scale, unused if left is None else left, unused if right is None else right, out,
+        rows, columns, PER_ROW=global_scale.numel() > 1, RANK=rank, R=max(16, triton.next_power_of_2(rank)),
         ROWS=height, WIDTH=width, num_warps=4,
     )  # fmt: skip
     return out
 
 
-assert GROUP == 16  # `_widen` counts on it
+assert GROUP == 16  # `_dequantize_nvfp4` assumes it
 
 
 @triton.jit
-def _row_product(
+def _gemv(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, n, columns, depth,
     SILU: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Output features `n` of one row."""
+    """Output features `n` of one row (a GEMV), float32."""
     total = tl.zeros([WIDTH, DEPTH], tl.float32)
     for start in range(0, depth, DEPTH):
         k = start + tl.arange(0, DEPTH)
@@ -206,14 +224,14 @@ def _row_product(
 
 @on_its_device
 @triton.jit
-def _narrow(
+def _skinny_gemm(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, stride, columns, depth,
     SILU: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Program (output features, row)."""
     n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     row = tl.program_id(1)
-    out = _row_product(
+    out = _gemv(
         x_ptr + row * stride, weight_ptr, scale_ptr, bias_ptr, n, columns, depth, SILU, SCALE, BIAS, WIDTH, DEPTH
     )
     tl.store(out_ptr + row * columns + n, out.to(out_ptr.dtype.element_ty), mask=n < columns)
@@ -221,56 +239,71 @@ def _narrow(
 
 @on_its_device
 @triton.jit
-def _known(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, step_ptr, rows_ptr, products_ptr, missed_ptr, stride, columns,
+def _precomputed_gemm(
+    x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, step_ptr, rows_ptr, outputs_ptr, misses_ptr, stride, columns,
     depth, SCALE: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Program (output features, row). The row is compared with that of the step at hand; what was made from the same is
-    copied. WHOLE holds a row."""
+    """Program (output features, row). A row that equals the current step's input has its precomputed output copied; any
+    other row is computed, and counted as a miss. WHOLE: a power of two that holds a row."""
     n = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     row, rows = tl.program_id(1), tl.num_programs(1)
     x_ptr += row * stride
     step = tl.load(step_ptr)
     at = step.to(tl.int64) * rows + row
-    other = step < 0
+    missed = step < 0
     if step >= 0:
         k = tl.arange(0, WHOLE)
         x = tl.load(x_ptr + k, mask=k < depth, other=0.0)
-        own = tl.load(rows_ptr + at * depth + k, mask=k < depth, other=0.0)
-        other = tl.sum((x != own).to(tl.int32), 0) > 0
-    if other:
-        out = _row_product(x_ptr, weight_ptr, scale_ptr, bias_ptr, n, columns, depth, True, SCALE, BIAS, WIDTH, DEPTH)
+        expected = tl.load(rows_ptr + at * depth + k, mask=k < depth, other=0.0)
+        missed = tl.sum((x != expected).to(tl.int32), 0) > 0
+    if missed:
+        out = _gemv(x_ptr, weight_ptr, scale_ptr, bias_ptr, n, columns, depth, True, SCALE, BIAS, WIDTH, DEPTH)
         tl.store(out_ptr + row * columns + n, out.to(out_ptr.dtype.element_ty), mask=n < columns)
-        tl.atomic_add(missed_ptr, 1, mask=(tl.program_id(0) == 0) & (row == 0))
+        tl.atomic_add(misses_ptr, 1, mask=(tl.program_id(0) == 0) & (row == 0))
     else:
-        found = tl.load(products_ptr + at * columns + n, mask=n < columns, other=0.0)
-        tl.store(out_ptr + row * columns + n, found, mask=n < columns)
+        copied = tl.load(outputs_ptr + at * columns + n, mask=n < columns, other=0.0)
+        tl.store(out_ptr + row * columns + n, copied, mask=n < columns)
 
 
-def narrow_product(
+def skinny_gemm(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, silu: bool
 ) -> torch.Tensor:
-    """See `narrow.narrow_linear`."""
+    """The kernel of `skinny.skinny_linear`, which documents the arguments."""
     x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
     (rows, depth), columns = x.shape, weight.shape[0]
     out = x.new_empty((rows, columns))
-    _narrow[(triton.cdiv(columns, 8), rows)](
+    _skinny_gemm[(triton.cdiv(columns, 8), rows)](
         x, weight, x if scale is None else scale, x if bias is None else bias, out, x.stride(0), columns, depth,
         SILU=silu, SCALE=scale is not None, BIAS=bias is not None, WIDTH=8, DEPTH=1024, num_warps=8,
     )  # fmt: skip
     return out
 
 
-def known_product(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, known: Known
+def precomputed_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    precomputed: PrecomputedOutputs,
 ) -> torch.Tensor:
-    """`narrow_product` with SiLU, copied from what is known of it where `x` is what that was made from."""
+    """`skinny_gemm` with SiLU, or a copy of the precomputed output where `x` equals the input that it was made from.
+
+    Args:
+        x: (rows, in_features), the input before SiLU.
+        weight: (out_features, in_features), in the dtype of `x`, e4m3 or int8.
+        scale: float32 (out_features, 1) of an 8-bit weight; `None` for a weight in the dtype of `x`.
+        bias: (out_features,), or `None`.
+        precomputed: Outputs of this layer. A row that differs from the current step's counts as a miss.
+
+    Returns:
+        (rows, out_features), dtype of `x`.
+    """
     x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
-    (rows, depth), columns, inputs = x.shape, weight.shape[0], known.inputs
+    (rows, depth), columns, inputs = x.shape, weight.shape[0], precomputed.inputs
     out = x.new_empty((rows, columns))
-    _known[(triton.cdiv(columns, 32), rows)](
+    _precomputed_gemm[(triton.cdiv(columns, 32), rows)](
         x, weight, x if scale is None else scale, x if bias is None else bias, out, inputs.step, inputs.rows,
-        known.products, inputs.missed, x.stride(0), columns, depth, SCALE=scale is not None, BIAS=bias is not None,
+        precomputed.outputs, inputs.misses, x.stride(0), columns, depth, SCALE=scale is not None, BIAS=bias is not None,
         WIDTH=32, DEPTH=256, WHOLE=triton.next_power_of_2(depth), num_warps=8,
     )  # fmt: skip
     return out

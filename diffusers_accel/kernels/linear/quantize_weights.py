@@ -1,6 +1,6 @@
-"""Weights rounded in one pass, in Triton: bit for bit what `formats.py` says, without its float32 tensors in between.
+"""Quantization of weights to NVFP4 in one pass, in Triton: bit for bit `formats.py`, without its float32 intermediates.
 
-Imported only by the loaders of linear records: it needs triton.
+Only loaders of linear records import this module: it needs triton.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from .formats import GROUP, nvfp4_scales
 
 @on_its_device
 @triton.jit
-def _pack(x_ptr, each_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Program (rows, columns): codes of e2m1, two to a byte."""
+def _pack(x_ptr, scale_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Program (rows, columns): e2m1 codes, two per byte."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * WIDTH
     c, group = first + tl.arange(0, WIDTH), first // 16 + tl.arange(0, WIDTH // 16)
     at = r.to(tl.int64)[:, None]
     x = tl.load(x_ptr + at * columns + c[None, :], mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
     inside = (r < rows)[:, None] & (group < columns // 16)[None, :]
-    each = tl.load(each_ptr + at * (columns // 16) + group[None, :], mask=inside, other=1.0)
-    # Where a scale is zero, so is every value.
-    each = tl.where(each == 0, float("inf"), each)
-    each = tl.broadcast_to(each[:, :, None], (ROWS, WIDTH // 16, 16)).reshape(ROWS, WIDTH)
-    magnitude = tl.abs(tl.div_rn(x.to(tl.float32), each))
+    scale = tl.load(scale_ptr + at * (columns // 16) + group[None, :], mask=inside, other=1.0)
+    # A block whose scale rounded to zero stores zeros.
+    scale = tl.where(scale == 0, float("inf"), scale)
+    scale = tl.broadcast_to(scale[:, :, None], (ROWS, WIDTH // 16, 16)).reshape(ROWS, WIDTH)
+    magnitude = tl.abs(tl.div_rn(x.to(tl.float32), scale))
     below = (magnitude > 0.25).to(tl.int32) + (magnitude > 0.75).to(tl.int32) + (magnitude > 1.25).to(tl.int32)
     below += (magnitude > 1.75).to(tl.int32) + (magnitude > 2.5).to(tl.int32) + (magnitude > 3.5).to(tl.int32)
     below += (magnitude > 5.0).to(tl.int32)
-    # At an exact midpoint an odd code gives way to the even one above it.
+    # An exact midpoint rounds to the even code: an odd code moves up by one.
     middle = (magnitude == 0.75) | (magnitude == 1.75) | (magnitude == 3.5)
-    code = below + middle.to(tl.int32) + tl.where((x < 0) & (each < float("inf")), 8, 0)
+    code = below + middle.to(tl.int32) + tl.where((x < 0) & (scale < float("inf")), 8, 0)
     low, high = tl.split(code.reshape(ROWS, WIDTH // 2, 2))
     pair = first // 2 + tl.arange(0, WIDTH // 2)
     inside = (r < rows)[:, None] & (pair < columns // 2)[None, :]
@@ -41,7 +41,15 @@ def _pack(x_ptr, each_ptr, out_ptr, rows, columns, ROWS: tl.constexpr, WIDTH: tl
 
 
 def quantize_nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`formats.quantize_nvfp4` of a contiguous (rows, columns) with the global scale given, float32 (1,)."""
+    """`formats.quantize_nvfp4` with a given global scale.
+
+    Args:
+        x: (rows, columns), contiguous, columns a multiple of 16.
+        global_scale: float32 (1,).
+
+    Returns:
+        Packed codes uint8 (rows, columns / 2), block scales e4m3 (rows, columns / 16), and `global_scale`.
+    """
     rows, columns = x.shape
     amax = torch.linalg.vector_norm(x.view(rows, -1, GROUP), float("inf"), dim=-1).float()
     block_scale = nvfp4_scales(amax, global_scale)
@@ -53,4 +61,4 @@ def quantize_nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.T
     return packed, block_scale, global_scale
 
 
-assert GROUP == 16  # `_pack` counts on it
+assert GROUP == 16  # `_pack` assumes it

@@ -1,4 +1,4 @@
-"""Several layers as one product: each part gives what its layer gave, and the model cannot tell."""
+"""Packed linear layers: each slice returns its layer's output, and its surroundings see the stock layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_accel.kernels.linear import LINEARS, Apart, Part, QuantizedLinear, Stack, emptied, modules_of, unstacked
+from diffusers_accel.kernels.linear import (
+    LINEARS,
+    CannotPack,
+    LinearSlice,
+    PackedLinear,
+    QuantizedLinear,
+    release_tensors,
+    restore_tensors,
+    stock_modules,
+)
 from diffusers_accel.kernels.linear.eight_bit import Fp8TensorLinear
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +30,7 @@ def layer(out_features, algo, seed=0, bias=True, in_features=256):
     generator = torch.Generator().manual_seed(seed)
     linear = nn.Linear(in_features, out_features, bias=bias, device=DEVICE, dtype=torch.bfloat16)
     with torch.no_grad():
-        # Weights of very different sizes: a scale that belongs to another layer would be seen.
+        # Weights of very different magnitudes: another layer's scale would show in the output.
         linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.02 * 7.0**seed)
         if bias:
             linear.bias.copy_(torch.randn(out_features, generator=generator))
@@ -29,13 +38,13 @@ def layer(out_features, algo, seed=0, bias=True, in_features=256):
     return linear if algo == "plain" else LINEARS.get(algo).load()(linear)
 
 
-def stacked(layers):
+def packed_model(layers):
     model = nn.ModuleDict({f"layer{place}": item for place, item in enumerate(layers)})
-    stack = Stack(layers)
+    packed = PackedLinear(layers)
     for place, item in enumerate(layers):
-        model[f"layer{place}"] = Part(stack, place, item)
-        emptied(item)
-    return model, stack
+        model[f"layer{place}"] = LinearSlice(packed, place, item)
+        release_tensors(item)
+    return model, packed
 
 
 def inputs(seed=5, rows=(3, 7), in_features=256):
@@ -44,34 +53,34 @@ def inputs(seed=5, rows=(3, 7), in_features=256):
 
 
 def close(found, expected, algo):
-    # One product or several: the order of a sum may differ, what is stored may not.
+    # One product or several: the order of summation may differ; the stored values are the same.
     tolerance = {} if algo == "svdq-nvfp4" or DEVICE == "cuda" or algo == "plain" else {"atol": 0, "rtol": 0}
     torch.testing.assert_close(found, expected, **tolerance)
 
 
 @pytest.mark.parametrize("algo", FORMATS)
 @pytest.mark.parametrize("biases", [(True, True, True), (True, False, True)])
-def test_parts_give_what_the_layers_gave(algo, biases):
+def test_slices_return_the_outputs_of_their_layers(algo, biases):
     layers = [layer(size, algo, seed, bias) for seed, (size, bias) in enumerate(zip(SIZES, biases, strict=True))]
     x = inputs()
     expected = [item(x) for item in layers]
     buffers = [{name: item.clone() for name, item in layer.named_buffers()} for layer in layers]
     parameters = [{name: item.clone() for name, item in layer.named_parameters()} for layer in layers]
     weights = [item.weight + 0 for item in layers]
-    model, _ = stacked(layers)
+    model, _ = packed_model(layers)
     for place in (0, 1, 2, 2, 1, 0):  # in any order
         close(model[f"layer{place}"](x), expected[place], algo)
     for place in range(3):
-        part = model[f"layer{place}"]
-        assert torch.equal(part.weight + 0, weights[place]) and part.weight.dtype == torch.bfloat16
-        assert (part.bias is None) == (not biases[place])
-        close(part.alone()(x), expected[place], algo)
-    # Nothing is held twice; branches of svdq-nvfp4 lie on a diagonal, with zeros beside them.
+        item = model[f"layer{place}"]
+        assert torch.equal(item.weight + 0, weights[place]) and item.weight.dtype == torch.bfloat16
+        assert (item.bias is None) == (not biases[place])
+        close(item.standalone()(x), expected[place], algo)
+    # Tensors are held once; svdq-nvfp4's block-diagonal branches hold zeros too.
     held = sum(item.numel() * item.element_size() for item in [*model.parameters(), *model.buffers()])
     once = sum(item.numel() * item.element_size() for own in (*buffers, *parameters) for item in own.values())
     assert held <= once * (1.6 if algo == "svdq-nvfp4" else 1.1)
     for place, item in enumerate(layers):
-        unstacked(model[f"layer{place}"])
+        restore_tensors(model[f"layer{place}"])
         assert {name: item.shape for name, item in item.named_buffers()} == {
             name: item.shape for name, item in buffers[place].items()
         }
@@ -83,11 +92,11 @@ def test_parts_give_what_the_layers_gave(algo, biases):
 
 
 @pytest.mark.parametrize("algo", FORMATS)
-def test_what_is_written_to_a_part_is_stored_there(algo):
+def test_a_write_to_a_slice_changes_its_rows_alone(algo):
     layers = [layer(size, algo, seed) for seed, size in enumerate(SIZES)]
     x = inputs()
     expected = [item(x) for item in layers]
-    model, _ = stacked(layers)
+    model, _ = packed_model(layers)
     other = layer(SIZES[1], "plain", 9).weight * 0.001
     model["layer1"].weight.data += other - model["layer1"].weight
     model["layer1"].weight.data = other + 0
@@ -102,17 +111,17 @@ def test_what_is_written_to_a_part_is_stored_there(algo):
         model["layer1"].weight = torch.zeros(3, 3)
 
 
-class TestOnce:
-    """One product serves all parts, for as long as its input is what it was."""
+class TestSharedProduct:
+    """One product serves all slices while its input is unchanged."""
 
     @pytest.fixture
     def counted(self, monkeypatch):
         layers = [layer(size, "plain", seed) for seed, size in enumerate(SIZES)]
         alone = [copy.deepcopy(item) for item in layers]
-        model, stack = stacked(layers)
+        model, packed = packed_model(layers)
         calls = []
-        forward = stack.layer.forward
-        monkeypatch.setattr(stack.layer, "forward", lambda x: calls.append(1) or forward(x))
+        forward = packed.layer.forward
+        monkeypatch.setattr(packed.layer, "forward", lambda x: calls.append(1) or forward(x))
         return model, alone, calls
 
     def test_one_product_for_all(self, counted):
@@ -121,10 +130,10 @@ class TestOnce:
         for name in model:
             model[name](x)
         assert len(calls) == 1
-        model["layer1"](x)  # all have been served: nothing is kept
+        model["layer1"](x)  # after the last slice nothing is cached
         assert len(calls) == 2
 
-    def test_an_input_that_changed_is_multiplied_again(self, counted):
+    def test_a_changed_input_is_computed_again(self, counted):
         model, alone, _ = counted
         x = inputs()
         model["layer0"](x)
@@ -139,21 +148,21 @@ class TestOnce:
             model["layer0"](x)
             x.mul_(3)
             close(model["layer1"](x), alone[1](x), "plain")
-        assert not calls  # such tensors do not say whether they changed
+        assert not calls  # tensors of inference mode have no version counter
 
-    def test_nothing_is_kept_beyond_its_input(self, counted):
+    def test_the_output_dies_with_its_input(self, counted):
         model, _, _ = counted
         x = inputs()
         model["layer0"](x)
-        once = model["layer0"]._stack._once
-        assert once._entry is not None
+        cache = model["layer0"]._packed._output
+        assert cache._entry is not None
         del x
-        assert once._entry is None
+        assert cache._entry is None
 
-    def test_a_graph_multiplies_once_and_keeps_nothing(self):
+    def test_a_graph_computes_once_and_keeps_no_tensor(self):
         layers = [layer(size, "plain", seed) for seed, size in enumerate(SIZES)]
         alone = [copy.deepcopy(item) for item in layers]
-        model, stack = stacked(layers)
+        model, packed = packed_model(layers)
         seen = []
 
         def backend(graph, examples):
@@ -169,17 +178,17 @@ class TestOnce:
             for found, item in zip(forward(x), alone, strict=True):
                 close(found, item(x), "plain")
         assert len(seen) == 1 and sum("linear" in name for name in seen[0]) == 1
-        assert stack._given is None and stack._found is None
+        assert packed._traced_input is None and packed._traced_output is None
 
 
-def test_the_model_cannot_tell(tmp_path):
+def test_state_dicts_copies_and_casts_are_those_of_stock_layers(tmp_path):
     layers = [layer(size, "plain", seed, bias=seed != 1) for seed, size in enumerate(SIZES)]
     stock = nn.ModuleDict({f"layer{place}": copy.deepcopy(item) for place, item in enumerate(layers)})
-    model, _ = stacked(layers)
+    model, _ = packed_model(layers)
     expected = stock.state_dict()
     found = model.state_dict()
     assert list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in found)
-    assert [name for name, _ in modules_of(model)] == [name for name, _ in stock.named_modules()]
+    assert [name for name, _ in stock_modules(model)] == [name for name, _ in stock.named_modules()]
     other = {key: torch.randn_like(item) for key, item in expected.items()}
     model.load_state_dict(other)
     assert all(torch.equal(item, other[key]) for key, item in model.state_dict().items())
@@ -194,36 +203,36 @@ def test_the_model_cannot_tell(tmp_path):
     assert model["layer2"].weight.dtype == torch.float32 and model["layer2"](inputs().float()).dtype == torch.float32
 
 
-def test_what_cannot_be_joined_says_why():
-    with pytest.raises(Apart, match=r"formats differ \(Linear, fp8\)"):
-        Stack([layer(128, "plain"), layer(128, "fp8")])
-    with pytest.raises(Apart, match="input features"):
-        Stack([layer(128, "plain"), layer(128, "plain", in_features=128)])
-    with pytest.raises(Apart, match="input features"):
-        Stack([layer(128, "plain"), layer(128, "plain").float()])
+def test_layers_that_cannot_be_packed():
+    with pytest.raises(CannotPack, match=r"formats differ \(Linear, fp8\)"):
+        PackedLinear([layer(128, "plain"), layer(128, "fp8")])
+    with pytest.raises(CannotPack, match="input features"):
+        PackedLinear([layer(128, "plain"), layer(128, "plain", in_features=128)])
+    with pytest.raises(CannotPack, match="input features"):
+        PackedLinear([layer(128, "plain"), layer(128, "plain").float()])
     block = LINEARS.get("fp8-block").load()
     odd = block(nn.Linear(256, 100, dtype=torch.bfloat16, device=DEVICE))
-    with pytest.raises(Apart, match="a block of weights would belong to two"):
-        Stack([odd, layer(128, "fp8-block")])
+    with pytest.raises(CannotPack, match="one block of 128 x 128 weights would span two"):
+        PackedLinear([odd, layer(128, "fp8-block")])
     one, two = layer(128, "fp8-tensor"), layer(128, "fp8-tensor")
     assert isinstance(one, Fp8TensorLinear) and isinstance(two, QuantizedLinear)
     one.input_scale = torch.ones(1, device=DEVICE)
-    with pytest.raises(Apart, match="input_scale differ"):
-        Stack([one, two])
+    with pytest.raises(CannotPack, match="input_scale differ"):
+        PackedLinear([one, two])
     two.input_scale = torch.ones(1, device=DEVICE)
-    Stack([one, two])
+    PackedLinear([one, two])
     two.pre_quant_scale = torch.full((256,), 2.0, device=DEVICE)
-    with pytest.raises(Apart, match="pre_quant_scale differ"):
-        Stack([one, two])
+    with pytest.raises(CannotPack, match="pre_quant_scale differ"):
+        PackedLinear([one, two])
 
 
-def test_smoothed_layers_share_their_smoothing():
+def test_slices_share_their_pre_quant_scale():
     layers = [layer(128, "nvfp4", seed) for seed in range(2)]
     for item in layers:
         item.pre_quant_scale = torch.linspace(0.5, 2, 256, device=DEVICE)
     x = inputs()
     expected = [item(x) for item in layers]
-    model, _ = stacked(layers)
+    model, _ = packed_model(layers)
     for place in range(2):
         close(model[f"layer{place}"](x), expected[place], "nvfp4")
     weight = model["layer1"].weight + 0

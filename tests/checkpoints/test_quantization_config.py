@@ -1,4 +1,5 @@
-"""What checkpoints say of their quantization: nonsense in any field is refused by its name, before a tensor is read."""
+"""Configurations of quantized checkpoints: nonsense in a field is refused by the field's name, before any tensor is
+read."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def test_wrong_types(field):
     [
         ([], r"quantization_config: expected a mapping, got \[\]"),
         ({}, "quantization_config.quant_algo: is needed"),
-        ({"quant_algo": "FP9"}, "the algorithm 'FP9' is not known here"),
+        ({"quant_algo": "FP9"}, "the algorithm 'FP9' is not known"),
         ({**MIXED, "quantized_layers": {"a": "FP8"}}, r"quantized_layers\['a'\]: expected a mapping, got 'FP8'"),
         ({**MIXED, "quantized_layers": {"a": {}}}, r"quantized_layers\['a'\]: the algorithm None is not known"),
         ({**MIXED, "quantized_layers": {"a": {"quant_algo": ["FP8"]}}}, r"the algorithm \['FP8'\] is not known"),
@@ -54,31 +55,31 @@ def test_wrong_types(field):
         ({"quant_algo": "FP8", "config_groups": {"a": {"input_activations": {"dynamic": 1}}}}, "dynamic: expected t"),
     ],
 )  # fmt: skip
-def test_what_is_said(values, message, tmp_path):
+def test_wrong_values(values, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         Quantization.read(values, "file")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": values}))
-    if values != {}:  # which says nothing
+    if values != {}:  # an empty configuration stands for none
         with pytest.raises(CheckpointError, match=message):
             read_quantization(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", "[" * 100_000, '{"quantization_config": ' + "1" * 5000 + "}", "\0"])
-def test_a_config_that_is_none(text, tmp_path):
+def test_config_files_without_a_mapping(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_quantization(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "metadata",
     ["3", "[]", '{"layers": 3}', '{"layers": {"a": 3}}', '{"layers": {"a": {"format": ["nvfp4"]}}}', "[" * 100_000],
 )
-def test_a_header_that_says_nonsense(said, tmp_path):
-    save_file({"a.weight": torch.zeros(1)}, tmp_path / "m.safetensors", metadata={"_quantization_metadata": said})
+def test_metadata_of_wrong_types(metadata, tmp_path):
+    save_file({"a.weight": torch.zeros(1)}, tmp_path / "m.safetensors", metadata={"_quantization_metadata": metadata})
     with pytest.raises(CheckpointError, match=r"m\.safetensors"):
         read_file_quantization(tmp_path / "m.safetensors")
-    if said in ("3", "[]"):
-        save_file({"a.weight": torch.zeros(1)}, tmp_path / "m.safetensors", metadata={"quantization_config": said})
+    if metadata in ("3", "[]"):
+        save_file({"a.weight": torch.zeros(1)}, tmp_path / "m.safetensors", metadata={"quantization_config": metadata})
         with pytest.raises(CheckpointError, match="quantization_config: expected a mapping"):
             read_file_quantization(tmp_path / "m.safetensors")

@@ -1,8 +1,11 @@
-"""Other packages' linear layers, where a user has them: `"torchao:<config>"` and Transformer Engine's.
+"""Linear layers of other packages: torchao's and Transformer Engine's, as records of `LINEARS`.
 
-torchao's configurations are named as its classes are, in small letters: `"torchao:int8_weight_only"` is
-`Int8WeightOnlyConfig`; `/row` behind one that has a granularity asks for scales per row. Transformer Engine's layers
-hold their weight in FP8 with current scales: `"te-fp8-per-tensor"`, and 128 x 128 blocks of them: `"te-fp8-blockwise"`.
+A name of torchao's is its configuration class in snake case: `"torchao:int8_weight_only"` is `Int8WeightOnlyConfig`.
+The suffix `/row` asks for scales per row. Transformer Engine's layers hold an FP8 weight with current scaling:
+`"te-fp8-per-tensor"` has one scale, `"te-fp8-blockwise"` one per block of 128 x 128.
+
+Both packages are imported by loaders only. A layer of theirs is no `LinearProxy`, so it remembers its stock layer under
+`module.STOCK`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.platform import has_module, on
+from ...core.platform import device_guard, has_module
 from ...errors import Unsupported, nearest
 from .record import LINEARS, LinearKernel, Replace
 
@@ -20,13 +23,17 @@ _PREFIX = "torchao:"
 
 
 def _torchao(name: str) -> LinearKernel:
-    """The record behind a name of torchao's; whether there is such a configuration is seen when it is loaded."""
+    """The record for a name of torchao's.
+
+    Raises:
+        Unsupported: torchao is installed and has no such configuration.
+    """
     wanted, _, granularity = name.removeprefix(_PREFIX).partition("/")
     if has_module("torchao"):
-        _config(name, wanted, granularity)
+        _torchao_config(name, wanted, granularity)
     return LinearKernel(
         name=name,
-        load=lambda: _replace(name, _config(name, wanted, granularity)),
+        load=lambda: _replace(name, _torchao_config(name, wanted, granularity)),
         modules=("torchao",),
         install="pip install torchao",
         everywhere=False,
@@ -34,10 +41,10 @@ def _torchao(name: str) -> LinearKernel:
     )
 
 
-def _config(name: str, wanted: str, granularity: str) -> Any:
+def _torchao_config(name: str, wanted: str, granularity: str) -> Any:
     import torchao.quantization as quantization
 
-    known = {_small(kind): kind for kind in dir(quantization) if kind.endswith("Config")}
+    known = {_snake_case(name): name for name in dir(quantization) if name.endswith("Config")}
     if wanted not in known or granularity not in ("", "row"):
         raise Unsupported(
             f"linear={name!r}",
@@ -50,10 +57,12 @@ def _config(name: str, wanted: str, granularity: str) -> Any:
     try:
         return getattr(quantization, known[wanted])(**arguments)
     except TypeError as error:
-        raise Unsupported(f"linear={name!r}", f"torchao says: {error}.", f"another of {', '.join(known)}.") from error
+        raise Unsupported(
+            f"linear={name!r}", f"torchao refuses its arguments: {error}.", f"another of {', '.join(known)}."
+        ) from error
 
 
-def _small(kind: str) -> str:
+def _snake_case(kind: str) -> str:
     """`Int8WeightOnlyConfig` -> `int8_weight_only`."""
     name = kind.removesuffix("Config")
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
@@ -63,7 +72,7 @@ def _replace(name: str, config: Any) -> Replace:
     from torchao.quantization import quantize_
 
     def replace(linear: nn.Linear) -> nn.Module:
-        # torchao works on a model, in place: a shell with the same weight stands in for one.
+        # torchao quantizes a model in place: the model here is a shell around the stock weight.
         shell = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         shell.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         shell.bias = linear.bias
@@ -73,8 +82,9 @@ def _replace(name: str, config: Any) -> Replace:
         if type(made.weight.data) is torch.Tensor:
             raise Unsupported(
                 f"linear={name!r}",
-                f"torchao leaves a layer of {linear.in_features} to {linear.out_features} features as it is.",
-                "linear.ignore for such layers.",
+                f"torchao does not quantize a layer of {linear.in_features} input and {linear.out_features} output "
+                "features.",
+                "linear.ignore with a glob for such layers.",
             )
         made.kind = name  # type: ignore[assignment]
         return made
@@ -86,24 +96,27 @@ LINEARS.add_family(_PREFIX, _torchao)
 
 
 def _transformer_engine(recipe: str) -> Replace:
-    """A loader of Transformer Engine's layers under one of its recipes."""
+    """The function that makes Transformer Engine's layers.
+
+    Args:
+        recipe: Name of a class in `transformer_engine.common.recipe`.
+    """
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe as recipes
 
-    # Both names were changed in 2.9; the old ones go on for a while.
+    # Transformer Engine 2.9 renamed both functions and the argument; the old names still work.
     autocast = getattr(te, "autocast", None) or te.fp8_autocast
     model_init = getattr(te, "quantized_model_init", None) or te.fp8_model_init
     chosen = getattr(recipes, recipe)()
-    # The argument's name was changed too.
     option = "recipe" if hasattr(te, "autocast") else "fp8_recipe"
 
     class TransformerEngineLinear(te.Linear):  # type: ignore[misc, name-defined]
-        """Transformer Engine's layer, under its recipe whoever calls it."""
+        """Transformer Engine's layer, with its forward always under its recipe."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with on(x), autocast(enabled=True, **{option: chosen}):
-                found: torch.Tensor = super().forward(x)
-            return found
+            with device_guard(x), autocast(enabled=True, **{option: chosen}):
+                out: torch.Tensor = super().forward(x)
+            return out
 
     def replace(linear: nn.Linear) -> nn.Module:
         with model_init(enabled=True, recipe=chosen), torch.no_grad():
