@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..config.declared import NEEDED, Section, declared, plain
+from ..config.fields import REQUIRED, Section, option, plain
 from ..errors import AccelError, ConfigError, shown
 
 # ModelOpt's names of algorithms -> the family of layers.
@@ -113,15 +113,18 @@ class Quantization:
 class _Said(Section):
     """The fields of a `quantization_config` that are read; it has others, which say nothing of how to read tensors."""
 
-    quant_method: str = declared("modelopt", "Whose layout it is.", among=("modelopt",))
-    quant_algo: str = declared(NEEDED, "The algorithm of every layer, or MIXED_PRECISION.")
-    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that are not quantized.")
-    dynamic: bool = declared(True, "Whether activations are scaled as they come.")
-    quantized_layers: dict[str, Any] | None = declared(
-        None, "Layer -> what is said of it, of MIXED_PRECISION.", keys="names", wants="a mapping of names to mappings"
+    quant_method: str = option("modelopt", "Whose layout it is.", choices=("modelopt",))
+    quant_algo: str = option(REQUIRED, "The algorithm of every layer, or MIXED_PRECISION.")
+    ignore: tuple[str, ...] | None = option(None, "Globs of layers that are not quantized.")
+    dynamic: bool = option(True, "Whether activations are scaled as they come.")
+    quantized_layers: dict[str, Any] | None = option(
+        None,
+        "Layer -> its settings, for MIXED_PRECISION.",
+        key_kind="names",
+        expected="a mapping of names to mappings",
     )
-    config_groups: dict[str, Any] | None = declared(
-        None, "Layers that are quantized alike.", keys="names", wants="a mapping of names to mappings"
+    config_groups: dict[str, Any] | None = option(
+        None, "Layers that are quantized alike.", key_kind="names", expected="a mapping of names to mappings"
     )
 
     section: ClassVar[str] = "quantization_config"

@@ -19,7 +19,7 @@ from .. import api, demo
 from ..checkpoints.files import judge_file
 from ..checkpoints.loading import from_pretrained
 from ..checkpoints.modelopt import CheckpointError
-from ..config import AccelConfig, ParallelConfig, parsed, read_yaml
+from ..config import AccelConfig, ParallelConfig, parse_yaml, read_yaml
 from ..errors import AccelError, ConfigError, nearest, shown
 from ..presets import PRESETS
 
@@ -159,7 +159,7 @@ def key_value(text: str, option: str, example: str) -> tuple[str, Any]:
     if not separator or not key.strip(". "):
         raise CommandError(f"{option} {text}: expected KEY=VALUE, e.g. {option} {example}.")
     try:
-        return key.strip(), parsed(value)
+        return key.strip(), parse_yaml(value)
     except ValueError as error:
         raise CommandError(f"{option} {key.strip()}: {shown(value)} is not YAML that can be read: {error}") from error
 

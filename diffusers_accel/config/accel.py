@@ -9,9 +9,9 @@ from typing import Any
 
 from ..errors import ConfigError, nearest, shown
 from .cache import CACHE_CONFIGS, CacheConfig, PABConfig
-from .declared import plain
+from .fields import plain
 from .parallel import ParallelConfig
-from .reading import read_yaml, section_of
+from .reading import build_section, read_yaml
 from .sections import (
     AttentionConfig,
     CompileConfig,
@@ -45,7 +45,7 @@ class AccelConfig:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            object.__setattr__(self, entry.name, section_of(entry, getattr(self, entry.name)))
+            object.__setattr__(self, entry.name, build_section(entry, getattr(self, entry.name)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AccelConfig:
@@ -69,13 +69,13 @@ class AccelConfig:
                 result[entry.name] = kind | {item.name: plain(getattr(section, item.name)) for item in fields(section)}
         return result
 
-    def named(self) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+    def registry_names(self) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
         """(field with section, what is named, name, what else that field takes) of every name that only a registry
         knows."""
         for entry in fields(self):
             section = getattr(self, entry.name)
             if section is not None:
-                yield from section.named()
+                yield from section.registry_names()
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> AccelConfig:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from .declared import NEEDED, Section, declared, like
+from .fields import REQUIRED, Section, option, option_like
 
 # Names of published step computation masks.
 MASKS = ("slow", "medium", "fast", "ultra")
@@ -20,9 +20,9 @@ MASKS = ("slow", "medium", "fast", "ultra")
 POLICY, TEACACHE_ROW, MAGCACHE_ROW = "caching policy", "row of TeaCache's coefficients", "table of MagCache's ratios"
 
 _MASK: dict[str, Any] = {
-    "among": MASKS,
-    "also": lambda mask: isinstance(mask, str) or (set(mask) <= {0, 1} and mask[0] == 1),
-    "fewest": 1,
+    "choices": MASKS,
+    "condition": lambda mask: isinstance(mask, str) or (set(mask) <= {0, 1} and mask[0] == 1),
+    "min_items": 1,
     "examples": ("slow", (1,), (1, 0, 0, 1)),
 }
 _MASK_WANTS = (
@@ -30,21 +30,22 @@ _MASK_WANTS = (
     "computed"
 )
 _COEFFICIENTS: dict[str, Any] = {
-    "names": TEACACHE_ROW,
-    "fewest": 1,
-    "also": lambda found: isinstance(found, str) or any(found),
-    "wants": "a list of one or more finite numbers, not all 0, the name of a row of TeaCache's coefficients, or None",
+    "registry": TEACACHE_ROW,
+    "min_items": 1,
+    "condition": lambda found: isinstance(found, str) or any(found),
+    "expected": "a list of one or more finite numbers, not all 0, the name of a row of TeaCache's coefficients, or "
+    "None",
     "examples": ((1.0, 0.0), (0.5,), "flux.1-dev", None),
 }
 _RATIOS: dict[str, Any] = {
-    "names": MAGCACHE_ROW,
-    "above": 0,
-    "most": 100,
-    "fewest": 2,
-    "wants": "a list of two or more numbers above 0 and up to 100, one for each step of a schedule, the name of a "
+    "registry": MAGCACHE_ROW,
+    "exclusive_minimum": 0,
+    "maximum": 100,
+    "min_items": 2,
+    "expected": "a list of two or more numbers above 0 and up to 100, one for each step of a schedule, the name of a "
     "table of MagCache's ratios, or None",
 }
-_THRESHOLD = {"least": 0}
+_THRESHOLD = {"minimum": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,24 +56,24 @@ class CacheConfig(Section):
         ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    taylorseer_order: int = declared(
+    taylorseer_order: int = option(
         0,
         "Order of the Taylor polynomial that predicts a skipped step's residual; 0 reuses the last.",
-        least=0,
-        most=4,
+        minimum=0,
+        maximum=4,
     )
-    guard: float = declared(
+    guard: float = option(
         0.0,
         """Share of the skipped steps that are computed after all, to see how far off the prediction would have been:
         0.1 for the first and every tenth after it. Such a step costs what a computed one does.""",
-        least=0,
-        most=1,
+        minimum=0,
+        maximum=1,
     )
-    guard_bound: float = declared(
+    guard_bound: float = option(
         0.2,
         """Relative error of the prediction, mean |predicted - computed| / mean |computed| of what the blocks add, above
         which the rest of the request is computed in full.""",
-        least=0,
+        minimum=0,
     )
 
     section: typing.ClassVar[str] = "cache"
@@ -86,22 +87,22 @@ class TeaCacheConfig(CacheConfig):
         ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    threshold: float | None = declared(
+    threshold: float | None = option(
         None,
         """Accumulated change below which a step reuses the last residual. 0 skips nothing. `None` takes the published
         threshold of the coefficients (about 1.5x).""",
         **_THRESHOLD,
     )
-    coefficients: tuple[float, ...] | str | None = declared(
+    coefficients: tuple[float, ...] | str | None = option(
         None,
         """The rescaling polynomial, highest degree first; or the name of a published row (see
         `diffusers_accel.models.adapter.TEACACHE_ROWS`); or `None` to find the row from the model's configuration.""",
         **_COEFFICIENTS,
     )
-    coefficients_2: tuple[float, ...] | str | None = declared(
+    coefficients_2: tuple[float, ...] | str | None = option(
         None, "The same for the second expert (`transformer_2`); `None` takes `coefficients`.", **_COEFFICIENTS
     )
-    use_ret_steps: bool = declared(
+    use_ret_steps: bool = option(
         False,
         """Wan's other published variant: compare the projected time embedding and always compute the first five
         steps.""",
@@ -118,42 +119,42 @@ class DBCacheConfig(CacheConfig):
         ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    Fn_compute_blocks: int = declared(
-        8, "Blocks at the beginning that are computed on every step; what they add is watched.", least=1
+    Fn_compute_blocks: int = option(
+        8, "Blocks at the beginning that are computed on every step; what they add is watched.", minimum=1
     )
-    Bn_compute_blocks: int = declared(0, "Blocks at the end that are computed on every step.", least=0)
-    max_warmup_steps: int = declared(8, "Steps at the beginning that are always computed.", least=0)
-    max_cached_steps: int = declared(-1, "Steps that may be skipped in all; -1 for any number.", least=-1)
-    max_continuous_cached_steps: int = declared(
-        -1, "Steps that may be skipped one after another; -1 for any number.", least=-1
+    Bn_compute_blocks: int = option(0, "Blocks at the end that are computed on every step.", minimum=0)
+    max_warmup_steps: int = option(8, "Steps at the beginning that are always computed.", minimum=0)
+    max_cached_steps: int = option(-1, "Steps that may be skipped in all; -1 for any number.", minimum=-1)
+    max_continuous_cached_steps: int = option(
+        -1, "Steps that may be skipped one after another; -1 for any number.", minimum=-1
     )
-    residual_diff_threshold: float = declared(
+    residual_diff_threshold: float = option(
         0.08, "Relative change below which a step is skipped. 0 skips nothing.", **_THRESHOLD
     )
-    force_refresh_step_hint: int | None = declared(
+    force_refresh_step_hint: int | None = option(
         None,
         """A step, counted from the request's first, that is computed in any case; at least 1, since the first step is
         computed anyway.""",
-        least=1,
+        minimum=1,
     )
-    force_refresh_step_policy: str = declared(
-        "once", """`"once"`, or `"repeat"` for every so many steps.""", among=("once", "repeat")
+    force_refresh_step_policy: str = option(
+        "once", """`"once"`, or `"repeat"` for every so many steps.""", choices=("once", "repeat")
     )
-    enable_separate_cfg: bool | None = declared(
+    enable_separate_cfg: bool | None = option(
         None,
         """Whether guidance branches have a state each. They have it wherever the pipeline calls the denoiser once per
         branch, which `None` and `True` accept; `False` is refused there.""",
     )
-    steps_computation_mask: str | tuple[float, ...] | None = declared(
+    steps_computation_mask: str | tuple[float, ...] | None = option(
         None,
         """`"slow"`, `"medium"`, `"fast"`, `"ultra"`, or ones and zeros, scaled to the request's number of steps.""",
-        wants=f"{_MASK_WANTS}, or None",
+        expected=f"{_MASK_WANTS}, or None",
         **_MASK,
     )
-    steps_computation_policy: str = declared(
+    steps_computation_policy: str = option(
         "dynamic",
         """`"dynamic"`: where the mask skips, the change decides; `"static"`: the mask decides.""",
-        among=("dynamic", "static"),
+        choices=("dynamic", "static"),
     )
 
     kind: typing.ClassVar[str] = "dbcache"
@@ -163,8 +164,8 @@ class DBCacheConfig(CacheConfig):
 class FBCacheConfig(DBCacheConfig):
     """FBCache: DBCache that watches the first block alone, without warm-up; see there."""
 
-    Fn_compute_blocks: int = like(DBCacheConfig, "Fn_compute_blocks", 1)
-    max_warmup_steps: int = like(DBCacheConfig, "max_warmup_steps", 0)
+    Fn_compute_blocks: int = option_like(DBCacheConfig, "Fn_compute_blocks", 1)
+    max_warmup_steps: int = option_like(DBCacheConfig, "max_warmup_steps", 0)
 
     kind: typing.ClassVar[str] = "fbcache"
 
@@ -177,11 +178,11 @@ class StepMaskConfig(CacheConfig):
         ConfigError: There is no such mask, or a value is out of its range.
     """
 
-    mask: str | tuple[float, ...] = declared(
+    mask: str | tuple[float, ...] = option(
         "medium",
         """`"slow"` (18 of 28 steps), `"medium"` (15), `"fast"` (11), `"ultra"` (8), or ones and zeros; scaled to the
         request's number of steps.""",
-        wants=_MASK_WANTS,
+        expected=_MASK_WANTS,
         **_MASK,
     )
 
@@ -196,8 +197,8 @@ class IntervalConfig(CacheConfig):
         ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    interval: int = declared(2, "One of so many steps is computed.", least=1)
-    warmup: int = declared(1, "Steps at the beginning that are computed.", least=1)
+    interval: int = option(2, "One of so many steps is computed.", minimum=1)
+    warmup: int = option(1, "Steps at the beginning that are computed.", minimum=1)
 
     kind: typing.ClassVar[str] = "interval"
 
@@ -210,14 +211,14 @@ class TaylorSeerConfig(IntervalConfig):
         ConfigError: A value is out of its range, or both orders were given.
     """
 
-    order: int = declared(
+    order: int = option(
         1,
         "Of the polynomial; 0 reuses the last residual. (`taylorseer_order` is for the other rules.)",
-        least=0,
-        most=4,
+        minimum=0,
+        maximum=4,
     )
-    interval: int = like(IntervalConfig, "interval", 3)
-    warmup: int = like(IntervalConfig, "warmup", 3)
+    interval: int = option_like(IntervalConfig, "interval", 3)
+    warmup: int = option_like(IntervalConfig, "warmup", 3)
 
     kind: typing.ClassVar[str] = "taylorseer"
 
@@ -238,16 +239,16 @@ class MagCacheConfig(CacheConfig):
         ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    threshold: float = declared(0.06, "Accumulated error up to which a step is skipped. 0 skips nothing.", **_THRESHOLD)
-    max_skip_steps: int = declared(3, "Steps that may be skipped one after another.", least=0)
-    retention_ratio: float = declared(0.2, "Share of the first steps that are always computed.", least=0, most=1)
-    mag_ratios: tuple[float, ...] | str | None = declared(
+    threshold: float = option(0.06, "Accumulated error up to which a step is skipped. 0 skips nothing.", **_THRESHOLD)
+    max_skip_steps: int = option(3, "Steps that may be skipped one after another.", minimum=0)
+    retention_ratio: float = option(0.2, "Share of the first steps that are always computed.", minimum=0, maximum=1)
+    mag_ratios: tuple[float, ...] | str | None = option(
         None,
         """Mean ratio of the residual's magnitude to the last step's, for each step of a schedule of any length (the
         first is 1); or the name of a published table; or `None` to find the table from the model's configuration.""",
         **_RATIOS,
     )
-    mag_ratios_2: tuple[float, ...] | str | None = declared(
+    mag_ratios_2: tuple[float, ...] | str | None = option(
         None, "The same for the second expert (`transformer_2`); `None` takes `mag_ratios`.", **_RATIOS
     )
 
@@ -262,10 +263,10 @@ class EasyCacheConfig(CacheConfig):
         ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    threshold: float = declared(
+    threshold: float = option(
         0.05, "Accumulated relative change below which a step is skipped. 0 skips nothing.", **_THRESHOLD
     )
-    warmup: int = declared(7, "Steps at the beginning that are computed; the last step is too.", least=1)
+    warmup: int = option(7, "Steps at the beginning that are computed; the last step is too.", minimum=1)
 
     kind: typing.ClassVar[str] = "easycache"
 
@@ -279,20 +280,20 @@ class SeaCacheConfig(CacheConfig):
         ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    threshold: float = declared(
+    threshold: float = option(
         0.25, "Accumulated relative change below which a step is skipped. 0 skips nothing.", **_THRESHOLD
     )
-    retention_steps: int = declared(1, "Steps at the beginning that are computed.", least=0)
-    cache_end_steps: int = declared(1, "Steps at the end that are computed.", least=0)
-    max_consecutive_cached: int = declared(2, "Steps that may be skipped one after another; 0 for any number.", least=0)
-    power_exp: float | None = declared(
+    retention_steps: int = option(1, "Steps at the beginning that are computed.", minimum=0)
+    cache_end_steps: int = option(1, "Steps at the end that are computed.", minimum=0)
+    max_consecutive_cached: int = option(2, "Steps that may be skipped one after another; 0 for any number.", minimum=0)
+    power_exp: float | None = option(
         None,
         """Exponent by which the power of a clean picture falls with its frequency; `None` for 2 for pictures and 3 for
         videos.""",
-        above=0,
-        most=16,
+        exclusive_minimum=0,
+        maximum=16,
     )
-    taylorseer_order: int = like(CacheConfig, "taylorseer_order", 1)
+    taylorseer_order: int = option_like(CacheConfig, "taylorseer_order", 1)
 
     kind: typing.ClassVar[str] = "seacache"
 
@@ -310,25 +311,25 @@ class PABConfig(Section):
         ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    self_attention: int | None = declared(
-        2, "Self-attention is computed on one of so many steps; `None` on all.", least=1
+    self_attention: int | None = option(
+        2, "Self-attention is computed on one of so many steps; `None` on all.", minimum=1
     )
-    temporal_attention: int | None = declared(
-        4, "Steps between two computations of attention along time, in models that have it apart.", least=1
+    temporal_attention: int | None = option(
+        4, "Steps between two computations of attention along time, in models that have it apart.", minimum=1
     )
-    cross_attention: int | None = declared(3, "Steps between two computations of cross-attention.", least=1)
-    layers: dict[str, int] | None = declared(
+    cross_attention: int | None = option(3, "Steps between two computations of cross-attention.", minimum=1)
+    layers: dict[str, int] | None = option(
         None,
         "Globs of attention modules -> one of how many steps, which win over the kinds; the first that matches.",
-        least=1,
+        minimum=1,
     )
-    window: tuple[float, float] = declared(
+    window: tuple[float, float] = option(
         (100.0, 800.0),
         "Timesteps, of 1000, between which outputs are used again.",
-        least=0,
-        most=1000,
-        also=_in_order,
-        wants="two timesteps between 0 and 1000, in order",
+        minimum=0,
+        maximum=1000,
+        condition=_in_order,
+        expected="two timesteps between 0 and 1000, in order",
         examples=((0.0, 1000.0), (100, 100)),
     )
 
@@ -344,8 +345,8 @@ class PolicyConfig(CacheConfig):
         ConfigError: A value is not of its field's type, or out of its range; or no policy is named.
     """
 
-    name: str = declared(NEEDED, "The policy's name, as registered with register_policy(name, ...).", names=POLICY)
-    options: dict[str, Any] | None = declared(None, "Keyword arguments of its factory.", keys="names")
+    name: str = option(REQUIRED, "The policy's name, as registered with register_policy(name, ...).", registry=POLICY)
+    options: dict[str, Any] | None = option(None, "Keyword arguments of its factory.", key_kind="names")
 
     kind: typing.ClassVar[str] = "policy"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, nearest, shown
 from .cache import POLICY_NAMES, CacheConfig, PolicyConfig
-from .declared import Section
+from .fields import Section
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
@@ -25,7 +25,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     if text is None:
         raise ConfigError(f"There is no configuration file {str(path)!r}. Give the path of a YAML file.")
     try:
-        values = parsed(text)
+        values = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"{str(path)!r} is not YAML that can be read: {error}") from error
     if not isinstance(values, Mapping):
@@ -36,7 +36,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     return values
 
 
-def parsed(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """The value of a YAML text. YAML takes the last of two equal keys in silence; here they are refused.
 
     Raises:
@@ -65,7 +65,7 @@ def parsed(text: str) -> Any:
         raise ValueError("it is nested too deep.") from error
 
 
-def section_of(entry: dataclasses.Field[Any], value: Any) -> Any:
+def build_section(entry: dataclasses.Field[Any], value: Any) -> Any:
     """Turns what a user may write for a section into an instance of the section's class, or `None`. What the user wrote
     stays as it is."""
     section = entry.metadata["section"]
@@ -90,7 +90,7 @@ def section_of(entry: dataclasses.Field[Any], value: Any) -> Any:
             raise ConfigError(f"{entry.name}.kind: unknown kind {shown(kind)}. {nearest(kind, known)}")
     else:
         if isinstance(value, Mapping):
-            value = section.translated(value) if hasattr(section, "translated") else value
+            value = section.normalize_mapping(value) if hasattr(section, "normalize_mapping") else value
             return _build(entry.name, section, value)
         if value is True and section.switch:
             return section()

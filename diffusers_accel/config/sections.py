@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, shown
-from .declared import Section, declared, plain
+from .fields import Section, option, plain
 
 # Kinds of names in the configuration, as their registries call them.
 KERNEL, FORMAT = "attention kernel", "linear kernel"
@@ -27,42 +27,47 @@ class AttentionConfig(Section):
         ConfigError: A value is not of its field's type, or out of its range.
     """
 
-    backend: str = declared(
-        "auto", "The kernel for all layers that nothing below says otherwise of.", names=KERNEL, besides=("auto",)
+    backend: str = option(
+        "auto",
+        "The kernel for all layers that nothing below says otherwise of.",
+        registry=KERNEL,
+        extra_choices=("auto",),
     )
-    recipe: str | None = declared(
+    recipe: str | None = option(
         None,
         """What a quantized backend rounds, and how. Ours are named by the type of QK and the tokens per scale of Q, K
         and V, e.g. `"int8-1-16-1"`. `None` takes the backend's first.""",
     )
-    fidelity: str = declared(
-        "exact", """What `"auto"` may choose: `"exact"` kernels only, or `"8bit"` ones too.""", among=("exact", "8bit")
+    fidelity: str = option(
+        "exact",
+        """What `"auto"` may choose: `"exact"` kernels only, or `"8bit"` ones too.""",
+        choices=("exact", "8bit"),
     )
-    dense_steps: float = declared(
-        0.0, "Share of the first steps that are computed by `dense_backend`, between 0 and 1.", least=0, most=1
+    dense_steps: float = option(
+        0.0, "Share of the first steps that are computed by `dense_backend`, between 0 and 1.", minimum=0, maximum=1
     )
-    dense_layers: float = declared(
-        0.0, "Share of the first blocks that are computed by `dense_backend`, between 0 and 1.", least=0, most=1
+    dense_layers: float = option(
+        0.0, "Share of the first blocks that are computed by `dense_backend`, between 0 and 1.", minimum=0, maximum=1
     )
-    dense_backend: str = declared(
-        "auto", """The kernel of dense steps and layers; `"auto"` takes an exact one.""", names=KERNEL,
-        besides=("auto",),
+    dense_backend: str = option(
+        "auto", """The kernel of dense steps and layers; `"auto"` takes an exact one.""", registry=KERNEL,
+        extra_choices=("auto",),
     )  # fmt: skip
-    self_attention: str | None = declared(
+    self_attention: str | None = option(
         None,
         "The kernel for self-attention (text and image joined included) instead of `backend`.",
-        names=KERNEL,
-        besides=("auto",),
+        registry=KERNEL,
+        extra_choices=("auto",),
     )
-    cross_attention: str | None = declared(
-        None, "The kernel for cross-attention instead of `backend`.", names=KERNEL, besides=("auto",)
+    cross_attention: str | None = option(
+        None, "The kernel for cross-attention instead of `backend`.", registry=KERNEL, extra_choices=("auto",)
     )
-    layers: dict[str, str] | None = declared(
+    layers: dict[str, str] | None = option(
         None,
         """Globs of attention modules -> kernels, e.g. `{"transformer_blocks.0.*": "sdpa"}`; the first that matches wins
         over everything above.""",
-        names=KERNEL,
-        besides=("auto",),
+        registry=KERNEL,
+        extra_choices=("auto",),
     )
 
     section: typing.ClassVar[str] = "attention"
@@ -84,9 +89,11 @@ _MIXED = "MIXED_PRECISION"
 class ModelOptLayer(Section):
     """One layer's part of a ModelOpt `quantization_config`."""
 
-    quant_algo: str = declared("FP8", "The algorithm.", among=tuple(_MODELOPT))
-    group_size: int | None = declared(
-        None, "Features that share a scale, which the algorithm says already: 16 of NVFP4, 128 of FP8 blocks.", least=1
+    quant_algo: str = option("FP8", "The algorithm.", choices=tuple(_MODELOPT))
+    group_size: int | None = option(
+        None,
+        "Features that share a scale, which the algorithm says already: 16 of NVFP4, 128 of FP8 blocks.",
+        minimum=1,
     )
 
     section: typing.ClassVar[str] = "linear.quantized_layers"
@@ -105,14 +112,14 @@ class ModelOptLayer(Section):
 class ModelOptConfig(Section):
     """A ModelOpt `quantization_config`, as far as it can be applied to a loaded model."""
 
-    quant_algo: str = declared("FP8", "The algorithm of every layer.", among=(*_MODELOPT, _MIXED))
-    quant_method: str = declared("modelopt", "Whose configuration it is.", among=("modelopt",))
-    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that stay as they are.")
-    dynamic: bool = declared(True, "Whether activations are scaled as they come, which only a checkpoint can deny.")
-    quantized_layers: dict[str, Any] | None = declared(
-        None, "Globs of layers -> what is said of each.", keys="globs", wants="a mapping of globs to mappings"
+    quant_algo: str = option("FP8", "The algorithm of every layer.", choices=(*_MODELOPT, _MIXED))
+    quant_method: str = option("modelopt", "Whose configuration it is.", choices=("modelopt",))
+    ignore: tuple[str, ...] | None = option(None, "Globs of layers that stay as they are.")
+    dynamic: bool = option(True, "Whether activations are scaled as they come, which only a checkpoint can deny.")
+    quantized_layers: dict[str, Any] | None = option(
+        None, "Globs of layers -> what is said of each.", key_kind="globs", expected="a mapping of globs to mappings"
     )
-    producer: dict[str, Any] | None = declared(None, "Who wrote it.", keys="names", wants="a mapping")
+    producer: dict[str, Any] | None = option(None, "Who wrote it.", key_kind="names", expected="a mapping")
 
     section: typing.ClassVar[str] = "linear"
 
@@ -149,46 +156,46 @@ class LinearConfig(Section):
         ConfigError: A value is not of its field's type, or out of its range, or nothing is named at all.
     """
 
-    algo: str | None = declared(
+    algo: str | None = option(
         None,
         "The format of every layer that nothing below says otherwise of; `None` for those that `plan` names only.",
-        names=FORMAT,
+        registry=FORMAT,
     )
-    ignore: tuple[str, ...] | None = declared(
+    ignore: tuple[str, ...] | None = option(
         None, "Globs of layers that stay as they are, besides those that each model keeps by default."
     )
-    plan: dict[str, str] | None = declared(
+    plan: dict[str, str] | None = option(
         None,
         """Globs of layers -> formats, or `"none"`; the first that matches wins over everything else.""",
-        names=FORMAT,
-        besides=("none",),
+        registry=FORMAT,
+        extra_choices=("none",),
     )
-    smallest: int | None = declared(
+    smallest: int | None = option(
         None,
         """Layers with no more input or output features than this stay as they are; `None` takes the model's own bound
         (0 for those with a list of their own, 512 for others).""",
-        least=0,
+        minimum=0,
     )
-    targets: tuple[str, ...] | None = declared(
+    targets: tuple[str, ...] | None = option(
         None,
         """Names of the pipeline's models whose layers are meant, e.g. `("transformer", "text_encoder_2")`; `None` for
         the denoisers.""",
-        fewest=1,
-        also=lambda names: len(set(names)) == len(names),
-        wants="a list of names of the pipeline's models (not an empty one), each once, or None",
+        min_items=1,
+        condition=lambda names: len(set(names)) == len(names),
+        expected="a list of names of the pipeline's models (not an empty one), each once, or None",
     )
-    keep_original: str = declared(
+    keep_original: str = option(
         "cpu",
         """`"cpu"` keeps the stock weights in the host's memory, so that `restore` is bit-exact; `"drop"` frees them,
         and `restore` refuses.""",
-        among=("cpu", "drop"),
+        choices=("cpu", "drop"),
     )
 
     section: typing.ClassVar[str] = "linear"
     shorthand: typing.ClassVar[str | None] = "algo"
 
     @classmethod
-    def translated(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    def normalize_mapping(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """A ModelOpt `quantization_config` as fields of this class; any other mapping as it is."""
         if "quant_algo" not in values:
             return values
@@ -211,7 +218,7 @@ class LinearConfig(Section):
 class FuseConfig(Section):
     """Linear layers that read one tensor (query, key and value, say) multiplied as one. `True` is short for it."""
 
-    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that stay apart.")
+    ignore: tuple[str, ...] | None = option(None, "Globs of layers that stay apart.")
 
     section: typing.ClassVar[str] = "fuse"
     switch: typing.ClassVar[bool] = True
@@ -226,22 +233,22 @@ class CompileConfig(Section):
             itself; or a mode beside a backend that has none.
     """
 
-    mode: str = declared(
+    mode: str = option(
         "default",
         """As in `torch.compile`; `"auto"` means the default mode on a CUDA device and no compilation elsewhere.""",
-        names=MODE,
-        besides=("auto", "default"),
+        registry=MODE,
+        extra_choices=("auto", "default"),
     )
-    backend: str = declared("inductor", "As in `torch.compile`.", names=BACKEND, besides=("inductor",))
-    fullgraph: bool = declared(True, "Refuse graph breaks inside a block.")
-    dynamic: bool | None = declared(None, "As in `torch.compile`; `None` turns a dimension dynamic once it changes.")
-    options: dict[str, Any] | None = declared(
+    backend: str = option("inductor", "As in `torch.compile`.", registry=BACKEND, extra_choices=("inductor",))
+    fullgraph: bool = option(True, "Refuse graph breaks inside a block.")
+    dynamic: bool | None = option(None, "As in `torch.compile`; `None` turns a dimension dynamic once it changes.")
+    options: dict[str, Any] | None = option(
         None,
         """As in `torch.compile`, in the default mode: `{"coordinate_descent_tuning": True}` tries more cuts of every
         generated kernel, which takes minutes and gains a few percent.""",
-        keys="names",
+        key_kind="names",
     )
-    rewrites: bool | None = declared(
+    rewrites: bool | None = option(
         None,
         """Rewrite a block's graph before inductor sees it, where its own fusion needs more passes over memory: norms
         with modulation, QK-norm with rotation, GELU in a product, each with the rounding of a quantized layer behind
@@ -285,15 +292,15 @@ class CudaGraphConfig(Section):
         ConfigError: A value is not of its field's type, or the limit is below 1.
     """
 
-    limit: int = declared(
+    limit: int = option(
         8,
         "Kinds of calls (sizes, batches, lengths of prompts) that are recorded; others run without graphs.",
-        least=1,
+        minimum=1,
     )
-    vae: bool = declared(
+    vae: bool = option(
         False, "Record the VAE's decoder too, as a whole. Video decoders that work in chunks cannot be recorded."
     )
-    text_encoders: bool = declared(
+    text_encoders: bool = option(
         False,
         """Record the text encoders too, each as a whole. Language models that return their cache of keys and values run
         as they are.""",
@@ -307,13 +314,13 @@ class CudaGraphConfig(Section):
 class VAEConfig(Section):
     """Switches of the stock VAE."""
 
-    tiling: bool | None = declared(
+    tiling: bool | None = option(
         None, "Decode and encode in tiles; less memory, slower. `None` leaves the switch as it is."
     )
-    slicing: bool | None = declared(
+    slicing: bool | None = option(
         None, "Decode and encode one sample of the batch at a time. `None` leaves the switch as it is."
     )
-    compile: bool = declared(False, "Compile the decoder with `torch.compile`.")
+    compile: bool = option(False, "Compile the decoder with `torch.compile`.")
 
     section: typing.ClassVar[str] = "vae"
 
@@ -322,10 +329,10 @@ class VAEConfig(Section):
 class RequestConfig(Section):
     """Requests that come while another one is running on the same denoiser."""
 
-    busy: str = declared(
+    busy: str = option(
         "wait",
         """`"wait"` has it wait for its turn, in the order of arrival; `"raise"` raises `Busy` at once.""",
-        among=("wait", "raise"),
+        choices=("wait", "raise"),
     )
 
     section: typing.ClassVar[str] = "request"
@@ -340,19 +347,19 @@ class WarmupConfig(Section):
         ConfigError: A resolution is not of its form, or a number is below 1.
     """
 
-    resolutions: tuple[str, ...] | None = declared(
+    resolutions: tuple[str, ...] | None = option(
         None,
         """Pixels, each as `"<height>x<width>"`; `None` takes the pipeline's default size.""",
-        fewest=1,
-        form="[1-9][0-9]{0,4}x[1-9][0-9]{0,4}",
-        wants="a list of '<height>x<width>', '480x832' say (not an empty one), or None",
+        min_items=1,
+        pattern="[1-9][0-9]{0,4}x[1-9][0-9]{0,4}",
+        expected="a list of '<height>x<width>', '480x832' say (not an empty one), or None",
         examples=(("480x832",), ("32x32", "1024x99999")),
     )
-    num_frames: tuple[int, ...] | None = declared(
-        None, "Numbers of frames, for video; `None` takes the pipeline's default.", least=1, fewest=1
+    num_frames: tuple[int, ...] | None = option(
+        None, "Numbers of frames, for video; `None` takes the pipeline's default.", minimum=1, min_items=1
     )
-    num_inference_steps: int | None = declared(
-        None, "Steps of each request; `None` takes as few as there is something new in.", least=1
+    num_inference_steps: int | None = option(
+        None, "Steps of each request; `None` takes as few as there is something new in.", minimum=1
     )
 
     section: typing.ClassVar[str] = "warmup"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from ..config.declared import LONGEST
+from ..config.fields import MAX_LENGTH
 from ..errors import UnknownName, nearest, shown
 
 Record = TypeVar("Record")
@@ -30,7 +30,7 @@ class Registry(Generic[Record]):
         self._families: dict[str, Callable[[str], Record]] = {}
 
     def add(self, name: str, record: Record, replace: bool = False) -> None:
-        if not isinstance(name, str) or not name.strip() or len(name) > LONGEST or not name.isprintable():
+        if not isinstance(name, str) or not name.strip() or len(name) > MAX_LENGTH or not name.isprintable():
             raise ValueError(f"A {self.kind} is named by text of one line, got {shown(name)}.")
         if name in self.reserved or name.startswith(tuple(self._families)):
             raise ValueError(f"{name!r} means something else where a {self.kind} is named. Give another name.")

@@ -24,7 +24,7 @@ from ..api import recorded
 from ..config import AccelConfig, MagCacheConfig, TeaCacheConfig
 from ..core.step import Mode, StepState
 from ..errors import AccelError
-from ..features.cache import Record
+from ..features.cache import StepRecord
 from ..policies import MagCache, Policy, TeaCache
 from ..policies.teacache import RETAINED_STEPS
 
@@ -221,7 +221,7 @@ def _refuse_steps(steps: int, retained: int) -> None:
         )
 
 
-def _polynomial(records: list[Record], degree: int | None, use_ret_steps: bool, name: str = "the denoiser") -> Fit:
+def _polynomial(records: list[StepRecord], degree: int | None, use_ret_steps: bool, name: str = "the denoiser") -> Fit:
     """The polynomial of that degree, or of the one that foretells requests left out best."""
     usable = [each for each in records if each.signal is not None and np.isfinite([each.signal, each.residual]).all()]
     # What happens on steps that are always computed need not be foretold.
@@ -257,7 +257,7 @@ def _polynomial(records: list[Record], degree: int | None, use_ret_steps: bool, 
     return Fit(coefficients, (), r2(best), tuple(zip(x.tolist(), y.tolist(), strict=True)))
 
 
-def _table(records: list[Record]) -> Fit:
+def _table(records: list[StepRecord]) -> Fit:
     """The mean ratio of each step; steps that a denoiser never ran have 1."""
     total = max(each.total for each in records)
     by_step: dict[int, list[float]] = {}
@@ -304,7 +304,7 @@ def _magcache(fits: Mapping[str, Fit]) -> MagCacheConfig:
 
 
 def _threshold(
-    share: float, played: list[tuple[Fit, list[Record]]], policy: Callable[[Fit, float], Policy]
+    share: float, played: list[tuple[Fit, list[StepRecord]]], policy: Callable[[Fit, float], Policy]
 ) -> float | None:
     """The smallest threshold that skips at least that share of the recorded schedules; `None` if none does."""
 

@@ -167,7 +167,7 @@ def test_captures_have_a_stream_of_their_device(monkeypatch, current):
     graphs._capture_stream.cache_clear()
     try:
         for index in (0, 1, 1):
-            graphs.CudaRecorder(None, torch.device("cuda", index)).record(list)
+            graphs.CudaGraphBackend(None, torch.device("cuda", index)).capture(list)
     finally:
         graphs._capture_stream.cache_clear()
     assert captured == [(0, 0), (1, 1), (1, 1)] and [each.index for each in streams] == [0, 1] and current == [0]

@@ -454,7 +454,7 @@ def test_a_policy_of_a_users_own():
 
     seen = []
 
-    @register_policy("every-other", watches="residual")
+    @register_policy("every-other", signal="residual")
     class EveryOther:
         def __init__(self, start=1):
             self.start = start

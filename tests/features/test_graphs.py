@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tape import TapeRecorder
+from tape import TapeBackend
 from tiny import TINY, build, same
 
 from diffusers_accel import (
@@ -38,7 +38,7 @@ STEPS = 6
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", TapeRecorder)
+    monkeypatch.setitem(graphs.GRAPH_BACKENDS, "cpu", TapeBackend)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -61,13 +61,13 @@ def test_every_family(name):
 
 def test_graphs_of_a_model_share_memory(monkeypatch):
     """They are replayed one after the other; two pipelines' are not, and share nothing."""
-    memories, stock = [], TapeRecorder.__init__
+    memories, stock = [], TapeBackend.__init__
 
     def kept(self, pool, device):
         stock(self, pool, device)
         memories[-1].append(pool)
 
-    monkeypatch.setattr(TapeRecorder, "__init__", kept)
+    monkeypatch.setattr(TapeBackend, "__init__", kept)
     for _ in range(2):
         entry, pipe = TINY["wan"], build("wan")
         memories.append([])
@@ -146,7 +146,7 @@ def test_sizes_are_kinds_of_their_own():
     for size, expected in zip(sizes[:2], stock, strict=False):
         assert same(entry.run(pipe, steps=4, **size), expected)
     assert stats(pipe).graphs_captured == 4
-    with pytest.warns(UserWarning, match=r"2 kinds of calls are recorded already \(cuda_graph.limit\)"):
+    with pytest.warns(UserWarning, match=r"2 graph variants exist already \(cuda_graph.limit\)"):
         assert same(entry.run(pipe, steps=4, **sizes[2]), stock[2])
     assert stats(pipe).graph_replays == 0
     for size, expected in zip(sizes, stock, strict=True):
@@ -365,12 +365,12 @@ def test_outputs_survive():
 def test_what_is_refused(monkeypatch):
     pipe = build("flux")
     for sections, message in (
-        ({"compile": CompileConfig(mode="reduce-overhead")}, "records graphs of its own"),
-        ({"cache": PABConfig(window=(0, 0))}, "recorded whole"),
+        ({"compile": CompileConfig(mode="reduce-overhead")}, "captures graphs itself"),
+        ({"cache": PABConfig(window=(0, 0))}, "captured whole"),
     ):
         with pytest.raises(Unsupported, match=message):
             accelerate(pipe, cuda_graph=True, **sections)
-    monkeypatch.delitem(graphs.RECORDERS, "cpu")
+    monkeypatch.delitem(graphs.GRAPH_BACKENDS, "cpu")
     with pytest.raises(Unsupported, match="it runs on cpu"):
         accelerate(pipe, cuda_graph=True)
     assert "it runs on cpu" in str(explain(pipe, cuda_graph=True))
@@ -390,7 +390,7 @@ def test_whole_modules(name):
                 warnings.filterwarnings("ignore", "cuda_graph: text_encoder is .* returns something besides tensors")
             found = entry.run(pipe, steps=2, prompt=prompt)
         assert same(found, entry.run(other, steps=2, prompt=prompt)), prompt
-    wholes = [graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around")]
+    wholes = [graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around_module")]
     assert before == 0 and any(whole.captured and whole.replays for whole in wholes)
     assert wholes[0].name == "vae.decoder" and wholes[0].captured == 1
     restore(pipe)
@@ -405,13 +405,13 @@ def test_whole_modules_that_stay_as_they_are(monkeypatch):
     """A new size, weights that moved, what cannot be recorded, and what can be played by nobody."""
     pipe, other = build("flux"), build("flux")
     accelerate(pipe, attention="sdpa", cuda_graph=CudaGraphConfig(vae=True, limit=2))
-    vae = next(graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around"))
+    vae = next(graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around_module"))
     latents = [torch.randn(1, 4, 4 + size, 8) for size in range(3)]
     with torch.no_grad():
         for latent in (*latents[:2], *latents[:2]):
             assert torch.equal(pipe.vae.decode(latent).sample, other.vae.decode(latent).sample)
         assert vae.captured == 2
-        with pytest.warns(UserWarning, match="2 kinds of calls are recorded already"):
+        with pytest.warns(UserWarning, match="2 graph variants exist already"):
             pipe.vae.decode(latents[2])
         weight = pipe.vae.decoder.conv_in.weight
         weight.data = weight.data * 2  # in another place
@@ -422,14 +422,12 @@ def test_whole_modules_that_stay_as_they_are(monkeypatch):
         def refuses(self, function):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-        monkeypatch.setattr(TapeRecorder, "record", refuses)
-        with pytest.warns(
-            UserWarning, match=r"vae.decoder is run without graphs: it cannot be recorded \(operation not"
-        ):
+        monkeypatch.setattr(TapeBackend, "capture", refuses)
+        with pytest.warns(UserWarning, match=r"vae.decoder runs without graphs: it cannot be captured \(operation not"):
             found = pipe.vae.decode(latents[0]).sample
         assert torch.equal(found, other.vae.decode(latents[0]).sample)
     video = build("wan")
-    with pytest.raises(Unsupported, match="keeps what earlier chunks"):
+    with pytest.raises(Unsupported, match="keeps features of earlier chunks"):
         accelerate(video, cuda_graph=CudaGraphConfig(vae=True))
     with pytest.raises(Unsupported, match="none is loaded"):
         accelerate(build("flux2"), cuda_graph=CudaGraphConfig(text_encoders=True))
@@ -438,7 +436,7 @@ def test_whole_modules_that_stay_as_they_are(monkeypatch):
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
     """Too little memory for the second of FLUX's two segments, say: this request goes on, and so do later ones."""
     entry, pipe = TINY["flux"], build("flux")
-    stock, record, seen = entry.run(pipe, steps=STEPS), TapeRecorder.record, []
+    stock, record, seen = entry.run(pipe, steps=STEPS), TapeBackend.capture, []
 
     def refuses(self, function):
         seen.append(1)
@@ -447,9 +445,9 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return record(self, function)
 
-    monkeypatch.setattr(TapeRecorder, "record", refuses)
+    monkeypatch.setattr(TapeBackend, "capture", refuses)
     accelerate(pipe, attention="sdpa", cuda_graph=True)
-    with pytest.warns(UserWarning, match=r"a call cannot be recorded \(CUDA out of memory.\)"):
+    with pytest.warns(UserWarning, match=r"a call cannot be captured \(CUDA out of memory.\)"):
         assert same(entry.run(pipe, steps=STEPS), stock)
     calls = stats(pipe).attention_kernels
     assert stats(pipe).graphs_captured == 0 and len(seen) == 2

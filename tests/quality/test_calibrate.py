@@ -12,7 +12,7 @@ from tiny import TINY, build
 
 from diffusers_accel import MagCacheConfig, TeaCacheConfig, Unsupported, accelerate, calibrate, demo, stats
 from diffusers_accel.api import recorded
-from diffusers_accel.features.cache import Record
+from diffusers_accel.features.cache import StepRecord
 from diffusers_accel.features.context import FeatureOutputs
 from diffusers_accel.quality import calibrate as calibration
 from diffusers_accel.quality.calibrate import PoorFit, _judge, _polynomial
@@ -76,7 +76,7 @@ def test_a_poor_fit_is_refused():
         residual = signal + noise * random.normal(0.0, 0.1, (8, 20))
         return _polynomial(
             [
-                Record(request, step + 1, 22, signal[request, step], residual[request, step], 1.0)
+                StepRecord(request, step + 1, 22, signal[request, step], residual[request, step], 1.0)
                 for request in range(8)
                 for step in range(20)
             ],
@@ -124,7 +124,7 @@ def test_arguments(prompts, given, message):
 def requests_of(steps, count=1):
     random = numpy.random.default_rng(0)
     return [
-        Record(request, step, steps, *random.uniform(0.1, 0.3, 2), 1.0)
+        StepRecord(request, step, steps, *random.uniform(0.1, 0.3, 2), 1.0)
         for request in range(count) for step in range(1, steps)
     ]  # fmt: skip
 
