@@ -36,7 +36,7 @@ class TestDBCache:
 
     def test_caps(self):
         small = [None, *[0.0] * 9]
-        assert modes(DBCache(0.1, warmup=1, most=3), small).count(False) == 3
+        assert modes(DBCache(0.1, warmup=1, max_skipped=3), small).count(False) == 3
         assert modes(DBCache(0.1, warmup=1, most=0), small).count(False) == 0
         found = modes(DBCache(0.1, warmup=1, max_consecutive=2), small)
         assert found == [True, False, False, True, False, False, True, False, False, True]
