@@ -85,9 +85,9 @@ def test_bad_values_are_named(values, message):
         ("- attention: sdpa", "is a list and holds no mapping"),
         (
             "attention: sdpa\ncompile: true\nattention: fa3",
-            r"accel.yaml' is not YAML that can be read: line 3: the key 'attention' stands there twice",
+            r"accel.yaml' is not YAML that can be read: line 3: the key 'attention' is there twice",
         ),
-        ("attention: {backend: sdpa, backend: fa3}", "the key 'backend' stands there twice"),
+        ("attention: {backend: sdpa, backend: fa3}", "the key 'backend' is there twice"),
         ("linear: {algo: fp8, smallest: " + "1" * 5000 + "}", "not YAML"),
         ("linear: {algo: fp8, smallest: 2026-11-30}", "linear.smallest: expected a whole number.*got datetime.date"),
         ("linear: {algo: fp8, smallest: 2026-13-45}", "not YAML"),
@@ -140,7 +140,7 @@ def test_keys_of_a_merged_mapping_may_be_overridden(tmp_path):
         ({"linear": {"quant_algo": "FP8", "dynamic": "no"}}, "linear.dynamic: expected true or false, got 'no'"),
         ({"linear": {"quant_algo": "FP8", "producer": 3}}, "linear.producer: expected a mapping"),
         ({"linear": {"quant_algo": "FP8", "quantized_layers": ["a"]}}, "linear.quantized_layers: expected a mapping"),
-        ({"linear": {"quant_algo": "MIXED_PRECISION"}}, "linear.quantized_layers: MIXED_PRECISION says by layer"),
+        ({"linear": {"quant_algo": "MIXED_PRECISION"}}, "linear.quantized_layers: MIXED_PRECISION takes its formats"),
         ({"linear": {"quant_algo": "FP8", "quantized_layers": {"a": "FP8"}}}, r"quantized_layers\['a'\]: expected"),
         ({"linear": {"quant_algo": "FP8", "quantized_layers": {"a": {}}}}, r"quantized_layers\['a'\]: expected"),
         (

@@ -72,7 +72,7 @@ def test_settings_go_over_a_preset(monkeypatch):
         ((None, None, ["attention=[sdpa"]), CommandError, "not YAML"),
         ((None, None, ["linear.smallest=" + "1" * 5000]), CommandError, r"--set linear.smallest: '1+\.\.\. .*not YAML"),
         ((None, None, ["linear.smallest=2026-13-45"]), CommandError, "not YAML"),
-        ((None, None, ["linear={algo: fp8, algo: int8}"]), CommandError, "the key 'algo' stands there twice"),
+        ((None, None, ["linear={algo: fp8, algo: int8}"]), CommandError, "the key 'algo' is there twice"),
         ((None, None, ["linear={algo: fp8, smallest: 2026-11-30}"]), ConfigError, "linear.smallest: expected a whole"),
         ((None, None, ["atention=sdpa"]), ConfigError, "Did you mean 'attention'"),
         ((None, None, ["atention.backend=sdpa"]), ConfigError, "Did you mean 'attention'"),
