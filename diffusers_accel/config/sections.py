@@ -281,7 +281,7 @@ class CompileConfig(Section):
     backend: str = option("inductor", "The backend of `torch.compile`.", registry=BACKEND, extra_choices=("inductor",))
     fullgraph: bool = option(
         True,
-        "Whether each block is compiled as a single graph. Graph breaks of a block give a warning, and are then allowed in it.",
+        "Whether each block is compiled as a single graph. A block with graph breaks gives a warning, and keeps them.",
     )
     dynamic: bool | None = option(
         None, "Whether shapes are dynamic, as in `torch.compile`. `None` makes a dimension dynamic once it changes."
