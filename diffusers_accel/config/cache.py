@@ -70,8 +70,8 @@ class CacheConfig(Section):
     )
     guard_bound: float = option(
         0.2,
-        """Relative error of the prediction, mean |predicted - computed| / mean |computed| of what the blocks add, above
-        which the rest of the request is computed in full.""",
+        """Relative error of the prediction, mean |predicted - computed| / mean |computed| of the residual, above which
+        the rest of the request is computed in full.""",
         minimum=0,
     )
 

@@ -1,6 +1,6 @@
 """The chain: one wrapper around a method of one instance, holding layers sorted by rank.
 
-Nesting follows rank, never the history of calls: a cache gate added before or after compilation ends up outside the
+Nesting follows rank, never the history of calls: a cache layer added before or after compilation ends up outside the
 compiled block either way. The chain sits in the instance's `__dict__` (no class is touched, no module added, so
 `state_dict` and types stay) and disappears with its last layer.
 

@@ -1,7 +1,7 @@
 """Tensors within nested arguments and results: taken out as a list, and put back into the same form.
 
 A form is a pytree's structure together with every leaf that is no tensor. Two values of equal form differ in their
-tensors alone, so a layer can keep a form, produce new tensors and return what the stock module would have returned.
+tensors alone, so a layer can keep a form, and fill it with new tensors as the stock module would.
 """
 
 from __future__ import annotations

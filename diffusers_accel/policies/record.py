@@ -47,7 +47,7 @@ class PolicyRecord:
                 f"cache={self.name!r}",
                 f"the policy cannot be made with {shown(options) if options else 'no options'}: "
                 f"{type(error).__name__}: {error}.",
-                "PolicyConfig(name=..., options={...}) with what its factory takes.",
+                "PolicyConfig(name=..., options={...}) with its factory's arguments.",
             ) from error
         if not callable(getattr(made, "decide", None)):
             raise Unsupported(

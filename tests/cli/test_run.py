@@ -1,4 +1,4 @@
-"""`run`: what is passed to the pipeline, what is refused, and what is saved."""
+"""`run`: arguments of the pipeline, refusals, and saved files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VIDEO = (*IMAGE, "--num-frames", 5)
 
 
 def stat(printed: str, name: str) -> str:
-    """What the printed statistics say of `name`."""
+    """The row `name` of the printed statistics."""
     line = next(line for line in printed.splitlines() if line.startswith(name))
     return line.removeprefix(name).strip()
 

@@ -1,6 +1,6 @@
-"""A pipeline on another GPU than the current one: what goes by the current device is told which one is meant.
+"""A pipeline on another GPU than the current one: code that uses the current device gets the tensors' device.
 
-There is no second GPU here, so the sources are read, and stand-ins say what was current when something was launched.
+There is no second GPU here, so the sources are read, and stand-ins record the current device of each launch.
 `benchmarks/check_gpus.py --second-device` runs the kernels.
 """
 

@@ -44,7 +44,7 @@ def test_the_layout_is_kept():
 
 
 def test_a_value_memoized_in_warm_up_is_captured_again():
-    """Layers that share a rounded input keep it as long as nobody writes to the tensor."""
+    """Layers that share a rounded input memoize it by the tensor's version."""
     kept = {}
 
     def function(static):
@@ -59,6 +59,6 @@ def test_a_value_memoized_in_warm_up_is_captured_again():
 
 
 @pytest.mark.parametrize("other", [torch.ones(3), torch.ones(2, dtype=torch.float64), torch.ones(1, 2)])
-def test_what_fits(other):
+def test_fits(other):
     graph = captured([torch.ones(2)], lambda static: [static[0] * 2])
     assert graph.fits([torch.zeros(2)]) and not graph.fits([other]) and not graph.fits([])

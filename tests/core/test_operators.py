@@ -1,4 +1,4 @@
-"""Operators: what torch asks of one, and no gradient through them in silence."""
+"""Operators: torch's requirements, and an error for a gradient through one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_mode_has_its_say():
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_gradients_are_refused(place):
-    """When somebody goes back, not when they are only recorded."""
+    """The error comes with the backward pass, not with the recording of gradients."""
     leaf = torch.ones(4, requires_grad=True)
     args = ([leaf, PARTS[1]], None, 1.0) if place == 0 else (PARTS, leaf, 1.0)
     out = weighted_sum(*args)

@@ -1,4 +1,4 @@
-"""DBCache's rule, step masks and TaylorSeer, against transcriptions of what was published."""
+"""DBCache's rule, step masks and TaylorSeer, against transcriptions of the published rules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def step(index, total=28, first=0):
 
 
 def modes(policy, changes, first=0, total=None):
-    """Which steps are computed."""
+    """Whether each step is computed."""
     total = total or len(changes) + first
     return [
         policy.decide(step(first + place, total, first), change) is Mode.FULL for place, change in enumerate(changes)
@@ -37,7 +37,7 @@ class TestDBCache:
     def test_caps(self):
         small = [None, *[0.0] * 9]
         assert modes(DBCache(0.1, warmup=1, max_skipped=3), small).count(False) == 3
-        assert modes(DBCache(0.1, warmup=1, most=0), small).count(False) == 0
+        assert modes(DBCache(0.1, warmup=1, max_skipped=0), small).count(False) == 0
         found = modes(DBCache(0.1, warmup=1, max_consecutive=2), small)
         assert found == [True, False, False, True, False, False, True, False, False, True]
 
@@ -59,7 +59,7 @@ class TestDBCache:
 
 class TestMasks:
     def test_the_published_ones(self):
-        """Numbers of computed steps of 28, and where the runs lie."""
+        """The numbers of computed steps of 28, and the places of the runs."""
         assert set(MASKS) == set(NAMES)
         assert {name: sum(named_mask(name)) for name in MASKS} == {"slow": 18, "medium": 15, "fast": 11, "ultra": 8}
         assert all(len(named_mask(name)) == 28 for name in MASKS)

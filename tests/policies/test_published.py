@@ -1,4 +1,4 @@
-"""MagCache, EasyCache, SeaCache and PAB, against transcriptions of what was published."""
+"""MagCache, EasyCache, SeaCache and PAB, against transcriptions of the published rules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def step(index, total, first=0):
 
 
 def computed(policy, total, changes=None, first=0):
-    """Which steps are computed."""
+    """Whether each step is computed."""
     return [
         policy.decide(step(place, total, first), 0.0 if changes is None else changes[place]) is Mode.FULL
         for place in range(first, total)

@@ -116,7 +116,7 @@ def test_a_poor_fit_is_refused():
     ],
 )  # fmt: skip
 def test_arguments(prompts, given, message):
-    """Judged before anything runs."""
+    """Invalid arguments are refused before any request."""
     with pytest.raises(ValueError, match=f"calibrate: .*{message}"):
         calibrate(None, prompts, **given)
 

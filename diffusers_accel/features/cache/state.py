@@ -49,7 +49,7 @@ class BranchState:
         first_input: Main stream at the entry of the first stack. It is kept if the first blocks are always computed.
         inputs: Stack path -> streams that enter its skippable blocks, in the running call.
         outputs: Stack path -> streams that its last finished block returned, in the running call.
-        injected: Stack path -> sum of what was added from outside between its blocks, in the running call.
+        injected: Stack path -> sum of the additions from outside between its blocks, in the running call.
         residuals: Stack path -> stream name -> residual on computed steps, as a Taylor polynomial.
         skippable: Number of steps that the policy would have skipped.
         checking: Whether the running call is a skippable step that is computed for the guard.
