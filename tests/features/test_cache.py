@@ -1,7 +1,7 @@
 """TeaCache on stock pipelines: the published rule, right in every request.
 
-The reference is written here, apart from the package: the published algorithm run by hand over a stock transformer,
-with hooks of torch's own recording what it needs.
+The reference is independent of the package: the published algorithm, run over a stock transformer with torch hooks that
+record its inputs.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def test_batched_guidance_measures_the_conditional_half(name):
         assert torch.equal(one, both.chunk(2)[1])
 
 
-# Requests that follow each other on one pipeline. Each must give what a pipeline fresh from `accelerate` gives.
+# Consecutive requests on one pipeline. Each has the result of a newly accelerated pipeline.
 REQUESTS = {
     "flux": [{}, {"height": 48, "width": 32}, {"num_inference_steps": 7}, {"num_images_per_prompt": 2}],
     "flux-true-cfg": [{}, {"true_cfg_scale": 1.0}, {}],

@@ -65,8 +65,8 @@ STEPS = 6
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name):
-    """All steps computed is stock, bit for bit; skipping leaves no trace in the next request (each rule on three
-    families or more, each family under two rules or more), and restore none at all."""
+    """A rule that computes all steps equals stock bit for bit. Skipping leaves no trace in the next request, and
+    `restore` leaves none at all. Each rule runs on three families or more, each family under two rules or more."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=STEPS)
     for rule, config in ALL_COMPUTED.items():
