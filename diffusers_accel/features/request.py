@@ -61,8 +61,8 @@ def _step_layer(context: PipelineContext, denoiser: Denoiser) -> Callable[..., A
                 raise
             if state.step is None and config is not None and (config.cache or config.attention):
                 warnings.warn(
-                    f"accelerate: {type(clock.scheduler).__name__} does not tell which step it is at: nothing is "
-                    "skipped, and steps that depend on their place are computed with care.",
+                    f"accelerate: {type(clock.scheduler).__name__} does not tell which step it is at: no step is "
+                    "skipped, and attention's dense kernel computes all steps if `dense_steps` is set.",
                     stacklevel=2,
                 )
             context.stats.clear()

@@ -275,7 +275,7 @@ def _registered(context: PipelineContext, denoiser: Denoiser, config: PolicyConf
     record = POLICIES.get(config.name)
     signal: SignalFactory = signal_of(denoiser) if record.signal == "modulated_input" else SIGNALS[record.signal]
     options = plain(config.options or {})
-    record.make(options)  # refused now, if it cannot be made
+    record.make(options)  # an invalid policy is refused before any change
     _refuse_too_few_blocks(denoiser, f"cache={config.name!r}", record.first, 0, "the block that it measures")
     label = f"{config.name}, a registered policy"
     return Rule(lambda branch: record.make(options), label, signal, record.first, **_common(config))

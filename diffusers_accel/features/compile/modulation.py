@@ -155,7 +155,7 @@ class PrecomputedModulations:
                     layer: Any = block.get_submodule(path)
                 except AttributeError:
                     continue
-                layer = getattr(layer, "base_layer", layer)  # beneath a LoRA
+                layer = getattr(layer, "base_layer", layer)  # the stock layer of a LoRA layer
                 plain = type(layer) is nn.Linear and layer.weight.dtype == dtype
                 if not plain and getattr(layer, "kind", None) not in _NARROW:
                     continue
