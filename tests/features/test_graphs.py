@@ -437,14 +437,14 @@ def test_whole_modules_that_stay_as_they_are(monkeypatch):
 def test_a_failed_capture_runs_without_graphs(monkeypatch):
     """Too little memory for the second of FLUX's two segments, say: this request goes on, and so do later ones."""
     entry, pipe = TINY["flux"], build("flux")
-    stock, record, seen = entry.run(pipe, steps=STEPS), TapeBackend.capture, []
+    stock, capture, seen = entry.run(pipe, steps=STEPS), TapeBackend.capture, []
 
     def refuses(self, function):
         seen.append(1)
         if len(seen) > 1:
             function()
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-        return record(self, function)
+        return capture(self, function)
 
     monkeypatch.setattr(TapeBackend, "capture", refuses)
     accelerate(pipe, attention="sdpa", cuda_graph=True)
