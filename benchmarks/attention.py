@@ -7,7 +7,7 @@ says, on tensors laid out as it wants them: the adapter's cost is what lies betw
 
     python benchmarks/attention.py                 # all kernels: benchmarks/results/attention.json
     python benchmarks/attention.py --tiles         # the cuts of our kernels and of the quantizers
-    python benchmarks/attention.py --docs          # docs/attention.md from the result; needs no GPU
+    python benchmarks/attention.py --docs          # docs/results/attention-kernels.md; needs no GPU
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPES = {
     "Wan2.1 14B, 720p, 81 frames, on 4 GPUs": (1, 10, 75600, 128),
 }
 SIZES = "shape (batch, heads, sequence, head_dim)"
-DOCS = Path(__file__).parents[1] / "docs" / "attention.md"
+DOCS = Path(__file__).parents[1] / "docs" / "results" / "attention-kernels.md"
 
 
 def inputs(batch: int, heads: int, length: int, dim: int, device: str = "cuda") -> tuple[torch.Tensor, ...]:

@@ -1,5 +1,5 @@
-"""What 8, 16 and 64 GPUs should give, from what 1, 2 and 4 gave: the model of cost of docs/parallel.md, its constants
-taken from `benchmarks/results/parallel-*.json`, on no GPU at all.
+"""What 8, 16 and 64 GPUs should give, from what 1, 2 and 4 gave: the model of cost of docs/results/parallel.md, its
+constants taken from `benchmarks/results/parallel-*.json`, on no GPU at all.
 
 A forward on N ranks of one machine, by Ulysses, takes
 

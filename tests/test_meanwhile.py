@@ -83,7 +83,7 @@ class TestWeights:
         pipe.unload_lora_weights()
         assert torch.equal(run(pipe), run(build("flux")))
 
-    @pytest.mark.parametrize("sections", [FUSE, {**FUSE, **COMPILE}, {**INT8, **COMPILE}], ids=["fuse", "both", "int8"])
+    @pytest.mark.parametrize("sections", [FUSE, {**INT8, **FUSE, **COMPILE}], ids=["fuse", "all"])
     def test_a_dora(self, sections):
         pipe, stock = accelerate(build("flux"), **sections), build("flux")
         for each in (pipe, stock):

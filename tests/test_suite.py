@@ -73,6 +73,6 @@ def test_a_source_distribution_can_be_tested(tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
         names = {name.partition("/")[2] for name in packed.getnames()}
-    assert {"tests/conftest.py", "tests/tiny/flux.py", "docs/attention.md", "constraints.txt", "README.md"} <= names
-    assert {"diffusers_accel/api.py", "CONTRIBUTING.md", ".ci/run"} <= names
+    assert {"tests/conftest.py", "tests/tiny/flux.py", "docs/index.md", "constraints.txt", "README.md"} <= names
+    assert {"diffusers_accel/api.py", "diffusers_accel/py.typed", "mkdocs.yml", "CONTRIBUTING.md", ".ci/run"} <= names
     assert not [name for name in names if "__pycache__" in name]
