@@ -24,7 +24,7 @@ def takes(field: dataclasses.Field[Any], annotation: str) -> str:
         return ", ".join(f'`"{each}"`' for each in spec.choices) + (", `None`" if "None" in annotation else "")
     bounds = [
         f"{word} {bound:g}"
-        for word, bound in (("above", said.above), ("at least", said.least), ("at most", said.most))
+        for word, bound in (("above", spec.exclusive_minimum), ("at least", spec.minimum), ("at most", spec.maximum))
         if bound is not None
     ]
     return " ".join([f"`{annotation.replace(' | ', ' or ')}`", *([f"({', '.join(bounds)})"] if bounds else [])])
