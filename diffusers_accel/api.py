@@ -24,8 +24,8 @@ from torch import nn
 
 from .config import AccelConfig
 from .core.edits import Edit, Journal, SetAttr
-from .core.moments import between
 from .core.step import Mode, StepState
+from .core.timestamps import seconds_between
 from .errors import AccelError, NotAccelerated, Unsupported
 from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
 from .features.context import PipelineContext
@@ -73,18 +73,18 @@ FEATURES: dict[str, Entry] = {
 ORDER = (
     "compile",
     "attention layer",
-    "graph",
+    "graph block",
     "weights",
-    "cache gate",
+    "cache block",
     "division of a block",
-    "graph kind",
+    "graph denoiser",
     "division",
-    "cache decision",
+    "cache denoiser",
     "samples",
     "guidance",
     "agreement",
     "vae",
-    "whole graph",
+    "graph module",
     "vae of others",
     "request",
     "gpu",
@@ -127,7 +127,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     if earlier is not None:
         for reason in earlier.irreversible:
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
-        earlier.context.clock.settle()
+        earlier.context.clock.wait_idle()
     words, sections = copy.deepcopy((config, sections))  # what the caller does to them later is no wish
     left = [note for plan in plans for note in plan.left]
     if torch.cuda.is_available() and all(denoiser.device.type == "cpu" for denoiser in context.denoisers):
@@ -207,7 +207,7 @@ def restore(pipe: Pipe) -> Pipe:
     session = _session(pipe, "restore")
     for reason in session.irreversible:
         raise Unsupported("restore", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
-    session.context.clock.settle()
+    session.context.clock.wait_idle()
     try:
         session.end()
     finally:
@@ -290,10 +290,10 @@ def _seconds(context: PipelineContext) -> dict[str, float | None]:
     """Seconds of a step of the last request, and how many times as fast skipping has made it."""
     steps: dict[int | None, list[tuple[StepState, float]]] = {}
     for state, begin, end in context.stats.call_times:
-        steps.setdefault(state.step, []).append((state, between(begin, end)))
+        steps.setdefault(state.step, []).append((state, seconds_between(begin, end)))
     if not steps:
         return {"seconds_per_step": None, "speed_up": None}
-    whole = between(context.stats.call_times[0][1], context.stats.call_times[-1][2])
+    whole = seconds_between(context.stats.call_times[0][1], context.stats.call_times[-1][2])
     full = [calls for calls in steps.values() if all(state.mode is Mode.FULL for state, _ in calls)]
     skipped = sum(seconds for calls in steps.values() for _, seconds in calls)
     known = bool(full) and len(full) < len(steps) and skipped > 0
@@ -358,20 +358,20 @@ _WAITING = ("cpu", "meta")
 
 @contextmanager
 def recorded(pipe: Any, use_ret_steps: bool = False) -> Iterator[PipelineContext]:
-    """Records, in the context's `cache_records`, how signal and residual change from step to step of every request in
-    the context. The pipeline is stock before and after.
+    """Records changes of signal and residual from step to step in the context's `cache_records`, for every request
+    within the `with` block. The pipeline is stock before and after.
 
     Args:
         pipe: A stock pipeline.
         use_ret_steps: Whether the signal is that of TeaCache's variant for Wan.
 
     Raises:
-        Unsupported: The pipeline is accelerated, or no adapter says what signal to watch.
+        Unsupported: The pipeline is accelerated, or its adapter defines no signal.
     """
     if session_of(pipe) is not None:
         raise Unsupported("calibrate", "the pipeline is accelerated.", "restore(pipe) first.", type(pipe).__name__)
     context, journal = _context(pipe), Journal()
-    journal.apply(itertools.chain(cache.recording(context, use_ret_steps), request.edits(context, None)))
+    journal.apply(itertools.chain(cache.trace_edits(context, use_ret_steps), request.edits(context, None)))
     try:
         yield context
     finally:

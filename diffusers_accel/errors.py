@@ -1,4 +1,4 @@
-"""The errors a user meets. Each names the thing, the reason and the way out, and is raised before anything changed."""
+"""The errors of the package. Each names the thing, the reason and the way out, and is raised before any change."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ _SHOWN = 120
 
 
 class AccelError(Exception):
-    """Base class of every error this package raises on purpose."""
+    """Base class of all deliberate errors of this package."""
 
 
 class Unsupported(AccelError):
-    """What was asked for cannot be done here; nothing was changed.
+    """A request that cannot be carried out; nothing was changed.
 
     Args:
-        feature: The feature (or kernel) that refuses, as the user wrote it.
-        reason: Why it cannot be done, in one sentence.
-        instead: What to write instead.
-        module: The module or class concerned, where there is one.
+        feature: The refused feature, field or kernel, as the user wrote it.
+        reason: The reason, one sentence.
+        instead: The way out, as text to write instead.
+        module: The module or class concerned, or `None`.
     """
 
     def __init__(self, feature: str, reason: str, instead: str, module: str | None = None):
@@ -30,23 +30,23 @@ class Unsupported(AccelError):
 
 
 class ConfigError(AccelError, ValueError):
-    """A configuration that cannot be read: an unknown key, a wrong type, a missing or malformed file."""
+    """An invalid configuration: an unknown key, a wrong type or value, a missing or malformed file."""
 
 
 class UnknownName(Unsupported, ConfigError):
-    """A configuration names what no registry has."""
+    """A name in a configuration that its registry does not have."""
 
 
 class PolicyFailed(AccelError):
-    """A caching policy of the user's own raised, or returned what is no mode."""
+    """A user's caching policy raised, or did not return a mode."""
 
 
 class RanksDiffer(AccelError):
-    """Processes that share a request were given different ones."""
+    """Processes that share a request were given different requests."""
 
 
 class Busy(AccelError):
-    """Another request is running on the same denoiser, and was not to be waited for."""
+    """Another request runs on the same denoiser, and waiting is switched off or impossible."""
 
 
 class NotAccelerated(AccelError):
@@ -54,8 +54,13 @@ class NotAccelerated(AccelError):
 
 
 def nearest(name: str, known: Iterable[str], none: str = "None is known.") -> str:
-    """A phrase with the nearest known name and all of them, for the end of an error message; `none` if there are
-    none."""
+    """Sentences with the nearest known name and all known names, for the end of an error message.
+
+    Args:
+        name: The unknown name.
+        known: The known names.
+        none: The sentence without any known name.
+    """
     names = sorted(known)
     if not names:
         return none
@@ -65,8 +70,8 @@ def nearest(name: str, known: Iterable[str], none: str = "None is known.") -> st
 
 
 def shown(value: object) -> str:
-    """A value for a reader: short, and whatever it is. Python refuses to print integers of thousands of digits, and
-    anybody's object may refuse."""
+    """A short text of any value, for a message. `repr` may raise: for integers of thousands of digits, or in a user's
+    object."""
     try:
         text = repr(value)
     except Exception:

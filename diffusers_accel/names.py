@@ -15,7 +15,7 @@ from .config.cache import MAGCACHE_ROW, POLICY, TEACACHE_ROW
 from .config.sections import BACKEND, FORMAT, KERNEL, MODE
 from .core.registry import Registry
 from .errors import UnknownName, nearest, shown
-from .features.compile import known
+from .features.compile import options
 from .kernels.attention import KERNELS
 from .kernels.linear import LINEARS
 from .models import MAGCACHE_ROWS, TEACACHE_ROWS
@@ -25,8 +25,8 @@ _REGISTRIES: dict[str, Registry[Any]] = {KERNEL: KERNELS, FORMAT: LINEARS, POLIC
 _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     TEACACHE_ROW: lambda: TEACACHE_ROWS,
     MAGCACHE_ROW: lambda: MAGCACHE_ROWS,
-    BACKEND: known.backends,
-    MODE: known.modes,
+    BACKEND: options.backends,
+    MODE: options.modes,
 }
 
 
@@ -37,7 +37,7 @@ def refuse_unknown(config: AccelConfig) -> None:
         UnknownName: Nothing of that name is registered; it is a `ConfigError` and an `Unsupported`.
         ConfigError: An option of `torch.compile` is not known, or of another type, or has no effect.
     """
-    for field, what, name, besides in config.named():
+    for field, what, name, besides in config.registry_names():
         if what in _REGISTRIES:
             if not _REGISTRIES[what].knows(name):
                 raise _REGISTRIES[what].unknown(name, field, besides)
@@ -45,4 +45,4 @@ def refuse_unknown(config: AccelConfig) -> None:
             reason = f"There is no {what} of that name."
             raise UnknownName(f"{field}={shown(name)}", reason, nearest(name, (*found, *besides)))
     if config.compile is not None:
-        known.refuse_options(config.compile)
+        options.refuse_options(config.compile)

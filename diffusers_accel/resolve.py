@@ -15,9 +15,9 @@ from torch import nn
 
 from . import names, presets
 from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
-from .core.calls import Calls
 from .core.mesh import own_gpu
 from .core.platform import describe
+from .core.request_queue import RequestQueue
 from .core.step import StepClock
 from .errors import ConfigError, Unsupported, shown
 from .features.context import Denoiser, PipelineContext
@@ -78,13 +78,13 @@ def _clock(pipe: Any, modules: list[nn.Module]) -> StepClock:
 
     known, here = {id(module) for module in modules}, weakref.ref(pipe)
 
-    def owns(item: Any) -> bool:
+    def uses_denoiser(item: Any) -> bool:
         return isinstance(item, diffusers.DiffusionPipeline) and any(id(each) in known for each in vars(item).values())
 
     clock: StepClock
-    calls = Calls(owns, resting=lambda: clock.current is None)
+    queue = RequestQueue(uses_denoiser, between_steps=lambda: clock.current is None)
     clock = StepClock(
-        lambda: getattr(here(), "scheduler", None), lambda: getattr(here(), "current_timestep", None), calls
+        lambda: getattr(here(), "scheduler", None), lambda: getattr(here(), "current_timestep", None), queue
     )
     return clock
 

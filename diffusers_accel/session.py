@@ -158,7 +158,7 @@ class Session:
             raise Unsupported(
                 what, f"{reasons[0]}.", "save_quantized(pipe, ...), or load the pipeline again.", self._name
             )
-        self.context.clock.settle()
+        self.context.clock.wait_idle()
         with ExitStack() as stack:
             for module in self.besides.values():
                 stack.enter_context(_suspended(module))
@@ -395,7 +395,7 @@ def _arriving(session: Session, pipe: Any) -> Callable[..., Any]:
     """A layer around the first thing a pipeline does in a request: waits for its turn, before anything is set."""
 
     def check_inputs(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        session.context.clock.arrive()
+        session.context.clock.acquire()
         for look in list(session.context.outputs.request_hooks):
             look(pipe())
         # What it was chosen for may have changed: the layers around this call are not those of before.

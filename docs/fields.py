@@ -17,14 +17,14 @@ _ROWS = "{{ rows }}"
 
 def takes(field: dataclasses.Field[Any], annotation: str) -> str:
     """What a field takes, in a few words."""
-    from diffusers_accel.config.declared import declaration
+    from diffusers_accel.config.fields import spec_of
 
-    said = declaration(field)
-    if said.among and annotation.startswith("str") and "tuple" not in annotation:
-        return ", ".join(f'`"{each}"`' for each in said.among) + (", `None`" if "None" in annotation else "")
+    spec = spec_of(field)
+    if spec.choices and annotation.startswith("str") and "tuple" not in annotation:
+        return ", ".join(f'`"{each}"`' for each in spec.choices) + (", `None`" if "None" in annotation else "")
     bounds = [
         f"{word} {bound:g}"
-        for word, bound in (("above", said.above), ("at least", said.least), ("at most", said.most))
+        for word, bound in (("above", spec.exclusive_minimum), ("at least", spec.minimum), ("at most", spec.maximum))
         if bound is not None
     ]
     return " ".join([f"`{annotation.replace(' | ', ' or ')}`", *([f"({', '.join(bounds)})"] if bounds else [])])
@@ -33,13 +33,13 @@ def takes(field: dataclasses.Field[Any], annotation: str) -> str:
 def table(name: str) -> str:
     """The fields of a class of the configuration as a table in Markdown."""
     import diffusers_accel
-    from diffusers_accel.config.declared import NEEDED, declaration
+    from diffusers_accel.config.fields import REQUIRED, spec_of
 
     kind = getattr(diffusers_accel, name)
     lines = ["| field | takes | default | |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(kind):
-        default = "none: it must be given" if field.default is NEEDED else f"`{field.default!r}`"
-        cells = [f"`{field.name}`", takes(field, str(field.type)), default, declaration(field).means]
+        default = "none: it must be given" if field.default is REQUIRED else f"`{field.default!r}`"
+        cells = [f"`{field.name}`", takes(field, str(field.type)), default, spec_of(field).meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Sections of the configuration, and legal values of their fields, drawn from what the fields declare."""
+"""Sections of the configuration, and legal values of their fields, drawn by the fields' specifications."""
 
 from __future__ import annotations
 
@@ -37,17 +37,23 @@ def kinds_of(section, field):
 
 
 def legal(section, field, draw):
-    """A value that a field must take, by what it declares."""
-    said, kinds = field.metadata["declared"], kinds_of(section, field)
-    if said.examples:
-        return draw.choice(said.examples)
+    """A value that a field must take, by its specification."""
+    spec, kinds = field.metadata["spec"], kinds_of(section, field)
+    if spec.examples:
+        return draw.choice(spec.examples)
     kind = draw.choice(list(kinds))
 
     def one(kind):
         if kind is bool:
             return draw.random() < 0.5
-        least = said.least if said.least is not None else said.above + 1e-3 if said.above is not None else -1000
-        most = said.most if said.most is not None else 1000
+        least = (
+            spec.minimum
+            if spec.minimum is not None
+            else spec.exclusive_minimum + 1e-3
+            if spec.exclusive_minimum is not None
+            else -1000
+        )
+        most = spec.maximum if spec.maximum is not None else 1000
         if kind is int:
             return draw.randint(math.ceil(least), math.floor(most))
         if kind is float:
@@ -56,7 +62,8 @@ def legal(section, field, draw):
             )
         if kind is str:
             return draw.choice(
-                [*said.among, *said.besides] or ["fp8", "*.to_q", "null", "1e3", "yes", "ä [x]: #", "2026-11-30"]
+                [*spec.choices, *spec.extra_choices]
+                or ["fp8", "*.to_q", "null", "1e3", "yes", "ä [x]: #", "2026-11-30"]
             )
         if kind is typing.Any:
             return draw.choice([None, True, 3, 0.25, math.inf, "", "text", [1, [2.5]], {"a": [1, {"b": None}]}])
@@ -64,9 +71,11 @@ def legal(section, field, draw):
 
     if kind is tuple:
         fixed = typing.get_args(typing.get_type_hints(section)[field.name])
-        count = 2 if fixed and fixed[-1] is not Ellipsis and not said.fewest else draw.randint(max(said.fewest, 1), 5)
+        count = (
+            2 if fixed and fixed[-1] is not Ellipsis and not spec.min_items else draw.randint(max(spec.min_items, 1), 5)
+        )
         items = [one(kinds[tuple]) for _ in range(count)]
-        return list(dict.fromkeys(items)) if said.fewest == 1 else items
+        return list(dict.fromkeys(items)) if spec.min_items == 1 else items
     if kind is dict:
         return {draw.choice(["*", "blocks.0.*", "null", "ä: 1"]): one(kinds[dict]) for _ in range(draw.randint(0, 3))}
     return one(kind)

@@ -1,6 +1,7 @@
-"""A stand-in for CUDA graphs on the CPU: records every operator that a function runs, and plays them again on the
-memory they were recorded with. As with the real ones Python is not run again, tensors that were not static inputs keep
-the place they had, and recording by itself has no effect.
+"""A stand-in for CUDA graphs on the CPU: it captures every operator of a function, and replays them on the same memory.
+
+As with real graphs a replay does not run Python, tensors that are no static inputs keep their addresses, and a capture
+has no effect by itself.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ class Tape(TorchDispatchMode):
 
 
 class Memory:
-    """What recordings that are replayed in turn share."""
+    """A memory pool, which graphs that are replayed in turn share."""
 
 
-class TapeRecorder:
-    """A `Recorder` for the CPU."""
+class TapeBackend:
+    """A `GraphBackend` for the CPU."""
 
     def __init__(self, pool, device):
         assert type(pool) is Memory
         self.memory = pool
 
-    def prepare(self, function):
+    def warm_up(self, function):
         function()
 
-    def record(self, function):
+    def capture(self, function):
         self.tape = Tape()
         with self.tape:
             self.found = function()
-        # Recording has no effect: what comes out is filled by a replay.
+        # A capture computes nothing: a replay fills the outputs.
         self.outputs = [torch.full_like(item, float("nan")) for item in self.found]
         return self.outputs
 
@@ -61,7 +62,7 @@ class TapeRecorder:
             for one, other in zip(pytree.tree_leaves(out), pytree.tree_leaves(again), strict=True):
                 made[id(one)] = other
                 if isinstance(other, torch.ScriptObject):
-                    # A collective of Gloo that is under way. What waited for it was no operator, and is not recorded.
+                    # A running collective of Gloo. Its wait is no operator and is not captured.
                     other.wait()
         for output, found in zip(self.outputs, self.found, strict=True):
             output.copy_(now(found))

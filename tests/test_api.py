@@ -30,7 +30,7 @@ from diffusers_accel import (
 )
 from diffusers_accel.core.platform import Device
 from diffusers_accel.kernels.attention import KERNELS
-from diffusers_accel.policies.mask import scaled, steps_of
+from diffusers_accel.policies.mask import named_mask, scale_mask
 
 SKIP_ALL = TeaCacheConfig(threshold=1e9, coefficients=(1.0, 0.0))
 
@@ -228,8 +228,8 @@ def test_presets_skip_what_they_say(flux, preset, share):
     config, notes = presets.resolve(preset, context)
     assert config.attention.backend == "auto" and config.linear is None and config.cuda_graph is None and not notes
     for steps in (24, 28, 50):
-        mask = steps_of(config.cache.mask) if isinstance(config.cache.mask, str) else config.cache.mask
-        assert 1 - sum(scaled(mask, steps)) / steps >= share
+        mask = named_mask(config.cache.mask) if isinstance(config.cache.mask, str) else config.cache.mask
+        assert 1 - sum(scale_mask(mask, steps)) / steps >= share
     assert explain(flux, preset).ok
     accelerate(flux, preset)
     run(flux, steps=28)

@@ -1,5 +1,5 @@
 """The configuration: round trips, shorthands, errors that name the nearest legal value; nonsense and legal values drawn
-for every field from what it declares."""
+for every field from its specification."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def test_bad_values_are_named(values, message):
         ("- attention: sdpa", "is a list and holds no mapping"),
         (
             "attention: sdpa\ncompile: true\nattention: fa3",
-            r"accel.yaml' is not YAML that can be read: line 3: the key 'attention' stands there twice",
+            r"accel.yaml' is not YAML that can be read: line 3: the key 'attention' is there twice",
         ),
-        ("attention: {backend: sdpa, backend: fa3}", "the key 'backend' stands there twice"),
+        ("attention: {backend: sdpa, backend: fa3}", "the key 'backend' is there twice"),
         ("linear: {algo: fp8, smallest: " + "1" * 5000 + "}", "not YAML"),
         ("linear: {algo: fp8, smallest: 2026-11-30}", "linear.smallest: expected a whole number.*got datetime.date"),
         ("linear: {algo: fp8, smallest: 2026-13-45}", "not YAML"),
@@ -140,7 +140,7 @@ def test_keys_of_a_merged_mapping_may_be_overridden(tmp_path):
         ({"linear": {"quant_algo": "FP8", "dynamic": "no"}}, "linear.dynamic: expected true or false, got 'no'"),
         ({"linear": {"quant_algo": "FP8", "producer": 3}}, "linear.producer: expected a mapping"),
         ({"linear": {"quant_algo": "FP8", "quantized_layers": ["a"]}}, "linear.quantized_layers: expected a mapping"),
-        ({"linear": {"quant_algo": "MIXED_PRECISION"}}, "linear.quantized_layers: MIXED_PRECISION says by layer"),
+        ({"linear": {"quant_algo": "MIXED_PRECISION"}}, "linear.quantized_layers: MIXED_PRECISION takes its formats"),
         ({"linear": {"quant_algo": "FP8", "quantized_layers": {"a": "FP8"}}}, r"quantized_layers\['a'\]: expected"),
         ({"linear": {"quant_algo": "FP8", "quantized_layers": {"a": {}}}}, r"quantized_layers\['a'\]: expected"),
         (
@@ -157,7 +157,7 @@ def test_keys_of_a_merged_mapping_may_be_overridden(tmp_path):
         ({"cache": {"kind": "teacache", "coefficients": [0, 0.0]}}, "cache.coefficients: expected.*not all 0"),
         ({"cache": {"kind": "teacache", "threshold": 10**400}}, "cache.threshold: expected a finite number"),
         ({"cache": {"kind": "dbcache", "residual_diff_threshold": -0.1}}, "residual_diff_threshold.*Nearest: 0.0"),
-        ({"warmup": {"resolutions": ["²x²"]}}, "warmup.resolutions: expected.*'²x²' will not do"),
+        ({"warmup": {"resolutions": ["²x²"]}}, "warmup.resolutions: expected.*'²x²' is invalid"),
         ({"warmup": {"resolutions": ["0x32"]}}, "warmup.resolutions"),
         ({"warmup": {"num_frames": []}}, "warmup.num_frames: expected.*not an empty one"),
         ({"linear": {"algo": "fp8", "ignore": "*.to_q"}}, r"linear.ignore.*Write \['\*\.to_q'\]"),
@@ -198,7 +198,7 @@ def test_nothing_of_the_callers_is_kept_or_changed():
 def test_a_section_says_what_its_fields_mean():
     for section in SECTIONS:
         for field in dataclasses.fields(section):
-            assert f"{field.name}: " in section.__doc__ and len(field.metadata["declared"].means) > 10
+            assert f"{field.name}: " in section.__doc__ and len(field.metadata["spec"].meaning) > 10
 
 
 # --- drawn from the declarations --------------------------------------------------------------------------------------
@@ -267,28 +267,28 @@ def wrong_items(kind):
 
 
 def nonsense(section, field):
-    """Values that a field must refuse, by what it declares."""
-    said, kinds = field.metadata["declared"], kinds_of(section, field)
+    """Values that a field must refuse, by its specification."""
+    spec, kinds = field.metadata["spec"], kinds_of(section, field)
     for kind, values in NONSENSE.items():
         if kind not in kinds and not (kind is int and float in kinds):
             yield from values
     numbers = {int, float} & {*kinds, *(kind for kind in kinds.values() if kind)}
-    outside = [bound for bound, given in ((said.least, said.least), (said.most, said.most)) if given is not None]
-    outside = [bound + (1 if bound == said.most else -1) for bound in outside]
-    outside += [said.above, said.above - 1] if said.above is not None else []
+    outside = [bound for bound in (spec.minimum, spec.maximum) if bound is not None]
+    outside = [bound + (1 if bound == spec.maximum else -1) for bound in outside]
+    outside += [spec.exclusive_minimum, spec.exclusive_minimum - 1] if spec.exclusive_minimum is not None else []
     outside += [10**400] if numbers else []
     outside += [math.nan, math.inf, -math.inf] if float in numbers else []
     if numbers & set(kinds):
         yield from outside
     if str in kinds:
         yield from ["", " ", "a\nb", "\ud800", "x" * 1_000_000]
-        if said.among:
-            yield from ["nothing of that kind", said.among[0] + "s"]
+        if spec.choices:
+            yield from ["nothing of that kind", spec.choices[0] + "s"]
     for container, inner in kinds.items():
         items = [*wrong_items(inner), *(outside if numbers else [])] if inner else []
         if container is tuple:
-            yield from ([item] * max(said.fewest, 1) for item in items)
-            if said.fewest:
+            yield from ([item] * max(spec.min_items, 1) for item in items)
+            if spec.min_items:
                 yield []
         if container is dict:
             yield from ({"a": item} for item in items)
@@ -313,8 +313,8 @@ def test_nonsense_is_refused_by_name(section, field):
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)
 def test_the_nearest_number_is_named(section, field):
-    said = field.metadata["declared"]
-    for bound, beyond in ((said.least, -1), (said.most, 1)):
+    spec = field.metadata["spec"]
+    for bound, beyond in ((spec.minimum, -1), (spec.maximum, 1)):
         if bound is not None and {int, float} & set(kinds_of(section, field)):
             with pytest.raises(ConfigError, match=rf"got {bound + beyond}.* Nearest: {bound}(\.0)?\."):
                 of(section, field, bound + beyond)
@@ -322,7 +322,7 @@ def test_the_nearest_number_is_named(section, field):
 
 @pytest.mark.parametrize(("section", "field"), FIELDS)
 def test_the_nearest_name_is_named(section, field):
-    for name in field.metadata["declared"].among:
+    for name in field.metadata["spec"].choices:
         with pytest.raises(ConfigError, match=rf"got '{name}s'\. Did you mean '{name}'\?"):
             of(section, field, f"{name}s")
 

@@ -26,7 +26,7 @@ import diffusers_accel
 from diffusers_accel import AccelConfig
 from diffusers_accel.cli.main import app
 from diffusers_accel.config.cache import POLICY_NAMES
-from diffusers_accel.config.reading import parsed
+from diffusers_accel.config.reading import parse_yaml
 from diffusers_accel.kernels.attention import KERNELS
 from diffusers_accel.kernels.linear import LINEARS
 from diffusers_accel.policies import POLICIES
@@ -179,7 +179,7 @@ def test_a_wrong_call_is_noticed():
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_configurations_are_read(page):
     for _, text in blocks(page, "yaml"):
-        assert AccelConfig.from_dict(parsed(text)) != AccelConfig()
+        assert AccelConfig.from_dict(parse_yaml(text)) != AccelConfig()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

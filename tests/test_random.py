@@ -17,12 +17,12 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig
-from tape import TapeRecorder
+from tape import TapeBackend
 from test_api import fingerprint
 from tiny import ALL, build, tensors
 
 from diffusers_accel import AccelError, CompileConfig, NotAccelerated, accelerate, explain, restore, stats
-from diffusers_accel.core.graphs import RECORDERS
+from diffusers_accel.core.graphs import GRAPH_BACKENDS
 
 EXACT, ROUNDED, CACHED = range(3)
 # Settings by section, with the class of what they do to a picture. Some are refused on some models, some on all.
@@ -205,7 +205,7 @@ class Sequence:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", PIPELINES)
 def test_sequences(name, seed, monkeypatch):
-    monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+    monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
     torch.compiler.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

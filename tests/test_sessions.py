@@ -15,7 +15,7 @@ import weakref
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
-from tape import TapeRecorder
+from tape import TapeBackend
 from test_api import SKIP_ALL, fingerprint
 from tiny import ALL, build, same
 
@@ -29,7 +29,7 @@ from diffusers_accel import (
     restore,
     stats,
 )
-from diffusers_accel.core.graphs import RECORDERS
+from diffusers_accel.core.graphs import GRAPH_BACKENDS
 
 HALF = TeaCacheConfig(threshold=0.6, coefficients=(1.0, 0.0))
 NOTHING = TeaCacheConfig(threshold=0.0, coefficients=(1.0, 0.0))
@@ -71,7 +71,7 @@ class TestDropped:
 
         from diffusers_accel.kernels.attention import SITES
 
-        monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+        monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
         tables = [dict(_AttentionBackendRegistry._backends), dict(SITES)]
         pipe = accelerate(build(name), **sections)
         run(pipe, name, steps=2)
@@ -129,7 +129,7 @@ class TestShared:
     )
     def test_one_is_dropped(self, sections, monkeypatch, collected):
         """A component that others have does not keep the denoiser of a pipeline that nobody has any more."""
-        monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+        monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
         kept, dropped = build("flux"), build("flux", seed=1)
         dropped.vae, dropped.text_encoder_2 = kept.vae, kept.text_encoder_2
         stock, before = run(kept), fingerprint(kept)
@@ -252,7 +252,7 @@ class TestRequests:
 
     @pytest.fixture(autouse=True)
     def _graphs(self, monkeypatch):
-        monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+        monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
 
     @WAYS
     def test_after_one_that_was_cancelled(self, sections):
@@ -349,7 +349,7 @@ class TestRequests:
 
     def test_a_generator_that_has_yielded(self, monkeypatch):
         """Its frame has no caller any more. A thread that is looked at from another one at that moment still runs."""
-        from diffusers_accel.core.calls import PipelineCall
+        from diffusers_accel.core.request_queue import PipelineCall
 
         def numbers():
             yield sys._getframe()

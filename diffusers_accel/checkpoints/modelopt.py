@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..config.declared import NEEDED, Section, declared, plain
+from ..config.fields import REQUIRED, Section, option, plain
 from ..errors import AccelError, ConfigError, shown
 
 # ModelOpt's name of an algorithm -> name of the linear format.
@@ -125,15 +125,18 @@ class Quantization:
 class _Fields(Section):
     """The fields of a `quantization_config` that this package reads. Its other fields do not concern the tensors."""
 
-    quant_method: str = declared("modelopt", "The method that made the checkpoint.", among=("modelopt",))
-    quant_algo: str = declared(NEEDED, "The algorithm of every layer, or MIXED_PRECISION.")
-    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that are not quantized.")
-    dynamic: bool = declared(True, "Whether the scales of activations are computed at every call.")
-    quantized_layers: dict[str, Any] | None = declared(
-        None, "Layer -> its algorithm, for MIXED_PRECISION.", keys="names", wants="a mapping of names to mappings"
+    quant_method: str = option("modelopt", "Whose layout it is.", choices=("modelopt",))
+    quant_algo: str = option(REQUIRED, "The algorithm of every layer, or MIXED_PRECISION.")
+    ignore: tuple[str, ...] | None = option(None, "Globs of layers that are not quantized.")
+    dynamic: bool = option(True, "Whether activations are scaled as they come.")
+    quantized_layers: dict[str, Any] | None = option(
+        None,
+        "Layer -> its settings, for MIXED_PRECISION.",
+        key_kind="names",
+        expected="a mapping of names to mappings",
     )
-    config_groups: dict[str, Any] | None = declared(
-        None, "Groups of layers with one setting.", keys="names", wants="a mapping of names to mappings"
+    config_groups: dict[str, Any] | None = option(
+        None, "Layers that are quantized alike.", key_kind="names", expected="a mapping of names to mappings"
     )
 
     section: ClassVar[str] = "quantization_config"

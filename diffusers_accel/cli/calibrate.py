@@ -1,4 +1,4 @@
-"""`diffusers-accel calibrate`: a caching rule's constants for a checkpoint, fitted over prompts, into a YAML file."""
+"""`diffusers-accel calibrate`: fits a caching rule's constants to a checkpoint, and writes a configuration file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .run import call_arguments
 
 
 class Kind(str, Enum):
-    """Rules whose constants can be fitted."""
+    """Caching rules with fitted constants."""
 
     teacache = "teacache"
     magcache = "magcache"
@@ -25,19 +25,19 @@ class Kind(str, Enum):
 def calibrate(
     model: ModelArgument,
     prompts: Annotated[
-        Path, typer.Option("--prompts", metavar="FILE", help="Prompts to record, one a line; eight or more.")
+        Path, typer.Option("--prompts", metavar="FILE", help="File of prompts to record, one per line; eight or more.")
     ],
-    kind: Annotated[Kind, typer.Option(help="The rule.")] = Kind.teacache,
-    skip: Annotated[float, typer.Option(help="Share of steps that the threshold is to skip.")] = 0.4,
-    use_ret_steps: Annotated[
-        bool, typer.Option(help="TeaCache's variant that always computes the first five steps.")
-    ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Write a poor fit too.")] = False,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=2, help="Denoising steps. Default: the model's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance. Default: the model's.")] = None,
+    kind: Annotated[Kind, typer.Option(help="The caching rule.")] = Kind.teacache,
+    skip: Annotated[float, typer.Option(help="Share of steps that the threshold skips.")] = 0.4,
+    use_ret_steps: Annotated[bool, typer.Option(help="Whether TeaCache always computes the first five steps.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Write a poor fit instead of refusing it.")] = False,
+    height: Annotated[int | None, typer.Option(min=1, help="Height in pixels. Default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width in pixels. Default: the model's.")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Number of frames of a video. Default: the model's.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Number of denoising steps. Default: the model's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
     call: Annotated[
         list[str] | None,
         typer.Option("--call", metavar="KEY=VALUE", help="Any other argument of the pipeline's call. Repeatable."),
@@ -46,12 +46,12 @@ def calibrate(
     device: DeviceOption = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="The YAML file to write.")] = Path("calibrated.yaml"),
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A picture of the fit to draw.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="File of a plot of the fit.", show_default=False)
     ] = None,
 ) -> None:
-    """Fit a caching rule to MODEL: run prompts in full, record every step, and write a file that --config takes.
+    """Fit a caching rule's constants to MODEL, and write a file for --config.
 
-    A fit that explains too little is refused.
+    Prompts run in full while every step is recorded. A poor fit is refused.
 
     Example:
 
@@ -92,7 +92,7 @@ def calibrate(
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The lines of a text file, or the list in a YAML or JSON file.
+    """The prompts of a file: lines of a text file, or a list in a YAML or JSON file.
 
     Raises:
         CommandError: The file cannot be read, or holds no prompts.
@@ -104,5 +104,5 @@ def read_prompts(file: Path) -> list[str]:
         raise CommandError(f"--prompts {file}: {one_line(error)}") from error
     found = [line.strip() for line in lines if isinstance(line, str) and line.strip()] if lines else []
     if not found:
-        raise CommandError(f"--prompts {file}: it holds no prompts, one a line.")
+        raise CommandError(f"--prompts {file}: it holds no prompts. Write one per line.")
     return found

@@ -1,6 +1,6 @@
-"""What several commands share: reading a configuration from options, loading a model, and the errors a user sees.
+"""Shared parts of the commands: options of the configuration, loading of models, and errors.
 
-Everything that can be judged from the options alone is judged before a model is loaded, because loading takes long.
+Options are validated as far as possible before a model is loaded, because loading takes long.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .. import api, demo
 from ..checkpoints.files import check_file
 from ..checkpoints.loading import from_pretrained
 from ..checkpoints.modelopt import CheckpointError
-from ..config import AccelConfig, ParallelConfig, parsed, read_yaml
+from ..config import AccelConfig, ParallelConfig, parse_yaml, read_yaml
 from ..errors import AccelError, ConfigError, nearest, shown
 from ..presets import PRESETS
 
 
 class CommandError(AccelError):
-    """A command that cannot be carried out as it was written."""
+    """A command line that cannot be carried out."""
 
 
 class DType(str, Enum):
-    """Types a pipeline's weights can be loaded in."""
+    """Dtypes of a pipeline's loaded weights."""
 
     float32 = "float32"
     float16 = "float16"
@@ -54,7 +54,7 @@ PresetOption = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME",
-        help=f"A preset: {', '.join(PRESETS)}. Without --config, --preset and --set: lossless.",
+        help=f"A preset: {', '.join(PRESETS)}. Default, without --config and --set: lossless.",
         show_default=False,
     ),
 ]
@@ -63,14 +63,14 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="A key of the configuration and its value in YAML, over --config or --preset: attention.backend=sdpa, "
-        "cache.threshold=0.2, compile=true, cache=null. With --set alone, what is not named is off. Repeatable.",
+        help="A configuration key and its value in YAML, over --config or --preset: attention.backend=sdpa, "
+        "cache.threshold=0.2, compile=true, cache=null. With --set alone, all other sections are off. Repeatable.",
         show_default=False,
     ),
 ]
 DTypeOption = Annotated[
     DType | None,
-    typer.Option("--dtype", help="Type of the weights. Default: bfloat16 on CUDA, else float32.", show_default=False),
+    typer.Option("--dtype", help="Dtype of the weights. Default: bfloat16 on CUDA, else float32.", show_default=False),
 ]
 DeviceOption = Annotated[
     str | None,
@@ -81,35 +81,49 @@ DeviceOption = Annotated[
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The acceleration asked for: a preset's name or a configuration, and assignments over it."""
+class RequestedConfig:
+    """The configuration that a command line asks for.
+
+    Attributes:
+        base: A preset's name, or a configuration.
+        assignments: (dotted key, value) pairs, set over the base in this order.
+    """
 
     base: str | AccelConfig
     assignments: tuple[tuple[str, Any], ...] = ()
 
     @property
     def ranks(self) -> ParallelConfig | None:
-        """How ranks are to share the work. No preset says anything of them."""
+        """The section `parallel`, which no preset has; `None` for a single rank."""
         base = self.base if isinstance(self.base, AccelConfig) else AccelConfig()
-        said = [(key, value) for key, value in self.assignments if key.partition(".")[0] == "parallel"]
-        return assign(AccelConfig(parallel=base.parallel), said).parallel
+        assignments = [(key, value) for key, value in self.assignments if key.partition(".")[0] == "parallel"]
+        return assign(AccelConfig(parallel=base.parallel), assignments).parallel
 
     def resolve(self, pipe: Any) -> tuple[str | AccelConfig, tuple[str, ...]]:
-        """What to give to `accelerate` or `explain`, and a preset's notes where it has been spelled out."""
+        """(configuration or preset's name for `accelerate`, notes of a preset that was resolved here).
+
+        Args:
+            pipe: The loaded pipeline. A preset's configuration depends on it.
+        """
         if not self.assignments:
             return self.base, ()
-        # Some of what a preset has cannot be had beside weights that ranks share.
+        # A preset leaves out sections that conflict with weights that ranks share.
         sections = {"parallel": self.ranks} if self.ranks is not None and self.ranks.fsdp else {}
         base, notes = api.resolve(pipe, self.base, **sections)
         return assign(base, self.assignments), notes
 
 
-def read_wanted(config: Path | None, preset: str | None, settings: Sequence[str] | None) -> Wanted:
-    """The acceleration that --config, --preset and --set ask for together.
+def read_requested(config: Path | None, preset: str | None, settings: Sequence[str] | None) -> RequestedConfig:
+    """The configuration that --config, --preset and --set ask for together.
+
+    Args:
+        config: The file of --config.
+        preset: The name of --preset. The default is lossless, without --config and --set.
+        settings: The texts KEY=VALUE of --set.
 
     Raises:
         CommandError: --config and --preset are both given, or a setting is not KEY=VALUE.
-        ConfigError: The file, the preset's name or a key is wrong.
+        ConfigError: The file, the preset's name or a key is invalid.
     """
     assignments = tuple(map(assignment, settings or ()))
     if config is not None and preset is not None:
@@ -122,23 +136,27 @@ def read_wanted(config: Path | None, preset: str | None, settings: Sequence[str]
         preset = preset or "lossless"
         if preset not in PRESETS:
             raise ConfigError(f"There is no preset {preset!r}. {nearest(preset, PRESETS)}")
-        # what a preset holds depends on the model, so only the sections can be judged by now
+        # a preset's configuration depends on the model, so only sections' names can be checked before it is loaded
         AccelConfig.from_dict({key.split(".")[0]: None for key, _ in assignments})
-        return Wanted(preset, assignments)
-    return Wanted(assign(base, assignments))
+        return RequestedConfig(preset, assignments)
+    return RequestedConfig(assign(base, assignments))
 
 
 def assign(config: AccelConfig, assignments: Sequence[tuple[str, Any]]) -> AccelConfig:
-    """A configuration with dotted keys set one after the other.
+    """A configuration after assignments.
+
+    Args:
+        config: The configuration, which is not changed.
+        assignments: (dotted key, value) pairs, in order.
 
     Raises:
-        ConfigError: A key or a value is wrong; the message has the nearest key.
+        ConfigError: A key or a value is invalid. The message has the nearest key.
     """
     values = config.to_dict()
     for key, value in assignments:
         section, *parts = key.split(".")
         if parts and section in values and not isinstance(values[section], dict):
-            # a shorthand set just before, such as cache=teacache: spell it out, then set its field
+            # an earlier assignment of a shorthand (cache=teacache) is expanded, so that its field can be set
             values = AccelConfig.from_dict(values).to_dict()
         holder, last = values, section
         for part in parts:
@@ -150,25 +168,39 @@ def assign(config: AccelConfig, assignments: Sequence[tuple[str, Any]]) -> Accel
 
 
 def assignment(text: str) -> tuple[str, Any]:
+    """(dotted key, value) of a setting KEY=VALUE.
+
+    Raises:
+        CommandError: The text has another form, or its value is not YAML.
+    """
     return key_value(text, "--set", "attention.backend=sdpa")
 
 
 def key_value(text: str, option: str, example: str) -> tuple[str, Any]:
-    """KEY=VALUE with the value read as YAML."""
+    """(key, value) of a text KEY=VALUE, with the value read as YAML.
+
+    Args:
+        text: The text.
+        option: The option's name, for the message.
+        example: A valid text, for the message.
+
+    Raises:
+        CommandError: The text has another form, or its value is not YAML.
+    """
     key, separator, value = text.partition("=")
     if not separator or not key.strip(". "):
         raise CommandError(f"{option} {text}: expected KEY=VALUE, e.g. {option} {example}.")
     try:
-        return key.strip(), parsed(value)
+        return key.strip(), parse_yaml(value)
     except ValueError as error:
         raise CommandError(f"{option} {key.strip()}: {shown(value)} is not YAML that can be read: {error}") from error
 
 
 def read_device(name: str | None) -> torch.device:
-    """The device of that name; without a name CUDA where there is any, else the CPU.
+    """The device of a name. The default is CUDA if it is available, else the CPU.
 
     Raises:
-        CommandError: There is no such device here.
+        CommandError: torch does not know the device, or this machine does not have it.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -181,22 +213,22 @@ def read_device(name: str | None) -> torch.device:
     return device
 
 
-def load_model(model: str, device: torch.device, dtype: DType | None, waits: bool = False) -> Any:
+def load_model(model: str, device: torch.device, dtype: DType | None, keep_on_host: bool = False) -> Any:
     """A stock pipeline on its device: a demo checkpoint, a local folder or a Hugging Face id.
 
     Args:
-        model: Which.
-        device: Where it is to run.
-        dtype: Of the weights; the device's usual one if `None`.
-        waits: Whether it stays on the host, as it is divided among ranks there.
+        model: The demo checkpoint's name, the folder or the id.
+        device: The device to run on.
+        dtype: Dtype of the weights. `None` takes bfloat16 on CUDA, else float32.
+        keep_on_host: Whether the weights stay on the host, to be divided among ranks there.
 
     Raises:
         CommandError: There is no such model, or it cannot be loaded.
-        CheckpointError: It is a file that is none of a pipeline.
+        CheckpointError: The model is a file, and its format is not supported.
     """
     kind = dtype.value if dtype else "bfloat16" if device.type == "cuda" else "float32"
     torch_dtype: torch.dtype = getattr(torch, kind)
-    device = torch.device("cpu") if waits else device
+    device = torch.device("cpu") if keep_on_host else device
     with quiet_loading():
         if model in demo.CHECKPOINTS:
             return demo.load(model, torch_dtype).to(device)
@@ -209,7 +241,11 @@ def load_model(model: str, device: torch.device, dtype: DType | None, waits: boo
 
 
 def _source(model: str) -> str:
-    """What `from_pretrained` shall read, once it is sure that it can be meant."""
+    """The argument of `from_pretrained` for a model: a folder, or a Hugging Face id.
+
+    Raises:
+        CommandError: The model is a single file, a folder without a pipeline, or neither a folder nor an id.
+    """
     folder = Path(model).expanduser()
     if folder.is_file():
         check_file(folder)
@@ -219,14 +255,14 @@ def _source(model: str) -> str:
             raise CommandError(f"The folder {model!r} is no diffusers pipeline: it has no model_index.json.")
         return str(folder)
     if model.count("/") == 1 and not model.startswith((".", "~", "/")):
-        return model  # owner/name: for the hub to judge
+        return model  # owner/name: the hub checks it
     hint = "" if "/" in model else f" {nearest(model, demo.CHECKPOINTS)}"
     raise CommandError(f"There is no model folder {model!r}. Give a folder, a Hugging Face id or a demo name.{hint}")
 
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without the progress bars of loading, and without the notes that libraries leave for programmers."""
+    """A context without progress bars of loading, and with libraries' errors alone in the log."""
     import diffusers
     import transformers
 
@@ -245,9 +281,16 @@ def quiet_loading() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def accelerated(pipe: Any, wanted: Wanted) -> tuple[str, ...]:
-    """Accelerates a pipeline as asked and returns the notes of a preset that was spelled out."""
-    config, notes = wanted.resolve(pipe)
+def accelerate_pipeline(pipe: Any, requested: RequestedConfig) -> tuple[str, ...]:
+    """Accelerates a pipeline by the requested configuration.
+
+    Returns:
+        Notes of a preset that was resolved here.
+
+    Raises:
+        CommandError: The object is no pipeline that can be accelerate_pipeline.
+    """
+    config, notes = requested.resolve(pipe)
     try:
         api.accelerate(pipe, config)
     except TypeError as error:
@@ -256,5 +299,5 @@ def accelerated(pipe: Any, wanted: Wanted) -> tuple[str, ...]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without its line breaks."""
+    """An error's message in one line, or the error's type."""
     return " ".join(str(error).split()) or type(error).__name__

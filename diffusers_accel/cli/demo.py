@@ -1,7 +1,7 @@
-"""`diffusers-accel demo`: the shipped checkpoints, stock against accelerated, in numbers and in pictures, anywhere.
+"""`diffusers-accel demo`: a comparison of stock and accelerated pipelines on the shipped checkpoints.
 
-Both sides run the same captions from the same seeds in float32, one request per caption, after one short request that
-is not timed. The PSNR has a bound, and a demo that misses it fails.
+Both sides run the same captions with the same seeds in float32: one timed request per caption, after a short request
+for warm-up. The demo fails if the PSNR is below its bound.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..quality.metrics import psnr, ssim
 from . import sheet
 from .common import CommandError, quiet_loading
 
-# PSNR in dB under which the demo fails, over all pictures of a checkpoint together.
+# Kind of checkpoint -> smallest passing PSNR in dB, over all pictures together.
 BOUNDS = {"image": 33.0, "video": 30.0}
 WARM_UP_STEPS = 2
 SEED = 1000
@@ -42,7 +42,7 @@ Pictures = NDArray[np.floating]
 
 
 class Only(str, Enum):
-    """Half of the demo."""
+    """Kinds of checkpoints of the demo."""
 
     image = "image"
     video = "video"
@@ -50,7 +50,12 @@ class Only(str, Enum):
 
 @dataclass(frozen=True)
 class Side:
-    """What one side of a comparison made: pictures (captions, [frames,] height, width, 3), and the seconds it took."""
+    """The results of one side of a comparison.
+
+    Attributes:
+        pictures: Values (captions, [frames,] height, width, 3), in [0, 1] unless a value is not finite.
+        seconds: Wall-clock seconds of all timed requests.
+    """
 
     pictures: Pictures
     seconds: float
@@ -58,7 +63,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One checkpoint, stock against accelerated; steps are summed over the requests."""
+    """The comparison of stock and accelerated results for one checkpoint.
+
+    Attributes:
+        record: The checkpoint.
+        captions: The captions, one request each.
+        stock: Results of the stock pipeline.
+        accelerated: Results of the accelerated pipeline.
+        computed: Number of computed steps of the accelerated requests.
+        skipped: Number of skipped steps of the accelerated requests.
+    """
 
     record: Checkpoint
     captions: tuple[str, ...]
@@ -69,11 +83,11 @@ class Comparison:
 
     @property
     def bound(self) -> float:
-        """PSNR in dB that must be reached."""
+        """Smallest passing PSNR in dB."""
         return BOUNDS[self.record.kind]
 
     def psnr(self, index: int | slice = slice(None)) -> float:
-        """PSNR in dB of one caption's picture, or of all together; a picture with values that are no numbers has 0."""
+        """PSNR in dB of one caption's picture, or of all together. A picture with values that are not finite has 0."""
         if not np.isfinite(self.accelerated.pictures[index]).all():
             return 0.0
         return psnr(self.stock.pictures[index], self.accelerated.pictures[index])
@@ -84,16 +98,20 @@ class Comparison:
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the pictures.")] = Path(
-        "diffusers-accel-demo"
-    ),
-    captions: Annotated[int, typer.Option(min=1, max=6, help="Captions per checkpoint, all held out of training.")] = 2,
-    only: Annotated[Only | None, typer.Option(help="Images or video alone.", show_default=False)] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the written pictures.")
+    ] = Path("diffusers-accel-demo"),
+    captions: Annotated[
+        int, typer.Option(min=1, max=6, help="Number of captions per checkpoint. All were held out of training.")
+    ] = 2,
+    only: Annotated[
+        Only | None, typer.Option(help="Run the image or the video checkpoint alone.", show_default=False)
+    ] = None,
 ) -> None:
     """Compare stock and accelerated pipelines on the small checkpoints that ship with the package.
 
-    Runs anywhere, a CPU included, in about a minute, and downloads nothing. Prints a table and writes pictures. Exits
-    with 1 if the accelerated pictures are further from the stock ones than their bound allows.
+    Runs on any machine, a CPU included, in about a minute, without downloads. Prints a table and writes pictures. Exits
+    with 1 if the PSNR of the accelerated pictures is below its bound.
     """
     _check_packages()
     try:
@@ -110,8 +128,8 @@ def demo(
         task = progress.add_task("", total=steps)
         for record in records:
 
-            def show(what: str, record: Checkpoint = record) -> None:
-                progress.update(task, description=f"{record.name}: {what}")
+            def show(stage: str, record: Checkpoint = record) -> None:
+                progress.update(task, description=f"{record.name}: {stage}")
 
             comparison = compare(record, captions, device, show, lambda: progress.advance(task))
             show("drawing")
@@ -135,17 +153,17 @@ def compare(
     record: Checkpoint,
     count: int,
     device: torch.device,
-    show: Callable[[str], None] = lambda what: None,
+    show: Callable[[str], None] = lambda stage: None,
     advance: Callable[[], Any] = lambda: None,
 ) -> Comparison:
-    """Runs a checkpoint stock and accelerated over its first `count` captions.
+    """Runs a checkpoint, stock and accelerated, over its first captions.
 
     Args:
         record: The checkpoint.
-        count: Captions.
-        device: Where to run.
-        show: Is told what is being done.
-        advance: Is called after every denoising step that counts.
+        count: Number of captions.
+        device: The device to run on.
+        show: Called with the name of each stage as it begins.
+        advance: Called after every timed denoising step.
     """
     captions = record.captions[:count]
     show("loading")
@@ -170,7 +188,15 @@ def compare(
 def _side(
     pipe: Any, record: Checkpoint, captions: Sequence[str], advance: Callable[[], Any], after: Callable[[], None]
 ) -> Side:
-    """All captions through the pipeline as it is, timed after a short request; `after` is called after each."""
+    """Runs all captions through a pipeline, after a short request for warm-up.
+
+    Args:
+        pipe: The pipeline, stock or accelerated.
+        record: The checkpoint.
+        captions: The captions, one request each.
+        advance: Called after every denoising step.
+        after: Called after every request.
+    """
     _request(pipe, record, captions[0], 0, num_inference_steps=WARM_UP_STEPS)
     pictures, seconds = [], 0.0
 
@@ -187,7 +213,7 @@ def _side(
 
 
 def _request(pipe: Any, record: Checkpoint, caption: str, seed: int, **call: Any) -> Pictures:
-    """One picture ([frames,] height, width, 3) in [0, 1]; arrays on the host, so that a GPU has finished."""
+    """The picture ([frames,] height, width, 3) of one request, in [0, 1]. It is on the host, so a GPU has finished."""
     arguments = {**record.arguments, "prompt": caption, "generator": torch.Generator("cpu").manual_seed(seed), **call}
     result = pipe(**arguments, output_type="np")
     pictures: Pictures = (result.images if record.kind == "image" else result.frames)[0]
@@ -195,14 +221,18 @@ def _request(pipe: Any, record: Checkpoint, caption: str, seed: int, **call: Any
 
 
 def _check_packages() -> None:
-    """Refuses to start without what only the demo needs: SSIM's package, and what Wan cleans its prompts with."""
+    """Refuses to start without the packages of the extra `demo`: scikit-image for SSIM, ftfy for Wan's prompts.
+
+    Raises:
+        CommandError: A package is missing.
+    """
     missing = [name for name in ("skimage", "ftfy") if not platform.has_module(name)]
     if missing:
         raise CommandError(f"The demo needs {' and '.join(missing)}: pip install 'diffusers-accel[demo]'")
 
 
 def table(comparisons: Sequence[Comparison], device: platform.Device) -> Table:
-    """The comparisons as a table: a column for each, so that it fits into 80 characters."""
+    """The comparisons as a table of at most 80 characters per line, one column per checkpoint."""
     result = Table(title=f"Stock and accelerated, float32 on {device}", title_justify="left")
     result.add_column("")
     for item in comparisons:
@@ -214,7 +244,7 @@ def table(comparisons: Sequence[Comparison], device: platform.Device) -> Table:
         "speed-up": [f"[bold]{item.stock.seconds / item.accelerated.seconds:.2f} x[/bold]" for item in comparisons],
         "steps computed": [str(item.computed) for item in comparisons],
         "steps skipped": [str(item.skipped) for item in comparisons],
-        "PSNR": [_judged(item) for item in comparisons],
+        "PSNR": [_psnr_cell(item) for item in comparisons],
         "PSNR bound": [f"at least {item.bound:.1f} dB" for item in comparisons],
         "SSIM": [f"{item.ssim():.4f}" for item in comparisons],
     }
@@ -230,7 +260,7 @@ def _work(item: Comparison) -> str:
     return f"{things}, {arguments['width']} x {arguments['height']},\n{frames}{arguments['num_inference_steps']} steps"
 
 
-def _judged(item: Comparison) -> str:
+def _psnr_cell(item: Comparison) -> str:
     value = item.psnr()
     return _decibels(value) if value >= item.bound else f"[bold red]{_decibels(value)}[/bold red]"
 
@@ -244,7 +274,15 @@ def _note(item: Comparison, index: int) -> str:
 
 
 def draw(item: Comparison, folder: Path) -> list[Path]:
-    """Writes a comparison's pictures and returns their files."""
+    """Writes a comparison's pictures.
+
+    Args:
+        item: The comparison.
+        folder: The folder to write to.
+
+    Returns:
+        The written files.
+    """
     file = folder / f"{item.record.name}.png"
     if item.record.kind == "image":
         sheet.draw(*_columns(item, item.stock.pictures, item.accelerated.pictures)).save(file)
@@ -285,7 +323,7 @@ def _difference_heading() -> str:
 
 
 def _columns(item: Comparison, stock: Pictures, accelerated: Pictures) -> tuple[list[sheet.Row], list[str]]:
-    """Rows and headings of a sheet of one picture (height, width, 3) per caption and side."""
+    """(rows, headings) of a sheet with one picture (height, width, 3) per caption and side."""
     rows = [
         sheet.Row([left, right, sheet.difference(left, right)], caption=caption, note=_note(item, index))
         for index, (caption, left, right) in enumerate(zip(item.captions, stock, accelerated, strict=True))
@@ -294,7 +332,7 @@ def _columns(item: Comparison, stock: Pictures, accelerated: Pictures) -> tuple[
 
 
 def _animate(pages: Sequence[Image.Image], file: Path) -> None:
-    """Writes a GIF that loops; one palette for all pages, undithered, so that what does not move does not flicker."""
+    """Writes a looping GIF. All pages share one palette without dithering, so that still parts do not flicker."""
     mosaic = Image.new("RGB", (pages[0].width, pages[0].height * 3))
     for place, page in enumerate((pages[0], pages[len(pages) // 2], pages[-1])):
         mosaic.paste(page, (0, place * page.height))

@@ -1,4 +1,4 @@
-"""`diffusers-accel env`: what this machine has, and which kernels can run on it, or why not."""
+"""`diffusers-accel env`: devices, versions and kernels of this machine, with the reason for each unavailable kernel."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ _WIDTH = 118
 
 
 def env() -> None:
-    """Show devices, versions, and for every kernel whether it can run here, or why not."""
+    """Show this machine's devices and versions, and the kernels that can run on it.
+
+    A kernel that cannot run is listed with the reason.
+    """
     console = Console()
-    if console.width < _WIDTH:  # the table folded into less is unreadable; a terminal wraps long lines better
+    if (
+        console.width < _WIDTH
+    ):  # a narrower table folds its cells and is hard to read, while a terminal wraps whole lines
         console = Console(width=_WIDTH)
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
 
@@ -32,7 +37,7 @@ def env() -> None:
     table = Table(title=f"Attention kernels on {default}", title_justify="left")
     for column in ("kernel", "here", "GPUs", "types", "head_dim", "mask", "LSE", "exact"):
         table.add_column(column, overflow="fold", no_wrap=column == "kernel")
-    # A recipe's record differs from its backend's in what is rounded only.
+    # A recipe differs from its backend in the rounding alone, so it is listed with it.
     missing = {name: KERNELS.get(name).missing(default) for name in KERNELS if "/" not in name}
     for name, reason in missing.items():
         here = "[green]yes[/green]" if reason is None else "[yellow]no[/yellow]"
@@ -42,7 +47,7 @@ def env() -> None:
         if recipes(backend):
             names = ", ".join(recipes(backend))
             console.print(f"[bold]{backend}[/bold] recipes: {names}", soft_wrap=True, highlight=False)
-    for name, reason in missing.items():  # sentences get lines of their own: a column would be too narrow for them
+    for name, reason in missing.items():  # a column would be too narrow for sentences
         if reason is not None:
             console.print(f"[bold]{name}[/bold] {escape(reason)}", soft_wrap=True, highlight=False)
 

@@ -1,4 +1,4 @@
-"""`diffusers-accel explain`: what accelerating a model would do, in which order, and what is refused and why."""
+"""`diffusers-accel explain`: the plan of an acceleration, in order, with refused sections and their reasons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .common import (
     load_model,
     one_line,
     read_device,
-    read_wanted,
+    read_requested,
 )
 
 
@@ -28,13 +28,13 @@ def explain(
     dtype: DTypeOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Show what accelerating MODEL would do, in order, and what is refused and why. Generates nothing.
+    """Show the plan of accelerating MODEL: changes in order, and refused sections with reasons. Generates nothing.
 
     Exits with 0 if nothing is refused, with 1 otherwise.
     """
-    wanted = read_wanted(config, preset, settings)
+    requested = read_requested(config, preset, settings)
     pipe = load_model(model, read_device(device), dtype)
-    chosen, notes = wanted.resolve(pipe)
+    chosen, notes = requested.resolve(pipe)
     try:
         explanation = api.explain(pipe, chosen)
     except TypeError as error:

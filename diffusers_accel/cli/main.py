@@ -1,4 +1,4 @@
-"""`diffusers-accel`: the app, put together from its commands, and the one place where errors become a red line."""
+"""`diffusers-accel`: the app with its commands. Deliberate errors become one red line here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from .run import run
 
 
 class ErrorLine(TyperGroup):
-    """Prints what is raised on purpose as one line and exits with 2; anything else is a bug and keeps its traceback."""
+    """A group of commands that prints an `AccelError` as one line and exits with 2. Other exceptions are bugs and keep
+    their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -44,8 +45,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"diffusers-accel {__version__}")
         raise typer.Exit
 

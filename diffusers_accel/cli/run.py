@@ -1,7 +1,6 @@
-"""`diffusers-accel run`: one prompt (or several) through any diffusers checkpoint, accelerated, into a file.
+"""`diffusers-accel run`: one or more prompts through any diffusers checkpoint, accelerated, into files.
 
-The pipeline stays the judge of its own arguments: an option is passed on only if the pipeline's call takes it, and is
-an error otherwise.
+The pipeline's signature decides about its arguments. An option that the pipeline's call does not take is an error.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from .common import (
     ModelArgument,
     PresetOption,
     SetOption,
-    accelerated,
+    accelerate_pipeline,
     assign,
     assignment,
     key_value,
     load_model,
     one_line,
     read_device,
-    read_wanted,
+    read_requested,
 )
 from .launch import first, in_workers, read_parallel
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_ENDINGS = (".mp4", ".gif")
 
-# The command's options -> the arguments of a pipeline's call.
+# Arguments of a pipeline's call -> the command's options.
 _ARGUMENTS = {
     "prompt": "--prompt",
     "negative_prompt": "--negative-prompt",
@@ -59,12 +58,12 @@ _ARGUMENTS = {
 
 def run(
     model: ModelArgument,
-    prompt: Annotated[list[str], typer.Option("--prompt", help="What to make. Repeat it for a batch.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="The prompt. Repeat it for a batch.")],
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What to keep out; with guidance only.", show_default=False)
+        str | None, typer.Option(help="The negative prompt, for guidance.", show_default=False)
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A picture to start from, for models that take one.")
+        Path | None, typer.Option(metavar="FILE", help="The input picture, for models that take one.")
     ] = None,
     config: ConfigOption = None,
     preset: PresetOption = None,
@@ -73,17 +72,19 @@ def run(
         str | None,
         typer.Option(
             metavar="WAYS",
-            help="Several processes: cfg=2,ulysses=2 takes four (and as many GPUs). They are started here, unless "
-            "torchrun has started the command itself.",
+            help="Ways of parallelism: cfg=2,ulysses=2 runs four processes on four GPUs. The command starts them, "
+            "unless torchrun has started it.",
             show_default=False,
         ),
     ] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
-    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance. Default: the model's.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same noise, on every device.")] = 0,
+    height: Annotated[int | None, typer.Option(min=1, help="Height in pixels. Default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width in pixels. Default: the model's.")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Number of frames of a video. Default: the model's.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps. Default: the model's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise, which is equal on all devices.")] = 0,
     call: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,8 +99,8 @@ def run(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where to save: .png, .jpg or .webp; a video as .mp4 or .gif. Several results are numbered. "
-            "Default: made from the prompt.",
+            help="Output file: .png, .jpg or .webp; .mp4 or .gif for a video. Several results are numbered. "
+            "Default: a name from the prompt.",
             show_default=False,
         ),
     ] = None,
@@ -107,7 +108,7 @@ def run(
 ) -> None:
     """Make a picture or a video with MODEL, accelerated, and save it.
 
-    The acceleration is the preset "lossless" unless --config, --preset or --set say otherwise.
+    The default acceleration is the preset "lossless"; --config, --preset and --set change it.
 
     Examples:
 
@@ -123,9 +124,9 @@ def run(
         ways = read_parallel(parallel)
         in_workers(assign(AccelConfig(), [assignment(way) for way in ways]), where)
         settings = [*(settings or ()), *ways]
-    wanted = read_wanted(config, preset, settings)
+    requested = read_requested(config, preset, settings)
     extra = dict(key_value(text, "--call", "true_cfg_scale=4.0") for text in call or ())
-    # Another machine, whose ranks save nothing, need not have that folder.
+    # Other ranks save nothing, and their machine may lack the folder.
     if first():
         check_output(output)
     options = {
@@ -143,21 +144,21 @@ def run(
     given = {"prompt": prompt[0] if len(prompt) == 1 else prompt, **given, **extra}
     given["generator"] = torch.Generator("cpu").manual_seed(seed)
 
-    # Weights that ranks share may be more than one GPU holds: they are divided where they lie.
-    pipe = load_model(model, where, dtype, waits=wanted.ranks is not None and wanted.ranks.fsdp)
+    # Weights that ranks share may exceed one GPU's memory, so they are divided on the host.
+    pipe = load_model(model, where, dtype, keep_on_host=requested.ranks is not None and requested.ranks.fsdp)
     defaults = demo.call_arguments(model) if model in demo.CHECKPOINTS else {}
     arguments = call_arguments(pipe, {**defaults, **given})
     target = output or default_output(prompt[0], "num_frames" in _parameters(pipe))
     if first():
         check_output(target, video="num_frames" in _parameters(pipe))
 
-    notes = accelerated(pipe, wanted)
+    notes = accelerate_pipeline(pipe, requested)
     begin = time.perf_counter()
     try:
         result = pipe(**arguments)
-    except ValueError as error:  # a pipeline's own check of its arguments
+    except ValueError as error:  # the pipeline's check of its arguments
         raise CommandError(f"{type(pipe).__name__}: {one_line(error)}") from error
-    except NameError as error:  # how Wan's pipelines miss the package that cleans their prompts
+    except NameError as error:  # Wan's pipelines without ftfy, which cleans prompts
         if error.name != "ftfy":
             raise
         raise CommandError(f"{type(pipe).__name__} needs ftfy: pip install ftfy") from error
@@ -169,7 +170,7 @@ def run(
     typer.echo(str(api.stats(pipe)))
     for note in notes:
         typer.echo(note)
-    typer.echo(f"{seconds:.2f} s on {where}, everything that a first request compiles included")
+    typer.echo(f"{seconds:.2f} s on {where}, compilation by the first request included")
     for file in files:
         typer.echo(f"saved {file}")
 
@@ -179,10 +180,14 @@ def _parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def call_arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a pipeline's call, with arrays asked for as output.
+    """The arguments of a pipeline's call, with `output_type="np"` if the call takes it.
+
+    Args:
+        pipe: The pipeline.
+        given: Name -> argument, from options.
 
     Raises:
-        CommandError: The pipeline does not take one of them, or needs one that is not given.
+        CommandError: The pipeline does not take a given argument, or needs another one.
     """
     parameters = _parameters(pipe)
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -206,7 +211,11 @@ def call_arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_image(file: Path | None) -> Any:
-    """A picture from a file, or `None`; `CommandError` if it cannot be read."""
+    """The RGB picture of a file; `None` without a file.
+
+    Raises:
+        CommandError: The file cannot be read as a picture.
+    """
     if file is None:
         return None
     from PIL import Image, UnidentifiedImageError
@@ -218,29 +227,29 @@ def read_image(file: Path | None) -> Any:
 
 
 def default_output(prompt: str, video: bool) -> Path:
-    """A file name made of the prompt's first words."""
+    """A file name from the prompt's first words."""
     words = re.findall(r"[a-z0-9]+", prompt.lower())[:8]
     return Path("-".join(words)[:60] or "output").with_suffix(".mp4" if video else ".png")
 
 
 def check_output(file: Path | None, video: bool | None = None) -> None:
-    """Refuses a file that could not be written in the end.
+    """Refuses an output file that could not be written after the run.
 
     Args:
-        file: The file asked for.
-        video: Whether a video comes out; `None` while that is unknown.
+        file: The output file, or `None`.
+        video: Whether the output is a video; `None` before the model is loaded.
 
     Raises:
-        CommandError: The name's ending does not fit, or ffmpeg or the folder is missing.
+        CommandError: The file's ending does not fit the output, or its folder or ffmpeg is missing.
     """
     if file is None:
         return
     endings = {None: IMAGE_ENDINGS + VIDEO_ENDINGS, True: VIDEO_ENDINGS, False: IMAGE_ENDINGS}[video]
     ending = file.suffix.lower()
     if ending not in endings:
-        what = {None: "An output", True: "A video", False: "A picture"}[video]
+        output = {None: "An output", True: "A video", False: "A picture"}[video]
         raise CommandError(
-            f"--output {file}: {what} is saved as {', '.join(endings)}, not {ending or 'without one'!r}."
+            f"--output {file}: {output} is saved as {', '.join(endings)}, not {ending or 'without one'!r}."
         )
     if not file.parent.is_dir():
         raise CommandError(f"--output {file}: there is no folder {str(file.parent)!r}.")
@@ -257,19 +266,25 @@ def has_ffmpeg() -> bool:
 
 
 def save(result: Any, target: Path, fps: int) -> list[Path]:
-    """Saves every picture or video of a pipeline's result; more than one get numbers.
+    """Saves every picture or video of a pipeline's result, with numbers in the names of several.
 
     Args:
         result: A pipeline's output with `images` (batch, height, width, channels) or `frames` (batch, frames, height,
             width, channels), as arrays in [0, 1] or lists of PIL images.
-        target: The file's name; its ending chooses the format.
-        fps: Frames per second, for video.
+        target: The output file. Its ending decides the format.
+        fps: Frames per second of a video.
+
+    Returns:
+        The written files.
+
+    Raises:
+        CommandError: The file's ending does not fit the result.
     """
     video = getattr(result, "frames", None)
     items = result.images if video is None else video
     if (video is not None) != (target.suffix.lower() in VIDEO_ENDINGS):
-        what = "pictures" if video is None else "video"
-        raise CommandError(f"The pipeline made {what}, which cannot be saved as {target}. Choose another --output.")
+        made = "pictures" if video is None else "video"
+        raise CommandError(f"The pipeline made {made}, which cannot be saved as {target}. Choose another --output.")
     files = []
     for index, item in enumerate(items):
         file = target if len(items) == 1 else target.with_stem(f"{target.stem}-{index}")
@@ -279,20 +294,26 @@ def save(result: Any, target: Path, fps: int) -> list[Path]:
 
 
 def _bytes(item: Any) -> NDArray[np.uint8]:
-    """A picture (height, width, channels) as bytes, from values in [0, 1] or a PIL image."""
+    """A picture as uint8 (height, width, channels), from values in [0, 1] or a PIL image."""
     array = np.asarray(item)
     return array if array.dtype == np.uint8 else (array.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def write_image(picture: Any, file: Path) -> None:
-    """Writes a picture (height, width, channels)."""
+    """Writes a picture (height, width, channels), of values in [0, 1] or a PIL image."""
     from PIL import Image
 
     Image.fromarray(_bytes(picture).squeeze()).save(file)
 
 
 def write_video(frames: Any, file: Path, fps: int) -> None:
-    """Writes frames (frames, height, width, channels) as an animated GIF or as H.264 in MP4."""
+    """Writes a video as an animated GIF, or as H.264 in MP4.
+
+    Args:
+        frames: Array (frames, height, width, channels) in [0, 1], or a list of PIL images.
+        file: The output file. Its ending decides the format.
+        fps: Frames per second.
+    """
     pictures: list[Any] = [_bytes(frame) for frame in frames]
     if file.suffix.lower() == ".gif":
         from PIL import Image
@@ -302,5 +323,5 @@ def write_video(frames: Any, file: Path, fps: int) -> None:
         return
     import imageio.v2 as imageio
 
-    # H.264 wants even sides; quality 9 of 10, so that the codec hides nothing of what is to be compared
+    # H.264 needs even sides. Quality 9 of 10 keeps differences between two videos visible.
     imageio.mimwrite(file, pictures, fps=fps, codec="libx264", quality=9, macro_block_size=2)

@@ -1,6 +1,6 @@
-"""Comparison sheets: rows of equally large pictures under column headings, each row with its caption, as one picture.
+"""Comparison sheets: rows of pictures of one size under column headings, each row with a caption, as one picture.
 
-Small pictures are enlarged by a whole factor without smoothing, so that every pixel of a difference stays a pixel.
+Small pictures are enlarged by a whole factor without smoothing, so that single pixels of a difference stay visible.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Row:
 
     Attributes:
         tiles: Pictures (height, width, 3) with values in [0, 1], one per column.
-        caption: A line above the row; empty for none.
-        note: A gray line under the caption; empty for none.
-        label: A word at the row's left; empty for none.
+        caption: Text above the row; empty for none.
+        note: Gray text below the caption; empty for none.
+        label: Word to the left of the row; empty for none.
     """
 
     tiles: Sequence[NDArray[np.floating]]
@@ -36,7 +36,7 @@ class Row:
 
 
 def difference(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
-    """|a - b| made `AMPLIFICATION` times as large, cut off at 1."""
+    """The amplified difference min(`AMPLIFICATION` |a - b|, 1) of two pictures with values in [0, 1]."""
     return np.clip(np.abs(a - b) * AMPLIFICATION, 0, 1)
 
 
@@ -44,9 +44,9 @@ def draw(rows: Sequence[Row], headings: Sequence[str], tile: int = 256) -> Image
     """Draws a sheet.
 
     Args:
-        rows: The rows, from top to bottom; all tiles have one size.
-        headings: One per column.
-        tile: About how wide a tile shall be, in pixels; the tiles are enlarged by the nearest whole factor.
+        rows: The rows, from top to bottom. All tiles have the same size.
+        headings: Headings, one per column.
+        tile: Approximate width of a drawn tile in pixels. Tiles are enlarged by the nearest whole factor.
     """
     heading_font, font = ImageFont.load_default(size=HEADING), ImageFont.load_default(size=TEXT)
     height, width = rows[0].tiles[0].shape[:2]
@@ -60,7 +60,7 @@ def draw(rows: Sequence[Row], headings: Sequence[str], tile: int = 256) -> Image
     heading_lines = [_wrapped(text, heading_font, tile_width) for text in headings]
     heading_line = round(HEADING * 1.3)
     top = MARGIN + max(map(len, heading_lines)) * heading_line + GAP
-    # a caption opens a new group, and stands further from the row above it
+    # a caption begins a new group, with more space above it
     spaces = [GAP * (1 + bool(lines)) * (index > 0) for index, lines in enumerate(texts)]
     bottom = top + sum(len(lines) * line + bool(lines) * GAP // 2 + tile_height for lines in texts) + sum(spaces)
 
@@ -91,7 +91,7 @@ def _enlarged(picture: NDArray[np.floating], factor: int) -> Image.Image:
 
 
 def _lines(row: Row, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[tuple[str, tuple]]:
-    """The lines above a row with their colours."""
+    """(text, colour) of each line above a row."""
     return [
         (text, colour)
         for whole, colour in ((row.caption, INK), (row.note, GRAY))
@@ -101,7 +101,7 @@ def _lines(row: Row, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
 
 
 def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The text in lines no wider than `width` pixels, broken between words."""
+    """A text as lines of at most `width` pixels, broken between words."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

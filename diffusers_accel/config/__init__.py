@@ -3,8 +3,9 @@
 A section accepts its class, a mapping of its fields, or a shorthand string for the common case. Everything here is
 plain data: it imports nothing of the package but its errors, holds no run-time state, and round-trips through YAML.
 
-- `declared.py`: what a field may hold, and the check. `sections.py`, `cache.py`, `parallel.py`: the classes.
-  `accel.py`: the whole. `reading.py`: from what a user may write to them.
+- `fields.py`: the declaration and validation of fields.
+- `sections.py`, `cache.py`, `parallel.py`: the classes of sections. `accel.py`: `AccelConfig`, the whole.
+- `reading.py`: sections from mappings, shorthands and YAML files.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from .cache import (
     TaylorSeerConfig,
     TeaCacheConfig,
 )
-from .declared import Section, plain
+from .fields import Section, plain
 from .parallel import ParallelConfig
-from .reading import parsed, read_yaml
+from .reading import parse_yaml, read_yaml
 from .sections import (
     AttentionConfig,
     CompileConfig,
@@ -68,7 +69,7 @@ __all__ = [
     "TeaCacheConfig",
     "VAEConfig",
     "WarmupConfig",
-    "parsed",
+    "parse_yaml",
     "plain",
     "read_yaml",
 ]

@@ -1,4 +1,4 @@
-"""The whole configuration, one field per feature."""
+"""`AccelConfig`, the whole configuration: one field per feature."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from ..errors import ConfigError, nearest, shown
 from .cache import CACHE_CONFIGS, CacheConfig, PABConfig
-from .declared import plain
+from .fields import plain
 from .parallel import ParallelConfig
-from .reading import read_yaml, section_of
+from .reading import build_section, read_yaml
 from .sections import (
     AttentionConfig,
     CompileConfig,
@@ -26,10 +26,10 @@ from .sections import (
 
 @dataclass(frozen=True, kw_only=True)
 class AccelConfig:
-    """What to accelerate, and how. Every section is off by default; see each section's class.
+    """A configuration of all features. Every section is off (`None`) by default; each section's class documents it.
 
     Raises:
-        ConfigError: A value is not of its field's type or range, or a section has an unknown key.
+        ConfigError: A value has another type than its field or is out of its range, or a section has an unknown key.
     """
 
     linear: LinearConfig | None = field(default=None, metadata={"section": LinearConfig})
@@ -45,11 +45,15 @@ class AccelConfig:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            object.__setattr__(self, entry.name, section_of(entry, getattr(self, entry.name)))
+            object.__setattr__(self, entry.name, build_section(entry, getattr(self, entry.name)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AccelConfig:
-        """Builds a configuration from nested mappings, with the same keys as the fields."""
+        """A configuration from nested mappings with the fields' names as keys.
+
+        Raises:
+            ConfigError: A key is unknown or a value is invalid.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"A configuration is a mapping of sections, not {shown(values)}.")
         known = {entry.name for entry in fields(cls)}
@@ -60,7 +64,8 @@ class AccelConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values: `from_dict(config.to_dict()) == config`. Sections that are off are left out."""
+        """The configuration as nested plain values: `from_dict(config.to_dict()) == config`. Sections that are off are
+        left out."""
         result: dict[str, Any] = {}
         for entry in fields(self):
             section = getattr(self, entry.name)
@@ -69,17 +74,16 @@ class AccelConfig:
                 result[entry.name] = kind | {item.name: plain(getattr(section, item.name)) for item in fields(section)}
         return result
 
-    def named(self) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
-        """(field with section, what is named, name, what else that field takes) of every name that only a registry
-        knows."""
+    def registry_names(self) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
+        """(field with section, kind of registry, name, extra choices) of every name that a registry must know."""
         for entry in fields(self):
             section = getattr(self, entry.name)
             if section is not None:
-                yield from section.named()
+                yield from section.registry_names()
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> AccelConfig:
-        """Reads a YAML file with the same keys as the fields.
+        """A configuration from a YAML file with the fields' names as keys.
 
         Raises:
             ConfigError: The file is missing, is not YAML, or holds an unknown key.
@@ -87,7 +91,7 @@ class AccelConfig:
         return cls.from_dict(read_yaml(path))
 
     def to_yaml(self, path: str | Path) -> None:
-        """Writes the file that `from_yaml` reads."""
+        """Writes a YAML file for `from_yaml`."""
         import yaml
 
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")

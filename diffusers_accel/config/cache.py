@@ -1,7 +1,6 @@
-"""The cache section: one class per caching rule. What each rule is, and where it comes from, is said in `policies/`.
+"""The cache section: one class per caching rule. `policies/` documents each rule and its source.
 
-`kind` tells the classes apart in YAML and is their shorthand string. A user's own policy, once registered, has its name
-for a kind.
+`kind` names the class in YAML, and is its shorthand string. A user's registered policy has its own name as its kind.
 """
 
 from __future__ import annotations
@@ -12,67 +11,68 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from .declared import NEEDED, Section, declared, like
+from .fields import REQUIRED, Section, option, option_like
 
 # Names of published step computation masks.
 MASKS = ("slow", "medium", "fast", "ultra")
-# Kinds of names in the configuration, as their registries call them.
+# Kinds of registered names (`FieldSpec.registry`).
 POLICY, TEACACHE_ROW, MAGCACHE_ROW = "caching policy", "row of TeaCache's coefficients", "table of MagCache's ratios"
 
 _MASK: dict[str, Any] = {
-    "among": MASKS,
-    "also": lambda mask: isinstance(mask, str) or (set(mask) <= {0, 1} and mask[0] == 1),
-    "fewest": 1,
+    "choices": MASKS,
+    "condition": lambda mask: isinstance(mask, str) or (set(mask) <= {0, 1} and mask[0] == 1),
+    "min_items": 1,
     "examples": ("slow", (1,), (1, 0, 0, 1)),
 }
-_MASK_WANTS = (
+_MASK_EXPECTED = (
     f"one of {', '.join(map(repr, MASKS))}, or a list of ones for computed and zeros for skipped steps, the first one "
     "computed"
 )
 _COEFFICIENTS: dict[str, Any] = {
-    "names": TEACACHE_ROW,
-    "fewest": 1,
-    "also": lambda found: isinstance(found, str) or any(found),
-    "wants": "a list of one or more finite numbers, not all 0, the name of a row of TeaCache's coefficients, or None",
+    "registry": TEACACHE_ROW,
+    "min_items": 1,
+    "condition": lambda found: isinstance(found, str) or any(found),
+    "expected": "a list of one or more finite numbers, not all 0, the name of a row of TeaCache's coefficients, or "
+    "None",
     "examples": ((1.0, 0.0), (0.5,), "flux.1-dev", None),
 }
 _RATIOS: dict[str, Any] = {
-    "names": MAGCACHE_ROW,
-    "above": 0,
-    "most": 100,
-    "fewest": 2,
-    "wants": "a list of two or more numbers above 0 and up to 100, one for each step of a schedule, the name of a "
+    "registry": MAGCACHE_ROW,
+    "exclusive_minimum": 0,
+    "maximum": 100,
+    "min_items": 2,
+    "expected": "a list of two or more numbers above 0 and up to 100, one for each step of a schedule, the name of a "
     "table of MagCache's ratios, or None",
 }
-_THRESHOLD = {"least": 0}
+_THRESHOLD = {"minimum": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(Section):
-    """What every rule that skips whole steps takes.
+    """The fields of every rule that skips whole steps.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range.
+        ConfigError: A value has another type than its field, or is out of its range.
     """
 
-    taylorseer_order: int = declared(
+    taylorseer_order: int = option(
         0,
         "Order of the Taylor polynomial that predicts a skipped step's residual; 0 reuses the last.",
-        least=0,
-        most=4,
+        minimum=0,
+        maximum=4,
     )
-    guard: float = declared(
+    guard: float = option(
         0.0,
-        """Share of the skipped steps that are computed after all, to see how far off the prediction would have been:
-        0.1 for the first and every tenth after it. Such a step costs what a computed one does.""",
-        least=0,
-        most=1,
+        """Share of the skippable steps that are computed to measure the prediction's error: 0.1 computes the first and
+        every tenth after it. Such a step costs as much as a computed one.""",
+        minimum=0,
+        maximum=1,
     )
-    guard_bound: float = declared(
+    guard_bound: float = option(
         0.2,
-        """Relative error of the prediction, mean |predicted - computed| / mean |computed| of what the blocks add, above
-        which the rest of the request is computed in full.""",
-        least=0,
+        """Relative error of the prediction, mean |predicted - computed| / mean |computed| of the residual, above which
+        the rest of the request is computed in full.""",
+        minimum=0,
     )
 
     section: typing.ClassVar[str] = "cache"
@@ -80,31 +80,33 @@ class CacheConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class TeaCacheConfig(CacheConfig):
-    """TeaCache: skip a step while the accumulated, rescaled change of the model's modulated input stays small.
+    """TeaCache: a step is skipped while the accumulated, rescaled change of the modulated input stays small.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range.
+        ConfigError: A value has another type than its field, or is out of its range.
     """
 
-    threshold: float | None = declared(
+    threshold: float | None = option(
         None,
-        """Accumulated change below which a step reuses the last residual. 0 skips nothing. `None` takes the published
-        threshold of the coefficients (about 1.5x).""",
+        """Accumulated change below which a step is skipped. 0 skips nothing. `None` takes the published threshold of
+        the coefficients (a speed-up of about 1.5).""",
         **_THRESHOLD,
     )
-    coefficients: tuple[float, ...] | str | None = declared(
+    coefficients: tuple[float, ...] | str | None = option(
         None,
-        """The rescaling polynomial, highest degree first; or the name of a published row (see
-        `diffusers_accel.models.adapter.TEACACHE_ROWS`); or `None` to find the row from the model's configuration.""",
+        """The rescaling polynomial's coefficients, highest degree first; or the name of a published row (see
+        `diffusers_accel.models.adapter.TEACACHE_ROWS`). `None` finds the row from the model's configuration.""",
         **_COEFFICIENTS,
     )
-    coefficients_2: tuple[float, ...] | str | None = declared(
-        None, "The same for the second expert (`transformer_2`); `None` takes `coefficients`.", **_COEFFICIENTS
+    coefficients_2: tuple[float, ...] | str | None = option(
+        None,
+        "Coefficients, or the name of a row, of the second expert (`transformer_2`). `None` takes `coefficients`.",
+        **_COEFFICIENTS,
     )
-    use_ret_steps: bool = declared(
+    use_ret_steps: bool = option(
         False,
-        """Wan's other published variant: compare the projected time embedding and always compute the first five
-        steps.""",
+        """Whether to use the second published variant for Wan: the signal is the projected time embedding, and the
+        first five steps are always computed.""",
     )
 
     kind: typing.ClassVar[str] = "teacache"
@@ -112,48 +114,52 @@ class TeaCacheConfig(CacheConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DBCacheConfig(CacheConfig):
-    """DBCache: skip the blocks between the first and the last few while what the first few add changes little.
+    """DBCache: the blocks between the first and the last few are skipped while the first blocks' residual changes
+    little.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range.
+        ConfigError: A value has another type than its field, or is out of its range.
     """
 
-    Fn_compute_blocks: int = declared(
-        8, "Blocks at the beginning that are computed on every step; what they add is watched.", least=1
+    Fn_compute_blocks: int = option(
+        8, "Number of blocks at the beginning that are computed on every step; their residual is measured.", minimum=1
     )
-    Bn_compute_blocks: int = declared(0, "Blocks at the end that are computed on every step.", least=0)
-    max_warmup_steps: int = declared(8, "Steps at the beginning that are always computed.", least=0)
-    max_cached_steps: int = declared(-1, "Steps that may be skipped in all; -1 for any number.", least=-1)
-    max_continuous_cached_steps: int = declared(
-        -1, "Steps that may be skipped one after another; -1 for any number.", least=-1
+    Bn_compute_blocks: int = option(0, "Number of blocks at the end that are computed on every step.", minimum=0)
+    max_warmup_steps: int = option(8, "Number of steps at the beginning that are always computed.", minimum=0)
+    max_cached_steps: int = option(-1, "Largest number of skipped steps; -1 for no bound.", minimum=-1)
+    max_continuous_cached_steps: int = option(
+        -1, "Largest number of consecutive skipped steps; -1 for no bound.", minimum=-1
     )
-    residual_diff_threshold: float = declared(
+    residual_diff_threshold: float = option(
         0.08, "Relative change below which a step is skipped. 0 skips nothing.", **_THRESHOLD
     )
-    force_refresh_step_hint: int | None = declared(
+    force_refresh_step_hint: int | None = option(
         None,
-        """A step, counted from the request's first, that is computed in any case; at least 1, since the first step is
-        computed anyway.""",
-        least=1,
+        """Index of a step that is always computed, counted from the request's first (0), which is computed anyway.""",
+        minimum=1,
     )
-    force_refresh_step_policy: str = declared(
-        "once", """`"once"`, or `"repeat"` for every so many steps.""", among=("once", "repeat")
+    force_refresh_step_policy: str = option(
+        "once",
+        """`"once"` computes the step of the hint; `"repeat"` computes every step that is a multiple of it.""",
+        choices=("once", "repeat"),
     )
-    enable_separate_cfg: bool | None = declared(
+    enable_separate_cfg: bool | None = option(
         None,
-        """Whether guidance branches have a state each. They have it wherever the pipeline calls the denoiser once per
-        branch, which `None` and `True` accept; `False` is refused there.""",
+        """Whether each guidance branch has a state of its own. A pipeline that calls the denoiser once per branch needs
+        it, so `False` is refused there; `None` and `True` are accepted.""",
     )
-    steps_computation_mask: str | tuple[float, ...] | None = declared(
+    steps_computation_mask: str | tuple[float, ...] | None = option(
         None,
-        """`"slow"`, `"medium"`, `"fast"`, `"ultra"`, or ones and zeros, scaled to the request's number of steps.""",
-        wants=f"{_MASK_WANTS}, or None",
+        """Steps to compute: `"slow"`, `"medium"`, `"fast"`, `"ultra"`, or ones and zeros, scaled to the request's
+        number of steps. `None` sets no mask.""",
+        expected=f"{_MASK_EXPECTED}, or None",
         **_MASK,
     )
-    steps_computation_policy: str = declared(
+    steps_computation_policy: str = option(
         "dynamic",
-        """`"dynamic"`: where the mask skips, the change decides; `"static"`: the mask decides.""",
-        among=("dynamic", "static"),
+        """`"dynamic"`: the change decides on steps that the mask does not compute; `"static"`: the mask alone
+        decides.""",
+        choices=("dynamic", "static"),
     )
 
     kind: typing.ClassVar[str] = "dbcache"
@@ -161,27 +167,27 @@ class DBCacheConfig(CacheConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FBCacheConfig(DBCacheConfig):
-    """FBCache: DBCache that watches the first block alone, without warm-up; see there."""
+    """FBCache: DBCache with one measured block and no warm-up; see `DBCacheConfig`."""
 
-    Fn_compute_blocks: int = like(DBCacheConfig, "Fn_compute_blocks", 1)
-    max_warmup_steps: int = like(DBCacheConfig, "max_warmup_steps", 0)
+    Fn_compute_blocks: int = option_like(DBCacheConfig, "Fn_compute_blocks", 1)
+    max_warmup_steps: int = option_like(DBCacheConfig, "max_warmup_steps", 0)
 
     kind: typing.ClassVar[str] = "fbcache"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMaskConfig(CacheConfig):
-    """A step computation mask: which steps are computed is said beforehand.
+    """A step computation mask: the computed steps are fixed in advance.
 
     Raises:
-        ConfigError: There is no such mask, or a value is out of its range.
+        ConfigError: The mask is unknown, or a value is out of its range.
     """
 
-    mask: str | tuple[float, ...] = declared(
+    mask: str | tuple[float, ...] = option(
         "medium",
-        """`"slow"` (18 of 28 steps), `"medium"` (15), `"fast"` (11), `"ultra"` (8), or ones and zeros; scaled to the
-        request's number of steps.""",
-        wants=_MASK_WANTS,
+        """Steps to compute: `"slow"` (18 of 28), `"medium"` (15), `"fast"` (11), `"ultra"` (8), or ones and zeros. A
+        mask is scaled to the request's number of steps.""",
+        expected=_MASK_EXPECTED,
         **_MASK,
     )
 
@@ -190,39 +196,43 @@ class StepMaskConfig(CacheConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalConfig(CacheConfig):
-    """A fixed interval: one of so many steps is computed, the others reuse it (or predict, with `taylorseer_order`).
+    """A fixed interval: one step of each interval is computed; the others reuse its residual, or predict theirs.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range.
+        ConfigError: A value has another type than its field, or is out of its range.
     """
 
-    interval: int = declared(2, "One of so many steps is computed.", least=1)
-    warmup: int = declared(1, "Steps at the beginning that are computed.", least=1)
+    interval: int = option(2, "Steps per computed step.", minimum=1)
+    warmup: int = option(1, "Number of steps at the beginning that are always computed.", minimum=1)
 
     kind: typing.ClassVar[str] = "interval"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaylorSeerConfig(IntervalConfig):
-    """TaylorSeer: a fixed interval, and residuals between computed steps predicted by a Taylor polynomial.
+    """TaylorSeer: a fixed interval, with residuals between computed steps predicted by a Taylor polynomial.
 
     Raises:
-        ConfigError: A value is out of its range, or both orders were given.
+        ConfigError: A value is out of its range, or both orders are given.
     """
 
-    order: int = declared(
+    order: int = option(
         1,
-        "Of the polynomial; 0 reuses the last residual. (`taylorseer_order` is for the other rules.)",
-        least=0,
-        most=4,
+        "Order of the polynomial; 0 reuses the last residual. It replaces `taylorseer_order` of the other rules.",
+        minimum=0,
+        maximum=4,
     )
-    interval: int = like(IntervalConfig, "interval", 3)
-    warmup: int = like(IntervalConfig, "warmup", 3)
+    interval: int = option_like(IntervalConfig, "interval", 3)
+    warmup: int = option_like(IntervalConfig, "warmup", 3)
 
     kind: typing.ClassVar[str] = "taylorseer"
 
     def validate(self) -> None:
-        """Refuses two orders."""
+        """Refuses two orders.
+
+        Raises:
+            ConfigError: `taylorseer_order` is given beside `order`.
+        """
         if self.taylorseer_order:
             raise ConfigError(
                 f"cache.taylorseer_order: taylorseer's own field is cache.order; got {self.taylorseer_order} here. "
@@ -232,23 +242,29 @@ class TaylorSeerConfig(IntervalConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MagCacheConfig(CacheConfig):
-    """MagCache: skip while the error foretold by a table of the residual's magnitudes stays small. Reads nothing back.
+    """MagCache: a step is skipped while the error estimated from a table of magnitude ratios stays small.
+
+    It measures no tensor, so nothing is read from the device.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range.
+        ConfigError: A value has another type than its field, or is out of its range.
     """
 
-    threshold: float = declared(0.06, "Accumulated error up to which a step is skipped. 0 skips nothing.", **_THRESHOLD)
-    max_skip_steps: int = declared(3, "Steps that may be skipped one after another.", least=0)
-    retention_ratio: float = declared(0.2, "Share of the first steps that are always computed.", least=0, most=1)
-    mag_ratios: tuple[float, ...] | str | None = declared(
+    threshold: float = option(0.06, "Accumulated error up to which a step is skipped. 0 skips nothing.", **_THRESHOLD)
+    max_skip_steps: int = option(3, "Largest number of consecutive skipped steps.", minimum=0)
+    retention_ratio: float = option(
+        0.2, "Share of the steps, at the beginning, that are always computed.", minimum=0, maximum=1
+    )
+    mag_ratios: tuple[float, ...] | str | None = option(
         None,
-        """Mean ratio of the residual's magnitude to the last step's, for each step of a schedule of any length (the
-        first is 1); or the name of a published table; or `None` to find the table from the model's configuration.""",
+        """Mean ratio of the residual's magnitude to the previous step's, for each step of a schedule of any length (the
+        first is 1); or the name of a published table. `None` finds the table from the model's configuration.""",
         **_RATIOS,
     )
-    mag_ratios_2: tuple[float, ...] | str | None = declared(
-        None, "The same for the second expert (`transformer_2`); `None` takes `mag_ratios`.", **_RATIOS
+    mag_ratios_2: tuple[float, ...] | str | None = option(
+        None,
+        "Ratios, or the name of a table, of the second expert (`transformer_2`). `None` takes `mag_ratios`.",
+        **_RATIOS,
     )
 
     kind: typing.ClassVar[str] = "magcache"
@@ -256,43 +272,49 @@ class MagCacheConfig(CacheConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EasyCacheConfig(CacheConfig):
-    """EasyCache: skip the whole denoiser while the change of its output, foretold from that of its input, stays small.
+    """EasyCache: the whole denoiser is skipped while the estimated change of its output stays small.
+
+    The estimate comes from the change of its input.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range.
+        ConfigError: A value has another type than its field, or is out of its range.
     """
 
-    threshold: float = declared(
+    threshold: float = option(
         0.05, "Accumulated relative change below which a step is skipped. 0 skips nothing.", **_THRESHOLD
     )
-    warmup: int = declared(7, "Steps at the beginning that are computed; the last step is too.", least=1)
+    warmup: int = option(
+        7, "Number of steps at the beginning that are always computed. The last step is always computed too.", minimum=1
+    )
 
     kind: typing.ClassVar[str] = "easycache"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeaCacheConfig(CacheConfig):
-    """SeaCache: skip while the accumulated change of the latents' signal, told from their noise by its spectrum, stays
-    small. Needs no coefficients. Names and defaults are those of diffusers' own.
+    """SeaCache: a step is skipped while the accumulated change of the latents' signal stays small.
+
+    A filter separates signal from noise by its spectrum. The rule needs no coefficients. Names and defaults are those
+    of diffusers' implementation.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range.
+        ConfigError: A value has another type than its field, or is out of its range.
     """
 
-    threshold: float = declared(
+    threshold: float = option(
         0.25, "Accumulated relative change below which a step is skipped. 0 skips nothing.", **_THRESHOLD
     )
-    retention_steps: int = declared(1, "Steps at the beginning that are computed.", least=0)
-    cache_end_steps: int = declared(1, "Steps at the end that are computed.", least=0)
-    max_consecutive_cached: int = declared(2, "Steps that may be skipped one after another; 0 for any number.", least=0)
-    power_exp: float | None = declared(
+    retention_steps: int = option(1, "Number of steps at the beginning that are always computed.", minimum=0)
+    cache_end_steps: int = option(1, "Number of steps at the end that are always computed.", minimum=0)
+    max_consecutive_cached: int = option(2, "Largest number of consecutive skipped steps; 0 for no bound.", minimum=0)
+    power_exp: float | None = option(
         None,
-        """Exponent by which the power of a clean picture falls with its frequency; `None` for 2 for pictures and 3 for
+        """Exponent of the power spectrum of clean pictures, frequency^-power_exp. `None` takes 2 for pictures and 3 for
         videos.""",
-        above=0,
-        most=16,
+        exclusive_minimum=0,
+        maximum=16,
     )
-    taylorseer_order: int = like(CacheConfig, "taylorseer_order", 1)
+    taylorseer_order: int = option_like(CacheConfig, "taylorseer_order", 1)
 
     kind: typing.ClassVar[str] = "seacache"
 
@@ -303,32 +325,37 @@ def _in_order(window: Sequence[float]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PABConfig(Section):
-    """Pyramid Attention Broadcast: within a window of timesteps, attention is computed every few steps only, and its
-    output used again in between, for every layer and guidance branch by itself.
+    """Pyramid Attention Broadcast: within a window of timesteps, attention is computed every few steps.
+
+    Its output is reused in between, for each attention module and guidance branch separately.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range.
+        ConfigError: A value has another type than its field, or is out of its range.
     """
 
-    self_attention: int | None = declared(
-        2, "Self-attention is computed on one of so many steps; `None` on all.", least=1
+    self_attention: int | None = option(
+        2, "Steps per computation of self-attention; `None` computes it on every step.", minimum=1
     )
-    temporal_attention: int | None = declared(
-        4, "Steps between two computations of attention along time, in models that have it apart.", least=1
+    temporal_attention: int | None = option(
+        4,
+        "Steps per computation of temporal attention, in models that have it; `None` computes it on every step.",
+        minimum=1,
     )
-    cross_attention: int | None = declared(3, "Steps between two computations of cross-attention.", least=1)
-    layers: dict[str, int] | None = declared(
+    cross_attention: int | None = option(
+        3, "Steps per computation of cross-attention; `None` computes it on every step.", minimum=1
+    )
+    layers: dict[str, int] | None = option(
         None,
-        "Globs of attention modules -> one of how many steps, which win over the kinds; the first that matches.",
-        least=1,
+        "Globs of attention modules -> steps per computation. The first matching glob overrides the intervals above.",
+        minimum=1,
     )
-    window: tuple[float, float] = declared(
+    window: tuple[float, float] = option(
         (100.0, 800.0),
-        "Timesteps, of 1000, between which outputs are used again.",
-        least=0,
-        most=1000,
-        also=_in_order,
-        wants="two timesteps between 0 and 1000, in order",
+        "Lowest and highest timestep (0 to 1000) between which outputs are reused.",
+        minimum=0,
+        maximum=1000,
+        condition=_in_order,
+        expected="two timesteps between 0 and 1000, in order",
         examples=((0.0, 1000.0), (100, 100)),
     )
 
@@ -338,14 +365,14 @@ class PABConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig(CacheConfig):
-    """A user's own policy, registered with `register_policy`. Its name alone is short for it.
+    """A user's own policy, registered with `register_policy`. The policy's name is its shorthand.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range; or no policy is named.
+        ConfigError: A value has another type than its field, or is out of its range; or no policy is named.
     """
 
-    name: str = declared(NEEDED, "The policy's name, as registered with register_policy(name, ...).", names=POLICY)
-    options: dict[str, Any] | None = declared(None, "Keyword arguments of its factory.", keys="names")
+    name: str = option(REQUIRED, "The policy's registered name (`register_policy(name, ...)`).", registry=POLICY)
+    options: dict[str, Any] | None = option(None, "Keyword arguments of the policy's factory.", key_kind="names")
 
     kind: typing.ClassVar[str] = "policy"
 
@@ -367,5 +394,5 @@ CACHE_CONFIGS: dict[str, type[CacheConfig] | type[PABConfig]] = {
     )
 }
 
-# Names of registered policies (`policies.register_policy` adds to it): kinds of their own.
+# Names of registered policies, which are kinds too. `policies.register_policy` adds to the set.
 POLICY_NAMES: set[str] = set()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from .declared import Section, declared
+from .fields import Section, option
 
 EXCHANGES = ("auto", "windows", "messages")
 OTHERS = ("compute", "receive", "idle")
@@ -17,7 +17,7 @@ DIMS = ("height", "width")
 
 
 def _ranks(means: str) -> Any:
-    return declared(1, means, least=1)
+    return option(1, means, minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,48 +34,48 @@ class ParallelConfig(Section):
         feed-forward."""
     )
     ulysses: int = _ranks("Ranks that share a sequence, each with all tokens of some attention heads.")
-    async_ulysses: bool = declared(
+    async_ulysses: bool = option(
         True,
         """Whether, in compiled blocks, shards are exchanged while what does not depend on them is computed, where they
         go through windows.""",
     )
     ring: int = _ranks("Ranks that share a sequence, keys and values passed on from rank to rank.")
-    attn2d: tuple[int, int] = declared(
+    attn2d: tuple[int, int] = option(
         (1, 1),
         """(rows, columns) of ranks that share a sequence, queries gathered along rows, keys and values along columns.
         Instead of `ring`.""",
-        least=1,
-        wants="rows and columns, [2, 2] say, each 1 or more",
+        minimum=1,
+        expected="rows and columns, [2, 2] say, each 1 or more",
     )
     dp: int = _ranks("Ranks that share the samples of a batch.")
     vae: int = _ranks(
         """Ranks that share the VAE's decoding and encoding, a strip of the picture each; all ranks or a divisor. No
         factor of the product: the same ranks do it that share the denoiser's work."""
     )
-    vae_dim: str = declared(
-        "height", """The dimension that the VAE's picture is divided along, `"height"` or `"width"`.""", among=DIMS
+    vae_dim: str = option(
+        "height", """The dimension that the VAE's picture is divided along, `"height"` or `"width"`.""", choices=DIMS
     )
-    vae_others: str = declared(
+    vae_others: str = option(
         "compute",
         """What ranks behind the first `vae` do when a picture is decoded or encoded: `"compute"` it too, as many
         together; `"receive"` it from the first; or be `"idle"` and get zeros instead of a decoded picture, where one
         rank alone saves it.""",
-        among=OTHERS,
+        choices=OTHERS,
     )
-    exchange: str = declared(
+    exchange: str = option(
         "auto",
         """The way that what ranks share takes, a sequence, sums of `tp=2`, a VAE's rows: by `"messages"`; through
         `"windows"`, memory that GPUs of one machine write to directly; or `"auto"`, through windows where there are
         any.""",
-        among=EXCHANGES,
+        choices=EXCHANGES,
     )
-    payload: str = declared(
+    payload: str = option(
         "auto",
         """How Ulysses' shards travel: in the activations' own type (`"auto"`), or in `"fp8"`, e4m3 with a scale for
         each token and head, for links that are slower than rounding.""",
-        among=PAYLOADS,
+        choices=PAYLOADS,
     )
-    fsdp: bool = declared(
+    fsdp: bool = option(
         False,
         """Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a
         block's weights are put together while it runs. No factor of the product either; where the product is 1, any

@@ -1,4 +1,4 @@
-"""From what a user may write (a class, a mapping, a shorthand, a YAML file) to sections, which check themselves."""
+"""Sections from a user's input: a class, a mapping, a shorthand or a YAML file. Sections validate themselves."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 
 from ..errors import ConfigError, nearest, shown
 from .cache import POLICY_NAMES, CacheConfig, PolicyConfig
-from .declared import Section
+from .fields import Section
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file; `ConfigError` if there is no such file or no mapping in it."""
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or no YAML, or does not hold a mapping.
+    """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8") if file.is_file() else None
@@ -25,7 +29,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     if text is None:
         raise ConfigError(f"There is no configuration file {str(path)!r}. Give the path of a YAML file.")
     try:
-        values = parsed(text)
+        values = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"{str(path)!r} is not YAML that can be read: {error}") from error
     if not isinstance(values, Mapping):
@@ -36,24 +40,24 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     return values
 
 
-def parsed(text: str) -> Any:
-    """The value of a YAML text. YAML takes the last of two equal keys in silence; here they are refused.
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text. A repeated key, of which YAML silently keeps the last, is refused.
 
     Raises:
-        ValueError: It is not YAML, or has a date or a number that Python cannot hold.
+        ValueError: The text is not YAML, repeats a key, or holds a date or number that Python cannot represent.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Plain data, every key once."""
+        """A loader of plain data that refuses repeated keys."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            """The mapping of a node."""
+            """The mapping of a YAML node."""
             seen = set()
             for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
                 place = (key.tag, key.value) if isinstance(key.value, Hashable) else None
                 if place is not None and place in seen and key.tag != "tag:yaml.org,2002:merge":
-                    raise ValueError(f"line {key.start_mark.line + 1}: the key {shown(key.value)} stands there twice.")
+                    raise ValueError(f"line {key.start_mark.line + 1}: the key {shown(key.value)} is there twice.")
                 seen.add(place)
             return super().construct_mapping(node, deep)
 
@@ -65,9 +69,16 @@ def parsed(text: str) -> Any:
         raise ValueError("it is nested too deep.") from error
 
 
-def section_of(entry: dataclasses.Field[Any], value: Any) -> Any:
-    """Turns what a user may write for a section into an instance of the section's class, or `None`. What the user wrote
-    stays as it is."""
+def build_section(entry: dataclasses.Field[Any], value: Any) -> Any:
+    """The section of a user's input; `None` for an input that switches it off. The input is not changed.
+
+    Args:
+        entry: The section's field of `AccelConfig`.
+        value: An instance of a section's class, a mapping, a shorthand string, `True`, `False` or `None`.
+
+    Raises:
+        ConfigError: The input is none of these, or has an unknown key or an invalid value.
+    """
     section = entry.metadata["section"]
     choices: dict[str, type[Section]] | None = section if isinstance(section, dict) else None
     classes: tuple[type, ...] = tuple(choices.values()) if choices else (section,)
@@ -90,17 +101,17 @@ def section_of(entry: dataclasses.Field[Any], value: Any) -> Any:
             raise ConfigError(f"{entry.name}.kind: unknown kind {shown(kind)}. {nearest(kind, known)}")
     else:
         if isinstance(value, Mapping):
-            value = section.translated(value) if hasattr(section, "translated") else value
+            value = section.normalize_mapping(value) if hasattr(section, "normalize_mapping") else value
             return _build(entry.name, section, value)
         if value is True and section.switch:
             return section()
         if section.shorthand is not None and isinstance(value, str):
             return section(**{section.shorthand: value})
-    raise ConfigError(f"{entry.name}: expected {_ways(section)}, or None, got {shown(value)}.")
+    raise ConfigError(f"{entry.name}: expected {_accepted_inputs(section)}, or None, got {shown(value)}.")
 
 
-def _ways(section: Any) -> str:
-    """The ways of writing a section, for an error."""
+def _accepted_inputs(section: Any) -> str:
+    """The inputs that a section accepts, in words."""
     if isinstance(section, dict):
         return f"the class of a rule, a mapping of its kind and its fields, a kind ({', '.join(section)})"
     words = [section.__name__, f"a mapping of its fields ({', '.join(item.name for item in fields(section))})"]
@@ -109,7 +120,8 @@ def _ways(section: Any) -> str:
 
 
 def _registered(section: str, name: str, values: Mapping[str, Any]) -> PolicyConfig:
-    """A registered policy's section; keys that are no field of every cache's are its factory's options."""
+    """The section of a registered policy. Keys besides the fields of `CacheConfig` are options of the policy's
+    factory."""
     shared = {item.name for item in fields(CacheConfig)}
     options = {key: value for key, value in values.items() if key not in shared}
     given = {key: values[key] for key in shared & set(values)}

@@ -1,4 +1,4 @@
-"""Sections of the configuration, one class per feature; the cache's are in `cache.py`."""
+"""Sections of the configuration, one class per feature. `cache.py` and `parallel.py` have the classes of theirs."""
 
 from __future__ import annotations
 
@@ -8,61 +8,72 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError, shown
-from .declared import Section, declared, plain
+from .fields import Section, option, plain
 
-# Kinds of names in the configuration, as their registries call them.
+# Kinds of registered names (`FieldSpec.registry`).
 KERNEL, FORMAT = "attention kernel", "linear kernel"
 BACKEND, MODE = "torch.compile backend", "torch.compile mode"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(Section):
-    """Which kernel computes attention.
+    """The kernels that compute attention.
 
-    A kernel is named as `diffusers-accel env` lists them: `"sdpa"`, `"cudnn"`, `"flash2"`, `"fa3"`, `"fa3-fp8"`,
-    `"fa4"`, `"sage"`, `"sage-fp8"`, `"qk16pv8"`, or a name given to `register_attention`. `"auto"` times the kernels
-    that can run on each new shape and takes the fastest.
+    Kernels have the names that `diffusers-accel env` lists: `"sdpa"`, `"cudnn"`, `"flash2"`, `"fa3"`, `"fa3-fp8"`,
+    `"fa4"`, `"sage"`, `"sage-fp8"`, `"qk16pv8"`, or a name given to `register_attention`. `"auto"` times the available
+    kernels on each new shape and takes the fastest.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range.
+        ConfigError: A value has another type than its field, or is out of its range.
     """
 
-    backend: str = declared(
-        "auto", "The kernel for all layers that nothing below says otherwise of.", names=KERNEL, besides=("auto",)
+    backend: str = option(
+        "auto",
+        "The kernel of all attention layers without a more specific setting.",
+        registry=KERNEL,
+        extra_choices=("auto",),
     )
-    recipe: str | None = declared(
+    recipe: str | None = option(
         None,
-        """What a quantized backend rounds, and how. Ours are named by the type of QK and the tokens per scale of Q, K
-        and V, e.g. `"int8-1-16-1"`. `None` takes the backend's first.""",
+        """The rounding of a quantized backend. Built-in recipes are named by the type of QK and the tokens per scale of
+        Q, K and V, e.g. `"int8-1-16-1"`. `None` takes the backend's first recipe.""",
     )
-    fidelity: str = declared(
-        "exact", """What `"auto"` may choose: `"exact"` kernels only, or `"8bit"` ones too.""", among=("exact", "8bit")
+    fidelity: str = option(
+        "exact",
+        """The kernels that `"auto"` may choose: `"exact"` for exact kernels alone, `"8bit"` for 8-bit kernels too.""",
+        choices=("exact", "8bit"),
     )
-    dense_steps: float = declared(
-        0.0, "Share of the first steps that are computed by `dense_backend`, between 0 and 1.", least=0, most=1
+    dense_steps: float = option(
+        0.0,
+        "Share of the steps, at the beginning, whose attention `dense_backend` computes; between 0 and 1.",
+        minimum=0,
+        maximum=1,
     )
-    dense_layers: float = declared(
-        0.0, "Share of the first blocks that are computed by `dense_backend`, between 0 and 1.", least=0, most=1
+    dense_layers: float = option(
+        0.0,
+        "Share of the blocks, at the beginning, whose attention `dense_backend` computes; between 0 and 1.",
+        minimum=0,
+        maximum=1,
     )
-    dense_backend: str = declared(
-        "auto", """The kernel of dense steps and layers; `"auto"` takes an exact one.""", names=KERNEL,
-        besides=("auto",),
+    dense_backend: str = option(
+        "auto", """The kernel of dense steps and layers. `"auto"` takes an exact kernel.""", registry=KERNEL,
+        extra_choices=("auto",),
     )  # fmt: skip
-    self_attention: str | None = declared(
+    self_attention: str | None = option(
         None,
-        "The kernel for self-attention (text and image joined included) instead of `backend`.",
-        names=KERNEL,
-        besides=("auto",),
+        "The kernel of self-attention, joint text and image attention included. `None` takes `backend`.",
+        registry=KERNEL,
+        extra_choices=("auto",),
     )
-    cross_attention: str | None = declared(
-        None, "The kernel for cross-attention instead of `backend`.", names=KERNEL, besides=("auto",)
+    cross_attention: str | None = option(
+        None, "The kernel of cross-attention. `None` takes `backend`.", registry=KERNEL, extra_choices=("auto",)
     )
-    layers: dict[str, str] | None = declared(
+    layers: dict[str, str] | None = option(
         None,
-        """Globs of attention modules -> kernels, e.g. `{"transformer_blocks.0.*": "sdpa"}`; the first that matches wins
-        over everything above.""",
-        names=KERNEL,
-        besides=("auto",),
+        """Globs of attention modules -> kernels, e.g. `{"transformer_blocks.0.*": "sdpa"}`. The first matching glob
+        overrides the fields above.""",
+        registry=KERNEL,
+        extra_choices=("auto",),
     )
 
     section: typing.ClassVar[str] = "attention"
@@ -70,7 +81,7 @@ class AttentionConfig(Section):
     switch: typing.ClassVar[bool] = True
 
 
-# ModelOpt's names of algorithms, for layers whose activations are scaled as they come.
+# ModelOpt's algorithms with dynamic activation scales -> formats.
 _MODELOPT = {
     "FP8": "fp8-tensor",
     "FP8_BLOCK_SCALES": "fp8-block",
@@ -82,17 +93,23 @@ _MIXED = "MIXED_PRECISION"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptLayer(Section):
-    """One layer's part of a ModelOpt `quantization_config`."""
+    """The settings of one layer in a ModelOpt `quantization_config`."""
 
-    quant_algo: str = declared("FP8", "The algorithm.", among=tuple(_MODELOPT))
-    group_size: int | None = declared(
-        None, "Features that share a scale, which the algorithm says already: 16 of NVFP4, 128 of FP8 blocks.", least=1
+    quant_algo: str = option("FP8", "The algorithm.", choices=tuple(_MODELOPT))
+    group_size: int | None = option(
+        None,
+        "Number of features that share a scale, fixed by the algorithm: 16 for NVFP4, 128 for FP8 blocks.",
+        minimum=1,
     )
 
     section: typing.ClassVar[str] = "linear.quantized_layers"
 
     def validate(self) -> None:
-        """Refuses groups of another size."""
+        """Refuses another group size than the algorithm's.
+
+        Raises:
+            ConfigError: `group_size` differs from it.
+        """
         own = 16 if self.quant_algo.startswith("NVFP4") else 128 if self.quant_algo == "FP8_BLOCK_SCALES" else None
         if self.group_size not in (None, own):
             raise ConfigError(
@@ -103,22 +120,30 @@ class ModelOptLayer(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptConfig(Section):
-    """A ModelOpt `quantization_config`, as far as it can be applied to a loaded model."""
+    """The fields of a ModelOpt `quantization_config` that can be applied to a loaded model."""
 
-    quant_algo: str = declared("FP8", "The algorithm of every layer.", among=(*_MODELOPT, _MIXED))
-    quant_method: str = declared("modelopt", "Whose configuration it is.", among=("modelopt",))
-    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that stay as they are.")
-    dynamic: bool = declared(True, "Whether activations are scaled as they come, which only a checkpoint can deny.")
-    quantized_layers: dict[str, Any] | None = declared(
-        None, "Globs of layers -> what is said of each.", keys="globs", wants="a mapping of globs to mappings"
+    quant_algo: str = option("FP8", "The algorithm of every layer.", choices=(*_MODELOPT, _MIXED))
+    quant_method: str = option(
+        "modelopt", "The quantization library that the configuration is for.", choices=("modelopt",)
     )
-    producer: dict[str, Any] | None = declared(None, "Who wrote it.", keys="names", wants="a mapping")
+    ignore: tuple[str, ...] | None = option(None, "Globs of layers that are not quantized.")
+    dynamic: bool = option(True, "Whether activations have dynamic scales. Static scales need a quantized checkpoint.")
+    quantized_layers: dict[str, Any] | None = option(
+        None, "Globs of layers -> the settings of each.", key_kind="globs", expected="a mapping of globs to mappings"
+    )
+    producer: dict[str, Any] | None = option(
+        None, "The producer's name and version; not used.", key_kind="names", expected="a mapping"
+    )
 
     section: typing.ClassVar[str] = "linear"
 
     @property
     def plan(self) -> dict[str, str] | None:
-        """Globs -> our formats."""
+        """Globs of layers -> formats; `None` without settings by layer.
+
+        Raises:
+            ConfigError: A layer's settings are no mapping or have unknown keys.
+        """
         found = {}
         for glob, values in (self.quantized_layers or {}).items():
             where = f"linear.quantized_layers[{glob!r}]"
@@ -130,88 +155,108 @@ class ModelOptConfig(Section):
         return found or None
 
     def validate(self) -> None:
-        """Refuses what a loaded model has not."""
+        """Refuses settings that need a quantized checkpoint.
+
+        Raises:
+            ConfigError: Scales are static, or MIXED_PRECISION comes without settings by layer.
+        """
         if not self.dynamic:
             raise ConfigError("linear.dynamic: a loaded model has no input scales; dynamic=True, or from_pretrained.")
         if self.quant_algo == _MIXED and not self.quantized_layers:
-            raise ConfigError(f"linear.quantized_layers: {_MIXED} says by layer what is quantized, and there is none.")
+            raise ConfigError(f"linear.quantized_layers: {_MIXED} takes its formats from here, and it is empty.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(Section):
-    """How linear layers store and multiply their weights.
+    """The formats in which linear layers store and multiply their weights.
 
     Formats: `"fp8"` (e4m3, a scale per row and per token), `"fp8-tensor"`, `"fp8-block"` (128 x 128), `"int8"` (a scale
     per row and per token), `"nvfp4"` and `"svdq-nvfp4"` (4-bit weights), `"torchao:<config>"`, or a name given to
-    `register_linear`. A ModelOpt `quantization_config` is understood too: `{"quant_algo": "FP8", "ignore": [...]}`.
+    `register_linear`. A ModelOpt `quantization_config` is read too: `{"quant_algo": "FP8", "ignore": [...]}`.
 
     Raises:
-        ConfigError: A value is not of its field's type, or out of its range, or nothing is named at all.
+        ConfigError: A value has another type than its field or is out of its range, or no format is named.
     """
 
-    algo: str | None = declared(
+    algo: str | None = option(
         None,
-        "The format of every layer that nothing below says otherwise of; `None` for those that `plan` names only.",
-        names=FORMAT,
+        "The format of all layers without a more specific setting. `None` quantizes only the layers that `plan` names.",
+        registry=FORMAT,
     )
-    ignore: tuple[str, ...] | None = declared(
-        None, "Globs of layers that stay as they are, besides those that each model keeps by default."
+    ignore: tuple[str, ...] | None = option(
+        None, "Globs of layers that are not quantized, besides the model's default exclusions."
     )
-    plan: dict[str, str] | None = declared(
+    plan: dict[str, str] | None = option(
         None,
-        """Globs of layers -> formats, or `"none"`; the first that matches wins over everything else.""",
-        names=FORMAT,
-        besides=("none",),
+        """Globs of layers -> formats, or `"none"` for no quantization. The first matching glob overrides the other
+        fields.""",
+        registry=FORMAT,
+        extra_choices=("none",),
     )
-    smallest: int | None = declared(
+    smallest: int | None = option(
         None,
-        """Layers with no more input or output features than this stay as they are; `None` takes the model's own bound
-        (0 for those with a list of their own, 512 for others).""",
-        least=0,
+        """Layers with at most this number of input or output features are not quantized. `None` takes the model's
+        bound: 0 for models with a list of exclusions, 512 for others.""",
+        minimum=0,
     )
-    targets: tuple[str, ...] | None = declared(
+    targets: tuple[str, ...] | None = option(
         None,
-        """Names of the pipeline's models whose layers are meant, e.g. `("transformer", "text_encoder_2")`; `None` for
-        the denoisers.""",
-        fewest=1,
-        also=lambda names: len(set(names)) == len(names),
-        wants="a list of names of the pipeline's models (not an empty one), each once, or None",
+        """Names of the pipeline's models whose layers are quantized, e.g. `("transformer", "text_encoder_2")`. `None`
+        takes the denoisers.""",
+        min_items=1,
+        condition=lambda names: len(set(names)) == len(names),
+        expected="a list of names of the pipeline's models (not an empty one), each once, or None",
     )
-    keep_original: str = declared(
+    keep_original: str = option(
         "cpu",
-        """`"cpu"` keeps the stock weights in the host's memory, so that `restore` is bit-exact; `"drop"` frees them,
-        and `restore` refuses.""",
-        among=("cpu", "drop"),
+        """`"cpu"` keeps the stock weights in the host's memory, so that `restore` is bit-exact. `"drop"` frees them,
+        and `restore` then raises.""",
+        choices=("cpu", "drop"),
     )
 
     section: typing.ClassVar[str] = "linear"
     shorthand: typing.ClassVar[str | None] = "algo"
 
     @classmethod
-    def translated(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A ModelOpt `quantization_config` as fields of this class; any other mapping as it is."""
+    def normalize_mapping(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields of this class from a mapping. A ModelOpt `quantization_config` is translated.
+
+        Args:
+            values: Fields of this class, or a `quantization_config` with optional fields `smallest`, `targets` and
+                `keep_original` of this class.
+
+        Raises:
+            ConfigError: A key of a `quantization_config` cannot be applied to a loaded model.
+        """
         if "quant_algo" not in values:
             return values
-        ours = {name: values[name] for name in ("smallest", "targets", "keep_original") if name in values}
-        theirs = {key: value for key, value in values.items() if key not in ours}
-        unknown = sorted(str(key) for key in set(theirs) - set(ModelOptConfig.__dataclass_fields__))
+        own = {name: values[name] for name in ("smallest", "targets", "keep_original") if name in values}
+        foreign = {key: value for key, value in values.items() if key not in own}
+        unknown = sorted(str(key) for key in set(foreign) - set(ModelOptConfig.__dataclass_fields__))
         if unknown:
             raise ConfigError(f"linear: {unknown} of a quantization_config cannot be applied to a loaded model.")
-        said = ModelOptConfig(**theirs)
-        algo = None if said.quant_algo == _MIXED else _MODELOPT[said.quant_algo]
-        return {"algo": algo, "ignore": said.ignore or None, "plan": said.plan, **ours}
+        translated = ModelOptConfig(**foreign)
+        algo = None if translated.quant_algo == _MIXED else _MODELOPT[translated.quant_algo]
+        return {"algo": algo, "ignore": translated.ignore or None, "plan": translated.plan, **own}
 
     def validate(self) -> None:
-        """Refuses a section that says nothing."""
+        """Refuses a section without a format.
+
+        Raises:
+            ConfigError: Neither `algo` nor `plan` names a format.
+        """
         if self.algo is None and not self.plan:
-            raise ConfigError("linear: name a format, linear.algo='fp8' say, or formats by layer in linear.plan.")
+            raise ConfigError(
+                "linear: no format is named. Give one, e.g. linear.algo='fp8', or formats by layer in linear.plan."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseConfig(Section):
-    """Linear layers that read one tensor (query, key and value, say) multiplied as one. `True` is short for it."""
+    """Linear layers with the same input (e.g. query, key and value) are multiplied as one layer. `True` is its
+    shorthand."""
 
-    ignore: tuple[str, ...] | None = declared(None, "Globs of layers that are not packed.")
+    ignore: tuple[str, ...] | None = option(None, "Globs of layers that are not packed.")
 
     section: typing.ClassVar[str] = "fuse"
     switch: typing.ClassVar[bool] = True
@@ -222,33 +267,39 @@ class CompileConfig(Section):
     """Regional compilation of the denoiser's repeated blocks with `torch.compile`.
 
     Raises:
-        ConfigError: A value is not of its field's type; options are given beside a mode, which stands for options
-            itself; or a mode beside a backend that has none.
+        ConfigError: A value has another type than its field, both a mode and options are given, or a backend without
+            modes is given a mode.
     """
 
-    mode: str = declared(
+    mode: str = option(
         "default",
-        """As in `torch.compile`; `"auto"` means the default mode on a CUDA device and no compilation elsewhere.""",
-        names=MODE,
-        besides=("auto", "default"),
+        """The mode of `torch.compile`. `"auto"` takes the default mode on a CUDA device, and no compilation
+        elsewhere.""",
+        registry=MODE,
+        extra_choices=("auto", "default"),
     )
-    backend: str = declared("inductor", "As in `torch.compile`.", names=BACKEND, besides=("inductor",))
-    fullgraph: bool = declared(True, "Refuse graph breaks inside a block.")
-    dynamic: bool | None = declared(None, "As in `torch.compile`; `None` turns a dimension dynamic once it changes.")
-    options: dict[str, Any] | None = declared(
+    backend: str = option("inductor", "The backend of `torch.compile`.", registry=BACKEND, extra_choices=("inductor",))
+    fullgraph: bool = option(
+        True,
+        "Whether each block is compiled as a single graph. A block with graph breaks gives a warning, and keeps them.",
+    )
+    dynamic: bool | None = option(
+        None, "Whether shapes are dynamic, as in `torch.compile`. `None` makes a dimension dynamic once it changes."
+    )
+    options: dict[str, Any] | None = option(
         None,
-        """As in `torch.compile`, in the default mode: `{"coordinate_descent_tuning": True}` tries more cuts of every
+        """Inductor's options, in the default mode. `{"coordinate_descent_tuning": True}` tries more tile sizes of every
         generated kernel, which takes minutes and gains a few percent.""",
-        keys="names",
+        key_kind="names",
     )
-    rewrites: bool | None = declared(
+    rewrites: bool | None = option(
         None,
-        """Rewrite a block's graph before inductor sees it, where its own fusion needs more passes over memory: norms
-        with modulation, QK-norm with rotation, GELU in a product, each with the rounding of a quantized layer behind
-        it. What modulates tokens by the time step and the prompt alone is made for all steps at once (FLUX.1,
-        Qwen-Image, SD3), in up to 0.15 GB for 32 steps. On CUDA; the same up to rounding. `None` means wherever
-        inductor compiles; with `backend="eager"` and `True` there is nothing to compile, and what is not rewritten
-        runs as stock code does.""",
+        """Whether a block's graph is rewritten before inductor compiles it. Rewrites save passes over memory that
+        inductor's fusion needs: norms with modulation, QK-norm with rotary embedding, GELU in a product, each with the
+        rounding of a following quantized layer. Modulations that depend on the timestep and the prompt alone are
+        computed for all steps at once (FLUX.1, Qwen-Image, SD3), in up to 0.15 GB for 32 steps. Rewrites need CUDA, and
+        results are equal up to rounding. `None` rewrites for inductor alone. With `backend="eager"` and `True`, code
+        without a rewrite runs as stock code.""",
     )
 
     section: typing.ClassVar[str] = "compile"
@@ -257,16 +308,20 @@ class CompileConfig(Section):
 
     @property
     def rewriting(self) -> bool:
-        """Whether graphs are rewritten."""
+        """Whether graphs are rewritten: `rewrites`, or its default for the backend."""
         return self.backend == "inductor" if self.rewrites is None else self.rewrites
 
     def validate(self) -> None:
-        """Refuses what fields together do not mean."""
+        """Refuses contradictions between mode, options and backend.
+
+        Raises:
+            ConfigError: A mode is given with options, or for a backend without modes.
+        """
         if self.mode in ("auto", "default"):
             return
         if self.options:
             raise ConfigError(
-                f"compile.options: options or mode={self.mode!r}, not both: a mode stands for options itself."
+                f"compile.options: options or mode={self.mode!r}, not both, because a mode is a set of options."
             )
         if self.backend != "inductor":
             raise ConfigError(
@@ -277,26 +332,27 @@ class CompileConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CudaGraphConfig(Section):
-    """Runs of blocks launched in one call each, as CUDA graphs. `True` is short for it.
+    """CUDA graphs: runs of blocks are launched in one call each. `True` is its shorthand.
 
-    What a graph needs stays in the GPU's memory: the activations of one call of each kind that was met.
+    A graph's activations stay in the GPU's memory, for each graph variant.
 
     Raises:
-        ConfigError: A value is not of its field's type, or the limit is below 1.
+        ConfigError: A value has another type than its field, or the limit is below 1.
     """
 
-    limit: int = declared(
+    limit: int = option(
         8,
-        "Kinds of calls (sizes, batches, lengths of prompts) that are recorded; others run without graphs.",
-        least=1,
+        "Largest number of graph variants (sizes, batches, lengths of prompts); further ones run without graphs.",
+        minimum=1,
     )
-    vae: bool = declared(
-        False, "Record the VAE's decoder too, as a whole. Video decoders that work in chunks cannot be recorded."
-    )
-    text_encoders: bool = declared(
+    vae: bool = option(
         False,
-        """Record the text encoders too, each as a whole. Language models that return their cache of keys and values run
-        as they are.""",
+        "Whether the VAE's decoder is captured, as a whole. Video decoders that work in chunks cannot be captured.",
+    )
+    text_encoders: bool = option(
+        False,
+        """Whether the text encoders are captured, each as a whole. Language models that return a KV cache run without
+        graphs.""",
     )
 
     section: typing.ClassVar[str] = "cuda_graph"
@@ -305,27 +361,28 @@ class CudaGraphConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig(Section):
-    """Switches of the stock VAE."""
+    """The stock VAE's switches, and compilation of its decoder."""
 
-    tiling: bool | None = declared(
-        None, "Decode and encode in tiles; less memory, slower. `None` leaves the switch as it is."
+    tiling: bool | None = option(
+        None,
+        "Whether the VAE works in tiles, which needs less memory and more time. `None` leaves the switch unchanged.",
     )
-    slicing: bool | None = declared(
-        None, "Decode and encode one sample of the batch at a time. `None` leaves the switch as it is."
+    slicing: bool | None = option(
+        None, "Whether the VAE works on one sample of the batch at a time. `None` leaves the switch unchanged."
     )
-    compile: bool = declared(False, "Compile the decoder with `torch.compile`.")
+    compile: bool = option(False, "Whether the decoder is compiled with `torch.compile`.")
 
     section: typing.ClassVar[str] = "vae"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestConfig(Section):
-    """Requests that come while another one is running on the same denoiser."""
+    """Requests that arrive while another one runs on the same denoiser."""
 
-    busy: str = declared(
+    busy: str = option(
         "wait",
-        """`"wait"` has it wait for its turn, in the order of arrival; `"raise"` raises `Busy` at once.""",
-        among=("wait", "raise"),
+        """`"wait"` queues the request, in the order of arrival. `"raise"` raises `Busy` at once.""",
+        choices=("wait", "raise"),
     )
 
     section: typing.ClassVar[str] = "request"
@@ -334,32 +391,34 @@ class RequestConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupConfig(Section):
-    """What `warmup(pipe)` runs when it is not told: the sizes that a server, say, is to answer at once.
+    """The defaults of `warmup(pipe)`: the sizes for which a server, for example, compiles and captures in advance.
 
     Raises:
-        ConfigError: A resolution is not of its form, or a number is below 1.
+        ConfigError: A resolution is malformed, or a number is below 1.
     """
 
-    resolutions: tuple[str, ...] | None = declared(
+    resolutions: tuple[str, ...] | None = option(
         None,
-        """Pixels, each as `"<height>x<width>"`; `None` takes the pipeline's default size.""",
-        fewest=1,
-        form="[1-9][0-9]{0,4}x[1-9][0-9]{0,4}",
-        wants="a list of '<height>x<width>', '480x832' say (not an empty one), or None",
+        """Sizes in pixels, each as `"<height>x<width>"`. `None` takes the pipeline's default size.""",
+        min_items=1,
+        pattern="[1-9][0-9]{0,4}x[1-9][0-9]{0,4}",
+        expected="a list of '<height>x<width>', e.g. '480x832' (not an empty one), or None",
         examples=(("480x832",), ("32x32", "1024x99999")),
     )
-    num_frames: tuple[int, ...] | None = declared(
-        None, "Numbers of frames, for video; `None` takes the pipeline's default.", least=1, fewest=1
+    num_frames: tuple[int, ...] | None = option(
+        None, "Numbers of frames, for video. `None` takes the pipeline's default.", minimum=1, min_items=1
     )
-    num_inference_steps: int | None = declared(
-        None, "Steps of each request; `None` takes as few as there is something new in.", least=1
+    num_inference_steps: int | None = option(
+        None,
+        "Number of steps of each request. `None` takes the smallest number that compiles and captures everything.",
+        minimum=1,
     )
 
     section: typing.ClassVar[str] = "warmup"
 
     @property
     def sizes(self) -> list[tuple[int, int]] | None:
-        """(height, width) of each resolution."""
+        """(height, width) of each resolution, in pixels; `None` without resolutions."""
         if self.resolutions is None:
             return None
         return [(int(height), int(width)) for height, _, width in (text.partition("x") for text in self.resolutions)]

@@ -1,6 +1,6 @@
 """The chain: one wrapper around a method of one instance, with layers of functions sorted by rank.
 
-Ranks decide the nesting, not the order of calls: a cache gate ends up outside the compiled block whether it is added
+Ranks decide the nesting, not the order of calls: a cache layer ends up outside the compiled block whether it is added
 before compilation or after. The chain lies in the instance's `__dict__`, so no class and no `state_dict` changes. It
 disappears with its last layer.
 

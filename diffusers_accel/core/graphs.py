@@ -1,7 +1,7 @@
-"""CUDA graphs: what a function launched once on the GPU, launched again in one call, over buffers that stay.
+"""CUDA graphs: a function captured once on the GPU and replayed in one call, over buffers that stay in place.
 
-A graph holds addresses. So what goes in is copied into buffers of its own before every replay, and what comes out lies
-in buffers that the next replay overwrites.
+A graph holds addresses. Inputs are therefore copied into buffers of the graph before every replay, and outputs lie in
+buffers that the next replay overwrites. `GraphBackend` is the seam between a graph and the device that captures it.
 """
 
 from __future__ import annotations
@@ -13,57 +13,61 @@ from typing import Any, Protocol
 import torch
 
 
-class Recorder(Protocol):
-    """Records one function, and plays it again.
+class GraphBackend(Protocol):
+    """Captures one function on a device, and replays it.
 
     Args:
-        pool: What `pool` returned.
-        device: Where the function works.
+        pool: The memory pool, made by `pool`.
+        device: The device that the function runs on.
     """
 
     def __init__(self, pool: Any, device: torch.device): ...
 
-    def prepare(self, function: Callable[[], list[torch.Tensor]]) -> None:
-        """Runs the function as it is, so that whatever it does only the first time is done."""
+    def warm_up(self, function: Callable[[], list[torch.Tensor]]) -> None:
+        """Runs the function without capture, so that one-time work (autotuning, workspaces) is done."""
         ...
 
-    def record(self, function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """Runs the function without its effect on the GPU, and returns the tensors that a replay fills."""
+    def capture(self, function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Captures the function. Its kernels do not run.
+
+        Returns:
+            The function's tensors, which every replay fills.
+        """
         ...
 
     def replay(self) -> None:
-        """Does on the GPU what the function did."""
+        """Runs the captured kernels."""
         ...
 
     @staticmethod
     def pool() -> Any:
-        """Memory that several recordings share, one being replayed at a time."""
+        """A new memory pool. Graphs of one pool share memory, so only one of them may be in use at a time."""
         ...
 
 
 @cache
 def _capture_stream(device: torch.device) -> Any:
-    """A device's stream for captures. torch keeps one for the process, on whichever device the first capture was; one
-    for each graph would have libraries keep memory for each."""
+    """The stream on which a device captures. torch's default capture stream belongs to the device of the process's
+    first capture. A stream per graph would make libraries keep a workspace for each."""
     return torch.cuda.Stream(device)
 
 
-class CudaRecorder:
+class CudaGraphBackend:
     """A CUDA graph (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)."""
 
     def __init__(self, pool: Any, device: torch.device):
         self._pool, self._device, self._graph = pool, device, torch.cuda.CUDAGraph()
 
-    def prepare(self, function: Callable[[], list[torch.Tensor]]) -> None:
-        """See `Recorder`. On a stream of its own, as libraries keep memory for each."""
+    def warm_up(self, function: Callable[[], list[torch.Tensor]]) -> None:
+        """See `GraphBackend`. It runs on a side stream, as torch asks before a capture."""
         stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             function()
         current.wait_stream(stream)
 
-    def record(self, function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """See `Recorder`."""
+    def capture(self, function: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """See `GraphBackend`."""
         stream = _capture_stream(self._device)
         with (
             torch.cuda.device(self._device),
@@ -72,51 +76,55 @@ class CudaRecorder:
             return function()
 
     def replay(self) -> None:
-        """See `Recorder`."""
+        """See `GraphBackend`."""
         self._graph.replay()
 
     @staticmethod
     def pool() -> Any:
-        """See `Recorder`."""
+        """See `GraphBackend`."""
         return torch.cuda.graph_pool_handle()
 
 
-# By type of device. The tests add one for the CPU.
-RECORDERS: dict[str, type[Recorder]] = {"cuda": CudaRecorder}
+# Device type -> backend. The tests add one for the CPU.
+GRAPH_BACKENDS: dict[str, type[GraphBackend]] = {"cuda": CudaGraphBackend}
 
 
-class Recording:
-    """One function over static inputs.
+class CapturedGraph:
+    """One captured function with its input and output buffers.
 
     Args:
-        inputs: Tensors of one call; the recording keeps copies of its own.
-        function: Takes the copies.
-        recorder: What records it.
+        inputs: Tensors of one call. The graph keeps buffers of its own with the same layouts.
+        function: The function to capture. It is called with the buffers and returns tensors.
+        backend: The backend that captures it.
     """
 
     def __init__(
         self,
         inputs: Sequence[torch.Tensor],
         function: Callable[[list[torch.Tensor]], list[torch.Tensor]],
-        recorder: Recorder,
+        backend: GraphBackend,
     ):
-        self._inputs = [_like(item) for item in inputs]
-        self._recorder = recorder
+        self._inputs = [_buffer_like(item) for item in inputs]
+        self._backend = backend
         self._copy(inputs)
-        recorder.prepare(lambda: function(self._inputs))
-        # Written again: what was kept for these tensors while preparing is no part of the recording, and their new
-        # version says so to whoever kept it.
+        backend.warm_up(lambda: function(self._inputs))
+        # The second copy raises the buffers' version. A layer that memoized its input during warm-up (a shared rounded
+        # activation) sees a new version and computes again, so that its work is part of the graph.
         self._copy(inputs)
-        self._outputs = recorder.record(lambda: function(self._inputs))
+        self._outputs = backend.capture(lambda: function(self._inputs))
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Replays it over these tensors. The result is valid until the next call."""
+        """Replays the graph over these tensors.
+
+        Returns:
+            The graph's output buffers. They are valid until the next call.
+        """
         self._copy(inputs)
-        self._recorder.replay()
+        self._backend.replay()
         return self._outputs
 
     def fits(self, inputs: Sequence[torch.Tensor]) -> bool:
-        """Whether these have the shapes, types and places of those it was made with."""
+        """Whether tensors have the number, shapes, dtypes and devices of the captured call's."""
         return len(inputs) == len(self._inputs) and all(
             (one.shape, one.dtype, one.device) == (own.shape, own.dtype, own.device)
             for one, own in zip(inputs, self._inputs, strict=True)
@@ -127,8 +135,9 @@ class Recording:
             own.copy_(given)
 
 
-def _like(item: torch.Tensor) -> torch.Tensor:
-    """Memory of its own in the same layout: kernels are chosen by strides too. Broadcast dimensions are filled."""
+def _buffer_like(item: torch.Tensor) -> torch.Tensor:
+    """An empty tensor with the strides of `item`, because kernels are chosen by strides too. A broadcast tensor gets a
+    contiguous buffer."""
     if any(stride == 0 and size > 1 for size, stride in zip(item.shape, item.stride(), strict=True)):
         return torch.empty_like(item, memory_format=torch.contiguous_format)
     return torch.empty_strided(item.size(), item.stride(), dtype=item.dtype, device=item.device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from ..config.declared import LONGEST
 from ..errors import UnknownName, nearest, shown
 
 Record = TypeVar("Record")
@@ -40,9 +39,9 @@ class Registry(Generic[Record]):
         Raises:
             ValueError: The name is no such text, is reserved, belongs to a family, or is taken.
         """
-        if not isinstance(name, str) or not name.strip() or len(name) > LONGEST or not name.isprintable():
+        if not isinstance(name, str) or not name.strip() or len(name) > MAX_LENGTH or not name.isprintable():
             raise ValueError(
-                f"The name of a {self.kind} is one line of text of at most {LONGEST} characters, got "
+                f"The name of a {self.kind} is one line of text of at most {MAX_LENGTH} characters, got "
                 f"{shown(name)}. Give another name."
             )
         if name in self.reserved or name.startswith(tuple(self._families)):

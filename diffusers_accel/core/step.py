@@ -1,13 +1,13 @@
 """Step state: which request, step, timestep and guidance branch a denoiser call belongs to.
 
-The idea: the scheduler of the pipeline that is calling already knows. Every stock pipeline calls
-`scheduler.set_timesteps` once per request, and each such call makes a new `timesteps` tensor, so the identity of that
-tensor is the identity of the request; the scheduler's `step_index` is the place in it. Watching both needs no patch on
-the pipeline, holds after an exception, an interrupt, another size or another scheduler, and never counts calls over the
-life of a pipeline. Pipelines that share a denoiser have requests of their own (`calls.py`), each with its scheduler.
+The calling pipeline's scheduler already has the answer. Every stock pipeline calls `scheduler.set_timesteps` once per
+request, and each such call makes a new `timesteps` tensor. The identity of that tensor is therefore the identity of the
+request, and the scheduler's `step_index` is the step. Reading both needs no patch on the pipeline. It stays right after
+an exception, an interrupt, another size or another scheduler, because no calls are counted over a pipeline's life.
+Pipelines that share a denoiser have requests of their own (`request_queue.py`), each with its scheduler.
 
-The branch comes from `cache_context` where the pipeline sets one, and from the order of the calls within one scheduler
-step where it does not.
+The guidance branch comes from `cache_context` where the pipeline sets one. Elsewhere it is the order of the calls
+within one scheduler step.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from .calls import Calls, PipelineCall
+from .request_queue import PipelineCall, RequestQueue
 
 
 class Mode(str, Enum):
-    """What a denoiser call does: everything, or reuse of what an earlier step left."""
+    """A denoiser call's mode: compute in full, or skip by reuse of an earlier step's results."""
 
     FULL = "full"
     SKIP = "skip"
@@ -33,18 +33,18 @@ class Mode(str, Enum):
 
 @dataclass
 class StepState:
-    """Where one denoiser call stands.
+    """The place of one denoiser call.
 
     Attributes:
         denoiser: The pipeline's name for the denoiser, e.g. `"transformer_2"`.
         branch: The guidance branch, e.g. `"cond"`.
         request: Number of the request, from 1.
-        step: Index into the scheduler's timesteps, or `None` where the scheduler cannot tell.
+        step: Index into the scheduler's timesteps; `None` if the scheduler does not tell it.
         first: Index of the request's first step (above 0 for image to image).
         total: Number of timesteps of the scheduler.
-        repeated: The same branch was already called at this step, so the call's place in the request is unknown:
-            nothing may be skipped or remembered.
-        mode: What the call does; caches set it.
+        repeated: Whether the same branch was already called at this step. The call's place in the request is then
+            unknown, so nothing may be skipped or kept.
+        mode: Full or skip; set by the cache.
     """
 
     denoiser: str
@@ -64,7 +64,7 @@ class StepState:
 
 @dataclass
 class _Request:
-    """What a clock knows of one request, or of calls that belong to no pipeline's."""
+    """A clock's state for one request, or for calls outside any pipeline."""
 
     number: int = 0
     timesteps: Any = None
@@ -77,186 +77,189 @@ class _Request:
 
 
 class StepClock:
-    """Places every call of the denoisers that a session has.
+    """The place (request, step, branch) of every call of a session's denoisers.
 
     Args:
-        scheduler: Returns the scheduler, as it is now, of calls that no pipeline makes.
-        timestep: Returns the timestep they are at, or `None`.
-        calls: The calls of pipelines, which have their own; `None` where there are none.
+        scheduler: Returns the present scheduler for denoiser calls outside any pipeline.
+        timestep: Returns the present timestep for denoiser calls outside any pipeline, or `None`.
+        queue: The queue of pipeline calls, each of which has a scheduler of its own; `None` if no pipeline calls the
+            denoisers.
 
     Attributes:
-        requests: Requests that have begun.
-        ended: Called with a request's number once it has ended, whether it returned, raised or was interrupted.
+        requests: Number of requests that have begun.
+        on_request_end: Functions that are called with a request's number once it has ended, whether it returned, raised
+            or was interrupted.
     """
 
     def __init__(
         self,
         scheduler: Callable[[], Any],
         timestep: Callable[[], Any] = lambda: None,
-        calls: Calls | None = None,
+        queue: RequestQueue | None = None,
     ):
-        self._scheduler, self._timestep, self._calls = scheduler, timestep, calls
+        self._scheduler, self._timestep, self._queue = scheduler, timestep, queue
         self.requests = 0
-        self.ended: list[Callable[[int], None]] = []
-        self._apart = self._now = _Request()
+        self.on_request_end: list[Callable[[int], None]] = []
+        self._default = self._active = _Request()
         self._call: weakref.ref[PipelineCall] | None = None
         self._requests: weakref.WeakKeyDictionary[PipelineCall, _Request] = weakref.WeakKeyDictionary()
 
-    def arrive(self) -> None:
-        """Finds the request that is calling, and waits for its turn.
+    def acquire(self) -> None:
+        """Makes the calling request the active one, after waiting in the queue.
 
         Raises:
-            Busy: Another request is running, and was not to be waited for, or cannot be.
+            Busy: Another request runs, and waiting is switched off or impossible.
         """
-        call = self._calls.calling() if self._calls is not None else None
+        call = self._queue.current_call() if self._queue is not None else None
         if call is None:
-            if self._calls is not None:
-                self._calls.idle()
-            self._now, self._call = self._apart, None
+            if self._queue is not None:
+                self._queue.wait_idle()
+            self._active, self._call = self._default, None
             return
-        assert self._calls is not None
-        self._calls.take(call)
+        assert self._queue is not None
+        self._queue.acquire(call)
         request = self._requests.get(call)
         if request is None:
             request = self._requests[call] = _Request()
-            call.ended.append(functools.partial(self._over, request))
-        self._now, self._call = request, weakref.ref(call)
+            call.on_end.append(functools.partial(self._end, request))
+        self._active, self._call = request, weakref.ref(call)
 
-    def when_busy(self, busy: str) -> None:
-        """Sets what a request does that arrives while another one is running: `"wait"` or `"raise"`."""
-        if self._calls is not None:
-            self._calls.busy = busy
+    def set_busy(self, busy: str) -> None:
+        """Sets the treatment of a request that arrives while another one runs: `"wait"` or `"raise"`."""
+        if self._queue is not None:
+            self._queue.busy = busy
 
-    def settle(self) -> None:
-        """Waits until no other thread's request is running, for who is about to change what it runs on."""
-        if self._calls is not None:
-            self._calls.idle()
+    def wait_idle(self) -> None:
+        """Waits until no other thread's request runs. A change to the denoisers calls it first."""
+        if self._queue is not None:
+            self._queue.wait_idle()
 
     @property
     def pipe(self) -> Any:
-        """The pipeline that is calling; `None` where it is none."""
+        """The calling pipeline; `None` outside any pipeline."""
         call = self._call() if self._call is not None else None
         return call.pipe if call is not None else None
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler of the request that is running."""
+        """The scheduler of the active request."""
         pipe = self.pipe
         return getattr(pipe, "scheduler", None) if pipe is not None else self._scheduler()
 
     @property
     def request(self) -> int:
-        """Number of the request that is running or was the last to run, from 1."""
-        return self._now.number
+        """Number of the active or the last request, from 1."""
+        return self._active.number
 
     @property
     def timesteps(self) -> Any:
-        """Its timesteps."""
-        return self._now.timesteps
+        """The timesteps of the active or the last request."""
+        return self._active.timesteps
 
     @property
     def calls(self) -> dict[tuple[str, str], dict[int | None, Mode]]:
-        """(denoiser, branch) -> step -> mode, of its calls so far."""
-        return self._now.calls
+        """(denoiser, branch) -> step -> mode, of the active request's calls so far."""
+        return self._active.calls
 
     @property
     def current(self) -> StepState | None:
-        """The denoiser call that is running."""
-        return self._now.current
+        """The running denoiser call; `None` between calls."""
+        return self._active.current
 
     @current.setter
     def current(self, state: StepState | None) -> None:
-        self._now.current = state
+        self._active.current = state
 
     @property
     def context(self) -> str | None:
-        """The branch that the pipeline has named."""
-        return self._now.context
+        """The branch that the pipeline has named with `cache_context`."""
+        return self._active.context
 
     @context.setter
     def context(self, name: str | None) -> None:
-        self._now.context = name
+        self._active.context = name
 
     def enter(
         self, denoiser: str, order: Sequence[str] = (), timestep: Any = None, special: str | None = None
     ) -> StepState:
-        """Places a call that begins now.
+        """The place of a denoiser call that begins active.
 
         Args:
-            denoiser: The pipeline's name for it.
-            order: Names of the branches in the order the pipeline calls them within a step, for pipelines that set
-                no `cache_context`.
-            timestep: The timestep the denoiser was called with, for schedulers that keep no index.
-            special: Name of a branch that stands outside the order, if this call is one.
+            denoiser: The pipeline's name for the denoiser.
+            order: Names of the branches in the pipeline's order of calls within a step. Pipelines that set no
+                `cache_context` need it.
+            timestep: The denoiser's timestep argument. Schedulers without a step index need it.
+            special: Name of a branch outside the order, if this call is one (e.g. a perturbed branch).
         """
-        self.arrive()
-        now, scheduler = self._now, self.scheduler
+        self.acquire()
+        active, scheduler = self._active, self.scheduler
         timesteps = getattr(scheduler, "timesteps", None)
-        started = timesteps is not now.timesteps or now.number == 0
+        started = timesteps is not active.timesteps or active.number == 0
         if started:
-            self._over(now)
+            self._end(active)
             self.requests += 1
-            # Holding the tensor keeps its identity from being given to another one.
-            now.timesteps, now.number, now.calls, now.step = timesteps, self.requests, {}, None
+            # The held reference keeps the tensor's identity unique.
+            active.timesteps, active.number, active.calls, active.step = timesteps, self.requests, {}, None
         total = len(timesteps) if timesteps is not None else 0
-        step = self._place(scheduler, timesteps, timestep)
+        step = self._step_index(scheduler, timesteps, timestep)
         if started:
-            now.first = step or 0
-        if started or step != now.step:
-            now.step, now.calls_in_step = step, 0
-        branch = now.context or special
+            active.first = step or 0
+        if started or step != active.step:
+            active.step, active.calls_in_step = step, 0
+        branch = active.context or special
         if branch is None:
-            number = now.calls_in_step
-            now.calls_in_step += 1
+            number = active.calls_in_step
+            active.calls_in_step += 1
             branch = order[number] if number < len(order) else f"call {number}"
-        seen = now.calls.setdefault((denoiser, branch), {})
+        seen = active.calls.setdefault((denoiser, branch), {})
         state = StepState(
             denoiser=denoiser,
             branch=branch,
-            request=now.number,
+            request=active.number,
             step=step,
-            first=now.first,
+            first=active.first,
             total=total,
             repeated=step is None or step in seen or step >= total,
         )
-        now.current = state
+        active.current = state
         return state
 
     def leave(self, state: StepState) -> None:
-        """Records a call that ended well."""
-        self._now.calls.setdefault((state.denoiser, state.branch), {})[state.step] = state.mode
-        self._now.current = None
+        """Ends a call that returned."""
+        self._active.calls.setdefault((state.denoiser, state.branch), {})[state.step] = state.mode
+        self._active.current = None
 
     def abandon(self) -> None:
-        """Forgets a call that raised."""
-        self._now.current = None
+        """Drops a call that raised."""
+        self._active.current = None
 
-    def _over(self, request: _Request) -> None:
+    def _end(self, request: _Request) -> None:
         if request.number:
-            for each in self.ended:
+            for each in self.on_request_end:
                 each(request.number)
 
-    def _place(self, scheduler: Any, timesteps: Any, timestep: Any) -> int | None:
+    def _step_index(self, scheduler: Any, timesteps: Any, timestep: Any) -> int | None:
         if timesteps is None:
             return None
         for name in ("step_index", "begin_index"):
             step = getattr(scheduler, name, None)
             if step is not None:
                 return int(step)
-        # Before the first `scheduler.step`, or a scheduler that keeps no index (DDIM, DDPM): look the timestep up.
-        said = getattr(self.pipe, "current_timestep", None) if self.pipe is not None else self._timestep()
-        for candidate in (said, timestep):
+        # No index exists before the first `scheduler.step`, nor in DDIM and DDPM: the timestep is looked up.
+        named = getattr(self.pipe, "current_timestep", None) if self.pipe is not None else self._timestep()
+        for candidate in (named, timestep):
             if isinstance(candidate, (int, float)):
                 candidate = torch.tensor(candidate)
             if isinstance(candidate, torch.Tensor) and candidate.numel():
                 found = (timesteps == candidate.flatten()[0].to(timesteps.device)).nonzero().flatten().tolist()
                 if found:
-                    return self._among(found, scheduler)
+                    return self._resolve_repeated(found, scheduler)
         return 0 if hasattr(scheduler, "step_index") else None
 
-    def _among(self, places: list[int], scheduler: Any) -> int:
-        """The place at hand among those of one timestep: PNDM comes to some twice, and counts its steps."""
-        counted, last = getattr(scheduler, "counter", None), self._now.step
+    def _resolve_repeated(self, places: list[int], scheduler: Any) -> int:
+        """The present index among all indices of one timestep. PNDM visits some timesteps twice and counts its
+        steps."""
+        counted, last = getattr(scheduler, "counter", None), self._active.step
         if len(places) > 1 and isinstance(counted, int) and counted in places:
             return counted
         return next((place for place in places if last is None or place >= last), places[-1])

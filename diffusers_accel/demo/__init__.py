@@ -1,4 +1,4 @@
-"""The two trained checkpoints that ship with the package, and how to load and call them.
+"""The two trained checkpoints of the package: records, loading and recommended call arguments.
 
 They are ordinary diffusers pipeline folders (float16, a few MiB each), small enough for a CPU, trained on captioned
 scenes of coloured shapes. Each folder also holds `accel.yaml`, the configuration that suits the checkpoint.
@@ -23,12 +23,12 @@ class Checkpoint:
     """A checkpoint that ships with the package.
 
     Attributes:
-        name: Its name, which is also its folder's.
-        pipeline: The stock pipeline class.
-        kind: What it makes.
-        arguments: Recommended arguments of the pipeline's call, sizes in pixels.
+        name: The checkpoint's name, and its folder's.
+        pipeline: Name of the stock pipeline class.
+        kind: Kind of the output: `"image"` or `"video"`.
+        arguments: Recommended arguments of the pipeline's call. Sizes are in pixels.
         captions: Captions of combinations that were held out of training.
-        config: The name of the configuration file in the folder.
+        config: Name of the configuration file in the folder.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Checkpoint:
 
     @property
     def config_file(self) -> Path:
-        """The configuration that suits this checkpoint, as `accelerate` reads it."""
+        """The checkpoint's configuration file, for `accelerate`."""
         return self.folder / self.config
 
 
@@ -96,7 +96,7 @@ def checkpoint(name: str) -> Checkpoint:
     """The record of a shipped checkpoint.
 
     Raises:
-        AccelError: There is no checkpoint of that name; the message has the nearest.
+        AccelError: There is no checkpoint of that name. The message has the nearest name.
     """
     if name not in CHECKPOINTS:
         raise AccelError(f"There is no demo checkpoint {name!r}. {nearest(name, CHECKPOINTS)}")
@@ -108,7 +108,7 @@ def load(name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
 
     Args:
         name: `"flux-shapes"` or `"wan-shapes"`.
-        torch_dtype: The type of the weights; the files hold float16.
+        torch_dtype: The dtype of the loaded weights. The files hold float16.
 
     Raises:
         AccelError: There is no checkpoint of that name, or its folder is missing from this installation.
@@ -126,7 +126,7 @@ def load(name: str, torch_dtype: torch.dtype = torch.float32) -> Any:
 
 
 def call_arguments(name: str) -> dict[str, Any]:
-    """The recommended arguments of the pipeline's call besides `prompt` and `generator`, as a fresh dictionary.
+    """The recommended arguments of the pipeline's call besides `prompt` and `generator`, as a new dictionary.
 
     Raises:
         AccelError: There is no checkpoint of that name.

@@ -78,8 +78,8 @@ class RunStats:
         attention_timings: Shape class -> kernel name -> seconds, where `"auto"` chose among several.
         attention_broadcasts: `"computed"` and `"reused"` -> attention outputs, under PAB.
         cache_bytes: (denoiser, branch) -> bytes that step caching keeps between steps.
-        cache_guarded: (denoiser, branch) -> findings of a cache's guard.
-        call_times: Each call of a denoiser, and the moments at which it began and ended.
+        cache_guarded: (denoiser, branch) -> report of the cache's guard.
+        call_times: (place, begin, end) of each denoiser call, with timestamps of `core/timestamps.py`.
     """
 
     attention_calls: Counter[str] = field(default_factory=Counter)

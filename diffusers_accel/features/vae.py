@@ -1,4 +1,4 @@
-"""The VAE's own switches, and its decoder compiled. Everything else of the VAE stays diffusers'."""
+"""The VAE: its stock switches (tiling, slicing), and its decoder compiled. Its code stays diffusers'."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SWITCHES = {"tiling": "use_tiling", "slicing": "use_slicing"}
 
 
 def check(context: PipelineContext, config: VAEConfig) -> Plan:
-    """What would be switched.
+    """The switches to set, and the decoder's compilation.
 
     Raises:
         Unsupported: The pipeline has no VAE, or its VAE lacks the switch or a decoder.
@@ -41,12 +41,12 @@ def check(context: PipelineContext, config: VAEConfig) -> Plan:
 
 
 def components(context: PipelineContext, config: VAEConfig) -> tuple[str, ...]:
-    """The components besides the denoisers that it changes."""
+    """Names of the changed components besides the denoisers."""
     return ("vae",)
 
 
 def edits(context: PipelineContext, config: VAEConfig) -> Iterator[Edit]:
-    """The switches that were given, and one layer around the decoder."""
+    """The configured switches, and one layer around the decoder."""
     if "vae" in context.shared:
         return
     vae = context.pipe.vae
@@ -57,13 +57,14 @@ def edits(context: PipelineContext, config: VAEConfig) -> Iterator[Edit]:
             yield switch
             for method in (f"enable_{name}", f"disable_{name}"):
                 if hasattr(vae, method):
-                    yield AddLayer(vae, context.rank("vae"), _noted(switch), method)
+                    yield AddLayer(vae, context.rank("vae"), _user_switch(switch), method)
     if config.compile:
         yield AddLayer(vae.decoder, context.rank("vae"), _compiled())
 
 
-def _noted(switch: SetAttr) -> Callable[..., Any]:
-    """A layer around a VAE's own switch: where its user has used it, the value is theirs, and stays."""
+def _user_switch(switch: SetAttr) -> Callable[..., Any]:
+    """A layer around a VAE's `enable_*` or `disable_*` method. After its user calls it, `restore` keeps the user's
+    value."""
 
     def switched(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         switch.set_by_user = True
@@ -73,7 +74,8 @@ def _noted(switch: SetAttr) -> Callable[..., Any]:
 
 
 def _compiled() -> Callable[..., Any]:
-    # Video decoders keep a feature cache in Python lists between chunks, which may break the graph: that is allowed.
+    """A layer that compiles the decoder. Graph breaks are allowed: video decoders keep features of earlier chunks in
+    Python lists."""
     functions: list[Callable[..., Any]] = []
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,16 +1,16 @@
-"""Caching policies: when to skip a step, and how to predict what it would have given. Arithmetic only."""
+"""Caching policies: the decision to skip a step, and the prediction of a skipped value. Arithmetic only, no tensors."""
 
 from __future__ import annotations
 
 from .accumulated import Accumulated
 from .dbcache import DBCache
-from .easycache import EasyCache, foretold, rate
+from .easycache import EasyCache, change_ratio, estimated_change
 from .magcache import MagCache
-from .mask import MASKS, StepMask, every, scaled, steps_of
+from .mask import MASKS, StepMask, interval_mask, named_mask, scale_mask
 from .pab import Broadcast
 from .policy import Policy
 from .record import POLICIES, PolicyRecord, register_policy
-from .seacache import SeaCache, gain
+from .seacache import SeaCache, wiener_gain
 from .taylorseer import Taylor
 from .teacache import TeaCache
 
@@ -28,11 +28,11 @@ __all__ = [
     "StepMask",
     "Taylor",
     "TeaCache",
-    "every",
-    "foretold",
-    "gain",
-    "rate",
+    "interval_mask",
+    "estimated_change",
+    "wiener_gain",
+    "change_ratio",
     "register_policy",
-    "scaled",
-    "steps_of",
+    "scale_mask",
+    "named_mask",
 ]

@@ -1,10 +1,10 @@
-"""MagCache's rule (https://arxiv.org/abs/2506.09045): a table foretells how far a skipped step's residual is off.
+"""MagCache's rule (https://arxiv.org/abs/2506.09045): a table of magnitude ratios gives a reused residual's error.
 
-The magnitude of what the blocks add falls from step to step by ratios that hardly depend on the prompt. Reusing a
-residual over several steps is off by the product of their ratios; these errors, |1 - product|, are summed up, and steps
-are skipped while the sum is small. It looks at no tensor, so a schedule is known before its first step.
+The residual's magnitude falls from step to step by ratios that hardly depend on the prompt. A residual that is reused
+over several steps is wrong by the product of their ratios. The errors |1 - product| are summed, and steps are skipped
+while the sum is small. No tensor is measured, so a schedule's decisions are known before its first step.
 
-The table has one ratio for each step of a schedule of its own length; for another length the nearest is taken.
+The table has one ratio per step of a schedule. A schedule of another length takes the nearest entries.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from ..core.step import Mode, StepState
 
 
 def nearest_steps(table: Sequence[float], steps: int) -> tuple[float, ...]:
-    """A table for another number of steps."""
+    """A table of another length.
+
+    Args:
+        table: The ratios.
+        steps: Number of steps wanted.
+    """
     if steps == 1:
         return (table[-1],)
     return tuple(table[round(place * (len(table) - 1) / (steps - 1))] for place in range(steps))
@@ -24,38 +29,42 @@ def nearest_steps(table: Sequence[float], steps: int) -> tuple[float, ...]:
 
 @dataclass
 class MagCache:
-    """One branch of one request. See the module for the rule.
+    """The policy of one guidance branch for one request. The module states the rule.
 
     Attributes:
-        threshold: Of the summed-up error; a step is skipped up to it.
-        ratios: Ratio of the residual's magnitude to the last step's, by the step of a schedule.
-        most_in_a_row: Steps that may be skipped one after another.
-        retention: Share of the first steps that are always computed: of the steps from the first one this policy sees,
-            so that each of two experts keeps its own.
+        threshold: The summed error up to which a step is skipped.
+        ratios: Ratio of the residual's magnitude to the previous step's, for each step of a schedule.
+        max_consecutive: Largest number of consecutive skipped steps.
+        retention: Share of always computed steps, between 0 and 1, at the beginning of this policy's steps. Each of two
+            experts counts from its own first step.
+        product: Product of the ratios since the last computed step.
+        error: Sum of the errors since the last computed step.
+        consecutive: Number of steps skipped since the last computed step.
+        begin: Index of the policy's first step.
     """
 
     threshold: float
     ratios: tuple[float, ...]
-    most_in_a_row: int = 3
+    max_consecutive: int = 3
     retention: float = 0.2
     product: float = field(default=1.0, init=False)
     error: float = field(default=0.0, init=False)
-    in_a_row: int = field(default=0, init=False)
+    consecutive: int = field(default=0, init=False)
     begin: int | None = field(default=None, init=False)
 
     def decide(self, step: StepState, change: float | None) -> Mode:
-        """The mode of this step; see `Policy.decide`. `change` is `None` where nothing is kept to skip with."""
+        """The step's mode; see `Policy.decide`. A `change` of `None` means that no residual is kept."""
         if self.begin is None:
             self.begin = step.step
-        if step.step is not None and not self._keeps(step.step, step.total):
+        if step.step is not None and not self._is_retained(step.step, step.total):
             self.product *= nearest_steps(self.ratios, step.total)[step.step]
             self.error += abs(1 - self.product)
-            self.in_a_row += 1
-            if change is not None and 0 < self.threshold >= self.error and self.in_a_row <= self.most_in_a_row:
+            self.consecutive += 1
+            if change is not None and 0 < self.threshold >= self.error and self.consecutive <= self.max_consecutive:
                 return Mode.SKIP
-        self.product, self.error, self.in_a_row = 1.0, 0.0, 0
+        self.product, self.error, self.consecutive = 1.0, 0.0, 0
         return Mode.FULL
 
-    def _keeps(self, step: int, total: int) -> bool:
+    def _is_retained(self, step: int, total: int) -> bool:
         assert self.begin is not None
         return step - self.begin < int(self.retention * (total - self.begin) + 0.5)

@@ -1,7 +1,7 @@
-"""Step computation masks: which steps are computed is said beforehand (https://github.com/vipshop/cache-dit).
+"""Step computation masks: the computed steps are fixed in advance (https://github.com/vipshop/cache-dit).
 
-The published masks are runs of computed and of skipped steps, found for 28 steps; for another number their boundaries
-are moved in proportion. A fixed interval (https://arxiv.org/abs/2407.01425) is the simplest mask.
+The published masks are runs of computed and skipped steps for 28 steps. For another number of steps their boundaries
+move in proportion. A fixed interval (https://arxiv.org/abs/2407.01425) is the simplest mask.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MASKS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 
 
-def steps_of(name: str) -> tuple[bool, ...]:
+def named_mask(name: str) -> tuple[bool, ...]:
     """A published mask: whether each of its 28 steps is computed."""
     computed, skipped = MASKS[name]
     found: list[bool] = []
@@ -31,9 +31,14 @@ def steps_of(name: str) -> tuple[bool, ...]:
     return tuple(found)
 
 
-def scaled(mask: Sequence[bool], steps: int) -> tuple[bool, ...]:
-    """A mask for another number of steps: boundaries of its runs in proportion; every computed run keeps a step, and
-    the first step is computed."""
+def scale_mask(mask: Sequence[bool], steps: int) -> tuple[bool, ...]:
+    """A mask of another length. Boundaries of its runs move in proportion, every computed run keeps at least one step,
+    and the first step is computed.
+
+    Args:
+        mask: Whether each step is computed.
+        steps: Number of steps wanted.
+    """
     if len(mask) == steps:
         return (True, *mask[1:])
     found = [False] * steps
@@ -51,19 +56,25 @@ def scaled(mask: Sequence[bool], steps: int) -> tuple[bool, ...]:
     return tuple(found)
 
 
-def every(interval: int, steps: int, warmup: int = 1) -> tuple[bool, ...]:
-    """The first steps, and then one of so many."""
+def interval_mask(interval: int, steps: int, warmup: int = 1) -> tuple[bool, ...]:
+    """A mask that computes the first steps, and then one step of each interval.
+
+    Args:
+        interval: Steps per computed step.
+        steps: Length of the mask.
+        warmup: Number of computed steps at the beginning.
+    """
     return tuple(place < warmup or (place - warmup + 1) % interval == 0 for place in range(steps))
 
 
 @dataclass
 class StepMask:
-    """One branch of one request: a mask alone decides.
+    """The policy of one guidance branch for one request. A mask alone decides.
 
     Attributes:
-        mask: Whether each step is computed, of any length; scaled to the request's.
-        interval: Instead, compute one of so many.
-        warmup: With an interval, steps at the beginning that are computed.
+        mask: Whether each step is computed. A mask of any length is scaled to the request's number of steps.
+        interval: Steps per computed step; 0 takes the mask instead.
+        warmup: Number of computed steps at the beginning, with an interval.
     """
 
     mask: tuple[bool, ...] = ()
@@ -71,13 +82,13 @@ class StepMask:
     warmup: int = 1
 
     def computes(self, step: StepState) -> bool:
-        """Whether the mask computes a step."""
+        """Whether the mask computes a step. A step with an unknown index is computed."""
         if step.step is None:
             return True
         steps = step.total - step.first
-        mask = every(self.interval, steps, self.warmup) if self.interval else scaled(self.mask, steps)
+        mask = interval_mask(self.interval, steps, self.warmup) if self.interval else scale_mask(self.mask, steps)
         return mask[step.step - step.first]
 
     def decide(self, step: StepState, change: float | None) -> Mode:
-        """The mode of this step; see `Policy.decide`. `change` is `None` where nothing is kept to skip with."""
+        """The step's mode; see `Policy.decide`. A `change` of `None` means that no residual is kept."""
         return Mode.FULL if change is None or self.computes(step) else Mode.SKIP

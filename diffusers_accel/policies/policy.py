@@ -1,7 +1,7 @@
-"""What a caching policy is: arithmetic that says when to skip. No tensors, no modules, no device.
+"""The protocol of caching policies: arithmetic that decides each step. No tensors, no modules, no device.
 
-A policy object holds the state of one guidance branch of one denoiser in one request; a new one is made for every
-request, so nothing can leak from one to the next.
+A policy object holds the state of one guidance branch of one denoiser in one request. Every request gets a new object,
+so no state passes from one request to the next.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ class Policy(Protocol):
     """Decides one step at a time."""
 
     def decide(self, step: StepState, change: float | None) -> Mode:
-        """What this step does.
+        """The mode of a step.
 
         Args:
-            step: Where the step stands.
-            change: Relative change of what is watched (0 where nothing is), or `None` where it is unknown or nothing is
-                kept to skip the step with.
+            step: The place of the call in the request.
+            change: Relative change of the policy's signal; 0 for a policy without one. `None` if the change is unknown,
+                or no residual is kept to skip the step with.
         """
         ...

@@ -1,4 +1,4 @@
-"""A user's own policies by name, and how one gets in."""
+"""The registry of users' own caching policies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.step import Mode, StepState
 from ..errors import PolicyFailed, Unsupported, shown
 from .policy import Policy
 
-WATCHES = (None, "signal", "residual", "latents")
+SIGNAL_NAMES = (None, "modulated_input", "residual", "latents")
 
 
 @dataclass(frozen=True)
@@ -20,31 +20,34 @@ class PolicyRecord:
     """A registered policy.
 
     Attributes:
-        name: As registered.
-        factory: Makes the policy of one guidance branch of one request from its options.
-        watches: What is measured for it.
-        first: Blocks that are computed on every step, where what they add is measured.
+        name: The registered name.
+        factory: Makes the policy of one guidance branch for one request from its options.
+        signal: Name of the measured signal; see `register_policy`.
+        first: Number of first blocks that are computed on every step, because their residual is measured.
     """
 
     name: str
     factory: Callable[..., Policy]
-    watches: str | None = None
+    signal: str | None = None
     first: int = 0
 
     def make(self, options: Mapping[str, Any]) -> Policy:
-        """The policy of one guidance branch of one request.
+        """The policy of one guidance branch for one request.
+
+        Args:
+            options: Keyword arguments of the factory.
 
         Raises:
-            Unsupported: It cannot be made so.
+            Unsupported: The factory raised, or returned an object without `decide`.
         """
         try:
             made = self.factory(**options)
-        except Exception as error:  # whatever a user's own code raises
+        except Exception as error:  # any exception of a user's own code
             raise Unsupported(
                 f"cache={self.name!r}",
                 f"the policy cannot be made with {shown(options) if options else 'no options'}: "
                 f"{type(error).__name__}: {error}.",
-                "PolicyConfig(name=..., options={...}) with what its factory takes.",
+                "PolicyConfig(name=..., options={...}) with its factory's arguments.",
             ) from error
         if not callable(getattr(made, "decide", None)):
             raise Unsupported(
@@ -52,21 +55,25 @@ class PolicyRecord:
                 f"its factory made {shown(made)}, which has no decide(step, change).",
                 "a factory that returns an object with that method.",
             )
-        return _Named(self.name, made)
+        return _CheckedPolicy(self.name, made)
 
 
 @dataclass(frozen=True)
-class _Named:
-    """A user's policy, whose mistakes are told by its name."""
+class _CheckedPolicy:
+    """A user's policy with checks, whose errors name the policy."""
 
     name: str
     policy: Policy
 
     def decide(self, step: StepState, change: float | None) -> Mode:
-        """The mode of this step; see `Policy.decide`."""
+        """The step's mode; see `Policy.decide`.
+
+        Raises:
+            PolicyFailed: The policy raised, or returned something else than a mode.
+        """
         try:
             found = self.policy.decide(step, change)
-        except Exception as error:  # whatever a user's own code raises
+        except Exception as error:  # any exception of a user's own code
             raise PolicyFailed(
                 f"The caching policy {self.name!r} raised at step {step.step}: {type(error).__name__}: {error}"
             ) from error
@@ -86,12 +93,12 @@ def register_policy(
     name: str,
     factory: Callable[..., Policy] | None = None,
     *,
-    watches: str | None = None,
+    signal: str | None = None,
     replace: bool = False,
 ) -> Any:
-    """Lets a user's own caching policy in: `accelerate(pipe, cache=name)` uses it on any model.
+    """Registers a user's own caching policy: `accelerate(pipe, cache=name)` uses it on any model.
 
-    Usable as a function and as a decorator:
+    It is a function and a decorator:
 
     >>> @register_policy("every-other")
     ... class EveryOther:
@@ -99,29 +106,33 @@ def register_policy(
     ...         return "skip" if step.step % 2 and change is not None else "full"
 
     Args:
-        name: What `cache=` calls it.
-        factory: Makes a policy, an object with `decide(step, change)` that returns a `Mode` or its value, `"full"` or
-            `"skip"`; called once for every request and guidance branch, with the options of the configuration. `step`
-            is a `diffusers_accel.core.step.StepState`.
-        watches: What `change` is: `None` for nothing (0.0), `"signal"` for the relative change of TeaCache's modulated
-            input since the last step, `"residual"` for that of what the first block adds since the last step that was
-            computed (FBCache), `"latents"` for that of the latents' filtered signal since the last step (SeaCache).
-            Whatever it watches, `change` is `None` where it is unknown or nothing is kept to skip the step with: such a
-            step is computed, whatever the policy says.
-        replace: Take the place of a policy of that name.
+        name: The policy's name in `cache=`.
+        factory: Makes a policy from the configuration's options, once per request and guidance branch. A policy is an
+            object with `decide(step, change)` that returns a `Mode` or its value, `"full"` or `"skip"`. `step` is a
+            `diffusers_accel.core.step.StepState`.
+        signal: The signal whose relative change is passed as `change`:
+
+            - `None`: no signal; `change` is 0.0.
+            - `"modulated_input"`: TeaCache's modulated input, since the last step.
+            - `"residual"`: the first block's residual (FBCache), since the last computed step.
+            - `"latents"`: the latents with filtered noise (SeaCache), since the last step.
+
+            `change` is `None` if it is unknown, or no residual is kept to skip the step with. Such a step is computed
+            for any decision.
+        replace: Whether to replace a registered policy of that name.
 
     Raises:
-        ValueError: The name is taken or none, `watches` is none of those, or the factory cannot be called.
+        ValueError: The name is taken or empty, the signal is unknown, or the factory is not callable.
     """
-    if watches not in WATCHES:
-        raise ValueError(f"watches: one of {', '.join(map(repr, WATCHES))}, got {watches!r}.")
+    if signal not in SIGNAL_NAMES:
+        raise ValueError(f"signal: one of {', '.join(map(repr, SIGNAL_NAMES))}, got {signal!r}.")
     if isinstance(name, str) and name in CACHE_CONFIGS:
         raise ValueError(f"There is a cache of our own named {name!r}. Give another name.")
 
     def add(made: Callable[..., Policy]) -> Callable[..., Policy]:
         if not callable(made):
             raise ValueError(f"register_policy({name!r}): the factory makes a policy when called; got {shown(made)}.")
-        POLICIES.add(name, PolicyRecord(name, made, watches, 1 if watches == "residual" else 0), replace)
+        POLICIES.add(name, PolicyRecord(name, made, signal, 1 if signal == "residual" else 0), replace)
         POLICY_NAMES.add(name)
         return made
 

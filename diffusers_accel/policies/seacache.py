@@ -1,8 +1,8 @@
-"""SeaCache's rule (https://arxiv.org/abs/2602.18993): sum up the change of the latents' signal, skip while it is small.
+"""SeaCache's rule (https://arxiv.org/abs/2602.18993): changes of the latents' signal are summed, a small sum skips.
 
-At a noise level with signal share a and noise share s, a Wiener-like filter keeps of each spatial frequency f what is
-signal: gain = a P / (a^2 P + s^2) with P = |f|^-power, the power spectrum of clean pictures, one factor for each axis,
-the whole scaled to a mean of one. The relative L1 change of the filtered latents is summed up over the steps.
+The latents have a share of signal a and a share of noise s. A Wiener-like filter keeps the signal of each spatial
+frequency f: gain = a P / (a^2 P + s^2), with P = |f|^-power the power spectrum of clean pictures. There is one factor
+per axis, and the gains are scaled to a mean of one. Relative L1 changes of the filtered latents are summed over steps.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from .accumulated import Accumulated
 
 @dataclass
 class SeaCache(Accumulated):
-    """One branch of one request. See the module for the rule."""
+    """The policy of one guidance branch for one request. The module states the rule."""
 
-    most_in_a_row: int = 2
+    max_consecutive: int = 2
 
 
-def gain(frequency: float, noise: float, power: float) -> float:
-    """What the filter keeps of one frequency.
+def wiener_gain(frequency: float, noise: float, power: float) -> float:
+    """The filter's gain at one frequency, before scaling.
 
     Args:
-        frequency: Its absolute value, in cycles per sample, between 0 and 0.5.
-        noise: Share of noise s, between 0 and 1; the share of signal is 1 - s.
+        frequency: Absolute frequency in cycles per sample, between 0 and 0.5.
+        noise: Share of noise s, between 0 and 1. The share of signal is 1 - s.
         power: Exponent of the power spectrum.
     """
     noise = min(max(noise, 1e-6), 1 - 1e-6)

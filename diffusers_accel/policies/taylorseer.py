@@ -1,9 +1,9 @@
-"""TaylorSeer (https://arxiv.org/abs/2503.06923): a skipped step's value by a Taylor polynomial through computed ones.
+"""TaylorSeer (https://arxiv.org/abs/2503.06923): a skipped step's value from a Taylor polynomial over computed steps.
 
 Derivatives are finite differences: with y the value at the last computed step, g steps after the one before,
 y' = (y - y_before) / g, y'' = (y' - y'_before) / g, and so on. The prediction e steps later is the sum of
-y^(k) e^k / k!. Order 0 is plain reuse. As in cache-dit, no difference is taken at a request's second step: what the
-first one gives is unlike what follows.
+y^(k) e^k / k!. Order 0 is plain reuse. As in cache-dit, no difference is taken at a request's second step, because the
+first step's value differs much from later ones.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 
 @dataclass
 class Taylor:
-    """Derivatives of one value over the steps of a request. Values are anything that can be added, subtracted and
-    multiplied by a number.
+    """The Taylor polynomial of one value over the steps of a request.
+
+    A value supports addition, subtraction and multiplication by a number, e.g. a tensor.
 
     Attributes:
-        order: Of the polynomial.
+        order: Order of the polynomial.
+        step: The last computed step, counted from the request's first; `None` before it.
+        derivatives: The last computed value and its finite differences, in ascending order.
     """
 
     order: int
@@ -27,7 +30,12 @@ class Taylor:
     derivatives: list[Any] = field(default_factory=list, init=False)
 
     def update(self, step: int, value: Any) -> None:
-        """Takes the value that a step, counted from the request's first, computed."""
+        """Adds a computed value.
+
+        Args:
+            step: The computed step, counted from the request's first.
+            value: Its value.
+        """
         found = [value]
         if self.step is not None and step > max(self.step, 1):
             gap = step - self.step
@@ -36,7 +44,7 @@ class Taylor:
         self.step, self.derivatives = step, found
 
     def predict(self, step: int) -> Any:
-        """The value at a later step."""
+        """The predicted value at a later step, counted from the request's first."""
         assert self.step is not None
         ahead, total = step - self.step, self.derivatives[0]
         for order, derivative in enumerate(self.derivatives[1:], 1):

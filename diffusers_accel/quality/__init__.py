@@ -1,1 +1,1 @@
-"""Quality: speed measured against fidelity. Sits on top of the five public functions and changes nothing in them."""
+"""Quality: metrics that compare pictures, and the fit of caching constants. It builds on the public functions alone."""

@@ -1,11 +1,12 @@
-"""Calibration: the constants that a caching rule needs for a checkpoint nobody has published any for.
+"""Calibration: a fit of a caching rule's constants, for a checkpoint without published constants.
 
 A few prompts run in full while every step's signal and residual are recorded. TeaCache's polynomial is the least
-squares fit from the change of the signal to the change of the residual; MagCache's table is the mean ratio of the
-residual's magnitudes. Both rules are then played over the recorded steps, which tells the threshold that skips a wanted
-share.
+squares fit from the signal's change to the residual's change. MagCache's table is the mean ratio of the residual's
+magnitudes. The rule is then simulated over the recorded steps, which gives the threshold for a wanted share of skipped
+steps.
 
-A polynomial that explains little of what it is fitted to gives pictures that are garbage: it is refused.
+A polynomial that explains little of the residual's variance skips the wrong steps and destroys pictures, so it is
+refused.
 """
 
 from __future__ import annotations
@@ -24,34 +25,34 @@ from ..api import recorded
 from ..config import AccelConfig, MagCacheConfig, TeaCacheConfig
 from ..core.step import Mode, StepState
 from ..errors import AccelError
-from ..features.cache import Record
+from ..features.cache import StepRecord
 from ..policies import MagCache, Policy, TeaCache
 from ..policies.teacache import RETAINED_STEPS
 
 Kind = Literal["teacache", "magcache"]
 
 DEGREES = (1, 2, 3, 4)
-# Share of the residual's variance that a polynomial must explain on prompts it was not fitted to: below the first it is
-# refused, below the second it is warned of.
+# Share of the residual's variance (R2) that a polynomial explains on left-out prompts. A fit below the first bound is
+# refused, and below the second one it gives a warning.
 REFUSED, DOUBTFUL = 0.4, 0.75
-# Shares of steps for whose thresholds a result has an answer.
+# Shares of skipped steps for which a result lists thresholds.
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6)
 
 
 class PoorFit(AccelError):
-    """The signal does not tell how much the residual changes: no polynomial would make TeaCache work here."""
+    """The signal's change does not explain the residual's change, so TeaCache cannot work with any polynomial."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What was found for one denoiser.
+    """The fit for one denoiser.
 
     Attributes:
-        coefficients: TeaCache's polynomial, highest degree first.
-        ratios: MagCache's table: a ratio for each step.
-        r2: Share of the residual's variance that the polynomial explains, on prompts it was not fitted to (leaving one
-            out in turn); of the table, that of the mean's error.
-        points: (change of the signal, change of the residual) of every recorded step; of the table, (step, ratio).
+        coefficients: Coefficients of TeaCache's polynomial, highest degree first; empty for MagCache.
+        ratios: MagCache's ratios, one per step; empty for TeaCache.
+        r2: Share of explained variance: of the residual's change on left-out prompts (leave-one-out) for a polynomial,
+            of the ratios by their mean for a table.
+        points: (signal's change, residual's change) of every recorded step for a polynomial, (step, ratio) for a table.
     """
 
     coefficients: tuple[float, ...]
@@ -62,15 +63,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Constants for one checkpoint, and how good they are.
+    """Constants for one checkpoint, with the quality of the fit.
 
     Attributes:
-        kind: Of the rule.
-        config: The rule with these constants, ready for `accelerate(pipe, cache=calibration.config)`.
-        fits: Denoiser -> what was found for it.
-        thresholds: Share of steps -> the threshold that skips it, played over the recorded steps.
-        prompts: How many were recorded.
-        steps: Of each request.
+        kind: The rule's kind, `"teacache"` or `"magcache"`.
+        config: The rule with these constants, for `accelerate(pipe, cache=calibration.config)`.
+        fits: Denoiser's name -> fit.
+        thresholds: Share of skipped steps -> threshold, simulated over the recorded steps.
+        prompts: Number of recorded prompts.
+        steps: Number of steps of each request.
     """
 
     kind: Kind
@@ -87,14 +88,21 @@ class Calibration:
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Writes a YAML file that `accelerate` accepts, with the figures in comments."""
+        """Writes a configuration file for `accelerate`, with the quality of the fit in comments.
+
+        Args:
+            path: The YAML file.
+        """
         AccelConfig(cache=self.config).to_yaml(path)
         file = Path(path)
         comment = "".join(f"# {line}\n" for line in str(self).splitlines())
         file.write_text(comment + file.read_text(encoding="utf-8"), encoding="utf-8")
 
     def plot(self, path: str | Path) -> None:
-        """Draws the recorded steps and what was fitted to them into a picture.
+        """Draws the recorded steps and the fit into a picture.
+
+        Args:
+            path: The picture's file, in a format that matplotlib writes.
 
         Raises:
             ImportError: matplotlib is missing: `pip install 'diffusers-accel[plot]'`.
@@ -132,30 +140,34 @@ def calibrate(
 
     Args:
         pipe: A stock pipeline, not accelerated.
-        prompts: What to record; from eight on, results hardly change. Each is one request, seeded by its number.
-        kind: The rule.
-        skip: Share of steps, of the whole schedule, that the threshold in `config` is to skip.
-        use_ret_steps: TeaCache's variant that always computes the first five steps (see `TeaCacheConfig`). They behave
-            unlike those that follow, so the polynomial fits better without them.
-        degree: Of the polynomial; `None` takes the one that explains prompts left out best.
-        force: Return a fit that is refused otherwise.
-        call: Arguments of the pipeline's call: size, steps, guidance. Calibrate with what will be used.
+        prompts: Prompts to record, each as one request that is seeded by its index. Results hardly change with more
+            than eight.
+        kind: The rule, `"teacache"` or `"magcache"`.
+        skip: Share of a schedule's steps that the threshold in `config` skips, between 0 and 1.
+        use_ret_steps: Whether TeaCache always computes the first five steps (see `TeaCacheConfig`). Their changes
+            differ from those of later steps, so the polynomial fits better without them.
+        degree: Degree of the polynomial, 1 to 8. `None` takes the degree that explains left-out prompts best.
+        force: Whether a poor fit is returned instead of refused.
+        call: Arguments of the pipeline's call (size, steps, guidance). The constants hold for these.
+
+    Returns:
+        The constants, with thresholds for several shares of skipped steps.
 
     Raises:
         PoorFit: The polynomial explains less than 40% of the residual's variance.
-        Unsupported: The pipeline is accelerated, or no adapter says what signal to watch.
-        ValueError: An argument is none of what it may be, or requests have too few steps to fit anything to.
+        Unsupported: The pipeline is accelerated, or its adapter defines no signal.
+        ValueError: An argument is invalid, or the requests have too few steps for a fit.
     """
-    _refuse_arguments(prompts, kind, skip, degree, call)
+    _refuse_invalid_arguments(prompts, kind, skip, degree, call)
     retained = RETAINED_STEPS if kind == "teacache" and use_ret_steps else 1
     if isinstance(call.get("num_inference_steps"), int):
-        _refuse_steps(call["num_inference_steps"], retained)
+        _refuse_too_few_steps(call["num_inference_steps"], retained)
     with recorded(pipe, use_ret_steps) as context, torch.no_grad():
         for number, prompt in enumerate(prompts):
             generator = torch.Generator("cpu").manual_seed(number)
             pipe(prompt, **{"generator": generator, **call})
         records = {key: list(found) for key, found in context.outputs.cache_records.items()}
-    fits, played = {}, []
+    fits, simulated = {}, []
     if not any(records.values()):
         raise ValueError(
             f"calibrate: nothing was recorded: in a request of {type(pipe).__name__} its denoiser was called once at "
@@ -163,23 +175,25 @@ def calibrate(
         )
     for name in dict.fromkeys(denoiser for denoiser, _ in records):
         branches = [found for (denoiser, _), found in records.items() if denoiser == name]
-        # The branch that is called first is the conditional one: the others, whose early steps differ, follow it.
+        # The first branch is the conditional one. Early steps of the other branches differ, so they are not fitted to.
         fits[name] = (
-            _table(branches[0]) if kind == "magcache" else _polynomial(branches[0], degree, use_ret_steps, name)
+            _fit_ratios(branches[0])
+            if kind == "magcache"
+            else _fit_polynomial(branches[0], degree, use_ret_steps, name)
         )
         if kind == "teacache":
-            _judge(name, fits[name], force)
-        played += [(fits[name], found) for found in branches]
+            _check_fit(name, fits[name], force)
+        simulated += [(fits[name], found) for found in branches]
     policy: Callable[[Fit, float], Policy]
     if kind == "teacache":
-        config: TeaCacheConfig | MagCacheConfig = _teacache(fits, use_ret_steps)
+        config: TeaCacheConfig | MagCacheConfig = _teacache_config(fits, use_ret_steps)
         policy = lambda fit, value: TeaCache.published(value, fit.coefficients, use_ret_steps)  # noqa: E731
     else:
-        config = _magcache(fits)
+        config = _magcache_config(fits)
         policy = lambda fit, value: MagCache(value, fit.ratios)  # noqa: E731
     thresholds = {}
     for share in sorted({*SHARES, skip}):
-        found = _threshold(share, played, policy)
+        found = _threshold(share, simulated, policy)
         if found is not None:
             thresholds[share] = found
     steps = max(each.total for found in records.values() for each in found)
@@ -193,8 +207,12 @@ def calibrate(
     return Calibration(kind, config, fits, thresholds, len(prompts), steps)
 
 
-def _refuse_arguments(prompts: Any, kind: str, skip: Any, degree: Any, call: Mapping[str, Any]) -> None:
-    """Judges what can be judged before anything runs."""
+def _refuse_invalid_arguments(prompts: Any, kind: str, skip: Any, degree: Any, call: Mapping[str, Any]) -> None:
+    """Refuses arguments that are invalid for any pipeline.
+
+    Raises:
+        ValueError: One is invalid.
+    """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise ValueError(f"calibrate: prompts is a list of texts to record, eight or more, got {prompts!r}.")
     odd = next((each for each in prompts if not isinstance(each, str)), None)
@@ -207,11 +225,19 @@ def _refuse_arguments(prompts: Any, kind: str, skip: Any, degree: Any, call: Map
     if degree is not None and (isinstance(degree, bool) or not isinstance(degree, int) or not 1 <= degree <= 8):
         raise ValueError(f"calibrate: degree is a number from 1 to 8 or None, got {degree!r}.")
     if "prompt" in call:
-        raise ValueError("calibrate: prompt is what each of prompts is given as; give it there.")
+        raise ValueError("calibrate: each of prompts is the call's prompt. Add this one to prompts.")
 
 
-def _refuse_steps(steps: int, retained: int) -> None:
-    """Of `retained` steps nothing is fitted, and TeaCache always computes the last."""
+def _refuse_too_few_steps(steps: int, retained: int) -> None:
+    """Refuses schedules with too few fitted steps.
+
+    Args:
+        steps: Number of steps of a request.
+        retained: Number of first steps that are always computed, and not fitted.
+
+    Raises:
+        ValueError: Fewer than two steps are left.
+    """
     least = retained + 2
     if steps < least:
         instead = " or use_ret_steps=False" if retained > 1 else ""
@@ -221,14 +247,26 @@ def _refuse_steps(steps: int, retained: int) -> None:
         )
 
 
-def _polynomial(records: list[Record], degree: int | None, use_ret_steps: bool, name: str = "the denoiser") -> Fit:
-    """The polynomial of that degree, or of the one that foretells requests left out best."""
+def _fit_polynomial(
+    records: list[StepRecord], degree: int | None, use_ret_steps: bool, name: str = "the denoiser"
+) -> Fit:
+    """The least squares polynomial from the signal's to the residual's change.
+
+    Args:
+        records: Records of one guidance branch.
+        degree: Degree of the polynomial; `None` takes the degree that explains left-out requests best.
+        use_ret_steps: Whether the first five steps are always computed, and left out.
+        name: The denoiser's name, for messages.
+
+    Raises:
+        ValueError: The records are too few.
+    """
     usable = [each for each in records if each.signal is not None and np.isfinite([each.signal, each.residual]).all()]
-    # What happens on steps that are always computed need not be foretold.
+    # Steps that are always computed need no prediction.
     first, last = (RETAINED_STEPS, 0) if use_ret_steps else (1, 1)
     usable = [each for each in usable if first <= each.step < each.total - last]
     requests = np.array([each.request for each in usable])
-    # Of those that a polynomial is fitted to when a request is left out.
+    # Number of records in the smallest leave-one-out fit.
     least = min((sum(requests != request) or len(usable) for request in np.unique(requests)), default=0)
     degrees = [order for order in (DEGREES if degree is None else (degree,)) if order < least]
     if not degrees:
@@ -245,7 +283,7 @@ def _polynomial(records: list[Record], degree: int | None, use_ret_steps: bool, 
         left = 0.0
         for request in np.unique(requests):
             out = requests == request
-            inside = out if out.all() else ~out  # one request alone is judged on itself
+            inside = out if out.all() else ~out  # a single request is its own test set
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", np.exceptions.RankWarning)
                 fitted = np.polyfit(x[inside], y[inside], order)
@@ -257,8 +295,12 @@ def _polynomial(records: list[Record], degree: int | None, use_ret_steps: bool, 
     return Fit(coefficients, (), r2(best), tuple(zip(x.tolist(), y.tolist(), strict=True)))
 
 
-def _table(records: list[Record]) -> Fit:
-    """The mean ratio of each step; steps that a denoiser never ran have 1."""
+def _fit_ratios(records: list[StepRecord]) -> Fit:
+    """The mean ratio of each step; 1 for steps that the denoiser never ran.
+
+    Args:
+        records: Records of one guidance branch.
+    """
     total = max(each.total for each in records)
     by_step: dict[int, list[float]] = {}
     for each in records:
@@ -271,7 +313,17 @@ def _table(records: list[Record]) -> Fit:
     return Fit((), ratios, 1 - left / spread if spread else 0.0, points)
 
 
-def _judge(name: str, fit: Fit, force: bool) -> None:
+def _check_fit(name: str, fit: Fit, force: bool) -> None:
+    """Refuses a poor fit, and warns of a doubtful one.
+
+    Args:
+        name: The denoiser's name.
+        fit: Its fit.
+        force: Whether a poor fit gives a warning instead of an error.
+
+    Raises:
+        PoorFit: The fit is poor.
+    """
     figure = f"{name}: the change of the signal explains {max(fit.r2, 0):.0%} of the residual's (R2 {fit.r2:.3f})"
     if fit.r2 < REFUSED and not force:
         raise PoorFit(
@@ -282,7 +334,7 @@ def _judge(name: str, fit: Fit, force: bool) -> None:
         warnings.warn(f"calibrate: {figure}. Compare with FBCacheConfig before relying on it.", stacklevel=3)
 
 
-def _teacache(fits: Mapping[str, Fit], use_ret_steps: bool) -> TeaCacheConfig:
+def _teacache_config(fits: Mapping[str, Fit], use_ret_steps: bool) -> TeaCacheConfig:
     second = fits.get("transformer_2")
     first = next(fit for name, fit in fits.items() if name != "transformer_2" or len(fits) == 1)
     return TeaCacheConfig(
@@ -293,7 +345,7 @@ def _teacache(fits: Mapping[str, Fit], use_ret_steps: bool) -> TeaCacheConfig:
     )
 
 
-def _magcache(fits: Mapping[str, Fit]) -> MagCacheConfig:
+def _magcache_config(fits: Mapping[str, Fit]) -> MagCacheConfig:
     second = fits.get("transformer_2")
     first = next(fit for name, fit in fits.items() if name != "transformer_2" or len(fits) == 1)
     return MagCacheConfig(
@@ -304,13 +356,19 @@ def _magcache(fits: Mapping[str, Fit]) -> MagCacheConfig:
 
 
 def _threshold(
-    share: float, played: list[tuple[Fit, list[Record]]], policy: Callable[[Fit, float], Policy]
+    share: float, simulated: list[tuple[Fit, list[StepRecord]]], policy: Callable[[Fit, float], Policy]
 ) -> float | None:
-    """The smallest threshold that skips at least that share of the recorded schedules; `None` if none does."""
+    """The smallest threshold that skips at least a share of the recorded steps; `None` if there is none.
+
+    Args:
+        share: Share of skipped steps, between 0 and 1.
+        simulated: (fit, records) of each denoiser and guidance branch.
+        policy: Makes the rule's policy from a fit and a threshold.
+    """
 
     def skipped(value: float) -> float:
         skips = calls = 0
-        for fit, records in played:
+        for fit, records in simulated:
             for request in dict.fromkeys(each.request for each in records):
                 run = [each for each in records if each.request == request]
                 decides = policy(fit, value)

@@ -1,7 +1,7 @@
-"""How close two pictures or videos are: PSNR and SSIM, computed in float64 on values in [0, 1].
+"""Fidelity metrics of pictures and videos: PSNR and SSIM, computed in float64 on values in [0, 1].
 
-Both compare what two pipelines made with the same seed; they say nothing of how good either picture is. Values that
-no picture can have (NaN, bytes, [-1, 1]) are refused, so that a broken output cannot score by accident.
+Both compare the results of two pipelines with the same seed. Neither measures a picture's quality. Values that no
+picture can have (NaN, bytes, [-1, 1]) are refused, so that a broken output cannot score by accident.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def psnr(a: Pictures, b: Pictures) -> float:
 
     Args:
         a: Values in [0, 1], floating point, any shape, on any device.
-        b: The same shape.
+        b: Values in [0, 1], floating point, in the shape of `a`, on any device.
 
     Returns:
-        dB; infinite where the two are equal.
+        The ratio in dB; infinite for equal values.
 
     Raises:
-        ValueError: The shapes differ, or a value is not a picture's.
+        ValueError: The shapes differ, or a value is not finite or not in [0, 1].
     """
     first, second = _pair(a, b)
     error = float(np.mean(np.square(first - second)))
@@ -43,17 +43,17 @@ def ssim(a: Pictures, b: Pictures, channel_axis: int = -1) -> float:
     """Structural similarity (Wang et al. 2004) as scikit-image computes it, averaged over pictures and frames.
 
     Args:
-        a: Values in [0, 1], floating point, (..., height, width, channels), which is what pipelines return as
+        a: Values in [0, 1], floating point, (..., height, width, channels), the layout of a pipeline's
             `output_type="np"`. All dimensions in front are pictures or frames.
-        b: The same shape.
-        channel_axis: -1, or -3 for (..., channels, height, width), which is what `output_type="pt"` gives.
+        b: Values in [0, 1], floating point, in the shape of `a`.
+        channel_axis: -1, or -3 for (..., channels, height, width), the layout of a pipeline's `output_type="pt"`.
 
     Returns:
-        At most 1, which means equal.
+        The mean similarity; 1 for equal pictures, and less otherwise.
 
     Raises:
-        ValueError: The shapes differ, a value is not a picture's, a side is shorter than 7 pixels, or the channel axis
-            does not hold 1 to 4 channels.
+        ValueError: The shapes differ, a value is not finite or not in [0, 1], a side is shorter than 7 pixels, or the
+            channel axis does not have 1 to 4 channels.
         ModuleNotFoundError: scikit-image is not installed.
     """
     try:
@@ -76,7 +76,11 @@ def ssim(a: Pictures, b: Pictures, channel_axis: int = -1) -> float:
 
 
 def _pair(a: Pictures, b: Pictures) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both as float64 arrays, after checking that they are pictures of one shape."""
+    """Both pictures as float64 arrays.
+
+    Raises:
+        ValueError: The shapes differ or are empty, or a value is not finite or not in [0, 1].
+    """
     first, second = _array(a), _array(b)
     if first.shape != second.shape:
         raise ValueError(f"The shapes differ: {first.shape} and {second.shape}.")

@@ -1,4 +1,4 @@
-"""`calibrate`: the file it writes works with `run`, and what is refused."""
+"""`calibrate`: its file works with `run`, and bad arguments are refused."""
 
 from __future__ import annotations
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from diffusers_accel import AccelConfig, ConfigError, TeaCacheConfig
-from diffusers_accel.cli.common import CommandError, Wanted, assign, read_device, read_wanted
+from diffusers_accel.cli.common import CommandError, RequestedConfig, assign, read_device, read_requested
 
 
 def test_nothing_is_lossless():
-    assert read_wanted(None, None, None) == Wanted("lossless")
+    assert read_requested(None, None, None) == RequestedConfig("lossless")
 
 
 def test_settings_alone_leave_the_rest_off():
-    assert read_wanted(None, None, ["attention.backend=sdpa"]).base == AccelConfig(attention="sdpa")
+    assert read_requested(None, None, ["attention.backend=sdpa"]).base == AccelConfig(attention="sdpa")
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,13 @@ def test_settings_alone_leave_the_rest_off():
     ],
 )
 def test_settings(settings, expected):
-    assert read_wanted(None, None, settings).base == AccelConfig.from_dict(expected)
+    assert read_requested(None, None, settings).base == AccelConfig.from_dict(expected)
 
 
 def test_settings_go_over_a_file(tmp_path):
     file = tmp_path / "accel.yaml"
     file.write_text("attention: sdpa\ncache: {kind: teacache, threshold: 0.4, use_ret_steps: true}\n")
-    base = read_wanted(file, None, ["cache.threshold=0.2", "attention=null"]).base
+    base = read_requested(file, None, ["cache.threshold=0.2", "attention=null"]).base
     assert base == AccelConfig(cache=TeaCacheConfig(threshold=0.2, use_ret_steps=True))
 
 
@@ -51,17 +51,17 @@ def test_settings_go_over_a_preset(monkeypatch):
     from tiny import build
 
     pipe = build("flux")
-    stated, notes = read_wanted(None, "lossless", ["vae.tiling=true"]).resolve(pipe)
+    stated, notes = read_requested(None, "lossless", ["vae.tiling=true"]).resolve(pipe)
     assert isinstance(stated, AccelConfig)
     assert stated.vae.tiling
     assert stated.attention.backend == "auto"
     assert notes == ()
     # a note on what a preset leaves off is not lost
     monkeypatch.setattr("diffusers_accel.presets._fits", lambda context, section, value, overrides: section != "cache")
-    stated, notes = read_wanted(None, "balanced", ["vae.tiling=true"]).resolve(pipe)
+    stated, notes = read_requested(None, "balanced", ["vae.tiling=true"]).resolve(pipe)
     assert stated.cache is None
     assert "caching is off" in notes[0]
-    assert read_wanted(None, "balanced", None).resolve(pipe) == ("balanced", ())
+    assert read_requested(None, "balanced", None).resolve(pipe) == ("balanced", ())
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_settings_go_over_a_preset(monkeypatch):
         ((None, None, ["attention=[sdpa"]), CommandError, "not YAML"),
         ((None, None, ["linear.smallest=" + "1" * 5000]), CommandError, r"--set linear.smallest: '1+\.\.\. .*not YAML"),
         ((None, None, ["linear.smallest=2026-13-45"]), CommandError, "not YAML"),
-        ((None, None, ["linear={algo: fp8, algo: int8}"]), CommandError, "the key 'algo' stands there twice"),
+        ((None, None, ["linear={algo: fp8, algo: int8}"]), CommandError, "the key 'algo' is there twice"),
         ((None, None, ["linear={algo: fp8, smallest: 2026-11-30}"]), ConfigError, "linear.smallest: expected a whole"),
         ((None, None, ["atention=sdpa"]), ConfigError, "Did you mean 'attention'"),
         ((None, None, ["atention.backend=sdpa"]), ConfigError, "Did you mean 'attention'"),
@@ -85,7 +85,7 @@ def test_settings_go_over_a_preset(monkeypatch):
 )
 def test_wrong_options(arguments, error, message):
     with pytest.raises(error, match=message):
-        read_wanted(*arguments)
+        read_requested(*arguments)
 
 
 def test_device(monkeypatch):

@@ -1,4 +1,4 @@
-"""`explain`: the plan on standard output, and an exit status that says whether anything is refused."""
+"""`explain`: the plan on standard output, and an exit status of 1 for refused sections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`run`: what is passed to the pipeline, what is refused, and what is saved."""
+"""`run`: arguments of the pipeline, refusals, and saved files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VIDEO = (*IMAGE, "--num-frames", 5)
 
 
 def stat(printed: str, name: str) -> str:
-    """What the printed statistics say of `name`."""
+    """The row `name` of the printed statistics."""
     line = next(line for line in printed.splitlines() if line.startswith(name))
     return line.removeprefix(name).strip()
 
@@ -128,7 +128,9 @@ def test_missing_arguments(folders):
 
 
 def test_output_is_judged_before_anything_runs(refused, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "accelerated", lambda pipe, wanted: pytest.fail("got as far as accelerating"))
+    monkeypatch.setattr(
+        run_module, "accelerate_pipeline", lambda pipe, requested: pytest.fail("got as far as accelerating")
+    )
     image = ("run", folders / "flux-shapes", "--device", "cpu", *IMAGE)
     video = ("run", folders / "wan-shapes", "--device", "cpu", *VIDEO)
     assert "A picture is saved as .png" in refused(*image, "--output", tmp_path / "fox.gif")

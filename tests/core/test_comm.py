@@ -85,7 +85,7 @@ def test_windows_are_used_in_turn_and_grow():
 
 
 class Others:
-    """A group of two, of which the other rank says what it is given here."""
+    """A group of two, with given answers of the other rank."""
 
     def __init__(self):
         self.said = None
@@ -95,7 +95,7 @@ class Others:
 
 
 class Passed(Memory):
-    """Which windows' barriers have been passed, in their order."""
+    """The windows whose barriers have been passed, in order."""
 
     order: ClassVar = []
 
@@ -133,7 +133,7 @@ def test_a_window_that_has_grown_on_one_rank_is_replaced():
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_exchanges_after_one_that_was_broken_off(pools, size):
-    """Without agreement ranks write to different windows, and read what was not meant."""
+    """Without agreement ranks write to different windows, and read other data."""
     assert all(pools[size].run(communicate.broken_off, True))
     assert not all(pools[size].run(communicate.broken_off, False))
 

@@ -1,6 +1,6 @@
-"""A pipeline on another GPU than the current one: what goes by the current device is told which one is meant.
+"""A pipeline on another GPU than the current one: code that uses the current device gets the tensors' device.
 
-There is no second GPU here, so the sources are read, and stand-ins say what was current when something was launched.
+There is no second GPU here, so the sources are read, and stand-ins record the current device of each launch.
 `benchmarks/check_gpus.py --second-device` runs the kernels.
 """
 
@@ -167,7 +167,7 @@ def test_captures_have_a_stream_of_their_device(monkeypatch, current):
     graphs._capture_stream.cache_clear()
     try:
         for index in (0, 1, 1):
-            graphs.CudaRecorder(None, torch.device("cuda", index)).record(list)
+            graphs.CudaGraphBackend(None, torch.device("cuda", index)).capture(list)
     finally:
         graphs._capture_stream.cache_clear()
     assert captured == [(0, 0), (1, 1), (1, 1)] and [each.index for each in streams] == [0, 1] and current == [0]

@@ -1,4 +1,4 @@
-"""Tensors whose values come later: what is done to them before, and when they are asked for."""
+"""Tensors whose values come later: operations before, and the moment of the first request for a value."""
 
 from __future__ import annotations
 

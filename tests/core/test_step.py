@@ -14,7 +14,7 @@ def clock_for(scheduler):
 
 
 def step_through(clock, scheduler, order=("cond", "uncond"), branches=2, begin=0):
-    """Runs the loop a stock pipeline runs, and returns what the clock said of each call."""
+    """Runs the loop a stock pipeline runs, and returns the clock's place of each call."""
     sample, seen = torch.zeros(1, 4), []
     for timestep in scheduler.timesteps[begin:]:
         for _ in range(branches):

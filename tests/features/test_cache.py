@@ -1,7 +1,7 @@
 """TeaCache on stock pipelines: the published rule, right in every request.
 
-The reference is written here, apart from the package: the published algorithm run by hand over a stock transformer,
-with hooks of torch's own recording what it needs.
+The reference is independent of the package: the published algorithm, run over a stock transformer with torch hooks that
+record its inputs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_the_published_rule_on_flux(threshold):
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_wans_signal_is_its_time_embedding(projected):
-    """What the adapter computes ahead for all timesteps is what the stock embedder gives during the run."""
+    """The adapter's signals of all timesteps equal the stock embedder's outputs during the run."""
     pipe = build("wan")
     recorded = []
     handle = pipe.transformer.condition_embedder.register_forward_hook(
@@ -102,22 +102,22 @@ def test_wan_first_steps_are_kept_with_ret_steps():
 
 
 @pytest.mark.parametrize("name", ["sd3", "ltx2"])
-def test_batched_guidance_watches_the_conditional_half(name):
-    """Changing only the negative prompt must not change which steps are skipped."""
+def test_batched_guidance_measures_the_conditional_half(name):
+    """The signal is the conditional half alone, so another negative prompt does not change the skipped steps."""
     entry, pipe = TINY[name], build(name)
     seen = []
     signal = adapter_for(pipe.transformer).block_signal
     block = pipe.transformer.transformer_blocks[0]
     accelerate(pipe, teacache(0.0))
-    from diffusers_accel.features.cache import signals as cache
+    from diffusers_accel.features.cache import signals
 
-    original = cache.relative
+    original = signals.relative
 
-    def watched(one, other):
+    def recorded(one, other):
         seen.append(one.clone())
         return original(one, other)
 
-    cache.relative = watched
+    signals.relative = recorded
     try:
         full = []
         handle = block.register_forward_pre_hook(
@@ -126,13 +126,13 @@ def test_batched_guidance_watches_the_conditional_half(name):
         entry.run(pipe)
         handle.remove()
     finally:
-        cache.relative = original
+        signals.relative = original
     assert len(seen) == 3 and len(full) == 4
     for one, both in zip(seen, full[1:], strict=True):
         assert torch.equal(one, both.chunk(2)[1])
 
 
-# Requests that follow each other on one pipeline. Each must give what a pipeline fresh from `accelerate` gives.
+# Consecutive requests on one pipeline. Each has the result of a newly accelerated pipeline.
 REQUESTS = {
     "flux": [{}, {"height": 48, "width": 32}, {"num_inference_steps": 7}, {"num_images_per_prompt": 2}],
     "flux-true-cfg": [{}, {"true_cfg_scale": 1.0}, {}],
@@ -262,7 +262,7 @@ def test_two_pipelines_interleaved_within_a_generation():
 
 
 def test_controlnet_is_honoured_on_skipped_steps():
-    """What ControlNet adds behind the last block is fresh on every step, also on a skipped one."""
+    """ControlNet's additions behind the last block are fresh on every step, also on a skipped one."""
     entry, pipe = TINY["flux-controlnet"], build("flux-controlnet")
     accelerate(pipe, teacache(1e9, (1.0, 0.0)))
     seen = []
@@ -298,7 +298,7 @@ def test_a_scheduler_replaced_between_requests():
     assert stats(used).branches == stats(fresh).branches and stats(used).steps_skipped > 0
 
 
-def test_with_compiled_blocks_the_gate_stays_outside():
+def test_the_cache_layer_is_outside_compiled_blocks():
     entry, pipe = TINY["flux"], build("flux")
     plain = accelerate(build("flux"), EAGER)
     expected = entry.run(plain)

@@ -65,8 +65,8 @@ STEPS = 6
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name):
-    """All steps computed is stock, bit for bit; skipping leaves no trace in the next request (each rule on three
-    families or more, each family under two rules or more), and restore none at all."""
+    """A rule that computes all steps equals stock bit for bit. Skipping leaves no trace in the next request, and
+    `restore` leaves none at all. Each rule runs on three families or more, each family under two rules or more."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=STEPS)
     for rule, config in ALL_COMPUTED.items():
@@ -87,12 +87,14 @@ def test_every_family(name):
 
 
 class Reference:
-    """A FLUX transformer's forward with the blocks from `first` on, but for the `last`, skipped by a list of steps to
-    compute; residuals of all of them as one, continued by a line if `line`. Watches what the first blocks add."""
+    """A FLUX transformer's forward that skips blocks by a list of computed steps.
+
+    The blocks from `first` on are skipped, without the `last` ones. They have one residual, extrapolated linearly if
+    `line`. The residual of the first blocks is measured."""
 
     def __init__(self, transformer, first, last, decide, line=False):
         self.transformer, self.first, self.last, self.decide, self.line = transformer, first, last, decide, line
-        self.place, self.watched, self.kept, self.computed = 0, None, [], []
+        self.place, self.measured, self.kept, self.computed = 0, None, [], []
         transformer.forward = self.forward
 
     def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
@@ -116,12 +118,12 @@ class Reference:
         text, hidden_states = run(blocks[: self.first], text, hidden_states)
         added = hidden_states - begin
         change = None
-        if self.watched is not None:
-            change = ((added - self.watched).abs().mean() / self.watched.abs().mean()).item()
+        if self.measured is not None:
+            change = ((added - self.measured).abs().mean() / self.measured.abs().mean()).item()
         compute = not self.kept or self.decide(self.place, change)
         before = torch.cat([text, hidden_states], 1)
         if compute:
-            self.watched = added
+            self.measured = added
             text_out, hidden_out = run(middle, text, hidden_states)
             self.kept = [*self.kept[-1:], (self.place, torch.cat([text_out, hidden_out], 1) - before)]
         residual = self.kept[-1][1]
@@ -175,7 +177,7 @@ def test_the_block_rules_on_flux(case):
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
 
 
-def test_compiled_blocks_stay_inside_the_gates(collected):
+def test_compiled_blocks_are_inside_the_cache_layers(collected):
     """Skipping compiles nothing anew."""
     pipe = build("flux")
     stock = TINY["flux"].run(pipe, steps=STEPS)
@@ -397,8 +399,8 @@ def test_the_second_expert_takes_over():
 
 
 def test_ip_adapter():
-    """FLUX's IP-Adapter attends to a picture within the blocks: stock when all is computed, and on a skipped step what
-    it did is part of the residual, with the picture of this request."""
+    """FLUX's IP-Adapter attends to a picture within the blocks: stock when all is computed. On a skipped step its
+    effect is part of the residual, with the picture of this request."""
     torch.manual_seed(0)
     pipe = build("flux")
     load_ip_adapter(pipe)
@@ -423,7 +425,7 @@ def test_ip_adapter():
 
 
 def reused(pipe, mask, run):
-    """A request on a stock FLUX whose stacks, on steps that the mask skips, add what they added on the last other."""
+    """A request on a stock FLUX whose stacks reuse their last residual on steps that the mask skips."""
     model, kept, handles, step = pipe.transformer, {}, [], iter(range(len(mask)))
     now = [0]
     handles.append(model.register_forward_pre_hook(lambda *_: now.__setitem__(0, next(step))))
@@ -454,7 +456,7 @@ def test_a_policy_of_a_users_own():
 
     seen = []
 
-    @register_policy("every-other", watches="residual")
+    @register_policy("every-other", signal="residual")
     class EveryOther:
         def __init__(self, start=1):
             self.start = start

@@ -1,4 +1,4 @@
-"""CUDA graphs on the CPU, with a stand-in for what records them: results are those of stock, to the bit."""
+"""CUDA graphs on the CPU, with a stand-in for the device's graphs: results equal stock bit for bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tape import TapeRecorder
+from tape import TapeBackend
 from tiny import TINY, build, same
 
 from diffusers_accel import (
@@ -38,12 +38,12 @@ STEPS = 6
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", TapeRecorder)
+    monkeypatch.setitem(graphs.GRAPH_BACKENDS, "cpu", TapeBackend)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name):
-    """Played is stock, to the bit, in requests of other lengths too, and restored is stock."""
+    """Replayed results equal stock bit for bit, in requests of other lengths too, and so do restored ones."""
     entry, pipe = TINY[name], build(name)
     stock = {steps: entry.run(pipe, steps=steps) for steps in (STEPS, 3)}
     accelerate(pipe, attention="sdpa", cuda_graph=True)
@@ -61,13 +61,13 @@ def test_every_family(name):
 
 def test_graphs_of_a_model_share_memory(monkeypatch):
     """They are replayed one after the other; two pipelines' are not, and share nothing."""
-    memories, stock = [], TapeRecorder.__init__
+    memories, stock = [], TapeBackend.__init__
 
     def kept(self, pool, device):
         stock(self, pool, device)
         memories[-1].append(pool)
 
-    monkeypatch.setattr(TapeRecorder, "__init__", kept)
+    monkeypatch.setattr(TapeBackend, "__init__", kept)
     for _ in range(2):
         entry, pipe = TINY["wan"], build("wan")
         memories.append([])
@@ -134,11 +134,11 @@ def test_calls_are_counted_as_without(another):
         for _ in range(2):
             assert same(entry.run(pipe, steps=STEPS), expected)
             assert stats(pipe).attention_kernels == counts
-    # Half of the steps by each kernel: two kinds of calls, of two stacks.
+    # Half of the steps by each kernel: two graph variants, each of two stacks.
     assert len(counts) == 2 and stats(pipe).graphs_captured == 4
 
 
-def test_sizes_are_kinds_of_their_own():
+def test_sizes_are_variants_of_their_own():
     entry, pipe = TINY["flux"], build("flux")
     sizes = [{}, {"height": 48}, {"num_images_per_prompt": 2}]
     stock = [entry.run(pipe, steps=4, **size) for size in sizes]
@@ -146,14 +146,14 @@ def test_sizes_are_kinds_of_their_own():
     for size, expected in zip(sizes[:2], stock, strict=False):
         assert same(entry.run(pipe, steps=4, **size), expected)
     assert stats(pipe).graphs_captured == 4
-    with pytest.warns(UserWarning, match=r"2 kinds of calls are recorded already \(cuda_graph.limit\)"):
+    with pytest.warns(UserWarning, match=r"2 graph variants exist already \(cuda_graph.limit\)"):
         assert same(entry.run(pipe, steps=4, **sizes[2]), stock[2])
     assert stats(pipe).graph_replays == 0
     for size, expected in zip(sizes, stock, strict=True):
         assert same(entry.run(pipe, steps=4, **size), expected)
 
 
-def test_warmed_up_nothing_is_recorded_anew():
+def test_a_warmed_up_pipeline_captures_nothing():
     entry, pipe = TINY["flux"], build("flux")
     accelerate(pipe, attention="sdpa", cuda_graph=True)
     warmup(pipe, resolutions=[(32, 32)], max_sequence_length=16, output_type="latent")
@@ -163,7 +163,7 @@ def test_warmed_up_nothing_is_recorded_anew():
     assert found.graphs_captured == captured == 2 and found.graph_replays == 8
 
 
-def test_what_controlnet_adds_between_blocks_is_not_recorded():
+def test_blocks_between_controlnet_additions_are_not_captured():
     entry, pipe = TINY["flux-controlnet"], build("flux-controlnet")
     stock = entry.run(pipe, steps=3)
     accelerate(pipe, attention="sdpa", cuda_graph=True)
@@ -175,7 +175,8 @@ def test_what_controlnet_adds_between_blocks_is_not_recorded():
 
 @pytest.mark.parametrize(("name", "why"), [("wan-vace", None), ("ltx2-stg", None), ("sd3-slg", "blocks 2 are called")])
 def test_blocks_that_are_called_otherwise(name, why):
-    """VACE's hints come between blocks, and guidance may perturb a branch or leave blocks out: right all the same."""
+    """VACE's hints come between blocks, and guidance may perturb a branch or leave blocks out: results are right all
+    the same."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=STEPS)
     accelerate(pipe, attention="sdpa", cuda_graph=True)
@@ -189,7 +190,7 @@ def test_blocks_that_are_called_otherwise(name, why):
 
 
 def test_weights_that_move_or_change():
-    """A weight written in place is seen by a graph; one that moved, or an adapter, makes it anew."""
+    """A graph reads a weight written in place. A moved weight or an adapter gives a new graph."""
     entry, pipe = TINY["flux"], build("flux")
     accelerate(pipe, attention="sdpa", cuda_graph=True)
     entry.run(pipe, steps=4)
@@ -301,7 +302,7 @@ def test_weights_that_are_offloaded():
 
 
 @pytest.mark.parametrize("sections", [{}, {"fuse": True}, {"linear": {"algo": "int8", "smallest": 0}}])
-def test_compiled_blocks_are_recorded(sections):
+def test_compiled_blocks_are_captured(sections):
     entry, pipe = TINY["flux"], build("flux")
     torch.compiler.reset()
     accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="eager"), **sections)
@@ -346,8 +347,7 @@ def test_a_request_that_breaks_off():
 
 
 def test_outputs_survive():
-    """Both branches of guidance play the same graph, and the pipeline reads the first one's result after the second's
-    call."""
+    """Both guidance branches replay the same graph, and the pipeline reads the first result after the second call."""
     entry, pipe = TINY["wan"], build("wan")
     accelerate(pipe, attention="sdpa", cuda_graph=True)
     entry.run(pipe, steps=4)
@@ -362,15 +362,15 @@ def test_outputs_survive():
     assert all(torch.equal(one, other) for one, other in zip(outputs, kept, strict=True))
 
 
-def test_what_is_refused(monkeypatch):
+def test_refusals(monkeypatch):
     pipe = build("flux")
     for sections, message in (
-        ({"compile": CompileConfig(mode="reduce-overhead")}, "records graphs of its own"),
-        ({"cache": PABConfig(window=(0, 0))}, "recorded whole"),
+        ({"compile": CompileConfig(mode="reduce-overhead")}, "captures graphs itself"),
+        ({"cache": PABConfig(window=(0, 0))}, "captured whole"),
     ):
         with pytest.raises(Unsupported, match=message):
             accelerate(pipe, cuda_graph=True, **sections)
-    monkeypatch.delitem(graphs.RECORDERS, "cpu")
+    monkeypatch.delitem(graphs.GRAPH_BACKENDS, "cpu")
     with pytest.raises(Unsupported, match="it runs on cpu"):
         accelerate(pipe, cuda_graph=True)
     assert "it runs on cpu" in str(explain(pipe, cuda_graph=True))
@@ -378,7 +378,8 @@ def test_what_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "ltx2"])
 def test_whole_modules(name):
-    """The VAE's decoder and the text encoders too: what a pipeline keeps of one call is not overwritten by the next."""
+    """The VAE's decoder and the text encoders too: a result that a pipeline keeps is not overwritten by the next
+    call."""
     entry, pipe, other = TINY[name], build(name), build(name)
     options = CudaGraphConfig(vae=True, text_encoders=True)
     accelerate(pipe, attention="sdpa", cuda_graph=options)
@@ -387,12 +388,12 @@ def test_whole_modules(name):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             if name == "ltx2":  # Gemma returns its cache of keys and values
-                warnings.filterwarnings("ignore", "cuda_graph: text_encoder is .* returns something besides tensors")
+                warnings.filterwarnings("ignore", "cuda_graph: text_encoder runs .* returns something besides tensors")
             found = entry.run(pipe, steps=2, prompt=prompt)
         assert same(found, entry.run(other, steps=2, prompt=prompt)), prompt
-    wholes = [graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around")]
-    assert before == 0 and any(whole.captured and whole.replays for whole in wholes)
-    assert wholes[0].name == "vae.decoder" and wholes[0].captured == 1
+    found = [graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around_module")]
+    assert before == 0 and any(each.captured and each.replays for each in found)
+    assert found[0].name == "vae.decoder" and found[0].captured == 1
     restore(pipe)
     assert same(entry.run(pipe, steps=2), entry.run(other, steps=2))
 
@@ -402,16 +403,16 @@ def _context(pipe):
 
 
 def test_whole_modules_that_stay_as_they_are(monkeypatch):
-    """A new size, weights that moved, what cannot be recorded, and what can be played by nobody."""
+    """A new size, moved weights, a failed capture, and modules that are refused."""
     pipe, other = build("flux"), build("flux")
     accelerate(pipe, attention="sdpa", cuda_graph=CudaGraphConfig(vae=True, limit=2))
-    vae = next(graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around"))
+    vae = next(graphs for graphs in _context(pipe).outputs.graphs if hasattr(graphs, "around_module"))
     latents = [torch.randn(1, 4, 4 + size, 8) for size in range(3)]
     with torch.no_grad():
         for latent in (*latents[:2], *latents[:2]):
             assert torch.equal(pipe.vae.decode(latent).sample, other.vae.decode(latent).sample)
         assert vae.captured == 2
-        with pytest.warns(UserWarning, match="2 kinds of calls are recorded already"):
+        with pytest.warns(UserWarning, match="2 graph variants exist already"):
             pipe.vae.decode(latents[2])
         weight = pipe.vae.decoder.conv_in.weight
         weight.data = weight.data * 2  # in another place
@@ -422,34 +423,32 @@ def test_whole_modules_that_stay_as_they_are(monkeypatch):
         def refuses(self, function):
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-        monkeypatch.setattr(TapeRecorder, "record", refuses)
-        with pytest.warns(
-            UserWarning, match=r"vae.decoder is run without graphs: it cannot be recorded \(operation not"
-        ):
+        monkeypatch.setattr(TapeBackend, "capture", refuses)
+        with pytest.warns(UserWarning, match=r"vae.decoder runs without graphs: it cannot be captured \(operation not"):
             found = pipe.vae.decode(latents[0]).sample
         assert torch.equal(found, other.vae.decode(latents[0]).sample)
     video = build("wan")
-    with pytest.raises(Unsupported, match="keeps what earlier chunks"):
+    with pytest.raises(Unsupported, match="keeps features of earlier chunks"):
         accelerate(video, cuda_graph=CudaGraphConfig(vae=True))
     with pytest.raises(Unsupported, match="none is loaded"):
         accelerate(build("flux2"), cuda_graph=CudaGraphConfig(text_encoders=True))
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
+def test_a_failed_capture_runs_without_graphs(monkeypatch):
     """Too little memory for the second of FLUX's two segments, say: this request goes on, and so do later ones."""
     entry, pipe = TINY["flux"], build("flux")
-    stock, record, seen = entry.run(pipe, steps=STEPS), TapeRecorder.record, []
+    stock, capture, seen = entry.run(pipe, steps=STEPS), TapeBackend.capture, []
 
     def refuses(self, function):
         seen.append(1)
         if len(seen) > 1:
             function()
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-        return record(self, function)
+        return capture(self, function)
 
-    monkeypatch.setattr(TapeRecorder, "record", refuses)
+    monkeypatch.setattr(TapeBackend, "capture", refuses)
     accelerate(pipe, attention="sdpa", cuda_graph=True)
-    with pytest.warns(UserWarning, match=r"a call cannot be recorded \(CUDA out of memory.\)"):
+    with pytest.warns(UserWarning, match=r"a call cannot be captured \(CUDA out of memory.\)"):
         assert same(entry.run(pipe, steps=STEPS), stock)
     calls = stats(pipe).attention_kernels
     assert stats(pipe).graphs_captured == 0 and len(seen) == 2

@@ -1,4 +1,4 @@
-"""Modulations of all steps made before the first: that they are found, and that nothing else is."""
+"""Precomputed modulations: lookups find the products of all steps, and nothing else."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ import itertools
 
 import pytest
 import torch
-from tape import TapeRecorder
+from tape import TapeBackend
 from tiny import TINY, build
 
 from diffusers_accel import CompileConfig, TeaCacheConfig, accelerate, register_linear, restore, stats
 from diffusers_accel.api import FEATURES, resolve
-from diffusers_accel.core.graphs import RECORDERS
+from diffusers_accel.core.graphs import GRAPH_BACKENDS
 from diffusers_accel.kernels.linear import LINEARS
 
 # A lossless setting of each feature. A feature without one here fails `test_every_feature_has_a_setting`.
@@ -58,13 +58,13 @@ def copied():
 
 
 @pytest.fixture
-def recorder(monkeypatch):
+def graphs_on_the_cpu(monkeypatch):
     """Graphs, without a GPU."""
-    monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+    monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pairs(name, copied, recorder):
+def test_pairs(name, copied, graphs_on_the_cpu):
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=STEPS)
     expected = stock if isinstance(stock, tuple) else (stock,)

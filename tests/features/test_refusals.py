@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from drawn import BESIDE, SECTIONS, legal
-from tape import TapeRecorder
+from tape import TapeBackend
 from tiny import TINY, build, same
 from torch import nn
 
@@ -29,7 +29,7 @@ from diffusers_accel import (
     stats,
 )
 from diffusers_accel.config import POLICY_NAMES
-from diffusers_accel.core.graphs import RECORDERS
+from diffusers_accel.core.graphs import GRAPH_BACKENDS
 from diffusers_accel.kernels.attention import KERNELS
 from diffusers_accel.kernels.linear import LINEARS
 from diffusers_accel.policies import POLICIES
@@ -113,7 +113,9 @@ def test_no_block_is_left_to_decide_at(kind):
     pipe = one_block_first()
     text = refusal(pipe, cache=kind)
     assert "leaves no block of the first stack, where skipping is decided: its stacks have 1, 3" in text
-    assert "FBCacheConfig" not in text and text.endswith("Instead: cache='mask' or 'easycache', which watch no block.")
+    assert "FBCacheConfig" not in text and text.endswith(
+        "Instead: cache='mask' or 'easycache', which measure no block."
+    )
     for cache in ("mask", "easycache"):
         assert explain(pipe, cache=cache).ok
 
@@ -127,9 +129,9 @@ def test_fewer_blocks_as_it_says(name):
         assert explain(built(name), cache=fits).ok
 
 
-def test_a_policy_that_watches_a_block_that_is_not_there(registries):
-    register_policy("watching", lambda: StepOf("full"), watches="residual")
-    assert "the block that it watches leaves no other" in refusal(one_block_first(), cache="watching")
+def test_a_policy_that_measures_a_missing_block(registries):
+    register_policy("measuring", lambda: StepOf("full"), signal="residual")
+    assert "the block that it measures leaves no other" in refusal(one_block_first(), cache="measuring")
 
 
 @pytest.mark.parametrize("emptied", ["last stack computed", "no last stack", "no first stack"])
@@ -258,7 +260,7 @@ def test_no_policy_is_registered(registries):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "eager", "options": {"max_autotune": True}}, "compile.options: backend='eager' takes no notice"),
+        ({"backend": "eager", "options": {"max_autotune": True}}, "compile.options: backend='eager' ignores them"),
         ({"options": {"max_autotun": True}}, "unknown option 'max_autotun'. Did you mean 'max_autotune'?"),
         ({"options": {"max_autotune": "yes"}}, r"compile.options\['max_autotune'\]: expected bool, got 'yes'"),
         ({"options": {"max_autotune_gemm_search_space": 1}}, "expected Literal.*got 1"),
@@ -280,9 +282,9 @@ def test_options_of_compile(options, message):
     ],
 )
 def test_two_kinds_of_graphs(compile, instead, monkeypatch):
-    monkeypatch.setitem(RECORDERS, "cpu", TapeRecorder)
+    monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
     text = refusal(built("wan"), compile=compile, cuda_graph=True)
-    assert "torch.compile records graphs of its own" in text
+    assert "torch.compile captures graphs itself" in text
     assert re.findall(r"'([^']+)'", text.partition("Instead: ")[2]) == instead
     assert all(explain(built("wan"), compile=mode, cuda_graph=True).ok for mode in instead)
 

@@ -1,4 +1,4 @@
-"""DBCache's rule, step masks and TaylorSeer, against transcriptions of what was published."""
+"""DBCache's rule, step masks and TaylorSeer, against transcriptions of the published rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from diffusers_accel.config import MASKS as NAMES
 from diffusers_accel.core.step import Mode, StepState
-from diffusers_accel.policies import MASKS, DBCache, StepMask, Taylor, every, scaled, steps_of
+from diffusers_accel.policies import MASKS, DBCache, StepMask, Taylor, interval_mask, named_mask, scale_mask
 
 
 def step(index, total=28, first=0):
@@ -17,7 +17,7 @@ def step(index, total=28, first=0):
 
 
 def modes(policy, changes, first=0, total=None):
-    """Which steps are computed."""
+    """Whether each step is computed."""
     total = total or len(changes) + first
     return [
         policy.decide(step(first + place, total, first), change) is Mode.FULL for place, change in enumerate(changes)
@@ -36,9 +36,9 @@ class TestDBCache:
 
     def test_caps(self):
         small = [None, *[0.0] * 9]
-        assert modes(DBCache(0.1, warmup=1, most=3), small).count(False) == 3
-        assert modes(DBCache(0.1, warmup=1, most=0), small).count(False) == 0
-        found = modes(DBCache(0.1, warmup=1, most_in_a_row=2), small)
+        assert modes(DBCache(0.1, warmup=1, max_skipped=3), small).count(False) == 3
+        assert modes(DBCache(0.1, warmup=1, max_skipped=0), small).count(False) == 0
+        found = modes(DBCache(0.1, warmup=1, max_consecutive=2), small)
         assert found == [True, False, False, True, False, False, True, False, False, True]
 
     def test_refresh(self):
@@ -59,17 +59,17 @@ class TestDBCache:
 
 class TestMasks:
     def test_the_published_ones(self):
-        """Numbers of computed steps of 28, and where the runs lie."""
+        """The numbers of computed steps of 28, and the places of the runs."""
         assert set(MASKS) == set(NAMES)
-        assert {name: sum(steps_of(name)) for name in MASKS} == {"slow": 18, "medium": 15, "fast": 11, "ultra": 8}
-        assert all(len(steps_of(name)) == 28 for name in MASKS)
-        text = "".join("#" if computed else "." for computed in steps_of("fast"))
+        assert {name: sum(named_mask(name)) for name in MASKS} == {"slow": 18, "medium": 15, "fast": 11, "ultra": 8}
+        assert all(len(named_mask(name)) == 28 for name in MASKS)
+        text = "".join("#" if computed else "." for computed in named_mask("fast"))
         assert text == "######.#...#....#.....#....#"
 
     @pytest.mark.parametrize("name", sorted(MASKS))
     @pytest.mark.parametrize("steps", [1, 2, 4, 8, 20, 28, 50, 100])
     def test_any_number_of_steps(self, name, steps):
-        mask, published = scaled(steps_of(name), steps), steps_of(name)
+        mask, published = scale_mask(named_mask(name), steps), named_mask(name)
         assert len(mask) == steps and mask[0]
         if steps == 28:
             assert mask == published
@@ -80,8 +80,8 @@ class TestMasks:
             assert len(MASKS[name][0]) - sum(map(bool, runs)) in ((0, 1) if steps < 28 else (0,))
 
     def test_an_interval(self):
-        assert every(3, 9, warmup=2) == (True, True, False, False, True, False, False, True, False)
-        assert all(every(1, 5))
+        assert interval_mask(3, 9, warmup=2) == (True, True, False, False, True, False, False, True, False)
+        assert all(interval_mask(1, 5))
 
     def test_the_mask_alone_decides(self):
         policy = StepMask((True, False, False, True))

@@ -1,4 +1,4 @@
-"""MagCache, EasyCache, SeaCache and PAB, against transcriptions of what was published."""
+"""MagCache, EasyCache, SeaCache and PAB, against transcriptions of the published rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ import pytest
 
 from diffusers_accel.core.step import Mode, StepState
 from diffusers_accel.models import MAGCACHE_ROWS
-from diffusers_accel.policies import Broadcast, EasyCache, MagCache, SeaCache, foretold, gain, rate
+from diffusers_accel.policies import (
+    Broadcast,
+    EasyCache,
+    MagCache,
+    SeaCache,
+    change_ratio,
+    estimated_change,
+    wiener_gain,
+)
 
 
 def step(index, total, first=0):
@@ -15,7 +23,7 @@ def step(index, total, first=0):
 
 
 def computed(policy, total, changes=None, first=0):
-    """Which steps are computed."""
+    """Whether each step is computed."""
     return [
         policy.decide(step(place, total, first), 0.0 if changes is None else changes[place]) is Mode.FULL
         for place in range(first, total)
@@ -45,7 +53,7 @@ class TestMagCache:
 
     def test_each_expert_keeps_its_own_first_steps(self):
         """A second expert that takes over at step 20 of 40 computes its first four of twenty."""
-        policy = MagCache(1.0, (1.0,) * 40, most_in_a_row=100, retention=0.2)
+        policy = MagCache(1.0, (1.0,) * 40, max_consecutive=100, retention=0.2)
         modes = [policy.decide(step(place, 40), 0.0) is Mode.FULL for place in range(20, 40)]
         assert modes == [True] * 4 + [False] * 16
 
@@ -58,7 +66,7 @@ class TestMagCache:
 class TestEasyCache:
     @pytest.mark.parametrize("threshold", [0.02, 0.05, 0.2])
     def test_the_published_loop(self, threshold):
-        """Over a trajectory whose outputs are known: what is foretold is summed up until it reaches the threshold."""
+        """Over a trajectory whose outputs are known: estimated changes are summed until they reach the threshold."""
         random, steps, first = numpy.random.default_rng(0), 24, 5
         inputs = numpy.cumsum(random.normal(size=(steps, 64)) * 0.05, 0) + random.normal(size=64)
         outputs = numpy.sin(inputs) + 2
@@ -81,11 +89,11 @@ class TestEasyCache:
         for place, (x, y) in enumerate(zip(inputs, outputs, strict=True)):
             change = None
             if own is not None:
-                change = foretold(own, numpy.abs(x - before).mean(), numpy.abs(kept[1]).mean())
+                change = estimated_change(own, numpy.abs(x - before).mean(), numpy.abs(kept[1]).mean())
             found.append(policy.decide(step(place, steps), change) is Mode.FULL)
             if found[-1]:
                 if kept is not None:
-                    own = rate(numpy.abs(y - kept[1]).mean(), numpy.abs(x - kept[0]).mean())
+                    own = change_ratio(numpy.abs(y - kept[1]).mean(), numpy.abs(x - kept[0]).mean())
                 kept = (x, y)
             before = x
         assert found == expected and False in found
@@ -93,7 +101,7 @@ class TestEasyCache:
 
 class TestSeaCache:
     def test_the_sum_and_the_caps(self):
-        policy = SeaCache(0.5, first=2, last=1, most_in_a_row=2)
+        policy = SeaCache(0.5, first=2, last=1, max_consecutive=2)
         changes = [None, 0.0, 0.2, 0.2, 0.0, 0.45, 0.04, 0.02, 0.0, 0.0]
         # Two in a row, then one computed; 0.45 + 0.04 stays below 0.5; again one computed after two; the last one too.
         assert computed(policy, 10, changes) == [True, True, False, False, True, False, False, True, False, True]
@@ -104,9 +112,9 @@ class TestSeaCache:
             clean, signal = frequency**-power, 1 - noise
             tried = numpy.linspace(0, 25, 2500001)
             error = (tried * signal - 1) ** 2 * clean + tried**2 * noise**2
-            assert gain(frequency, noise, power) == pytest.approx(tried[error.argmin()], abs=1e-3)
-        assert gain(0.0, 0.5, 2.0) == pytest.approx(2.0)  # all signal: scaled back
-        assert 0 < gain(0.5, 1.0, 2.0) < 1e-4  # nothing but noise
+            assert wiener_gain(frequency, noise, power) == pytest.approx(tried[error.argmin()], abs=1e-3)
+        assert wiener_gain(0.0, 0.5, 2.0) == pytest.approx(2.0)  # all signal: scaled back
+        assert 0 < wiener_gain(0.5, 1.0, 2.0) < 1e-4  # nothing but noise
 
 
 class TestBroadcast:

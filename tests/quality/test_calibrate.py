@@ -1,4 +1,4 @@
-"""Calibration: what it records against torch hooks of its own, and what it makes of it against numpy."""
+"""Calibration: the records against torch hooks, and the fits against numpy."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tiny import TINY, build
 
 from diffusers_accel import MagCacheConfig, TeaCacheConfig, Unsupported, accelerate, calibrate, demo, stats
 from diffusers_accel.api import recorded
-from diffusers_accel.features.cache import Record
+from diffusers_accel.features.cache import StepRecord
 from diffusers_accel.features.context import FeatureOutputs
 from diffusers_accel.quality import calibrate as calibration
-from diffusers_accel.quality.calibrate import PoorFit, _judge, _polynomial
+from diffusers_accel.quality.calibrate import PoorFit, _check_fit, _fit_polynomial
 
 # Two captions of the training split's kind; the held-out ones are for judging.
 PROMPTS = [
@@ -74,9 +74,9 @@ def test_a_poor_fit_is_refused():
     def fit(noise):
         signal = random.uniform(0.0, 0.3, (8, 20))
         residual = signal + noise * random.normal(0.0, 0.1, (8, 20))
-        return _polynomial(
+        return _fit_polynomial(
             [
-                Record(request, step + 1, 22, signal[request, step], residual[request, step], 1.0)
+                StepRecord(request, step + 1, 22, signal[request, step], residual[request, step], 1.0)
                 for request in range(8)
                 for step in range(20)
             ],
@@ -85,15 +85,15 @@ def test_a_poor_fit_is_refused():
         )
 
     with pytest.raises(PoorFit, match="explains"):
-        _judge("transformer", fit(10.0), force=False)
+        _check_fit("transformer", fit(10.0), force=False)
     with pytest.warns(UserWarning, match="Compare with FBCacheConfig"):
-        _judge("transformer", fit(10.0), force=True)
+        _check_fit("transformer", fit(10.0), force=True)
     with pytest.warns(UserWarning, match="explains"):
-        _judge("transformer", fit(0.8), force=False)
+        _check_fit("transformer", fit(0.8), force=False)
     good = fit(0.0)
     assert good.r2 > 0.999
     assert good.coefficients == pytest.approx((1.0, 0.0), abs=1e-6)
-    _judge("transformer", good, force=False)
+    _check_fit("transformer", good, force=False)
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_a_poor_fit_is_refused():
         (PROMPTS, {"kind": "fbcache"}, "kind is 'teacache' or 'magcache', got 'fbcache'"),
         (PROMPTS, {"degree": 0}, "degree is a number from 1 to 8 or None, got 0"),
         (PROMPTS, {"degree": 2.5}, "degree is a number"),
-        (PROMPTS, {"prompt": "a fox"}, "prompt is what each of prompts is given as"),
+        (PROMPTS, {"prompt": "a fox"}, "each of prompts is the call's prompt"),
         (PROMPTS, {"num_inference_steps": 4}, r"of 4 steps the first 5 are .*steps=7 or more or use_ret_steps=False"),
         (PROMPTS, {"num_inference_steps": 1, "kind": "magcache"}, "num_inference_steps=3 or more"),
     ],
 )  # fmt: skip
 def test_arguments(prompts, given, message):
-    """Judged before anything runs."""
+    """Invalid arguments are refused before any request."""
     with pytest.raises(ValueError, match=f"calibrate: .*{message}"):
         calibrate(None, prompts, **given)
 
@@ -124,7 +124,7 @@ def test_arguments(prompts, given, message):
 def requests_of(steps, count=1):
     random = numpy.random.default_rng(0)
     return [
-        Record(request, step, steps, *random.uniform(0.1, 0.3, 2), 1.0)
+        StepRecord(request, step, steps, *random.uniform(0.1, 0.3, 2), 1.0)
         for request in range(count) for step in range(1, steps)
     ]  # fmt: skip
 
@@ -132,11 +132,11 @@ def requests_of(steps, count=1):
 @pytest.mark.filterwarnings("ignore:calibrate")
 def test_too_little_was_recorded(monkeypatch):
     with pytest.raises(ValueError, match=r"transformer: of 3 calls recorded, in requests of 4 steps, 0 .*use_ret"):
-        _polynomial(requests_of(4), None, True, "transformer")
+        _fit_polynomial(requests_of(4), None, True, "transformer")
     with pytest.raises(ValueError, match=r"too few for a polynomial of degree 4.*a smaller degree"):
-        _polynomial(requests_of(8), 4, True)
+        _fit_polynomial(requests_of(8), 4, True)
     # Degrees that so few points would be met by exactly are not considered.
-    assert len(_polynomial(requests_of(8), None, True).coefficients) == 2 + 1
+    assert len(_fit_polynomial(requests_of(8), None, True).coefficients) == 2 + 1
 
     outputs = FeatureOutputs()
 

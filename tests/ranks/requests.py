@@ -7,13 +7,13 @@ import warnings
 
 import torch
 from exact import relative
-from tape import TapeRecorder
+from tape import TapeBackend
 from tiny import TINY, build, same, tensors
 from tiny.heads import with_heads
 
 from diffusers_accel import accelerate, demo, explain, register_attention, restore, stats
 from diffusers_accel.core import windowed, windows
-from diffusers_accel.core.graphs import RECORDERS
+from diffusers_accel.core.graphs import GRAPH_BACKENDS
 from diffusers_accel.core.windows import MAKERS
 from diffusers_accel.features.parallel import guidance
 from diffusers_accel.kernels.attention import KERNELS
@@ -82,7 +82,7 @@ def request(name, configuration, steps=2, calls=None, recorded=False, heads=None
             del MAKERS["cpu"]
             windowed.SUMMED = summed
     if recorded:
-        RECORDERS["cpu"] = TapeRecorder
+        GRAPH_BACKENDS["cpu"] = TapeBackend
     pipe, entry, calls = _pipeline(name, heads, double), TINY[name], calls or {}
     alone = {**configuration, "parallel": None} if {"cache", "linear"} & set(configuration) else {}
     key = repr((name, heads, double, steps, calls, alone))

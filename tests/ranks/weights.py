@@ -7,12 +7,12 @@ import warnings
 
 import torch
 from exact import relative
-from tape import TapeRecorder
+from tape import TapeBackend
 from tiny import TINY, build, tensors
 
 from diffusers_accel import accelerate, explain, restore, stats
 from diffusers_accel.api import resolve
-from diffusers_accel.core.graphs import RECORDERS
+from diffusers_accel.core.graphs import GRAPH_BACKENDS
 from diffusers_accel.features.parallel.shards import Memory
 
 FSDP = {"parallel": {"fsdp": True}}
@@ -246,9 +246,9 @@ def foreign(name):
 
 def preset(name):
     """What a preset takes for CUDA graphs beside it, where there are some."""
-    RECORDERS["cpu"] = TapeRecorder
+    GRAPH_BACKENDS["cpu"] = TapeBackend
     pipe = build(name)
     try:
         return resolve(pipe, "lossless", **FSDP)[0].cuda_graph
     finally:
-        del RECORDERS["cpu"]
+        del GRAPH_BACKENDS["cpu"]

@@ -1,10 +1,10 @@
-"""Step caching: skipping the blocks of a step whose result can be told from earlier steps.
+"""Step caching: a step whose blocks' residual can be predicted from earlier steps skips these blocks.
 
-- `rules.py`: from a configuration to a `Rule` (`rule.py`): which part may be skipped, what is watched (`signals.py`),
-  which policy decides (`diffusers_accel/policies`), how a skipped result is predicted.
-- `gates.py` carries any rule out; `lanes.py` is what it remembers.
-- `broadcast.py`: attention that is computed every few steps (PAB).
-- `recorder.py`: what calibration looks at.
+- `rules.py` turns a configuration into a `Rule` (`rule.py`): skippable blocks, change signal (`signals.py`), policy
+  (`diffusers_accel/policies`) and order of the prediction.
+- `block_layers.py` carries a rule out on any model, over the state of `state.py`.
+- `broadcast.py` broadcasts attention outputs over several steps (PAB).
+- `trace.py` records changes for calibration.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from ...errors import Unsupported
 from ..context import PipelineContext
 from ..feature import Plan
 from . import broadcast
-from .gates import StepCache
-from .recorder import Record
+from .block_layers import StepCache
 from .rule import Rule
 from .rules import rule_of, signal_of
+from .trace import StepRecord
 
-__all__ = ["Record", "check", "edits", "recording"]
+__all__ = ["StepRecord", "check", "edits", "trace_edits"]
 
 
 def check(context: PipelineContext, config: CacheConfig | PABConfig) -> Plan:
-    """What each denoiser's rule is.
+    """Each denoiser's rule.
 
     Raises:
-        Unsupported: The denoiser has no adapter, fewer blocks than asked for, or native caching is on; or nothing was
-            published for it and no constants were given.
+        Unsupported: The denoiser has no adapter or too few blocks; diffusers' own cache is on; or the rule needs
+            constants and none are published for the model or given.
     """
     for denoiser in context.denoisers:
         if getattr(denoiser.module, "is_cache_enabled", False):
@@ -43,51 +43,57 @@ def check(context: PipelineContext, config: CacheConfig | PABConfig) -> Plan:
     for denoiser in context.denoisers:
         adapter = denoiser.adapter
         if adapter.default or not denoiser.stacks:
-            pab = "cache='pab', which looks at attention alone, or " if broadcast.able(context) else ""
+            pab = "cache='pab', which needs attention alone, or " if broadcast.is_possible(context) else ""
             raise Unsupported(
-                "cache", "no adapter says what its blocks hand on.", f"{pab}cache=None for this model.", str(denoiser)
+                "cache", "no adapter names its blocks' outputs.", f"{pab}cache=None for this model.", str(denoiser)
             )
         rule = rule_of(context, denoiser, config)
         actions.append(f"{denoiser.name}: {rule.label}")
         modules += sum(len(stack.blocks(denoiser.module)) for stack in adapter.stacks) - rule.first - rule.last
     notes: tuple[str, ...] = ()
     if config.guard:
-        notes = (f"The guard computes {config.guard:.0%} of the steps that could be skipped, to compare.",)
+        notes = (f"The guard computes {config.guard:.0%} of the skippable steps for comparison.",)
     return Plan("; ".join(actions), modules, notes)
 
 
 def edits(context: PipelineContext, config: CacheConfig | PABConfig) -> Iterator[Edit]:
-    """One layer around the denoiser and one around each block; around each attention module for PAB."""
+    """One layer around the denoiser, and one around each block (for PAB around each attention module)."""
     if isinstance(config, PABConfig):
         yield from broadcast.edits(context, config)
         return
     caches = [StepCache(context, denoiser, rule_of(context, denoiser, config)) for denoiser in context.denoisers]
     for cache in caches:
-        context.clock.ended.append(cache.forget)
+        context.clock.on_request_end.append(cache.forget)
         cache.others = [other for other in caches if other is not cache]
         yield from _edits(context, cache)
 
 
-def recording(context: PipelineContext, use_ret_steps: bool = False) -> Iterator[Edit]:
-    """Layers that compute every step and record, in `context.outputs.cache_records`, how signal and residual change."""
+def trace_edits(context: PipelineContext, use_ret_steps: bool = False) -> Iterator[Edit]:
+    """Layers that compute every step, and record changes of signal and residual in `context.outputs.cache_records`.
+
+    Args:
+        context: The pipeline.
+        use_ret_steps: Whether the signal is that of TeaCache's second variant for Wan.
+    """
     from ...policies import StepMask
 
     for denoiser in context.denoisers:
-        watch = signal_of(denoiser, use_ret_steps)
-        rule = Rule(lambda branch: StepMask((True,)), "recording", watch, recording=True)
+        signal = signal_of(denoiser, use_ret_steps)
+        rule = Rule(lambda branch: StepMask((True,)), "calibration", signal, tracing=True)
         yield from _edits(context, StepCache(context, denoiser, rule))
 
 
 def _edits(context: PipelineContext, cache: StepCache) -> Iterator[Edit]:
     denoiser = cache.denoiser
-    yield AddLayer(denoiser.module, context.rank("cache decision"), cache.around_denoiser)
-    if cache.rule.whole:
+    yield AddLayer(denoiser.module, context.rank("cache denoiser"), cache.around_denoiser)
+    if cache.rule.whole_denoiser:
         return
-    # What the first blocks return is measured, and what the last ones are given is predicted.
+    # The signal is measured behind the first blocks, and the prediction enters the last ones: the streams there are
+    # read, so no CUDA graph may cover them.
     stacks, first, last = denoiser.stacks, cache.rule.first, cache.rule.last
-    looked_at = [stacks[0].blocks(denoiser.module)[first]] if first else []
-    looked_at += [stacks[-1].blocks(denoiser.module)[-last]] if last else []
-    context.outputs.observed_blocks.update((denoiser.name, id(block)) for block in looked_at)
+    observed = [stacks[0].blocks(denoiser.module)[first]] if first else []
+    observed += [stacks[-1].blocks(denoiser.module)[-last]] if last else []
+    context.outputs.observed_blocks.update((denoiser.name, id(block)) for block in observed)
     for stack in stacks:
         for index, block in enumerate(stack.blocks(denoiser.module)):
-            yield AddLayer(block, context.rank("cache gate"), cache.gate(stack, block, index))
+            yield AddLayer(block, context.rank("cache block"), cache.around_block(stack, block, index))

@@ -1,4 +1,4 @@
-"""What a caching rule is: which part may be skipped, what is watched, which policy decides, what predicts a result."""
+"""The caching rule of one denoiser: skippable blocks, measured signal, deciding policy and predicted residual."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...policies import Policy
-from .signals import Watch, WatchFactory
+from .signals import ChangeSignal, SignalFactory
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a cache does.
+    """A caching rule, made from a configuration by `rules.rule_of`.
 
     Attributes:
-        policy: Makes the policy of one guidance branch, by its name, of one request.
-        label: In a few words.
-        watch: Measures what the policy decides by.
-        first: Blocks of the first stack that are computed on every step, before the decision.
-        last: The same of the last stack, behind what is skipped.
-        order: Of the Taylor polynomial that predicts a skipped residual; 0 reuses the last one.
-        whole: Whether the whole denoiser is skipped, instead of its blocks.
-        together: Whether the first guidance branch of a step decides for all.
-        guard: Share of the skipped steps that are computed to compare.
-        bound: Of the relative error found so.
-        recording: Whether every computed step's signal and residual are recorded.
+        policy: Makes the policy of a guidance branch for one request, from the branch's name.
+        label: Short description for `explain`.
+        signal: Makes the signal whose change the policy reads.
+        first: Number of blocks of the first stack that are computed on every step, before the decision.
+        last: Number of blocks of the last stack that are computed on every step, behind the skipped ones.
+        order: Order of the Taylor polynomial that predicts a skipped residual; 0 reuses the last residual.
+        whole_denoiser: Whether the whole denoiser is skipped instead of its blocks.
+        shared_decision: Whether the first guidance branch of a step decides for all branches.
+        guard: Share of the skippable steps that are computed for comparison, between 0 and 1.
+        bound: Relative error of a prediction above which the guard stops skipping.
+        tracing: Whether every step's changes are recorded for calibration.
     """
 
     policy: Callable[[str], Policy]
     label: str
-    watch: WatchFactory = Watch
+    signal: SignalFactory = ChangeSignal
     first: int = 0
     last: int = 0
     order: int = 0
-    whole: bool = False
-    together: bool = False
+    whole_denoiser: bool = False
+    shared_decision: bool = False
     guard: float = 0.0
     bound: float = 0.0
-    recording: bool = False
+    tracing: bool = False

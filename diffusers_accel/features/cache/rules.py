@@ -1,4 +1,4 @@
-"""From a configuration to a rule for one denoiser: one function per class of configuration, and the table of them."""
+"""Caching rules from configurations: one function per configuration class, and `RULES`, the table of them."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ from ...config import (
 )
 from ...errors import Unsupported, nearest
 from ...models import MAGCACHE_ROWS, TEACACHE_ROWS, Checkpoint
-from ...policies import POLICIES, DBCache, EasyCache, MagCache, SeaCache, StepMask, TeaCache, steps_of
+from ...policies import POLICIES, DBCache, EasyCache, MagCache, SeaCache, StepMask, TeaCache, named_mask
 from ..context import Denoiser, PipelineContext
 from .rule import Rule
 from .signals import (
-    WATCHES,
+    SIGNALS,
+    ChangeSignal,
+    EstimatedOutput,
+    FilteredLatents,
     FirstResidual,
-    Foretold,
-    Latents,
     ModulatedInput,
-    ProjectedSignal,
-    ScheduledSignal,
-    Watch,
-    WatchFactory,
+    ProjectedTimestepSignal,
+    SignalFactory,
+    TimestepSignal,
 )
 
 
 def rule_of(context: PipelineContext, denoiser: Denoiser, config: CacheConfig) -> Rule:
-    """A configuration's rule for a denoiser.
+    """The caching rule of a configuration for one denoiser.
 
     Raises:
-        Unsupported: The denoiser has too few blocks, or nothing was published for it and no constants were given.
+        Unsupported: The denoiser has too few blocks, or the rule needs constants and none are published for the model
+            or given.
     """
     return RULES[type(config)](context, denoiser, config)
 
@@ -52,7 +53,7 @@ def _common(config: CacheConfig) -> dict[str, Any]:
 
 
 def _mask_of(mask: str | tuple[float, ...]) -> tuple[bool, ...]:
-    return steps_of(mask) if isinstance(mask, str) else tuple(bool(item) for item in mask)
+    return named_mask(mask) if isinstance(mask, str) else tuple(bool(item) for item in mask)
 
 
 def _mask(context: PipelineContext, denoiser: Denoiser, config: StepMaskConfig) -> Rule:
@@ -71,7 +72,7 @@ def _interval(context: PipelineContext, denoiser: Denoiser, config: IntervalConf
 
 def _dbcache(context: PipelineContext, denoiser: Denoiser, config: DBCacheConfig) -> Rule:
     first, last = config.Fn_compute_blocks, config.Bn_compute_blocks
-    _refuse_first(denoiser, f"cache={config.kind!r}", first, last)
+    _refuse_too_few_blocks(denoiser, f"cache={config.kind!r}", first, last)
     if config.enable_separate_cfg is False and denoiser.adapter.guidance == "separate":
         raise Unsupported(
             f"cache={config.kind!r}",
@@ -83,7 +84,7 @@ def _dbcache(context: PipelineContext, denoiser: Denoiser, config: DBCacheConfig
     if mask is not None and config.steps_computation_policy == "static":
         label = "step mask" if not isinstance(config.steps_computation_mask, str) else config.steps_computation_mask
         label = f"{config.kind}, {label}, static"
-        return Rule(lambda branch: StepMask(mask), label, Watch, first, last, **_common(config))
+        return Rule(lambda branch: StepMask(mask), label, ChangeSignal, first, last, **_common(config))
 
     def policy(branch: str) -> DBCache:
         return DBCache(
@@ -102,9 +103,20 @@ def _dbcache(context: PipelineContext, denoiser: Denoiser, config: DBCacheConfig
     return Rule(policy, label, FirstResidual, first, last, **_common(config))
 
 
-def _refuse_first(denoiser: Denoiser, feature: str, first: int, last: int, watched: str | None = None) -> None:
-    """Refuses to compute so many blocks at the beginning and at the end that none is left to skip. Whether to skip is
-    decided within the first stack, behind the blocks that are watched; `watched` says why, where no field does."""
+def _refuse_too_few_blocks(
+    denoiser: Denoiser, feature: str, first: int, last: int, measured: str | None = None
+) -> None:
+    """Refuses a rule that leaves no block to skip.
+
+    The decision is made within the first stack, behind its first blocks, so one of its blocks must be left.
+
+    Args:
+        denoiser: The denoiser.
+        feature: The cache, as the user wrote it.
+        first: Number of blocks computed at the beginning of the first stack.
+        last: Number of blocks computed at the end of the last stack.
+        measured: The measured blocks in words, for a rule without fields `Fn_compute_blocks` and `Bn_compute_blocks`.
+    """
     counts = [len(stack.blocks(denoiser.module)) for stack in denoiser.stacks]
     beginning, end = counts[0], counts[-1]
     if len(counts) > 1 and first < beginning and last <= end:
@@ -112,34 +124,38 @@ def _refuse_first(denoiser: Denoiser, feature: str, first: int, last: int, watch
     if len(counts) == 1 and (first + last < beginning):
         return
     have = f"its stacks have {', '.join(map(str, counts))}" if len(counts) > 1 else f"it has {beginning}"
-    if watched is not None:
-        reason = f"{watched} leaves no other of the first stack, where skipping is decided: {have}."
+    if measured is not None:
+        reason = f"{measured} leaves no other of the first stack, where skipping is decided: {have}."
     elif first >= beginning:
         reason = f"Fn_compute_blocks={first} leaves no block of the first stack, where skipping is decided: {have}."
     else:
         reason = f"Fn_compute_blocks={first} and Bn_compute_blocks={last} leave no block to skip: {have}."
-    unwatched = "cache='mask' or 'easycache', which watch no block."
+    other_rules = "cache='mask' or 'easycache', which measure no block."
     fewer = f"Fn_compute_blocks={min(first, beginning - 1)} and Bn_compute_blocks={{}} or fewer"
     most = min(last, end) if len(counts) > 1 else beginning - 1 - min(first, beginning - 1)
-    instead = f"{fewer.format(min(last, most))}, or {unwatched}" if beginning > 1 else unwatched
+    instead = f"{fewer.format(min(last, most))}, or {other_rules}" if beginning > 1 else other_rules
     raise Unsupported(feature, reason, instead, str(denoiser))
 
 
-def signal_of(denoiser: Denoiser, projected: bool = False) -> WatchFactory:
-    """What TeaCache watches on a model.
+def signal_of(denoiser: Denoiser, projected: bool = False) -> SignalFactory:
+    """TeaCache's signal for a model.
+
+    Args:
+        denoiser: The denoiser.
+        projected: Whether the projected time embedding is meant (Wan's `use_ret_steps`).
 
     Raises:
-        Unsupported: Its adapter does not say.
+        Unsupported: The denoiser's adapter defines no signal.
     """
     if denoiser.adapter.timestep_signal is not None:
-        return ProjectedSignal if projected else ScheduledSignal
+        return ProjectedTimestepSignal if projected else TimestepSignal
     if denoiser.adapter.block_signal is None:
-        raise Unsupported("cache", "no adapter says what signal to watch.", "cache=None for this model.", str(denoiser))
+        raise Unsupported("cache", "no adapter defines its signal.", "cache=None for this model.", str(denoiser))
     return ModulatedInput
 
 
 def _teacache(context: PipelineContext, denoiser: Denoiser, config: TeaCacheConfig) -> Rule:
-    watch = signal_of(denoiser, config.use_ret_steps)
+    signal = signal_of(denoiser, config.use_ret_steps)
     given = config.coefficients
     if denoiser.name == "transformer_2" and config.coefficients_2 is not None:
         given = config.coefficients_2
@@ -147,13 +163,13 @@ def _teacache(context: PipelineContext, denoiser: Denoiser, config: TeaCacheConf
         if config.threshold is None:
             raise Unsupported(
                 "cache='teacache'",
-                "own coefficients have no published threshold.",
-                "cache.threshold beside them.",
+                "given coefficients have no published threshold.",
+                "cache.threshold together with them.",
                 str(denoiser),
             )
         threshold, coefficients, source = config.threshold, given, "given coefficients"
     else:
-        name = _row_name(
+        name = _constants_name(
             context, denoiser, "cache='teacache'", given, denoiser.adapter.rows, TEACACHE_ROWS, config.use_ret_steps
         )
         row = TEACACHE_ROWS[name]
@@ -169,7 +185,7 @@ def _teacache(context: PipelineContext, denoiser: Denoiser, config: TeaCacheConf
     return Rule(
         lambda branch: TeaCache.published(threshold, coefficients, config.use_ret_steps),
         f"teacache, threshold {threshold:g}, {source}",
-        watch,
+        signal,
         **_common(config),
     )
 
@@ -181,7 +197,7 @@ def _magcache(context: PipelineContext, denoiser: Denoiser, config: MagCacheConf
     if isinstance(given, tuple):
         ratios, source = given, "a given table"
     else:
-        name = _row_name(context, denoiser, "cache='magcache'", given, denoiser.adapter.mag_rows, MAGCACHE_ROWS)
+        name = _constants_name(context, denoiser, "cache='magcache'", given, denoiser.adapter.mag_rows, MAGCACHE_ROWS)
         ratios, source = MAGCACHE_ROWS[name].ratios, f"table {name!r}"
     return Rule(
         lambda branch: MagCache(config.threshold, ratios, config.max_skip_steps, config.retention_ratio),
@@ -190,16 +206,29 @@ def _magcache(context: PipelineContext, denoiser: Denoiser, config: MagCacheConf
     )
 
 
-def _row_name(
+def _constants_name(
     context: PipelineContext,
     denoiser: Denoiser,
-    what: str,
+    feature: str,
     given: str | None,
     rows: Any,
-    known: Any,
+    published: Any,
     use_ret_steps: bool = False,
 ) -> str:
-    """The name of the published constants that are meant, or `Unsupported`."""
+    """The name of the published constants for a model.
+
+    Args:
+        context: The pipeline.
+        denoiser: The denoiser.
+        feature: The cache, as the user wrote it.
+        given: The configured name; `None` finds it from the model's configuration.
+        rows: Names of the constants that the denoiser's adapter lists.
+        published: Name -> constants, of all models.
+        use_ret_steps: Whether TeaCache's second variant for Wan is meant.
+
+    Raises:
+        Unsupported: No constants are published for the model, or there are none of the configured name.
+    """
     checkpoint = Checkpoint(
         config=denoiser.config,
         pipeline=type(context.pipe).__name__,
@@ -207,17 +236,17 @@ def _row_name(
         use_ret_steps=use_ret_steps,
     )
     name = given if given is not None else denoiser.adapter.row(checkpoint)
-    missing = "ratios" if known is MAGCACHE_ROWS else "coefficients"
-    if name is None or (given is None and name not in known):
-        published = f", or the name of published ones ({', '.join(rows)})" if rows else ""
+    missing = "ratios" if published is MAGCACHE_ROWS else "coefficients"
+    if name is None or (given is None and name not in published):
+        names = f", or the name of published ones ({', '.join(rows)})" if rows else ""
         raise Unsupported(
-            what,
+            feature,
             f"no {missing} are published for this configuration.",
-            f"calibrate(pipe, prompts), which fits them{published}.",
+            f"calibrate(pipe, prompts), which fits them{names}.",
             str(denoiser),
         )
-    if name not in known:
-        raise Unsupported(what, f"there are no published constants {name!r}.", nearest(name, known))
+    if name not in published:
+        raise Unsupported(feature, f"there are no published constants {name!r}.", nearest(name, published))
     return name
 
 
@@ -225,31 +254,31 @@ def _easycache(context: PipelineContext, denoiser: Denoiser, config: EasyCacheCo
     return Rule(
         lambda branch: EasyCache(config.threshold, config.warmup),
         f"easycache, threshold {config.threshold:g}, {config.warmup} steps computed first",
-        Foretold,
-        whole=True,
-        together=True,
+        EstimatedOutput,
+        whole_denoiser=True,
+        shared_decision=True,
         **_common(config),
     )
 
 
 def _seacache(context: PipelineContext, denoiser: Denoiser, config: SeaCacheConfig) -> Rule:
-    most = config.max_consecutive_cached or -1
+    max_consecutive = config.max_consecutive_cached or -1
     return Rule(
-        lambda branch: SeaCache(config.threshold, config.retention_steps, config.cache_end_steps, most),
+        lambda branch: SeaCache(config.threshold, config.retention_steps, config.cache_end_steps, max_consecutive),
         f"seacache, threshold {config.threshold:g}",
-        partial(Latents, power=config.power_exp),
+        partial(FilteredLatents, power=config.power_exp),
         **_common(config),
     )
 
 
-def _own(context: PipelineContext, denoiser: Denoiser, config: PolicyConfig) -> Rule:
+def _registered(context: PipelineContext, denoiser: Denoiser, config: PolicyConfig) -> Rule:
     record = POLICIES.get(config.name)
-    watch: WatchFactory = signal_of(denoiser) if record.watches == "signal" else WATCHES[record.watches]
+    signal: SignalFactory = signal_of(denoiser) if record.signal == "modulated_input" else SIGNALS[record.signal]
     options = plain(config.options or {})
-    record.make(options)  # refused now, if it cannot be made
-    _refuse_first(denoiser, f"cache={config.name!r}", record.first, 0, "the block that it watches")
-    label = f"{config.name}, a policy of yours"
-    return Rule(lambda branch: record.make(options), label, watch, record.first, **_common(config))
+    record.make(options)  # an invalid policy is refused before any change
+    _refuse_too_few_blocks(denoiser, f"cache={config.name!r}", record.first, 0, "the block that it measures")
+    label = f"{config.name}, a registered policy"
+    return Rule(lambda branch: record.make(options), label, signal, record.first, **_common(config))
 
 
 RULES: dict[type, Callable[[PipelineContext, Denoiser, Any], Rule]] = {
@@ -262,5 +291,5 @@ RULES: dict[type, Callable[[PipelineContext, Denoiser, Any], Rule]] = {
     MagCacheConfig: _magcache,
     EasyCacheConfig: _easycache,
     SeaCacheConfig: _seacache,
-    PolicyConfig: _own,
+    PolicyConfig: _registered,
 }

@@ -1,7 +1,8 @@
-"""What a caching rule may watch, and how its change is measured: on the device, read back once per step at most.
+"""Change signals: the values whose relative change a caching policy reads, measured on the device.
 
-A watch looks either before the denoiser runs (`at_entry`), or before its first block that may be skipped. Where ranks
-share a sequence, each sees its part of what is watched between blocks: changes are those of all parts together.
+A signal is measured before the denoiser runs (`before_denoiser`), or before its first skippable block. A change is read
+back to the host once per step at most. Ranks that share a sequence each have a part of the values between blocks, so
+`FeatureOutputs.reduce` sums over ranks and all of them get one change.
 """
 
 from __future__ import annotations
@@ -14,52 +15,59 @@ from torch import nn
 
 from ...core.noise import noise_shares
 from ...core.step import StepState
-from ...policies import foretold, gain, rate
+from ...core.tree import tensors_in
+from ...policies import change_ratio, estimated_change, wiener_gain
 from ..context import Denoiser, PipelineContext
-from .lanes import Lane, Streams, relative
+from .state import BranchState, Streams, relative
 
 Arguments = Mapping[str, Any]
-# What was seen, to compare the next with, and its relative change; None if there is nothing to compare it with.
-Seen = tuple[Any, float | None]
+# (signal, relative change): the signal is kept for the next comparison; the change is None without a comparison.
+Measurement = tuple[Any, float | None]
 # `FeatureOutputs.reduce`.
-Summed = Callable[[torch.Tensor], torch.Tensor] | None
-# Makes the watch of one denoiser.
-WatchFactory = Callable[[PipelineContext, Denoiser], "Watch"]
+Reduce = Callable[[torch.Tensor], torch.Tensor] | None
+# Makes the signal of one denoiser.
+SignalFactory = Callable[[PipelineContext, Denoiser], "ChangeSignal"]
 
 
-class Watch:
-    """Watches nothing: the change is always 0.
+class ChangeSignal:
+    """The base class, and the signal of policies that read none: its change is always 0.
+
+    Args:
+        context: The pipeline.
+        denoiser: The denoiser.
 
     Attributes:
-        at_entry: Whether it looks before the denoiser runs.
-        with_computed: Whether it compares with the last step that was computed, instead of with the last step.
+        before_denoiser: Whether the signal is measured before the denoiser runs, instead of at its first skippable
+            block.
+        since_computed: Whether the change is that since the last computed step, instead of since the last step.
     """
 
-    at_entry = False
-    with_computed = False
+    before_denoiser = False
+    since_computed = False
 
     def __init__(self, context: PipelineContext, denoiser: Denoiser):
         self.context, self.denoiser = context, denoiser
 
-    def look(
-        self, lane: Lane, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
-    ) -> Seen:
-        """What is seen now and how much it changed.
+    def measure(
+        self, state: BranchState, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
+    ) -> Measurement:
+        """The signal of this call and its relative change.
 
         Args:
-            lane: The branch's.
-            step: Where the call stands.
-            block: The first block that may be skipped; `None` at the entry.
-            arguments: The block's, or the denoiser's at the entry.
-            streams: The block's.
+            state: The state of the call's branch.
+            step: The place of the call.
+            block: The first skippable block; `None` before the denoiser.
+            arguments: Name -> argument of the block, or of the denoiser.
+            streams: The block's input streams; empty before the denoiser.
         """
         return None, 0.0
 
-    def computed(self, lane: Lane, outputs: list[torch.Tensor]) -> None:
-        """Takes what the denoiser returned on a step that was computed."""
+    def record_outputs(self, state: BranchState, outputs: list[torch.Tensor]) -> None:
+        """Called with the denoiser's outputs on a computed step, if the rule skips the whole denoiser."""
 
     def conditional(self, signal: torch.Tensor, step: StepState) -> torch.Tensor:
-        """The conditional half of a signal, which comes last, where both guidance branches share a call."""
+        """The conditional half of a signal (batch, ...) if both guidance branches share a call. Pipelines put it
+        last."""
         adapter, pipe = self.denoiser.adapter, self.context.clock.pipe or self.context.pipe
         batched = adapter.guidance == "batched" and step.branch == adapter.branches[0]
         if batched and getattr(pipe, "do_classifier_free_guidance", False) and signal.shape[0] % 2 == 0:
@@ -67,88 +75,96 @@ class Watch:
         return signal
 
 
-class ModulatedInput(Watch):
-    """TeaCache's signal: the first block's modulated input, as the adapter says."""
+class ModulatedInput(ChangeSignal):
+    """TeaCache's signal: the first block's modulated input, computed by `Adapter.block_signal`."""
 
-    def look(
-        self, lane: Lane, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
-    ) -> Seen:
-        """See `Watch.look`."""
+    def measure(
+        self, state: BranchState, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
+    ) -> Measurement:
+        """See `ChangeSignal.measure`."""
         assert self.denoiser.adapter.block_signal is not None and block is not None
         with self.context.outputs.gathered(block):
-            seen = self.conditional(self.denoiser.adapter.block_signal(block, arguments), step)
-        return seen, change(seen, lane.signal, self.context.outputs.reduce)
+            signal = self.conditional(self.denoiser.adapter.block_signal(block, arguments), step)
+        return signal, change(signal, state.signal, self.context.outputs.reduce)
 
 
-class ScheduledSignal(Watch):
-    """TeaCache's signal where it depends on the timestep alone: all changes of a request are known at its first step,
-    and read from the device once."""
+class TimestepSignal(ChangeSignal):
+    """TeaCache's signal for models where it depends on the timestep alone (Wan).
+
+    All changes of a request are computed at its first step, and read from the device once.
+
+    Attributes:
+        projected: Whether the signal is the projected time embedding.
+    """
 
     projected = False
 
     def __init__(self, context: PipelineContext, denoiser: Denoiser):
         super().__init__(context, denoiser)
-        self._known: tuple[int, list[float]] = (0, [])
+        self._changes: tuple[int, list[float]] = (0, [])  # of a request, by its number
 
-    def look(
-        self, lane: Lane, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
-    ) -> Seen:
-        """See `Watch.look`."""
-        request, changes = self._known
+    def measure(
+        self, state: BranchState, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
+    ) -> Measurement:
+        """See `ChangeSignal.measure`."""
+        request, changes = self._changes
         if request != step.request:
             signal = self.denoiser.adapter.timestep_signal
             assert signal is not None
             timesteps = self.context.clock.timesteps
             device = next(self.denoiser.module.parameters()).device
             signals = signal(self.denoiser.module, timesteps.to(device), self.projected).float()
-            changes = [0.0, *_along_steps(signals[1:], signals[:-1]).tolist()]
-            self._known = (step.request, changes)
-        if lane.step is None or step.step is None or step.step != lane.step + 1:
+            changes = [0.0, *_changes_along_steps(signals[1:], signals[:-1]).tolist()]
+            self._changes = (step.request, changes)
+        if state.step is None or step.step is None or step.step != state.step + 1:
             return None, None
         return None, changes[step.step]
 
 
-class ProjectedSignal(ScheduledSignal):
-    """The same of the projected embedding (Wan's `use_ret_steps`)."""
+class ProjectedTimestepSignal(TimestepSignal):
+    """TeaCache's signal from the projected time embedding (Wan's `use_ret_steps`)."""
 
     projected = True
 
 
-class FirstResidual(Watch):
-    """What the first blocks add to the picture's stream (FBCache, DBCache)."""
+class FirstResidual(ChangeSignal):
+    """The residual of the first blocks in the main stream (FBCache, DBCache)."""
 
-    with_computed = True
+    since_computed = True
 
-    def look(
-        self, lane: Lane, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
-    ) -> Seen:
-        """See `Watch.look`."""
-        now, begin = main_stream(streams), lane.begin
-        if now is None or begin is None or now.shape != begin.shape:
+    def measure(
+        self, state: BranchState, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
+    ) -> Measurement:
+        """See `ChangeSignal.measure`."""
+        stream, first_input = main_stream(streams), state.first_input
+        if stream is None or first_input is None or stream.shape != first_input.shape:
             return None, None
-        seen = self.conditional(now - begin, step)
-        return seen, change(seen, lane.signal, self.context.outputs.reduce)
+        signal = self.conditional(stream - first_input, step)
+        return signal, change(signal, state.signal, self.context.outputs.reduce)
 
 
-class Latents(Watch):
-    """The latents' signal, told from their noise by its spectrum (SeaCache).
+class FilteredLatents(ChangeSignal):
+    """The latents with their noise filtered out in the frequency domain (SeaCache).
 
-    Attributes:
-        power: Exponent of the spectrum; `None` for 2 for pictures and 3 for videos.
+    Args:
+        context: The pipeline.
+        denoiser: The denoiser.
+        power: Exponent of the clean pictures' power spectrum; `None` takes 2 for pictures and 3 for videos.
     """
 
-    at_entry = True
+    before_denoiser = True
 
     def __init__(self, context: PipelineContext, denoiser: Denoiser, power: float | None = None):
         super().__init__(context, denoiser)
         self.power = power
+        # Values of a request, with its number.
         self._noise: tuple[int, list[float] | None] = (0, None)
         self._grid: tuple[int, Any] = (0, None)
 
-    def look(
-        self, lane: Lane, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
-    ) -> Seen:
-        """See `Watch.look`."""
+    def measure(
+        self, state: BranchState, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
+    ) -> Measurement:
+        """See `ChangeSignal.measure`."""
         adapter = self.denoiser.adapter
         if self._noise[0] != step.request:
             self._noise = (step.request, noise_shares(self.context.clock.scheduler))
@@ -156,107 +172,121 @@ class Latents(Watch):
         noise = self._noise[1]
         if noise is None or step.step is None:
             return None, None
-        found = adapter.latents(self.denoiser.module, arguments, self._grid[1])
-        seen = [self.filtered(item, noise[step.step]) for item in found]
-        before = lane.signal
-        if before is None or len(before) != len(seen):
-            return seen, None
-        if any(one.shape != other.shape for one, other in zip(seen, before, strict=True)):
-            return seen, None
-        changes = [relative(one, other) for one, other in zip(seen, before, strict=True)]
-        return seen, _agreed(torch.stack(changes).mean(), self.context.outputs.reduce)
+        latents = adapter.latents(self.denoiser.module, arguments, self._grid[1])
+        signal = [self.filtered(item, noise[step.step]) for item in latents]
+        before = state.signal
+        if before is None or len(before) != len(signal):
+            return signal, None
+        if any(one.shape != other.shape for one, other in zip(signal, before, strict=True)):
+            return signal, None
+        changes = [relative(one, other) for one, other in zip(signal, before, strict=True)]
+        return signal, _mean_of_ranks(torch.stack(changes).mean(), self.context.outputs.reduce)
 
     def filtered(self, latents: torch.Tensor, noise: float) -> torch.Tensor:
-        """Latents (batch, channels, *space) with the frequencies kept that are signal at this share of noise."""
+        """Latents after a Wiener-like filter; see `policies/seacache.py`.
+
+        Args:
+            latents: Floating point (batch, channels, *space).
+            noise: Share of noise in the latents, between 0 and 1.
+
+        Returns:
+            float32 of the same shape.
+        """
         dims = tuple(range(2, latents.ndim))
         power = self.power or (3.0 if len(dims) == 3 and latents.shape[2] > 1 else 2.0)
         gains = torch.ones((), dtype=torch.float32)
         for dim in dims:
             axis = torch.tensor(
-                [gain(abs(float(item)), noise, power) for item in torch.fft.fftfreq(latents.shape[dim])]
+                [wiener_gain(abs(float(item)), noise, power) for item in torch.fft.fftfreq(latents.shape[dim])]
             )
             gains = gains.unsqueeze(-1) * axis
         gains = (gains / gains.mean()).to(latents.device)
         return torch.fft.ifftn(torch.fft.fftn(latents.float(), dim=dims) * gains, dim=dims).real
 
 
-class Foretold(Watch):
-    """The change of the denoiser's output, foretold from that of its input (EasyCache)."""
+class EstimatedOutput(ChangeSignal):
+    """The denoiser's latents, whose change gives an estimate of the output's change (EasyCache)."""
 
-    at_entry = True
+    before_denoiser = True
 
-    def look(
-        self, lane: Lane, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
-    ) -> Seen:
-        """See `Watch.look`."""
-        # Copies: a pipeline may write its next latents over these.
-        seen = [item.clone() for item in latents_of(self.denoiser, arguments)]
-        before, outputs, k = (lane.signal, lane.memory.get("outputs"), lane.memory.get("k"))
-        moved = _moved(seen, before)
+    def measure(
+        self, state: BranchState, step: StepState, block: nn.Module | None, arguments: Arguments, streams: Streams
+    ) -> Measurement:
+        """See `ChangeSignal.measure`."""
+        # Copies, because a pipeline may write its next latents in place.
+        signal = [item.clone() for item in latents_of(self.denoiser, arguments)]
+        before, outputs, k = (state.signal, state.memory.get("outputs"), state.memory.get("k"))
+        moved = _mean_difference(signal, before)
         if moved is None or outputs is None or k is None:
-            return seen, None
-        return seen, _agreed(foretold(k, moved, _size(outputs)), self.context.outputs.reduce)
+            return signal, None
+        return signal, _mean_of_ranks(estimated_change(k, moved, _mean_size(outputs)), self.context.outputs.reduce)
 
-    def computed(self, lane: Lane, outputs: list[torch.Tensor]) -> None:
-        """k, from what changed since the last step that was computed."""
-        inputs = lane.signal
-        moved = _moved(inputs, lane.memory.get("inputs"))
-        changed = _moved(outputs, lane.memory.get("outputs"))
+    def record_outputs(self, state: BranchState, outputs: list[torch.Tensor]) -> None:
+        """Updates k, the ratio of the output's to the input's change, between two computed steps."""
+        inputs = state.signal
+        moved = _mean_difference(inputs, state.memory.get("inputs"))
+        changed = _mean_difference(outputs, state.memory.get("outputs"))
         if moved is not None and changed is not None:
-            lane.memory["k"] = rate(changed, moved)
-        lane.memory["inputs"], lane.memory["outputs"] = inputs, [item.clone() for item in outputs]
+            state.memory["k"] = change_ratio(changed, moved)
+        state.memory["inputs"], state.memory["outputs"] = inputs, [item.clone() for item in outputs]
 
 
 def latents_of(denoiser: Denoiser, arguments: Arguments) -> list[torch.Tensor]:
-    """The tensors among the denoiser's arguments that its outputs answer to, in their order."""
-    return leaves([arguments.get(name) for name in denoiser.adapter.denoised])
-
-
-def leaves(values: Any) -> list[torch.Tensor]:
-    """All tensors in nested lists, tuples and outputs."""
-    return [item for item in torch.utils._pytree.tree_leaves(values) if isinstance(item, torch.Tensor)]
+    """The denoiser's latents, in the order of its outputs (`Adapter.denoised`)."""
+    return tensors_in([arguments.get(name) for name in denoiser.adapter.denoised])
 
 
 def main_stream(streams: Streams) -> torch.Tensor | None:
-    """The stream that is looked at: the picture's, which comes after the text's where there are two."""
+    """The picture's stream. Stock blocks call it `hidden_states`, or return it behind the text's stream."""
     return streams["hidden_states"] if "hidden_states" in streams else list(streams.values())[-1]
 
 
-def change(signal: torch.Tensor, previous: torch.Tensor | None, summed: Summed = None) -> float | None:
-    """The relative change since the previous signal, read from the device; `None` if there is none to compare with."""
+def change(signal: torch.Tensor, previous: torch.Tensor | None, reduce: Reduce = None) -> float | None:
+    """The relative L1 change since the previous signal, read from the device.
+
+    Args:
+        signal: The signal of this step.
+        previous: The signal to compare with, or `None`.
+        reduce: Sums a tensor over ranks with other parts of the signal; `None` for a single rank.
+
+    Returns:
+        `None` if there is no previous signal, or one of another shape.
+    """
     if previous is None or previous.shape != signal.shape:
         return None
-    if summed is None:
+    if reduce is None:
         return float(relative(signal, previous))
     sizes = [item.abs().sum(dtype=torch.float32) for item in (signal - previous, previous)]
-    moved, size = summed(torch.stack(sizes)).tolist()
+    moved, size = reduce(torch.stack(sizes)).tolist()
     return float(moved / size)
 
 
-def _agreed(value: torch.Tensor, summed: Summed) -> float:
-    """What ranks that see the same have found: their mean, should one have rounded otherwise."""
-    if summed is None:
+def _mean_of_ranks(value: torch.Tensor, reduce: Reduce) -> float:
+    """The mean over ranks of a change of replicated values. Ranks may round differently and must decide alike."""
+    if reduce is None:
         return float(value)
-    total, ranks = summed(torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])).tolist()
+    total, ranks = reduce(torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)])).tolist()
     return float(total / ranks)
 
 
-def _along_steps(signals: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+def _changes_along_steps(signals: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """Relative L1 changes (steps,) between signals (steps, features)."""
     return (signals - previous).abs().mean(-1) / previous.abs().mean(-1)
 
 
-def _moved(now: list[torch.Tensor] | None, before: list[torch.Tensor] | None) -> torch.Tensor | None:
-    """Mean absolute difference of all values together; `None` if they cannot be compared."""
+def _mean_difference(now: list[torch.Tensor] | None, before: list[torch.Tensor] | None) -> torch.Tensor | None:
+    """Mean absolute difference over all values of several tensors; `None` if shapes differ or one side is missing."""
     if now is None or before is None or [item.shape for item in now] != [item.shape for item in before]:
         return None
     total = [(one - other).abs().sum(dtype=torch.float32) for one, other in zip(now, before, strict=True)]
     return torch.stack(total).sum() / sum(item.numel() for item in now)
 
 
-def _size(values: list[torch.Tensor]) -> torch.Tensor:
+def _mean_size(values: list[torch.Tensor]) -> torch.Tensor:
+    """Mean absolute value over all values of several tensors."""
     total = torch.stack([item.abs().sum(dtype=torch.float32) for item in values]).sum()
     return total / sum(item.numel() for item in values)
 
 
-# What a registered policy may ask for by name, besides the model's own signal.
-WATCHES: dict[str | None, WatchFactory] = {None: Watch, "residual": FirstResidual, "latents": Latents}
+# `PolicyRecord.signal` -> signal, besides "modulated_input", which depends on the model.
+SIGNALS: dict[str | None, SignalFactory] = {None: ChangeSignal, "residual": FirstResidual, "latents": FilteredLatents}

@@ -1,7 +1,10 @@
-"""Regional compilation: each repeated block's forward runs compiled; blocks of one class share one compiled function.
+"""Regional compilation: every repeated block's forward is compiled, and blocks of one class share a compiled function.
 
-The compiled function is the innermost layer around a block, so caches, gates and hooks stay outside the graph, and
-`restore` takes it away without a trace on the module (`nn.Module.compile` would leave one).
+The compiled function is the innermost layer around a block, so layers of caches and hooks stay outside the graph.
+`restore` removes it without a trace on the module, which `nn.Module.compile` would leave.
+
+- `modulation.py` precomputes modulations of all steps for rewritten graphs (`rewrites/`).
+- `options.py` knows the backends, modes and options of the installed torch.
 """
 
 from __future__ import annotations
@@ -23,22 +26,22 @@ from ...core.submodules import submodules
 from ...errors import Unsupported
 from ..context import Denoiser, PipelineContext
 from ..feature import Plan
-from .known import options_of
-from .modulation import Modulations
+from .modulation import PrecomputedModulations
+from .options import options_of
 
 _RECOMPILE_LIMIT = 64
-# Inductor's options where blocks exchange something with other ranks: it leaves operators in the order in which it
-# finds them, which is that of all ranks, and in which exchanges overlap with what was put beside them.
-EXCHANGING = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+# Inductor's options for blocks with collectives: operators keep the order of the traced graph. All ranks have the same
+# order, and it overlaps collectives with the computation beside them.
+_FIXED_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 
 
 def check(context: PipelineContext, config: CompileConfig) -> Plan:
-    """How many blocks would be compiled.
+    """The number and classes of blocks to compile.
 
     Raises:
-        Unsupported: The denoiser has no repeated blocks that are known.
+        Unsupported: The denoiser has no known repeated blocks.
     """
-    if _off(context, config):
+    if _is_off(context, config):
         return Plan("nothing: compiled only on CUDA when the mode is 'auto'", 0)
     for denoiser in context.denoisers:
         if not denoiser.adapter.stacks:
@@ -48,40 +51,46 @@ def check(context: PipelineContext, config: CompileConfig) -> Plan:
     kinds = {type(block) for denoiser in context.denoisers for block in denoiser.adapter.blocks(denoiser.module)}
     names = ", ".join(sorted(kind.__name__ for kind in kinds))
     wrapped = sum(
-        not _plain(block) for denoiser in context.denoisers for block in denoiser.adapter.blocks(denoiser.module)
+        not _is_stock(block) for denoiser in context.denoisers for block in denoiser.adapter.blocks(denoiser.module)
     )
-    left = (f"{wrapped} blocks carry another hook: it is compiled with them, each alone, graph breaks allowed.",)
+    left = (
+        f"{wrapped} blocks have a foreign forward wrapper: each is compiled with it, and graph breaks are allowed.",
+    )
     action = f"{names} with {config.backend}, mode {_mode(config) or 'default'}"
-    ahead = [str(each) for each in context.denoisers if _ahead(context, each)]
-    notes = tuple(f"{name}: modulations of all steps are made before a request's first." for name in ahead)
+    precomputed = [str(each) for each in context.denoisers if _precomputes_modulations(context, each)]
+    notes = tuple(
+        f"{name}: modulations of all steps are computed before a request's first step." for name in precomputed
+    )
     return Plan(action, context.blocks, notes, left=left if wrapped else ())
 
 
 def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
     """One layer per block, and one around each denoiser."""
-    if _off(context, config):
+    if _is_off(context, config):
         return
     if config.backend == "inductor" and (context.config is None or context.config.linear is None):
-        # What the first compilation would import otherwise, while somebody waits for a picture. Where weights are
-        # quantized and moved, `accelerate` takes its time already. The names are torch's own: whatever is wrong with
-        # one is said when it is needed, if it ever is.
+        # Imports of the compiler take seconds, which a first request would wait for. Quantization takes long enough
+        # already, so `accelerate` with it does not import them. The modules are private to torch: an import error here
+        # is ignored, and is raised again by the compilation if it matters.
         for name in ("torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
             with suppress(Exception):
                 importlib.import_module(name)
     shared: dict[type, Callable[..., Any]] = {}
     for denoiser in context.denoisers:
-        yield AddLayer(denoiser.module, context.rank("compile"), _with_room)
+        yield AddLayer(denoiser.module, context.rank("compile"), _raise_recompile_limit)
         modulation = denoiser.adapter.modulation
-        if modulation is not None and _ahead(context, denoiser):
-            made = Modulations(context, denoiser, modulation)
-            context.outputs.modulations.append(made)
-            context.outputs.graph_keys.append(made.buffers)
+        if modulation is not None and _precomputes_modulations(context, denoiser):
+            precomputed = PrecomputedModulations(context, denoiser, modulation)
+            context.outputs.modulations.append(precomputed)
+            context.outputs.graph_keys.append(precomputed.generation)
             yield AddLayer(
-                denoiser.module.get_submodule(modulation.embedding), context.rank("compile"), made.around_embedding
+                denoiser.module.get_submodule(modulation.embedding),
+                context.rank("compile"),
+                precomputed.around_embedding,
             )
         blocks = denoiser.adapter.blocks(denoiser.module)
-        hooked = _Hooked(denoiser, blocks)
-        context.outputs.request_hooks.append(hooked.look)
+        hooked = _HookedBlocks(denoiser, blocks)
+        context.outputs.request_hooks.append(hooked.update)
         for block in blocks:
             rewrites = context.rewrites(denoiser)
             yield AddLayer(
@@ -90,25 +99,28 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
                 _compiled(block, config, shared, rewrites, bool(context.outputs.attention_carriers), hooked.blocks),
             )
             if denoiser.adapter.static_arguments:
-                # Of equal rank and added later, so it runs outside the compiled forward.
-                yield AddLayer(block, context.rank("compile"), _read(denoiser.adapter.static_arguments))
+                # A layer of equal rank that is added later runs outside the compiled forward.
+                yield AddLayer(block, context.rank("compile"), _item_layer(denoiser.adapter.static_arguments))
 
 
-def _ahead(context: PipelineContext, denoiser: Denoiser) -> bool:
-    """Whether modulations are made before a request's first step. They read many blocks' weights, and are found again
-    by their addresses: neither can be where blocks share memory for weights that ranks share."""
+def _precomputes_modulations(context: PipelineContext, denoiser: Denoiser) -> bool:
+    """Whether modulations are computed before a request's first step.
+
+    They need the weights of many blocks at once, and are found by the weights' addresses. Neither holds for weights
+    that ranks share, whose blocks share memory.
+    """
     return denoiser.adapter.modulation is not None and context.rewrites(denoiser) and not context.shares_weights
 
 
-def _with_room(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A layer within which a block may be compiled for many sizes and configurations. Dynamo stops at eight by itself,
-    for all pipelines of a process together, and then refuses."""
+def _raise_recompile_limit(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer that raises dynamo's recompile limit. The default of eight counts all pipelines of a process, whose sizes
+    and configurations each need a compilation."""
     with torch._dynamo.config.patch(recompile_limit=max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)):
         return inner(*args, **kwargs)
 
 
-def _read(names: tuple[str, ...]) -> Callable[..., Any]:
-    """A layer that turns one-element tensors among the named arguments into Python values, as the stock code would."""
+def _item_layer(names: tuple[str, ...]) -> Callable[..., Any]:
+    """A layer that passes one-element tensors among the named arguments as Python numbers, as stock code reads them."""
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for name in names:
@@ -119,15 +131,15 @@ def _read(names: tuple[str, ...]) -> Callable[..., Any]:
     return forward
 
 
-class _Hooked:
-    """The blocks that have hooks on modules within, which a compiled block would call wrongly or not at all.
+class _HookedBlocks:
+    """The blocks with hooks on inner modules, which a compiled block would skip. They run without compilation.
 
     Args:
         denoiser: The denoiser.
-        blocks: Its blocks.
+        blocks: The denoiser's blocks.
 
     Attributes:
-        blocks: The identities of those that have hooks, as the last request found them.
+        blocks: Identities of blocks with hooks at the start of the last request.
     """
 
     def __init__(self, denoiser: Denoiser, blocks: list[nn.Module]):
@@ -135,17 +147,21 @@ class _Hooked:
         self.blocks: set[int] = set()
         self._warned = False
 
-    def look(self, pipe: Any) -> None:
-        """Looks for hooks as a request begins: its user may have hung some there since the last."""
-        if pipe is not None:  # the denoiser is not about to run yet
+    def update(self, pipe: Any) -> None:
+        """A request hook: finds the hooks that are present when a request's first denoiser call begins.
+
+        Args:
+            pipe: The pipeline, before a request; `None` before the denoiser's first call.
+        """
+        if pipe is not None:
             return
         self.blocks.clear()
         self.blocks.update(id(block) for block in self._all if any(map(is_wrapped, submodules(block)[1:])))
         if self.blocks and not self._warned:
             self._warned = True
             warnings.warn(
-                f"compile: {len(self.blocks)} blocks of {self.denoiser} run as they are: modules within have hooks, "
-                "which a compiled block would not call.",
+                f"compile: {len(self.blocks)} blocks of {self.denoiser} run without compilation: inner modules have "
+                "hooks, which a compiled block would not call.",
                 stacklevel=2,
             )
 
@@ -155,18 +171,18 @@ def _compiled(
     config: CompileConfig,
     shared: dict[type, Callable[..., Any]],
     rewrites: bool,
-    exchanging: bool,
+    collectives: bool,
     hooked: set[int],
 ) -> Callable[..., Any]:
-    """A layer that runs `module`'s forward compiled.
+    """A layer that runs a block's forward compiled.
 
     Args:
         module: The block.
         config: The configuration.
-        shared: Compiled forwards by class.
-        rewrites: Whether graphs are rewritten.
-        exchanging: Whether attention exchanges heads with other ranks.
-        hooked: Identities of blocks that are to run as they are.
+        shared: Class of blocks -> compiled forward; this function adds to it.
+        rewrites: Whether graphs are rewritten before the backend compiles them.
+        collectives: Whether attention communicates with other ranks.
+        hooked: Identities of blocks that run without compilation.
     """
     options: dict[str, Any] = {
         "backend": config.backend,
@@ -175,9 +191,9 @@ def _compiled(
         "mode": _mode(config),
         "options": options_of(config) or None,
     }
-    if exchanging and config.backend == "inductor" and options["mode"] is None:
-        # Exchanges that do not depend on each other must come in one order on all ranks.
-        options["options"] = {**EXCHANGING, **(options["options"] or {})}
+    if collectives and config.backend == "inductor" and options["mode"] is None:
+        # Independent collectives must run in the same order on all ranks.
+        options["options"] = {**_FIXED_ORDER, **(options["options"] or {})}
     if rewrites and config.backend != "inductor":
         from .rewrites import rewritten
 
@@ -185,11 +201,11 @@ def _compiled(
     elif rewrites:
         from .rewrites import REWRITES
 
-        # A mode stands for options, and torch takes one or the other.
+        # torch takes a mode or options, so a mode is replaced by its options.
         own = torch._inductor.list_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
-        own = {**(EXCHANGING if exchanging else {}), **own}
+        own = {**(_FIXED_ORDER if collectives else {}), **own}
         options |= {"mode": None, "options": {**own, "pre_grad_custom_pass": REWRITES}}
-    if _plain(module):
+    if _is_stock(module):
         kind = type(module)
         if kind not in shared:
             shared[kind] = torch.compile(kind.forward, **options)
@@ -200,12 +216,12 @@ def _compiled(
             try:
                 return shared[kind](module, *args, **kwargs)
             except torch._dynamo.exc.Unsupported as error:
-                # Raised while it is traced, before anything was run.
+                # Tracing raises before any kernel runs.
                 if not options["fullgraph"]:
                     raise
                 options["fullgraph"] = False
                 warnings.warn(
-                    f"compile: {kind.__name__} is no single graph ({str(error).splitlines()[0]}): graph breaks are "
+                    f"compile: {kind.__name__} is not a single graph ({str(error).splitlines()[0]}): graph breaks are "
                     "allowed in it.",
                     stacklevel=2,
                 )
@@ -213,7 +229,7 @@ def _compiled(
                 return shared[kind](module, *args, **kwargs)
 
         return compiled
-    # Somebody else's wrapper (an offload hook, say) is part of the forward here: compile around it.
+    # A foreign wrapper (e.g. an offload hook) is compiled together with the forward.
     around: list[Callable[..., Any]] = []
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -224,8 +240,8 @@ def _compiled(
     return forward
 
 
-def _plain(module: nn.Module) -> bool:
-    """Whether nobody else has wrapped the module's forward."""
+def _is_stock(module: nn.Module) -> bool:
+    """Whether the module's forward has no foreign wrapper."""
     chain = Chain.find(module)
     return chain.stock if chain is not None else "forward" not in vars(module)
 
@@ -234,5 +250,5 @@ def _mode(config: CompileConfig) -> str | None:
     return None if config.mode in ("auto", "default") or config.backend != "inductor" else config.mode
 
 
-def _off(context: PipelineContext, config: CompileConfig) -> bool:
+def _is_off(context: PipelineContext, config: CompileConfig) -> bool:
     return config.mode == "auto" and any(denoiser.device.type != "cuda" for denoiser in context.denoisers)

@@ -1,11 +1,10 @@
-"""Modulations of all steps, made before the first.
+"""Precomputed modulations: the modulation products of all steps, computed before a request's first step.
 
-Some models make what modulates their tokens anew in every block (FLUX.1, Qwen-Image, SD3), from an embedding of the
-time step and the prompt: products of one row, which read up to a third of the model's weights once a step. When a
-request's first embedding is made, those of its other steps are too, by the stock module itself, and the layers'
-products of all of them at once. Rewritten graphs look them up (`kernels/linear/precomputed.py`), after comparing their
-input on the GPU. Weights are read when a request begins: one that is written to in place before it ends counts from the
-next.
+In some models (FLUX.1, Qwen-Image, SD3) every block computes its modulation from an embedding of the timestep and the
+prompt. These are products of one row each, and they read up to a third of the model's weights on every step. The first
+embedding of a request triggers those of all later steps, by the stock module, and the layers' products of all steps in
+one multiplication. Rewritten graphs look the products up (`kernels/linear/precomputed.py`) after comparing their input
+on the GPU. The weights are read at the start of a request: a write in place takes effect with the next request.
 """
 
 from __future__ import annotations
@@ -23,68 +22,80 @@ from ...kernels.linear.skinny import MAX_ROWS
 from ...models.adapter import Modulation
 from ..context import Denoiser, PipelineContext
 
-# Kinds of quantized layers that a rewritten graph multiplies without rounding a few rows.
+# Kinds of quantized layers whose rewritten graph does not round activations of a few rows.
 _NARROW = ("fp8", "int8")
-# Of more steps the products would take much memory: 32 steps of FLUX.1 take 67 MB, of Qwen-Image 142.
+# Bounds the memory of the products: 32 steps take 67 MB for FLUX.1, and 142 MB for Qwen-Image.
 _MOST_STEPS = 128
 
 
-class Modulations:
-    """What is known of one denoiser's modulations.
+class PrecomputedModulations:
+    """The precomputed modulations of one denoiser.
 
     Args:
         context: The pipeline.
         denoiser: The denoiser.
-        modulation: Which layers make them, and how their input comes about.
+        modulation: The adapter's record of modulation layers and of their input.
     """
 
     def __init__(self, context: PipelineContext, denoiser: Denoiser, modulation: Modulation):
         self.context, self.denoiser, self.modulation = context, denoiser, modulation
         self._generation = 0
-        # By the form of the embedding: CUDA graphs of several batch sizes know their buffers by their addresses.
-        self._sets: dict[Hashable, tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]]] = {}
+        # (shape, dtype, device) of the embedding -> buffers. CUDA graphs of several batch sizes hold their addresses.
+        self._buffers: dict[Hashable, tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]]] = {}
         self._current: tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]] | None = None
-        # Kept for the call at hand, whose graphs still have their addresses.
-        self._outgrown: Any = None
+        # Replaced buffers, kept for the running call, whose graphs still hold their addresses.
+        self._replaced: Any = None
         self._branch: tuple[int, str] | None = None
 
     @property
     def layers(self) -> int:
-        """Layers whose products of the last request were made beforehand."""
+        """Number of layers with precomputed products in the last request."""
         return 0 if self._current is None else len(self._current[1])
 
     @property
     def missed(self) -> int:
-        """Products of those layers that were made anew all the same, in the last request. Reads from the device."""
+        """Number of products of these layers that the last request computed again, for another input. Reads from the
+        device."""
         return 0 if self._current is None else int(self._current[0].misses)
 
-    def buffers(self) -> int:
-        """Another number once CUDA graphs that know the buffers' addresses must not be played any more."""
+    def generation(self) -> int:
+        """The generation of the buffers. A new one invalidates CUDA graphs, which hold the old buffers' addresses."""
         return self._generation
 
     def around_embedding(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer around the module that makes the embedding."""
+        """The layer around the embedding module."""
         step = self.context.clock.current
         if step is None or step.step is None or not args or torch.is_grad_enabled():
-            self._at(None)
+            self._set_step(None)
             return inner(*args, **kwargs)
         branch = (step.request, step.branch)
         if self._branch is None or self._branch[0] != branch[0]:
             self._branch = branch
-            for inputs, _ in self._sets.values():
+            for inputs, _ in self._buffers.values():
                 inputs.set_step(None)
-            self._current = self._ahead(step.step, inner, args, kwargs)
-        self._at(step.step if branch == self._branch or not self.modulation.of_prompt else None)
+            self._current = self._precompute(step.step, inner, args, kwargs)
+        self._set_step(step.step if branch == self._branch or not self.modulation.of_prompt else None)
         return inner(*args, **kwargs)
 
-    def _at(self, step: int | None) -> None:
+    def _set_step(self, step: int | None) -> None:
         if self._current is not None:
             self._current[0].set_step(step)
 
-    def _ahead(
+    def _precompute(
         self, first: int, inner: Callable[..., Any], args: Any, kwargs: Any
     ) -> tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]] | None:
-        """Makes the products of all steps from this one on; `None` where that cannot be done, or does not pay."""
+        """The products of all steps from the given one on.
+
+        Args:
+            first: Index of the request's first step.
+            inner: The stock embedding.
+            args: Positional arguments of the first step's embedding; the first is the timestep (batch,).
+            kwargs: Keyword arguments of the first step's embedding.
+
+        Returns:
+            The buffers of inputs, and address of a weight -> its products. `None` if the embedding has another form, or
+            the schedule is too short or too long.
+        """
         given, schedule, dtype = args[0], self.context.clock.timesteps, self.denoiser.dtype
         if not isinstance(given, torch.Tensor) or given.ndim != 1 or len(given) > MAX_ROWS:
             return None
@@ -100,7 +111,7 @@ class Modulations:
         layers = self._layers(dtype, found)
         if not layers:
             return None
-        inputs, before = self._room(found)
+        inputs, before = self._buffers_for(found)
         inputs.load(found)
         activated = F.silu(found).flatten(0, 1)
         known: dict[int, PrecomputedOutputs] = {}
@@ -117,21 +128,26 @@ class Modulations:
         register_precomputed(known)
         return inputs, before
 
-    def _room(self, rows: torch.Tensor) -> tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]]:
-        """Buffers for inputs like these."""
+    def _buffers_for(self, rows: torch.Tensor) -> tuple[PrecomputedInputs, dict[int, PrecomputedOutputs]]:
+        """Buffers for embeddings (steps, batch, features). Larger ones replace kept ones that are too small."""
         form = (rows.shape[1:], rows.dtype, rows.device)
-        kept = self._sets.get(form)
+        kept = self._buffers.get(form)
         if kept is not None and kept[0].has_room_for(rows):
             return kept
         if kept is not None:
-            # Graphs that know the smaller buffers are played in this call for the last time, and find nothing there.
+            # Graphs with the smaller buffers are replayed once more, in this call. No product is found there.
             self._generation += 1
-            self._outgrown = kept
-        self._sets[form] = (PrecomputedInputs(rows), {})
-        return self._sets[form]
+            self._replaced = kept
+        self._buffers[form] = (PrecomputedInputs(rows), {})
+        return self._buffers[form]
 
     def _layers(self, dtype: torch.dtype, rows: torch.Tensor) -> list[Any]:
-        """The layers whose weights a rewritten graph gives to a product of a few rows, and that take such rows."""
+        """The modulation layers that a rewritten graph computes by a product of a few rows.
+
+        Args:
+            dtype: The denoiser's dtype.
+            rows: Embeddings (steps, batch, features).
+        """
         found = []
         for block in self.denoiser.adapter.blocks(self.denoiser.module):
             for path in self.modulation.layers:
@@ -139,7 +155,7 @@ class Modulations:
                     layer: Any = block.get_submodule(path)
                 except AttributeError:
                     continue
-                layer = getattr(layer, "base_layer", layer)  # beneath a LoRA
+                layer = getattr(layer, "base_layer", layer)  # the stock layer of a LoRA layer
                 plain = type(layer) is nn.Linear and layer.weight.dtype == dtype
                 if not plain and getattr(layer, "kind", None) not in _NARROW:
                     continue
@@ -149,14 +165,21 @@ class Modulations:
 
 
 def _stored(layer: Any) -> torch.Tensor:
-    """A layer's weight as it is stored."""
+    """A layer's weight in its stored format."""
     found: torch.Tensor = layer.weight_data if isinstance(layer, QuantizedLinear) else layer.weight
     return found
 
 
 def _product(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Of many rows, in the type of `x`. Weights of 8 bits are widened, activations are not rounded: as in a product of
-    a few rows."""
+    """A layer's product with unrounded activations and widened 8-bit weights, equal to the kernel for a few rows.
+
+    Args:
+        layer: A linear or a quantized linear layer.
+        x: Activations (rows, in_features).
+
+    Returns:
+        (rows, out_features) in the dtype of `x`.
+    """
     if not isinstance(layer, QuantizedLinear):
         return F.linear(x, layer.weight, layer.bias)
     out = F.linear(x, layer.weight_data.to(x.dtype)).float() * layer.weight_scale.view(1, -1)

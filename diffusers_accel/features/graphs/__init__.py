@@ -1,21 +1,22 @@
-"""CUDA graphs: runs of blocks are launched in one call each, so that the GPU never waits for Python.
+"""CUDA graphs: runs of blocks are launched in one call each, so that the GPU does not wait for Python.
 
-A graph covers a run of blocks of one stack: a *segment*. Python still goes through the stock forward: what it does
-before, between and after the segments stays as it is, and so do caches, whose gates stand around the blocks; a skipped
-step plays no graph, and a computed one the same as ever. Within a segment the blocks before the last hand their streams
-on, and the last one plays the graph of them all.
+A graph covers a run of consecutive blocks of one stack: a *segment*. Python still runs the stock forward, so work
+before, between and after segments is unchanged. Caches' layers are around the blocks: a skipped step replays no graph,
+and a computed step replays all. Within a segment, blocks before the last return their streams without computing, and
+the last one replays the graph of the whole segment.
 
-That is right only if nobody touches the streams on their way. The first call of a kind is therefore run as it is and
-watched: a segment ends where a block is given anything that is neither what the block before it returned, nor what the
-segment's first block was given, nor a constant (ControlNet's additions, say); where a cache looks at the streams; and
-where a stack ends. The second call records, later ones play. A call's kind is the form of all its arguments (shapes,
-types, strides, and values of what is no tensor), with what other features do by the step (`graph_keys`). Weights are
-looked at when a request begins: if one has moved, or an adapter's scale has changed, everything is recorded anew.
+That is right only if nothing else uses the streams on their way. The first call of a *graph variant* is therefore
+traced. A segment ends where a block's argument is neither the previous block's output, nor an argument of the segment's
+first block, nor a constant (an example is ControlNet's addition). It also ends where a cache reads the streams, and at
+the end of a stack. The second call is captured, later ones are replayed.
 
-- `segments.py`: what a segment is made of.
-- `graphs.py`: a denoiser's graphs.
-- `whole.py`: the VAE's decoder and text encoders, if asked for: a graph for a whole forward.
-- `state.py`: what a graph depends on besides its inputs.
+A variant is the signature of all arguments (shapes, dtypes, strides, values of constants) together with other features'
+keys for the step (`graph_keys`). At the start of a request, a moved weight or a changed adapter drops all graphs.
+
+- `segments.py`: segments, and the sources of blocks' arguments.
+- `denoiser_graphs.py`: trace, capture and replay of a denoiser's segments.
+- `module_graphs.py`: graphs of whole forwards, for the VAE's decoder and the text encoders.
+- `dependencies.py`: a graph's dependencies besides its inputs.
 """
 
 from __future__ import annotations
@@ -26,71 +27,69 @@ from torch import nn
 
 from ...config import CudaGraphConfig
 from ...core.edits import AddLayer, Edit
-from ...core.graphs import RECORDERS
+from ...core.graphs import GRAPH_BACKENDS
 from ...errors import Unsupported
 from ...models.adapter import parameter_names
 from ..context import PipelineContext
 from ..feature import Plan, refuse_offloaded
-from .graphs import Graphs
-from .whole import Whole
+from .denoiser_graphs import DenoiserGraphs
+from .module_graphs import ModuleGraphs
 
-# inductor's modes that record graphs of their own, and its option.
-_OWN_GRAPHS = ("reduce-overhead", "max-autotune")
-_OWN_OPTION = "triton.cudagraphs"
+# inductor's modes and option that capture CUDA graphs.
+_INDUCTOR_MODES = ("reduce-overhead", "max-autotune")
+_INDUCTOR_OPTION = "triton.cudagraphs"
 
 
 def check(context: PipelineContext, config: CudaGraphConfig) -> Plan:
-    """How many blocks would be recorded.
+    """The number of blocks and other modules to capture.
 
     Raises:
-        Unsupported: Not on a CUDA device, no adapter says what blocks hand on, weights are offloaded, or inductor
-            records graphs itself.
+        Unsupported: A denoiser is not on a CUDA device, has no adapter or has offloaded weights; ranks share weights;
+            or inductor captures graphs itself.
     """
     if context.shares_weights:
         raise Unsupported(
             "cuda_graph",
-            "a graph covers many blocks, and ranks that share weights have those of two at a time.",
+            "a graph covers many blocks, and ranks that share weights hold those of two blocks at a time.",
             "cuda_graph=None, or parallel without fsdp.",
         )
     options = context.config.compile if context.config is not None else None
-    if options is not None and options.mode in _OWN_GRAPHS:
+    if options is not None and options.mode in _INDUCTOR_MODES:
         without = "'default' or 'max-autotune-no-cudagraphs'" if options.mode == "max-autotune" else "'default'"
         raise Unsupported(
             "cuda_graph",
-            f"torch.compile records graphs of its own in mode {options.mode!r}.",
+            f"torch.compile captures graphs itself in mode {options.mode!r}.",
             f"compile={without}, or cuda_graph=None.",
         )
-    if options is not None and (options.options or {}).get(_OWN_OPTION):
+    if options is not None and (options.options or {}).get(_INDUCTOR_OPTION):
         raise Unsupported(
             "cuda_graph",
-            f"torch.compile records graphs of its own with the option {_OWN_OPTION!r}.",
+            f"torch.compile captures graphs itself with the option {_INDUCTOR_OPTION!r}.",
             "compile without it, or cuda_graph=None.",
         )
     for denoiser in context.denoisers:
-        if denoiser.device.type not in RECORDERS:
+        if denoiser.device.type not in GRAPH_BACKENDS:
             raise Unsupported("cuda_graph", f"it runs on {denoiser.device}.", "cuda_graph=None.", str(denoiser))
         if denoiser.adapter.default or not denoiser.adapter.stacks:
-            raise Unsupported(
-                "cuda_graph", "no adapter says what its blocks hand on.", "cuda_graph=None.", str(denoiser)
-            )
+            raise Unsupported("cuda_graph", "no adapter names its blocks' outputs.", "cuda_graph=None.", str(denoiser))
         refuse_offloaded("cuda_graph", denoiser)
         if any("_hf_hook" in vars(module) for module in denoiser.module.modules()):
             raise Unsupported(
                 "cuda_graph", "its weights move between devices.", "cuda_graph=None, or no offloading.", str(denoiser)
             )
-    others = [name for name, _ in _wholes(context, config)]
+    others = [name for name, _ in _whole_modules(context, config)]
     return Plan(
-        f"{', '.join(['runs of blocks', *others])}, for up to {config.limit} kinds of calls",
+        f"{', '.join(['runs of blocks', *others])}, for up to {config.limit} graph variants",
         context.blocks + len(others),
-        ("The first two calls of a kind are run as they are; warmup(pipe) makes them beforehand.",),
+        ("The first two calls of a variant run without graphs; warmup(pipe) makes them in advance.",),
     )
 
 
-def _wholes(context: PipelineContext, config: CudaGraphConfig) -> list[tuple[str, nn.Module]]:
-    """The other modules whose forward is recorded as a whole, and their names.
+def _whole_modules(context: PipelineContext, config: CudaGraphConfig) -> list[tuple[str, nn.Module]]:
+    """(name, module) of the modules whose whole forward is captured.
 
     Raises:
-        Unsupported: There are none of those asked for, or one cannot be recorded.
+        Unsupported: The pipeline lacks a configured module, or its forward cannot be captured.
     """
     found: list[tuple[str, nn.Module]] = []
     if config.vae:
@@ -100,7 +99,7 @@ def _wholes(context: PipelineContext, config: CudaGraphConfig) -> list[tuple[str
             raise Unsupported("cuda_graph.vae", "there is no VAE with a decoder.", "cuda_graph.vae=False.")
         if "feat_cache" in parameter_names(decoder):
             raise Unsupported(
-                "cuda_graph.vae", "its decoder keeps what earlier chunks of a video left.", "cuda_graph.vae=False.",
+                "cuda_graph.vae", "its decoder keeps features of earlier chunks of a video.", "cuda_graph.vae=False.",
                 type(vae).__name__,
             )  # fmt: skip
         found.append(("vae.decoder", decoder))
@@ -120,24 +119,23 @@ def _wholes(context: PipelineContext, config: CudaGraphConfig) -> list[tuple[str
 
 
 def components(context: PipelineContext, config: CudaGraphConfig) -> tuple[str, ...]:
-    """The components besides the denoisers that it changes."""
-    return tuple(name.partition(".")[0] for name, _ in _wholes(context, config))
+    """Names of the changed components besides the denoisers."""
+    return tuple(name.partition(".")[0] for name, _ in _whole_modules(context, config))
 
 
 def edits(context: PipelineContext, config: CudaGraphConfig) -> Iterator[Edit]:
-    """One layer around each denoiser, which tells kinds of calls apart, and one around each block; one around each
-    other module."""
-    for name, module in _wholes(context, config):
+    """One layer around each denoiser, one around each of its blocks, and one around each other module."""
+    for name, module in _whole_modules(context, config):
         if name.partition(".")[0] in context.shared:
             continue
-        whole = Whole(context, name, module, config.limit)
-        context.outputs.graphs.append(whole)
-        yield AddLayer(module, context.rank("whole graph"), whole.around)
+        module_graphs = ModuleGraphs(context, name, module, config.limit)
+        context.outputs.graphs.append(module_graphs)
+        yield AddLayer(module, context.rank("graph module"), module_graphs.around_module)
     for denoiser in context.denoisers:
-        graphs = Graphs(context, denoiser, config)
+        graphs = DenoiserGraphs(context, denoiser, config)
         context.outputs.graphs.append(graphs)
-        yield AddLayer(denoiser.module, context.rank("graph kind"), graphs.around_denoiser)
+        yield AddLayer(denoiser.module, context.rank("graph denoiser"), graphs.around_denoiser)
         adapter = denoiser.adapter
         for stack in (*adapter.side_stacks, *adapter.stacks):
             for index, block in enumerate(stack.blocks(denoiser.module)):
-                yield AddLayer(block, context.rank("graph"), graphs.around_block(stack, block, index))
+                yield AddLayer(block, context.rank("graph block"), graphs.around_block(stack, block, index))

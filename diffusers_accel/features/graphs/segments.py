@@ -1,5 +1,7 @@
-"""Segments: which blocks can be played as one, and how. What is seen of a call while it is watched (`Kind`), what is
-noted while one runs (`Running`), and the blocks' calls themselves.
+"""Segments: runs of consecutive blocks that are captured as one CUDA graph.
+
+A graph variant (`GraphVariant`) holds the segments of all calls with one signature. `RunningCall` follows the streams
+through the blocks of the running call. `BlockCall` is one block's call, which a capture runs again on other tensors.
 """
 
 from __future__ import annotations
@@ -11,47 +13,58 @@ from typing import Any
 
 import torch
 
-from ...core.graphs import Recording
+from ...core.graphs import CapturedGraph
+from ...core.tree import Form
 
-# What may be recorded as it is, and compared.
+# Types whose values are captured as they are, and compared between calls.
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an argument of a block comes from: the `stream` of the block before, the argument `name` of the segment's
-    first block, or a `constant`."""
+    """The source of a block's argument. Without a stream and an argument it is the constant.
+
+    Attributes:
+        stream: Name of the previous block's output stream.
+        argument: Name of the argument of the segment's first block.
+        constant: The value of a constant.
+    """
 
     stream: str | None = None
-    name: str | None = None
+    argument: str | None = None
     constant: Any = None
 
-    def holds(self, value: Any, running: Running) -> bool:
-        """Whether an argument comes from there."""
+    def gives(self, value: Any, running: RunningCall) -> bool:
+        """Whether a value is the source's value in the running call, and was not written to in place."""
         if self.stream is not None:
             held = running.streams[self.stream]
             return value is held and _version(value) == running.versions[self.stream]
-        if self.name is not None:
-            return value is running.given[self.name]
+        if self.argument is not None:
+            return value is running.inputs[self.argument]
         return isinstance(value, CONSTANTS) and value == self.constant
 
-    def value(self, streams: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-        """The argument itself."""
+    def value(self, streams: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
+        """The argument.
+
+        Args:
+            streams: Name -> output stream of the previous block.
+            inputs: Name -> argument of the segment's first block.
+        """
         if self.stream is not None:
             return streams[self.stream]
-        return given[self.name] if self.name is not None else self.constant
+        return inputs[self.argument] if self.argument is not None else self.constant
 
 
 @dataclass
-class Call:
+class BlockCall:
     """One block's call within a segment.
 
     Attributes:
-        inner: What runs the block.
-        positional: Names of the arguments that are given by place.
-        keywords: Names of the others.
-        sources: Where each comes from.
-        streams: Names of what the block returns.
+        inner: The block's forward, without the graph's layer.
+        positional: Names of the positional arguments.
+        keywords: Names of the keyword arguments.
+        sources: Argument name -> source.
+        streams: Names of the block's output streams.
     """
 
     inner: Callable[..., Any]
@@ -60,122 +73,133 @@ class Call:
     sources: dict[str, Source]
     streams: tuple[str, ...]
 
-    def __call__(self, streams: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-        """Runs it on the streams of the block before and what the segment's first block was given."""
-        values = {name: self.sources[name].value(streams, given) for name in (*self.positional, *self.keywords)}
+    def __call__(self, streams: Mapping[str, Any], inputs: Mapping[str, Any]) -> Any:
+        """Runs the block.
+
+        Args:
+            streams: Name -> output stream of the previous block.
+            inputs: Name -> argument of the segment's first block.
+        """
+        values = {name: self.sources[name].value(streams, inputs) for name in (*self.positional, *self.keywords)}
         return self.inner(*(values[name] for name in self.positional), **{name: values[name] for name in self.keywords})
 
 
 @dataclass
 class Segment:
-    """A recorded run of blocks.
+    """A captured run of blocks.
 
     Attributes:
-        recording: What is played.
-        form: Of the first block's arguments: their structure, and what in them is no tensor.
-        result: Of the last block's output: the same.
-        attention: Attention calls that a replay stands for.
+        graph: The captured graph.
+        inputs: Form of the first block's arguments.
+        output: Form of the last block's output.
+        attention: Kernel name -> attention calls of one replay.
     """
 
-    recording: Recording
-    form: tuple[Any, list[Any]]
-    result: tuple[Any, list[Any]]
+    graph: CapturedGraph
+    inputs: Form
+    output: Form
     attention: Counter[str]
 
 
 @dataclass
-class Kind:
-    """One kind of call.
+class GraphVariant:
+    """The segments and graphs of all calls with one signature.
 
     Attributes:
-        heads: Blocks that a segment begins with, by their id.
-        ends: Those that one ends with.
-        cuts: How many begin one because something else is done before them.
-        sources: Block -> where its arguments come from.
-        watched: Whether a whole call was watched.
-        segments: What was recorded, by the first block.
-        why: Why this kind is run as it is; `None` if it is not.
+        starts: Identities of blocks that begin a segment.
+        ends: Identities of blocks that end a segment.
+        forced_starts: Number of segments that begin because of other work before them.
+        sources: Identity of a block -> argument name -> source.
+        traced: Whether a whole call was traced, so that the segments are known.
+        segments: Identity of a segment's first block -> captured segment.
+        refusal: Reason for which calls run without graphs; `None` if they have graphs.
     """
 
-    heads: set[int] = field(default_factory=set)
+    starts: set[int] = field(default_factory=set)
     ends: set[int] = field(default_factory=set)
-    cuts: int = 0
+    forced_starts: int = 0
     sources: dict[int, dict[str, Source]] = field(default_factory=dict)
-    watched: bool = False
+    traced: bool = False
     segments: dict[int, Segment] = field(default_factory=dict)
-    why: str | None = None
+    refusal: str | None = None
 
-    def forget(self) -> None:
-        """Drops what was seen while watching."""
-        self.heads.clear()
+    def reset_trace(self) -> None:
+        """Drops the findings of a trace."""
+        self.starts.clear()
         self.ends.clear()
         self.sources.clear()
-        self.cuts = 0
+        self.forced_starts = 0
 
 
 @dataclass
-class Running:
-    """The call that is running.
+class RunningCall:
+    """The state of the running denoiser call.
 
     Attributes:
-        kind: Its kind.
-        order: Blocks called so far, while the call is watched.
-        given: What the segment's first block was given.
-        streams: What the block before returned, or handed on.
-        versions: Of these, to see whether somebody wrote to them.
-        pending: The segment's calls so far.
-        head: Its first block.
-        ended: Whether the block before was a segment's last, while the call is watched.
+        variant: The call's graph variant.
+        order: Identities of the blocks called so far, during a trace.
+        after_end: Whether the previous block ended a segment, during a trace.
+        inputs: Name -> argument of the current segment's first block.
+        streams: Name -> output stream of the previous block.
+        versions: Name -> version counter of the stream's tensor, which shows writes in place.
+        pending: Calls of the current segment's blocks so far.
+        start: Identity of the current segment's first block.
     """
 
-    kind: Kind
+    variant: GraphVariant
     order: list[int] = field(default_factory=list)
-    ended: bool = True
-    given: dict[str, Any] = field(default_factory=dict)
+    after_end: bool = True
+    inputs: dict[str, Any] = field(default_factory=dict)
     streams: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
-    pending: list[Call] = field(default_factory=list)
-    head: int = 0
+    pending: list[BlockCall] = field(default_factory=list)
+    start: int = 0
 
-    def hand_on(self, streams: dict[str, Any]) -> None:
-        """Takes what the next block is to be given."""
+    def set_streams(self, streams: dict[str, Any]) -> None:
+        """Sets the streams that the next block gets."""
         self.streams, self.versions = streams, {name: _version(value) for name, value in streams.items()}
 
     def stream_of(self, value: Any) -> str | None:
-        """Which stream a value is, if nobody has written to it."""
+        """The name of the stream that a value is; `None` for another value, or for a stream written to in place."""
         for name, held in self.streams.items():
             if value is held and _version(value) == self.versions[name]:
                 return name
         return None
 
 
-def run(calls: list[Call], given: Mapping[str, Any]) -> Any:
-    """A segment's blocks one after another; what the last one returns."""
+def run_blocks(calls: list[BlockCall], inputs: Mapping[str, Any]) -> Any:
+    """Runs a segment's blocks in order, and returns the last one's output.
+
+    Args:
+        calls: The blocks' calls.
+        inputs: Name -> argument of the first block.
+    """
     streams: dict[str, Any] = {}
     out: Any = None
     for call in calls:
-        out = call(streams, given)
+        out = call(streams, inputs)
         streams = dict(zip(call.streams, out if isinstance(out, tuple) else (out,), strict=False))
     return out
 
 
-def source_of(value: Any, running: Running) -> Source | None:
-    """Where an argument comes from; `None` if from elsewhere."""
+def source_of(value: Any, running: RunningCall) -> Source | None:
+    """The source of an argument; `None` if it comes from outside the segment."""
     if isinstance(value, CONSTANTS):
         return Source(constant=value)
     stream = running.stream_of(value)
     if stream is not None:
         return Source(stream=stream)
-    # A stream that was written to is no longer what the first block was given either.
+    # A stream that was written to in place differs from the first block's argument, even if it is the same tensor.
     if any(value is held for held in running.streams.values()):
         return None
-    return next((Source(name=name) for name, held in running.given.items() if value is held), None)
+    return next((Source(argument=name) for name, held in running.inputs.items() if value is held), None)
 
 
 def _version(value: Any) -> int:
-    """How often somebody wrote to a tensor; 0 where that is not counted."""
+    """A tensor's version counter; 0 for inference tensors, which have none, and for other values."""
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
-def form_of(value: Any) -> tuple[Any, ...]:
+def shape_and_dtype(value: Any) -> tuple[Any, ...]:
+    """(shape, dtype) of a tensor; (type,) of another value."""
     return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else (type(value),)

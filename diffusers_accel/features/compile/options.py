@@ -1,5 +1,8 @@
-"""The backends, modes and options that the torch at hand compiles with. Asking torch loads its compiler, so it is asked
-only of a configuration that names something."""
+"""The backends, modes and options of the installed torch's compiler.
+
+A query loads the compiler, which takes seconds. It is made only for a configuration that names a backend, a mode or an
+option.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ...errors import ConfigError, nearest, shown
 
 
 def backends() -> list[str]:
-    """Names of backends, torch's and those that others have registered."""
+    """Names of backends, of torch and of registered packages."""
     import torch._dynamo
 
     return torch._dynamo.list_backends(exclude_tags=None)  # type: ignore[arg-type]
@@ -29,22 +32,22 @@ def modes() -> list[str]:
 
 
 def options_of(config: CompileConfig) -> dict[str, Any]:
-    """Inductor's options by the names that it has for them, values of its own types."""
+    """A configuration's options as inductor takes them: name -> value, with tuples where inductor has tuples."""
     return {name: _value(name, value) for name, value in plain(config.options or {}).items()}
 
 
 def refuse_options(config: CompileConfig) -> None:
-    """Refuses options that the backend would not take, or take no notice of.
+    """Refuses options that the backend does not know or would ignore.
 
     Raises:
-        ConfigError: An option is not known, or of another type; or the backend has no options.
+        ConfigError: An option is unknown or has a value of a wrong type, or the backend takes no options.
     """
     if not config.options:
         return
     if config.backend != "inductor":
         if not _takes_options(config.backend):
             raise ConfigError(
-                f"compile.options: backend={config.backend!r} takes no notice of them; got "
+                f"compile.options: backend={config.backend!r} ignores them; got "
                 f"{shown(plain(config.options))}. Give None, or backend='inductor'."
             )
         return
@@ -69,7 +72,7 @@ def refuse_options(config: CompileConfig) -> None:
 
 
 def _of_type(value: Any, kind: Any) -> bool:
-    """Whether plain data is of a type that inductor has for an option, as far as it says."""
+    """Whether a value has the type of an inductor option. A type without a run-time check accepts any value."""
     origin, of = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return value in of
@@ -83,7 +86,7 @@ def _of_type(value: Any, kind: Any) -> bool:
 
 
 def _value(name: str, value: Any) -> Any:
-    """A list as a tuple where inductor has one."""
+    """The value of an option; a list becomes a tuple if inductor's default is one."""
     if not isinstance(value, list):
         return value
     from torch._inductor import config as inductor
@@ -93,8 +96,8 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _takes_options(backend: str) -> bool:
-    """Whether a backend has a parameter for options. torch's own swallow what they do not know; of others' it is not
-    known what they make of it."""
+    """Whether a backend has a parameter for options. torch's own backends ignore unknown keyword arguments. Another
+    package's backend with arbitrary keyword arguments may use them, so it counts as one that takes options."""
     from torch._dynamo.backends.registry import lookup_backend
 
     function = lookup_backend(backend)

@@ -1,5 +1,7 @@
-"""What a recorded graph depends on besides its inputs: where the weights lie, what adapters do, and the form of a
-call."""
+"""The dependencies of a captured graph besides its inputs: addresses of weights, state of LoRA layers, hooks.
+
+A call's signature is here too: it decides which graph a call may replay.
+"""
 
 from __future__ import annotations
 
@@ -15,40 +17,40 @@ from .segments import CONSTANTS
 
 
 @dataclass(frozen=True)
-class State:
-    """A module's, as it is now.
+class Dependencies:
+    """The present dependencies of graphs of one module.
 
     Attributes:
-        weights: To be compared: every tensor's place, and what adapters do.
-        adapters: LoRA layers, and what each does besides its weights; it may change between two steps.
-        why: Why nothing can be recorded, or `None`.
+        weights: Addresses of all parameters and buffers with the state of LoRA layers, for comparison.
+        loras: LoRA layers with their state, which a step callback may change.
+        refusal: Reason for which nothing can be captured, or `None`.
     """
 
     weights: Hashable
-    adapters: list[tuple[Any, tuple[str, ...]]]
-    why: str | None
+    loras: list[tuple[Any, tuple[str, ...]]]
+    refusal: str | None
 
 
-def state_of(module: nn.Module) -> State:
-    """What a graph of a module's forward would depend on, and what forbids one."""
-    why: str | None = None
-    adapters: list[tuple[Any, tuple[str, ...]]] = []
+def dependencies_of(module: nn.Module) -> Dependencies:
+    """The present dependencies of graphs of a module's forward."""
+    refusal: str | None = None
+    loras: list[tuple[Any, tuple[str, ...]]] = []
     found: list[Hashable] = []
     for part in submodules(module):
         own = vars(part)
         if "_hf_hook" in own or ("_diffusers_hook" in own and any("offload" in name for name in _hooks_of(part))):
-            why = "its weights are offloaded"
-        called = part._forward_hooks or part._forward_pre_hooks
-        if called and part is not module and _has_foreign_hooks(part):
+            refusal = "its weights are offloaded"
+        hooked = part._forward_hooks or part._forward_pre_hooks
+        if hooked and part is not module and _has_foreign_hooks(part):
             path = next(path for path, each in module.named_modules() if each is part)
-            why = f"{path} has hooks, which a graph would not call"
+            refusal = f"{path} has hooks, which a graph would not call"
         found += (id(part), part.training)
         for tensors in (part._parameters, part._buffers):
             if tensors:
                 found += [_address(item) for item in tensors.values() if item is not None]
         if "scaling" in own and hasattr(part, "active_adapters"):
-            adapters.append((part, adapter_of(part)))
-    return State((*found, *(state for _, state in adapters)), adapters, why)
+            loras.append((part, lora_state(part)))
+    return Dependencies((*found, *(state for _, state in loras)), loras, refusal)
 
 
 def _hooks_of(module: Any) -> Iterable[str]:
@@ -57,14 +59,14 @@ def _hooks_of(module: Any) -> Iterable[str]:
 
 
 def _has_foreign_hooks(module: nn.Module) -> bool:
-    """Whether torch's hooks are somebody's own: transformers has some by which a model returns what its layers
-    computed."""
+    """Whether a module has torch hooks of its user. Hooks of transformers, which collect layer outputs, do not
+    count."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
-def adapter_of(module: Any) -> tuple[str, ...]:
-    """What a LoRA layer does besides its weights."""
+def lora_state(module: Any) -> tuple[str, ...]:
+    """The state of a LoRA layer besides its weights: scales, and active, disabled and merged adapters."""
     names = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
     return tuple(str(getattr(module, name, None)) for name in names)
 
@@ -72,23 +74,24 @@ def adapter_of(module: Any) -> tuple[str, ...]:
 def _address(item: torch.Tensor) -> int:
     try:
         return item.data_ptr()
-    except RuntimeError:  # a tensor that is made of others
+    except RuntimeError:  # a wrapper subclass (torchao) has no storage
         return id(item)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or the error's type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def call_form(value: Any) -> Hashable:
-    """What tells kinds of calls apart."""
+def call_signature(value: Any) -> Hashable:
+    """The signature of nested arguments: shapes, strides, dtypes and devices of tensors, and values of constants.
+    Another object counts by its identity."""
     if isinstance(value, torch.Tensor):
         return (tuple(value.shape), value.stride(), value.dtype, str(value.device))
     if isinstance(value, Mapping):
-        return tuple((key, call_form(item)) for key, item in value.items())
+        return tuple((key, call_signature(item)) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return (type(value).__name__, *(call_form(item) for item in value))
+        return (type(value).__name__, *(call_signature(item) for item in value))
     if isinstance(value, CONSTANTS):
         return (type(value).__name__, value)
     return (type(value).__name__, id(value))

@@ -1,0 +1,29 @@
+"""Timestamps of denoiser calls: taken on the device that computes them, without waiting for it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+
+def timestamp(device: torch.device) -> Any:
+    """The present moment in a device's queue of work.
+
+    Returns:
+        A CUDA event on the current stream of a GPU; `time.perf_counter()` in seconds for any other device.
+    """
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(begin: Any, end: Any) -> float:
+    """Seconds from one timestamp to a later one of the same device. Waits until a GPU has reached the later one."""
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
