@@ -222,7 +222,7 @@ def _groups(denoiser: Denoiser) -> list[_Group]:
         if "to_k" not in module._modules or f"{path}.".startswith(fused):
             continue
         crossed = path.rpartition(".")[2] in adapter.cross_attention or getattr(module, "is_cross_attention", False)
-        alone = type(getattr(module, "processor", None)).__name__ in adapter.values_alone
+        alone = type(getattr(module, "processor", None)).__name__ in adapter.value_only_processors
         for names in (_OTHER if crossed else _OWN[:2] if alone else _OWN, *_BESIDE):
             take(module, tuple(name for name in names if name in module._modules))
     return found

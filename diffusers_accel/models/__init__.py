@@ -1,4 +1,4 @@
-"""Adapters: data about each denoiser class. The table below is the list of the models this package knows."""
+"""Adapters: data about each denoiser class. The table `ADAPTERS` lists the models that this package supports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAGCACHE_ROWS: dict[str, MagCacheRow] = {name: row for adapter in ADAPTERS for n
 
 
 def adapter_for(denoiser: nn.Module) -> Adapter:
-    """The adapter of a denoiser's class, or a default one."""
+    """The adapter of a denoiser's class, or a default adapter."""
     return _BY_CLASS.get(type(denoiser).__name__) or default_adapter(denoiser)
 
 

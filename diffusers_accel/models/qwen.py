@@ -20,7 +20,7 @@ def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     return block._modulate(normed, modulation, arguments.get("modulate_index"))[0]
 
 
-# Their denoisers have one configuration.
+# Pipeline -> row: the denoisers of both have the same configuration.
 _PIPELINES = {"QwenImagePipeline": "qwen-image", "QwenImageEditPipeline": "qwen-image-edit"}
 
 
@@ -29,14 +29,14 @@ def _row(checkpoint: Checkpoint) -> str | None:
 
 
 def _grid(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    # The shapes of a request's pictures: the one that is made comes first, as (frames, rows, columns).
+    # The shapes of a request's images as (frames, rows, columns); the generated one comes first.
     first = arguments["img_shapes"][0]
     _, rows, columns = first[0] if isinstance(first, (list, tuple)) and isinstance(first[0], (list, tuple)) else first
     return int(rows), int(columns)
 
 
 def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
-    # `out_channels` is of the latents, four of which make a token's.
+    # `out_channels` are those of the latents; a token packs four values of each.
     return [unpacked(arguments["hidden_states"], grid, denoiser.config.out_channels)]
 
 

@@ -15,10 +15,10 @@ import torch
 
 from diffusers_accel.core.platform import Device
 from diffusers_accel.kernels.attention import (
+    DISPATCHERS,
     KERNELS,
-    SITES,
+    AttentionDispatcher,
     AttentionKernel,
-    AttentionSite,
     Call,
     Fixed,
     Inputs,
@@ -42,10 +42,10 @@ def inputs(batch=2, length=37, kv_length=53, heads=4, kv_heads=4, dim=32, seed=0
 @pytest.fixture
 def site():
     choice = Fixed(KERNELS.get("sdpa"))
-    site = AttentionSite(lambda: choice, Counter())
-    SITES[site.number] = site
+    site = AttentionDispatcher(lambda: choice, Counter())
+    DISPATCHERS[site.number] = site
     yield site
-    del SITES[site.number]
+    del DISPATCHERS[site.number]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -73,7 +73,7 @@ def test_sdpa_through_a_site(site, case, compiled):
 def test_the_operator_is_well_formed(site, value_dim):
     """Schema, fake implementation and strides, as torch itself checks them; a value of another head_dim takes SDPA's
     plain path, whose output lies otherwise in memory."""
-    from diffusers_accel.kernels.attention.site import _attention
+    from diffusers_accel.kernels.attention.dispatch import _attention
 
     query, key, value = inputs()
     value = value[..., :value_dim].contiguous()

@@ -11,8 +11,8 @@ import torch
 
 from diffusers_accel.core.platform import Device
 from diffusers_accel.kernels.attention import (
+    AttentionDispatcher,
     AttentionKernel,
-    AttentionSite,
     Call,
     Fastest,
     Inputs,
@@ -150,7 +150,7 @@ def test_classes_of_shapes():
 
 def test_a_site_asks_and_counts(clock, tmp_path):
     fastest = Fastest((kernel("a"), kernel("b")), Timings(GPU, tmp_path))
-    site = AttentionSite(lambda: fastest, Counter())
+    site = AttentionDispatcher(lambda: fastest, Counter())
     query = torch.randn(1, 8, 2, 16)
     torch.testing.assert_close(site(query, query, query), scaled_dot_product(Inputs(query, query, query)))
     assert site.counts == {"b": 1}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from diffusers_accel.kernels.attention import KERNELS, RECIPES, Inputs
-from diffusers_accel.kernels.attention.recipe import hadamard, reference
+from diffusers_accel.kernels.attention.recipe import hadamard_matrix, reference
 
 triton = pytest.importorskip("triton")
 
@@ -48,7 +48,7 @@ def check(found, lse, expected, expected_lse, plain, recipe):
 @pytest.mark.parametrize(("backend", "name"), EVERY)
 def test_recipes(backend, name):
     recipe = RECIPES[backend][name]
-    # With the cut of a CPU, two tiles of queries and of keys.
+    # With the tile of a CPU, two tiles of queries and of keys.
     query, key, value = inputs(batch=2, keys=140, heads=2, kv_heads=1)
     found, lse = low_bit.attention(query, key, value, recipe, return_lse=True)
     check(found, lse, *exact.attention(query, key, value), reference(query, key, value, recipe), recipe)
@@ -68,13 +68,13 @@ def test_lengths_and_head_dims(backend, name, length, keys, dim):
 
 @pytest.mark.parametrize(("backend", "name"), DEFAULTS)
 @pytest.mark.parametrize("queries", [64, 128])
-@pytest.mark.parametrize("ahead", [False, True])
-def test_every_cut_is_the_same_attention(backend, name, queries, ahead):
+@pytest.mark.parametrize("prefetch_logits", [False, True])
+def test_every_tile_is_the_same_attention(backend, name, queries, prefetch_logits):
     recipe = RECIPES[backend][name]
     query, key, value = inputs(length=130, keys=200)
     for keys in (64, 128):
-        cut = low_bit.Tile(queries, keys, 4, 2, ahead=ahead)
-        found, lse = low_bit.attention(query, key, value, recipe, return_lse=True, cut=cut)
+        tile = low_bit.Tile(queries, keys, 4, 2, prefetch_logits=prefetch_logits)
+        found, lse = low_bit.attention(query, key, value, recipe, return_lse=True, tile=tile)
         check(found, lse, *exact.attention(query, key, value), reference(query, key, value, recipe), recipe)
 
 
@@ -109,13 +109,15 @@ def test_a_row_without_keys_is_zero(backend, name):
 def test_skipped_tiles(backend, name):
     recipe = RECIPES[backend][name]
     query, key, value = inputs(length=130, keys=300)
-    cut = low_bit.Tile(64, 64, 4, 2)
-    keep = torch.rand(1, 2, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.6
-    keep[0, 0, 0] = True
-    keep[0, 0, 1] = False  # nothing at all
-    keep[0, 1, :, 4] = True  # the partial tile
-    found, lse = low_bit.attention(query, key, value, recipe, keep=keep.to(DEVICE), return_lse=True, cut=cut)
-    mask = keep.repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :130, :300].to(DEVICE)
+    tile = low_bit.Tile(64, 64, 4, 2)
+    block_mask = torch.rand(1, 2, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.6
+    block_mask[0, 0, 0] = True
+    block_mask[0, 0, 1] = False  # nothing at all
+    block_mask[0, 1, :, 4] = True  # the partial tile
+    found, lse = low_bit.attention(
+        query, key, value, recipe, block_mask=block_mask.to(DEVICE), return_lse=True, tile=tile
+    )
+    mask = block_mask.repeat_interleave(64, 2).repeat_interleave(64, 3)[:, :, :130, :300].to(DEVICE)
     expected, expected_lse = exact.attention(query, key, value, mask)
     empty = ~mask.any(-1)
     assert found.transpose(1, 2)[empty].eq(0).all() and lse[empty].eq(-math.inf).all()
@@ -176,7 +178,7 @@ def test_rounding_stays_within_half_a_step():
     query, key, value = inputs(batch=2, heads=4, kv_heads=2, dim=96)
     data = quantize.quantize(query, key, value, RECIPES["sage-fp8"]["int8-1-16-1"], 1 / quantize.LOG2E, shift=True)
     q = data.query.float() * data.query_scale[..., None]
-    matrix = hadamard(96).to(DEVICE)
+    matrix = hadamard_matrix(96).to(DEVICE)
     mixed = query.transpose(1, 2).float() @ matrix
     assert ((q - mixed).abs() <= 0.501 * data.query_scale[..., None]).all()
     smooth = (key.float() - key.float().mean(1, keepdim=True)) @ matrix
@@ -200,7 +202,7 @@ def test_scales_per_head(dim, block):
     data = quantize.quantize_per_head(query, key, value, 0.1, shift=True)
     mean = key.float().mean(1, keepdim=True)
     smoothed = key.float() - mean
-    matrix = hadamard(dim).to(DEVICE)
+    matrix = hadamard_matrix(dim).to(DEVICE)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim, device=DEVICE))
     assert (matrix != 0).sum(0).eq(block).all()
     grouped = query.float().unflatten(2, (2, 2)).abs().amax((1, 3, 4))
@@ -252,16 +254,16 @@ def test_spreading_helps_where_few_channels_carry_the_logits(name):
     assert error < 0.15 and exact.relative(reference(*tensors, recipe).cpu(), expected) < 0.15
     import diffusers_accel.kernels.attention.recipe as module
 
-    original, module.hadamard = module.hadamard, lambda dim: matrix
+    original, module.hadamard_matrix = module.hadamard_matrix, lambda dim: matrix
     try:
         assert exact.relative(reference(*tensors, recipe).cpu(), expected) > 1.2 * error
     finally:
-        module.hadamard = original
+        module.hadamard_matrix = original
 
 
 def test_cuts_by_architecture():
     recipe = RECIPES["sage"]["int8-1-128-0"]
-    # On Hopper, the cut whose last wave is fuller: long sequences fill either, FLUX's fills the smaller one better.
+    # On Hopper, the tile whose last wave is fuller: long sequences fill either, FLUX's fills the smaller one better.
     assert low_bit.tile(recipe, 128, (9, 0), 132, 32760, 12).queries == 128
     assert low_bit.tile(recipe, 128, (9, 0), 132, 4608, 24).queries == 64
     for backend, name in EVERY:

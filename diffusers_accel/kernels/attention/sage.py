@@ -1,6 +1,6 @@
-"""Our own 8-bit attention, a record for each backend and recipe: `"sage"`, `"sage-fp8"`, `"qk16pv8"`.
+"""The 8-bit attention of this package, a record for each backend and recipe: `"sage"`, `"sage-fp8"`, `"qk16pv8"`.
 
-A backend's name alone stands for its first recipe; any other is written behind a slash: `"sage-fp8/fp8-1-4-1"`.
+The name of a backend alone stands for its first recipe. Another recipe follows a slash: `"sage-fp8/fp8-1-4-1"`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _record(name: str, recipe: Recipe) -> AttentionKernel:
         causal=False,
         lse=True,
         exact=False,
-        folds=recipe.qk is not None,
+        fuses_qk_norm_rope=recipe.qk is not None,
         auto="/" not in name,
     )
 

@@ -11,16 +11,9 @@ import triton
 import triton.language as tl
 
 from ..launching import on_its_device
-from ..rounding import store_rounded
+from ..operands import row_contiguous
+from ..rounding import store_rounded, symmetric_scale
 from .formats import BLOCK
-
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-
-
-@triton.jit
-def _scale(amax, LARGEST: tl.constexpr):
-    scale = amax / LARGEST
-    return tl.where(scale < _TINY, 1.0, scale)
 
 
 @on_its_device
@@ -33,7 +26,7 @@ def _rows(
     k = tl.arange(0, WIDTH)
     inside = (r < rows)[:, None] & (k < columns)[None, :]
     x = tl.load(x_ptr + r[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.abs(x), 1), 127.0 if INT8 else 448.0)
+    scale = symmetric_scale(tl.max(tl.abs(x), 1), 127.0 if INT8 else 448.0)
     store_rounded(out_ptr + r[:, None] * columns + k[None, :], x * (1.0 / scale)[:, None], inside, INT8)
     tl.store(scale_ptr + r, scale, mask=r < rows)
 
@@ -46,7 +39,7 @@ def _groups(x_ptr, out_ptr, scale_ptr, stride, rows, columns, padded, ROWS: tl.c
     k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = (r < rows)[:, None] & (k < columns)[None, :]
     x = tl.load(x_ptr + r.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.abs(x), 1), 448.0)
+    scale = symmetric_scale(tl.max(tl.abs(x), 1), 448.0)
     inside = (r < padded)[:, None] & (k < columns)[None, :]
     store_rounded(out_ptr + r.to(tl.int64)[:, None] * columns + k[None, :], x * (1.0 / scale)[:, None], inside, False)
     tl.store(scale_ptr + tl.program_id(1) * padded + r, scale, mask=r < padded)
@@ -73,10 +66,6 @@ def _tensor(x_ptr, out_ptr, scale_ptr, stride, columns, WIDTH: tl.constexpr):
     store_rounded(out_ptr + row * columns + k, x * (1.0 / tl.load(scale_ptr)), inside, False)
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _warps(width: int) -> int:
     return 4 if width <= 8192 else 8
 
@@ -91,7 +80,7 @@ def quantize_rows(
         dtype: Of the values: e4m3 or int8.
         cut: Rows and warps of a program, instead of those measured (`benchmarks/linear.py --tiles`).
     """
-    x = _dense(x)
+    x = row_contiguous(x)
     rows, columns = x.shape
     values = torch.empty((rows, columns), dtype=dtype, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
@@ -106,7 +95,7 @@ def quantize_rows(
 def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `formats.quantize_groups`, as the matrix units' library reads them: rows of zeros make their number a multiple
     of 4, and the scales lie column by column."""
-    x = _dense(x)
+    x = row_contiguous(x)
     rows, columns = x.shape
     groups, padded = triton.cdiv(columns, BLOCK), triton.cdiv(rows, 4) * 4
     values = torch.empty((padded, columns), dtype=torch.float8_e4m3fn, device=x.device)
@@ -119,7 +108,7 @@ def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def quantize_tensor(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """As `formats.quantize_tensor`; with the `scale` given, float32 (1,), in a single pass."""
-    x = _dense(x)
+    x = row_contiguous(x)
     rows, columns = x.shape
     width = triton.next_power_of_2(columns)
     if scale is None:

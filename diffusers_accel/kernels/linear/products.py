@@ -7,14 +7,13 @@ Imported only by the loaders of linear records: it needs triton.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launching import on_its_device
+from ..operands import tensor_descriptor
 from ..rounding import to_e4m3
 from .formats import GROUP
 from .known import Known
@@ -66,10 +65,6 @@ _HOPPER = Tile(128, 128, 128, 4, 3, band=4)
 _SMALL = Tile(128, 128, 64, 8, 3)
 
 
-def _descriptor(x: torch.Tensor, block: list[int]) -> Any:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
-
-
 def int8_product(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -93,9 +88,9 @@ def int8_product(
     if cut is None:
         cut = _HOPPER if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) else _SMALL
     _int8[(triton.cdiv(rows, cut.rows) * triton.cdiv(columns, cut.columns),)](
-        _descriptor(x, [cut.rows, cut.depth]),
-        _descriptor(weight, [cut.columns, cut.depth]),
-        _descriptor(out, [cut.rows, cut.columns]),
+        tensor_descriptor(x, [cut.rows, cut.depth]),
+        tensor_descriptor(weight, [cut.columns, cut.depth]),
+        tensor_descriptor(out, [cut.rows, cut.columns]),
         x_scale, weight_scale, weight_scale if bias is None else bias, rows, columns, depth,
         BIAS=bias is not None, M=cut.rows, N=cut.columns, K=cut.depth, BAND=cut.band, STAGES=cut.stages,
         num_warps=cut.warps, num_stages=cut.stages,
