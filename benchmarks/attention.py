@@ -6,7 +6,7 @@ included. Errors are against float32 attention on a sample of queries. `raw` cal
 says, on tensors laid out as it wants them: the adapter's cost is what lies between.
 
     python benchmarks/attention.py                 # all kernels: benchmarks/results/attention.json
-    python benchmarks/attention.py --tiles         # the shapes of our kernels and of the quantizers
+    python benchmarks/attention.py --tiles         # the tile shapes of our kernels and of the quantizers
     python benchmarks/attention.py --docs          # docs/attention.md from the result; needs no GPU
 """
 

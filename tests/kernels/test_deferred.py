@@ -135,7 +135,7 @@ def close_to_e4m3(found, scale, expected):
 @pytest.mark.parametrize(
     ("dim", "wide", "form"),
     [(64, 64, "half per head"), (96, 96, "half"), (80, 96, "interleaved"), (80, 96, "half"),
-     (64, 64, "neighbours, all")],
+     (64, 64, "interleaved, all")],
 )  # fmt: skip
 def test_scales_per_head_norm_and_rotate_while_it_rounds(dim, wide, form):
     pytest.importorskip("triton")

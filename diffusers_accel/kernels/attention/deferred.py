@@ -54,13 +54,8 @@ class DeferredQK(torch.Tensor):
     ) -> DeferredQK:
         """The raw tensor `x` with the attributes of the class."""
         found = x.as_subclass(cls)
-        found.qk_norm, found.tables, found.rope_style, found.heads, found.apply = (
-            qk_norm,
-            tables,
-            rope_style,
-            heads,
-            apply,
-        )
+        found.qk_norm, found.tables, found.apply = qk_norm, tables, apply
+        found.rope_style, found.heads = rope_style, heads
         return found
 
     @classmethod

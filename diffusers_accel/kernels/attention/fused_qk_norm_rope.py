@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ...core.operators import operator
+from .deferred import DeferredQK
 from .dispatch import DISPATCHERS, AttentionDispatcher
-from .pending import DeferredQK
 from .record import Inputs, QKNorm, Rotary, Tables
 from .shipping import KEY, QUERY, VALUE, Operand, plain
 from .shipping import rotate as rotate_torch
