@@ -124,10 +124,12 @@ def check_kernels(checks: Checks, dtype: torch.dtype) -> None:
         if refused:
             checks.found[name] = {"refused": refused}
             continue
-        site = AttentionDispatcher(lambda kernel=kernel: Fixed(kernel), Counter())  # type: ignore[misc]
+        dispatcher = AttentionDispatcher(lambda kernel=kernel: Fixed(kernel), Counter())  # type: ignore[misc]
         checks.check(
             name,
-            lambda place, site=site: site.run(Inputs(*(item.to(place) for item in (query, key, value)))).cpu(),
+            lambda place, dispatcher=dispatcher: dispatcher.run(
+                Inputs(*(item.to(place) for item in (query, key, value)))
+            ).cpu(),
             CALL,
         )
     linear = nn.Linear(256, 512).to(dtype).requires_grad_(False)

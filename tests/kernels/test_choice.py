@@ -150,10 +150,10 @@ def test_classes_of_shapes():
 
 def test_a_site_asks_and_counts(clock, tmp_path):
     fastest = Fastest((kernel("a"), kernel("b")), Timings(GPU, tmp_path))
-    site = AttentionDispatcher(lambda: fastest, Counter())
+    dispatcher = AttentionDispatcher(lambda: fastest, Counter())
     query = torch.randn(1, 8, 2, 16)
-    torch.testing.assert_close(site(query, query, query), scaled_dot_product(Inputs(query, query, query)))
-    assert site.counts == {"b": 1}
+    torch.testing.assert_close(dispatcher(query, query, query), scaled_dot_product(Inputs(query, query, query)))
+    assert dispatcher.counts == {"b": 1}
 
 
 def test_what_is_remembered_is_told(clock, tmp_path):

@@ -70,7 +70,7 @@ TYPES = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "qn_ptr", "kn_ptr", "x_ptr", "left_ptr", "right_ptr"), "*bf16"),
     **dict.fromkeys(("y_ptr", "gate_ptr", "sum_ptr", "factor_ptr", "shift_ptr"), "*bf16"),
     **dict.fromkeys(("a_ptr", "ag_ptr", "b_ptr", "bg_ptr", "qo_ptr", "ko_ptr"), "*bf16"),
-    **dict.fromkeys(("eps", "fold", "logit_scale"), "fp32"),
+    **dict.fromkeys(("eps", "softmax_scale_log2", "logit_scale"), "fp32"),
     "packed_ptr": "*u8",
 }
 OUTPUTS = {

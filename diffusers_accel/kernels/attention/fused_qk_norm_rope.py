@@ -164,10 +164,10 @@ def fused_qk_norm_rope_attention(
         norms: RMS-norm weights of the query's parts, then of the key's parts, (head_dim,) or (heads * head_dim,) each;
             empty without a norm.
         eps: Epsilon of the norms.
-        query_tables: Cosines and sines in turn, float32, of each part of the query or of its whole sequence, in the
-            shapes of `Rotary`; empty without a rotation.
-        key_tables: Cosines and sines in turn, float32, of each part of the key or of its whole sequence; empty without
-            a rotation.
+        query_tables: Cosines and sines, alternating, float32, of each part of the query or of its whole sequence, in
+            the shapes of `Rotary`; empty without a rotation.
+        key_tables: Cosines and sines, alternating, float32, of each part of the key or of its whole sequence; empty
+            without a rotation.
         rope_style: `"interleaved"` or `"half"`, as `Rotary` describes it.
         attn_mask: Boolean (True takes part) or additive, broadcast to (batch, heads, sequence, key sequence).
         is_causal: Hide later keys; the diagonal starts at the top left.
@@ -264,10 +264,10 @@ def ulysses_send(
         norms: RMS-norm weights of the given parts of the query, then of the key, (head_dim,) or (heads * head_dim,)
             each; empty without a norm.
         eps: Epsilon of the norms.
-        query_tables: Cosines and sines in turn, float32, of each part of the query or of its whole sequence, in the
-            shapes of `Rotary`; empty without a rotation.
-        key_tables: Cosines and sines in turn, float32, of each part of the key or of its whole sequence; empty without
-            a rotation.
+        query_tables: Cosines and sines, alternating, float32, of each part of the query or of its whole sequence, in
+            the shapes of `Rotary`; empty without a rotation.
+        key_tables: Cosines and sines, alternating, float32, of each part of the key or of its whole sequence; empty
+            without a rotation.
         rope_style: `"interleaved"` or `"half"`, as `Rotary` describes it.
         heads: Number of heads of the query, then of the key.
         is_causal: Whether attention hides later keys, for which no transport takes operands one by one.

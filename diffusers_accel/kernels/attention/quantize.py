@@ -150,7 +150,7 @@ def _round(
     q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, q_rstd_ptr, k_rstd_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, mean_ptr,
     qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, correction_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, sqt_b, sqt_s, sqt_h, skt_b, skt_s, skt_h,
-    q_len, k_len, heads, kv_heads, eps, fold, logit_scale,
+    q_len, k_len, heads, kv_heads, eps, softmax_scale_log2, logit_scale,
     NORM: tl.constexpr, ROPE: tl.constexpr, LEVELS: tl.constexpr, INT8: tl.constexpr, KB: tl.constexpr,
     CORRECT_LSE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +177,7 @@ def _round(
             x = hadamard(x, LEVELS)
             scale = scale_from_amax(tl.max(quarters_abs_max(x), 1), LARGEST)
             store_heads(qo_ptr + at * D, x, (1.0 / scale)[:, None], inside, INT8, D // 4, W)
-            tl.store(qscale_ptr + at, bounded_scale(scale) * (fold / GAIN), mask=rows < q_len)
+            tl.store(qscale_ptr + at, bounded_scale(scale) * (softmax_scale_log2 / GAIN), mask=rows < q_len)
     elif index < tl.num_programs(1) // heads * kv_heads:
         b, h = (index // kv_heads).to(tl.int64), index % kv_heads
         if which == 1:
@@ -356,7 +356,7 @@ class Quantized:
         value: Rounded by a recipe: (batch, kv_heads, head_dim, key sequence padded to 128 with zeros), keys permuted
             within every 16. With scales per head: (batch, key sequence, kv_heads, head_dim). Not rounded: a view of the
             input, (batch, kv_heads, key sequence, head_dim).
-        query_scale: float32 (batch, heads, sequence), with the softmax scale and log2(e) folded in, for a recipe;
+        query_scale: float32 (batch, heads, sequence), with the softmax scale and log2(e) included, for a recipe;
             float32 (batch, kv_heads) for scales per head.
         key_scale: float32 (batch, kv_heads, blocks of keys) for a recipe; float32 (batch, kv_heads) for scales per
             head.
