@@ -215,7 +215,7 @@ def tiles(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             recipe = next(iter(known.values()))
             for tile in tile_shapes:
                 try:
-                    call = partial(low_bit.attention, *tensors, recipe, tile=tile)
+                    call = partial(low_bit.attention, Inputs(*tensors), recipe, tile=tile)
                     rate = work / do_bench(call, warmup=15, rep=60, return_mode="median")
                 except Exception as error:  # a tile that does not fit
                     rate = math.nan
@@ -237,16 +237,16 @@ def _quantizers(tensors: tuple[torch.Tensor, ...]) -> dict[str, float]:
     recipe = RECIPES["sage-fp8"]["int8-1-128-1"]
     for call, names, several in (
         (
-            partial(quantize.quantize_per_head, *tensors, 1.0),
+            partial(quantize.quantize_per_head, Inputs(*tensors)),
             ("_SPLITS", "_REDUCE_ROWS", "_REDUCE_WARPS", "_REDUCE_STAGES"),
             ((16, 32, 2, 3), (8, 32, 2, 3), (32, 32, 2, 3), (16, 16, 2, 4), (16, 64, 4, 3), (16, 32, 4, 3)),
         ),
         (
-            partial(quantize.quantize_per_head, *tensors, 1.0),
+            partial(quantize.quantize_per_head, Inputs(*tensors)),
             ("_HEAD_ROWS", "_HEAD_TILES", "_HEAD_WARPS"),
             ((32, 4, 4), (16, 8, 2), (64, 2, 8), (64, 4, 8), (32, 16, 4)),
         ),
-        (partial(quantize.quantize, *tensors, recipe, 1.0), ("_ROUND_WARPS",), ((4,), (8,), (16,))),
+        (partial(quantize.quantize, Inputs(*tensors), recipe), ("_ROUND_WARPS",), ((4,), (8,), (16,))),
     ):
         kept = {name: getattr(quantize, name) for name in names}
         for constants in several:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from diffusers_accel.kernels.attention import quantize
 from diffusers_accel.kernels.attention.qk_norm_rope import qk_norm_rope
-from diffusers_accel.kernels.attention.record import QKNorm, Rotary
+from diffusers_accel.kernels.attention.record import Inputs, QKNorm, Rotary
 from diffusers_accel.kernels.elementwise import operators, rows
 from diffusers_accel.kernels.linear import activations, formats
 
@@ -108,7 +108,7 @@ def passes(name: str) -> dict[str, tuple[Callable[[int | None], Any], Function, 
     )  # fmt: skip
     norm_ = None if across else QKNorm(*weights, 1e-6)
     found["QKV to e4m3 for attention"] = (
-        lambda warps: quantize.quantize_per_head(query, key, value, dim**-0.5, rotary=rotary, norm=norm_),
+        lambda warps: quantize.quantize_per_head(Inputs(query, key, value, rotary=rotary, norm=norm_)),
         None, size * 9,
     )  # fmt: skip
     return found

@@ -75,7 +75,7 @@ def test_a_recipe_rotates_while_it_rounds(backend, name, length, dim, form):
 
     query, key, value = inputs(length, dim, groups=1, batch=FORMS[form].get("batch", 1))
     rotary, turn_query, turn_key = rotary_of(form, length, dim)
-    found, lse = low_bit.attention(query, key, value, RECIPES[backend][name], rotary=rotary, return_lse=True)
+    found, lse = low_bit.attention(Inputs(query, key, value, rotary=rotary, return_lse=True), RECIPES[backend][name])
     expected, expected_lse = exact.attention(turn_query(query), turn_key(key), value.double())
     assert exact.cosine(found, expected) > 0.998
     assert (lse.double() - expected_lse).abs().max() < (0.1 if "fp8-1" in name else 0.03)
@@ -149,7 +149,7 @@ def test_scales_per_head_norm_and_rotate_while_it_rounds(dim, wide, form):
     norm = norms(dim, 2 if over_all else 1)
     rotary, turn_query, turn_key = rotary_of(form, 70, dim)
     given = padded(Inputs(query, key, value, rotary=rotary, norm=norm), wide)
-    data = quantize_per_head(given.query, given.key, given.value, 0.125, rotary=given.rotary, norm=given.norm)
+    data = quantize_per_head(given)
     query = turn_query(normed(query, norm.query, norm.eps))
     key = turn_key(normed(key, norm.key, norm.eps))
     for found, scale, expected in (
@@ -172,7 +172,7 @@ def test_scales_per_head_rotate_while_it_rounds(form):
     groups = 1 if per_head else 2
     query, key, value = inputs(groups=groups)
     rotary, turn_query, turn_key = rotary_of(form, 70, 64)
-    data = quantize_per_head(query, key, value, 0.125, rotary=rotary, lse=True)
+    data = quantize_per_head(Inputs(query, key, value, scale=0.125, rotary=rotary, return_lse=True))
     query, key = turn_query(query), turn_key(key)
     matrix = hadamard_matrix(64).to(DEVICE).double()
     assert close_to_e4m3(data.query, data.query_scale.repeat_interleave(groups, 1), query @ matrix)

@@ -47,16 +47,16 @@ def _flash3_fp8() -> AttentionFunction:
 
     def attention(x: Inputs) -> Any:
         dim = x.query.shape[-1]
-        scale = dim**-0.5 if x.scale is None else x.scale
+        x = replace(x, scale=x.softmax_scale)  # of the unpadded heads
         if dim not in _FP8_DIMS:
             x = padded(x, min(size for size in _FP8_DIMS if size > dim))
-        data = quantize_per_head(x.query, x.key, x.value, scale, lse=x.return_lse, rotary=x.rotary, norm=x.norm)
+        data = quantize_per_head(x)
         extra = {"return_attn_probs": True} if x.return_lse else {}
         found = flash_attn_func(
             data.query,
             data.key,
             data.value,
-            softmax_scale=scale,
+            softmax_scale=x.scale,
             causal=x.is_causal,
             q_descale=data.query_scale,
             k_descale=data.key_scale,

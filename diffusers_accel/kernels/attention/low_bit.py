@@ -29,7 +29,7 @@ from ..rounding import to_e4m3
 from .norm import padded_dim
 from .quantize import LOG2E, quantize
 from .recipe import Recipe
-from .record import QKNorm, Rotary
+from .record import Inputs, key_bias
 
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -268,47 +268,28 @@ def tma_compatible(x: torch.Tensor) -> torch.Tensor:
     return x if dense and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    recipe: Recipe,
-    *,
-    key_bias: torch.Tensor | None = None,
-    scale: float | None = None,
-    block_mask: torch.Tensor | None = None,
-    return_lse: bool = False,
-    rotary: Rotary | None = None,
-    norm: QKNorm | None = None,
-    tile: Tile | None = None,
-) -> Any:
+def attention(x: Inputs, recipe: Recipe, *, block_mask: torch.Tensor | None = None, tile: Tile | None = None) -> Any:
     """Quantizes the operands and computes attention.
 
     Args:
-        query: (batch, sequence, heads, head_dim), bf16 or fp16, head_dim up to 128.
-        key: (batch, key sequence, kv_heads, head_dim), of the query's dtype; `kv_heads` divides `heads`.
-        value: (batch, key sequence, kv_heads, head_dim), of the query's dtype.
+        x: The call. Query, key and value are bf16 or fp16, head_dim is at most 128, and a mask is over keys alone.
+            `norm` and `rotary` need a recipe that rounds QK.
         recipe: The rounding of the operands.
-        key_bias: float32 (batch, key sequence), added to the logits; -inf hides a key.
-        scale: Softmax scale of the logits; head_dim ** -0.5 if `None`.
         block_mask: bool (batch, heads, query tiles, key tiles); False skips a tile. `tile` gives the sizes of a tile.
-        return_lse: Whether to return the LSE too.
-        rotary: A rotary embedding to apply to query and key, after the norm. Only with a recipe that rounds QK.
-        norm: An RMS norm to apply to query and key. Only with a recipe that rounds QK.
         tile: Tile sizes; `choose_tile` picks them if `None`.
 
     Returns:
         The output, (batch, sequence, heads, head_dim), in the query's dtype; with `return_lse` also the LSE, float32
         (batch, heads, sequence), natural logarithm. A row without any key is zero, and its LSE is -inf.
     """
-    (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = query.shape, key.shape
-    scale = dim**-0.5 if scale is None else scale
+    (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = x.query.shape, x.key.shape
+    device, bias = x.query.device, key_bias(x)
     if tile is None:
-        tile = choose_tile(recipe, dim, *_gpu(query.device), q_len, batch * heads)
-    data = quantize(query, key, value, recipe, scale, lse=return_lse, rotary=rotary, norm=norm)
+        tile = choose_tile(recipe, dim, *_gpu(device), q_len, batch * heads)
+    data = quantize(x, recipe)
     q, k, v = (tma_compatible(item) for item in (data.query, data.key, data.value))
-    out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype, device=query.device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device) if return_lse else None
+    out = torch.empty((batch, q_len, heads, dim), dtype=x.query.dtype, device=device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if x.return_lse else None
     padded, m, n = padded_dim(dim), tile.queries, tile.keys
     unused = data.query_scale
     kept_tiles, counts = unused, unused
@@ -324,14 +305,14 @@ def attention(
         tensor_descriptor(v, [1, 1, padded, n] if recipe.pv else [1, 1, n, padded]),
         tensor_descriptor(out, [1, m, 1, padded]),
         data.query_scale, data.key_scale, data.value_scale,
-        unused if key_bias is None else key_bias.contiguous(),
+        unused if bias is None else bias.contiguous(),
         unused if data.lse_correction is None else data.lse_correction,
         unused if lse is None else lse,
-        kept_tiles, counts, scale * LOG2E, q_len, k_len, heads, heads // kv_heads,
+        kept_tiles, counts, x.softmax_scale * LOG2E, q_len, k_len, heads, heads // kv_heads,
         QK={"int8": 0, "fp8": 1, None: 2}[recipe.qk], PV=int(bool(recipe.pv)), KB=recipe.k_block or n,
         D=dim, DP=padded, M=m, N=n, STAGES=tile.stages, PREFETCH_LOGITS=tile.prefetch_logits,
-        TAIL=k_len % n != 0, BIAS=key_bias is not None, BLOCK_SPARSE=block_mask is not None,
+        TAIL=k_len % n != 0, BIAS=bias is not None, BLOCK_SPARSE=block_mask is not None,
         LSE=lse is not None, CORRECT_LSE=data.lse_correction is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return (out, lse) if x.return_lse else out

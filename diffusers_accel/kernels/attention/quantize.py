@@ -22,7 +22,7 @@ from ..rounding import store_rounded
 from .norm import norm_arguments, padded_dim, strides_of
 from .qk_norm_rope import table_strides
 from .recipe import Recipe, hadamard_levels
-from .record import QKNorm, Rotary
+from .record import Inputs, Rotary
 from .rows import (
     bounded_scale,
     dot_vector,
@@ -377,40 +377,26 @@ class Quantized:
     value_mean: torch.Tensor | None = None
 
 
-def quantize(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    recipe: Recipe,
-    scale: float,
-    lse: bool = False,
-    rotary: Rotary | None = None,
-    norm: QKNorm | None = None,
-) -> Quantized:
+def quantize(x: Inputs, recipe: Recipe) -> Quantized:
     """Rounds the operands of one attention call by a recipe.
 
     Args:
-        query: (batch, sequence, heads, head_dim), bf16, fp16 or float32, any strides.
-        key: (batch, key sequence, kv_heads, head_dim), of the query's dtype, any strides.
-        value: (batch, key sequence, kv_heads, head_dim), of the query's dtype, any strides.
+        x: The call. Query, key and value are bf16, fp16 or float32 with any strides; a mask plays no part. `norm` and
+            `rotary` are applied to query and key in this order, and `return_lse` asks for `Quantized.lse_correction`.
         recipe: The types and scales of the rounding.
-        scale: Softmax scale of the logits.
-        lse: Whether the caller needs the LSE, and so `Quantized.lse_correction`.
-        rotary: A rotary embedding to apply to query and key, after the norm.
-        norm: An RMS norm to apply to query and key.
     """
-    query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
+    query, key, value = row_contiguous(x.query), row_contiguous(x.key), row_contiguous(x.value)
     (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = query.shape, key.shape
     device, padded = query.device, padded_dim(dim)
     low, values = recipe.qk is not None, recipe.pv is not None
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     unused = new(1)
-    norms, (tables, t_strides) = norm_arguments(norm, query, key, unused), _tables(rotary, unused)
+    norms, (tables, t_strides) = norm_arguments(x.norm, query, key, unused), _tables(x.rotary, unused)
     k_sum = new(batch, kv_heads, _SPLITS, padded) if low else unused
     v_max = new(batch, kv_heads, _SPLITS, padded) if values else unused
     strides = (*strides_of(query), *strides_of(key), *strides_of(value))
     shape = {"D": dim, "DP": padded}
-    first = {"NORM": norms.kind, "ROPE": _rope(rotary)}
+    first = {"NORM": norms.kind, "ROPE": _rope(x.rotary)}
     _reduce[(_SPLITS, batch * heads, low + values)](
         query, key, value, norms.weights[1], norms.rstd[1], *tables[2:], unused, k_sum, unused, unused,
         v_max, *strides, *t_strides[3:],
@@ -429,11 +415,11 @@ def quantize(
     v = new(batch, kv_heads, dim, v_len, dtype=torch.float8_e4m3fn) if values else value.transpose(1, 2)
     q_scale = new(batch, heads, q_len) if low else unused
     k_scale = new(batch, kv_heads, triton.cdiv(k_len, recipe.k_block)) if low else unused
-    lse_correction = new(batch, heads, q_len) if lse and low else None
+    lse_correction = new(batch, heads, q_len) if x.return_lse and low else None
     _round[(triton.cdiv(max(q_len if low else 0, v_len), _ROWS), batch * heads, 2 * low + values)](
         query, key, value, *norms.weights, *norms.rstd, *tables, mean, q, k, v, q_scale, k_scale, v_scale,
         unused if lse_correction is None else lse_correction, *strides, *t_strides, q_len, k_len, heads, kv_heads,
-        norms.eps, scale * LOG2E, scale, LEVELS=hadamard_levels(dim), INT8=recipe.qk == "int8",
+        norms.eps, x.softmax_scale * LOG2E, x.softmax_scale, LEVELS=hadamard_levels(dim), INT8=recipe.qk == "int8",
         KB=recipe.k_block or _ROWS, CORRECT_LSE=lse_correction is not None, ROWS=_ROWS, FIRST=0 if values else 1,
         num_warps=_ROUND_WARPS,
         **first, **shape,
@@ -459,15 +445,7 @@ def _rope(rotary: Rotary | None) -> str:
     return "" if rotary is None else rotary.rope_style
 
 
-def quantize_per_head(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    lse: bool = False,
-    rotary: Rotary | None = None,
-    norm: QKNorm | None = None,
-) -> Quantized:
+def quantize_per_head(x: Inputs) -> Quantized:
     """Rounds to e4m3 with one scale per key head, as FlashAttention 3 reads it.
 
     The mean of the values is subtracted too, channel by channel. The weights of a row sum to one, so the output lacks
@@ -476,28 +454,23 @@ def quantize_per_head(
     (`benchmarks/check_gpu.py`).
 
     Args:
-        query: (batch, sequence, heads, head_dim), bf16, fp16 or float32, any strides.
-        key: (batch, key sequence, kv_heads, head_dim), of the query's dtype, any strides.
-        value: (batch, key sequence, kv_heads, head_dim), of the query's dtype, any strides.
-        scale: Softmax scale of the logits.
-        lse: Whether the caller needs the LSE, and so `Quantized.lse_correction`.
-        rotary: A rotary embedding to apply to query and key, after the norm.
-        norm: An RMS norm to apply to query and key.
+        x: The call. Query, key and value are bf16, fp16 or float32 with any strides; a mask plays no part. `norm` and
+            `rotary` are applied to query and key in this order, and `return_lse` asks for `Quantized.lse_correction`.
     """
-    query, key, value = row_contiguous(query), row_contiguous(key), row_contiguous(value)
+    query, key, value = row_contiguous(x.query), row_contiguous(x.key), row_contiguous(x.value)
     (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = query.shape, key.shape
     device, padded = query.device, padded_dim(dim)
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     q_max, k_max, v_max = new(batch, heads, _SPLITS), new(batch, kv_heads, _SPLITS), new(batch, kv_heads, _SPLITS)
     k_sum, v_sum = new(batch, kv_heads, _SPLITS, padded), new(batch, kv_heads, _SPLITS, padded)
-    norms, (tables, t_strides) = norm_arguments(norm, query, key, k_sum), _tables(rotary, k_sum)
+    norms, (tables, t_strides) = norm_arguments(x.norm, query, key, k_sum), _tables(x.rotary, k_sum)
     strides = (*strides_of(query), *strides_of(key), *strides_of(value))
     shape = {"D": dim, "DP": padded, "SPLITS": _SPLITS}
-    first = {"NORM": norms.kind, "ROPE": _rope(rotary)}
+    first = {"NORM": norms.kind, "ROPE": _rope(x.rotary)}
     # A normed query or key has a bound that is known without reading it. Any vector may be subtracted from the keys, so
     # the mean of a sample from all over the sequence serves.
-    sample = 1 if norm is None else _KEY_SAMPLE
-    _reduce[(_SPLITS, batch * heads, 3 if norm is None else 2)](
+    sample = 1 if x.norm is None else _KEY_SAMPLE
+    _reduce[(_SPLITS, batch * heads, 3 if x.norm is None else 2)](
         query, key, value, norms.weights[1], norms.rstd[1], *tables[2:], q_max, k_sum, k_max, v_sum, v_max,
         *strides, *t_strides[3:],
         q_len, k_len, heads, kv_heads, norms.eps, PER_HEAD=True, ROWS=_REDUCE_ROWS, FIRST=0, SAMPLE=sample,
@@ -508,12 +481,12 @@ def quantize_per_head(
     q = new(batch, q_len, heads, dim, dtype=kind)
     k, v = new(batch, k_len, kv_heads, dim, dtype=kind), new(batch, k_len, kv_heads, dim, dtype=kind)
     scales, v_mean = new(3, batch, kv_heads), new(batch, kv_heads, dim)
-    lse_correction = new(batch, heads, q_len) if lse else None
+    lse_correction = new(batch, heads, q_len) if x.return_lse else None
     _round_per_head[(triton.cdiv(max(q_len, k_len), _HEAD_ROWS * _HEAD_TILES), batch * heads, 3)](
         query, key, value, *norms.weights, *norms.rstd, *tables, q_max, k_sum, k_max, v_sum, v_max, q, k, v,
         *scales, v_mean, scales if lse_correction is None else lse_correction, *strides, *t_strides, q_len, k_len,
-        _sampled(k_len, sample), heads, kv_heads, norms.channels, norms.eps, scale, LEVELS=hadamard_levels(dim),
-        CORRECT_LSE=lse_correction is not None,
+        _sampled(k_len, sample), heads, kv_heads, norms.channels, norms.eps, x.softmax_scale,
+        LEVELS=hadamard_levels(dim), CORRECT_LSE=lse_correction is not None,
         G=heads // kv_heads, ROWS=_HEAD_ROWS, TILES=_HEAD_TILES, num_warps=_HEAD_WARPS, **first, **shape,
     )  # fmt: skip
     return Quantized(q, k, v, scales[0], scales[1], scales[2], lse_correction, v_mean)

@@ -92,6 +92,11 @@ class Inputs:
         return self.query.shape[2] != self.key.shape[2]
 
     @property
+    def softmax_scale(self) -> float:
+        """The scale of the logits: `scale`, or head_dim ** -0.5."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
     def heads_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value as (batch, heads, sequence, head_dim)."""
         return self.query.transpose(1, 2), self.key.transpose(1, 2), self.value.transpose(1, 2)

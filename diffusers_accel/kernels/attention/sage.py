@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .recipe import RECIPES, Recipe
-from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, key_bias
+from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs
 
 
 def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
@@ -19,17 +19,7 @@ def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
         from .low_bit import attention as low_bit
 
         def attention(x: Inputs) -> Any:
-            return low_bit(
-                x.query,
-                x.key,
-                x.value,
-                recipe,
-                key_bias=key_bias(x),
-                scale=x.scale,
-                return_lse=x.return_lse,
-                rotary=x.rotary,
-                norm=x.norm,
-            )
+            return low_bit(x, recipe)
 
         return attention
 
