@@ -258,7 +258,7 @@ def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearK
         algo = next((algo for glob, algo in (config.plan or {}).items() if _matches(denoiser, path, glob)), None)
         planned = algo is not None
         if not planned:
-            smallest = adapter.smallest_linear if config.smallest is None else config.smallest
+            smallest = adapter.max_unquantized_features if config.smallest is None else config.smallest
             bound = f"linear.smallest={smallest}" + (", the model's own" if config.smallest is None else "")
             if any(_matches(denoiser, path, glob) for glob in config.ignore or ()):
                 found.wide[path] = "named by linear.ignore"
@@ -330,7 +330,7 @@ def _blocks(denoiser: Denoiser) -> tuple[tuple[str, ...], tuple[str, ...]]:
         (f"{path}.", id(module) in main) for path, module in denoiser.module.named_modules() if id(module) in blocks
     ]
     stacked = [path for path, in_stack in paths if in_stack]
-    first, last = adapter.wide_ends
+    first, last = adapter.unquantized_ends
     if len(stacked) < 2 * (first + last):
         first = last = 0
     ends = (*stacked[:first], *stacked[len(stacked) - last :])

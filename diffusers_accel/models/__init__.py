@@ -19,10 +19,14 @@ ADAPTERS: tuple[Adapter, ...] = (FLUX, FLUX2, WAN, WAN_VACE, LTX2, QWEN, COSMOS,
 _BY_CLASS = {name: adapter for adapter in ADAPTERS for name in adapter.classes}
 
 # Every published TeaCache row by name, for `coefficients="..."`.
-TEACACHE_ROWS: dict[str, TeaCacheRow] = {name: row for adapter in ADAPTERS for name, row in adapter.rows.items()}
+TEACACHE_ROWS: dict[str, TeaCacheRow] = {
+    name: row for adapter in ADAPTERS for name, row in adapter.teacache_rows.items()
+}
 
 # Every published MagCache table by name, for `mag_ratios="..."`.
-MAGCACHE_ROWS: dict[str, MagCacheRow] = {name: row for adapter in ADAPTERS for name, row in adapter.mag_rows.items()}
+MAGCACHE_ROWS: dict[str, MagCacheRow] = {
+    name: row for adapter in ADAPTERS for name, row in adapter.magcache_rows.items()
+}
 
 
 def adapter_for(denoiser: nn.Module) -> Adapter:

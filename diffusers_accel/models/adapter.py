@@ -168,9 +168,10 @@ class Adapter:
         special_branch: Returns the name of a call that is not one of `branches`, from its keyword arguments, or `None`.
         block_signal: The signal of a cache, from the first block and its arguments.
         timestep_signal: The signal of a cache that depends on the timestep alone.
-        rows: Published TeaCache constants, by name.
-        row: Returns the name of a checkpoint's entry in `rows` and `mag_rows`, or `None` if nothing was published.
-        mag_rows: Published MagCache tables, by name.
+        teacache_rows: Published TeaCache constants, by name.
+        published_row: Returns the name of a checkpoint's entry in `teacache_rows` and `magcache_rows`, or `None` if
+            nothing was published.
+        magcache_rows: Published MagCache tables, by name.
         denoised: Arguments of the denoiser that hold the latents, in the order of its outputs.
         grid: The layout of packed latents, from the denoiser's arguments, for `latents`. It may read from the device,
             so it is called once per request.
@@ -186,9 +187,9 @@ class Adapter:
         activated: Names of layers of `projections` whose result goes straight into an activation.
         modulation: The modulation layers, for a model with many; `None` otherwise.
         value_only_processors: Classes of self-attention processors that may ask for the value projection alone.
-        wide_ends: Numbers of first and of last blocks whose linear layers are not quantized. Linear layers outside the
-            blocks never are. The lists of NVIDIA ModelOpt, which come from measurements, agree.
-        smallest_linear: Linear layers with as many input or output features, or fewer, are not quantized.
+        unquantized_ends: Numbers of first and of last blocks whose linear layers are not quantized. Linear layers
+            outside the blocks never are. The lists of NVIDIA ModelOpt, which come from measurements, agree.
+        max_unquantized_features: Linear layers with as many input or output features, or fewer, are not quantized.
         sequence: The sharding of its sequence among ranks; `None` if there is none.
         tensor: The sharding of its blocks' weights among ranks; `None` if there is none.
         default: Whether it is a default adapter.
@@ -201,9 +202,9 @@ class Adapter:
     special_branch: Callable[[Mapping[str, Any]], str | None] = lambda arguments: None
     block_signal: BlockSignal | None = None
     timestep_signal: TimestepSignal | None = None
-    rows: Mapping[str, TeaCacheRow] = None  # type: ignore[assignment]
-    row: Callable[[Checkpoint], str | None] = lambda checkpoint: None
-    mag_rows: Mapping[str, MagCacheRow] = None  # type: ignore[assignment]
+    teacache_rows: Mapping[str, TeaCacheRow] = None  # type: ignore[assignment]
+    published_row: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    magcache_rows: Mapping[str, MagCacheRow] = None  # type: ignore[assignment]
     denoised: tuple[str, ...] = ("hidden_states",)
     grid: Callable[[Mapping[str, Any]], Any] = lambda arguments: None
     latents: LatentsOf = plain_latents
@@ -216,14 +217,14 @@ class Adapter:
     activated: tuple[str, ...] = ()
     modulation: Modulation | None = None
     value_only_processors: tuple[str, ...] = ()
-    wide_ends: tuple[int, int] = (0, 0)
-    smallest_linear: int = 512
+    unquantized_ends: tuple[int, int] = (0, 0)
+    max_unquantized_features: int = 512
     sequence: SequencePlan | None = None
     tensor: TensorPlan | None = None
     default: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rows", "mag_rows"):
+        for name in ("teacache_rows", "magcache_rows"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, {})
 

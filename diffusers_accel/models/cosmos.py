@@ -57,12 +57,12 @@ COSMOS = Adapter(
     block_signal=_signal,
     sequence=_SEQUENCE,
     tensor=_TENSOR,
-    rows={
+    teacache_rows={
         "cosmos-1.0": TeaCacheRow(
             (271.156237, -91.9775607, 2.2443725, 2.08355751, 0.14177633),
             0.3,
             "https://github.com/ali-vilab/TeaCache",
         )
     },
-    row=_row,
+    published_row=_row,
 )

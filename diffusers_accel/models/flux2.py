@@ -61,7 +61,7 @@ _TENSOR = TensorPlan(
 
 FLUX2 = Adapter(
     classes=("Flux2Transformer2DModel",),
-    smallest_linear=0,
+    max_unquantized_features=0,
     fusable_processors=("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
     stacks=(
         Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
@@ -71,10 +71,10 @@ FLUX2 = Adapter(
     sequence=_SEQUENCE,
     tensor=_TENSOR,
     block_signal=_signal,
-    rows={
+    teacache_rows={
         "flux.2-dev": TeaCacheRow((104.58236, -6.87605554, -0.0861659379, 0.0537600252), 0.2, "TensorRT-LLM VisualGen")
     },
-    row=_row,
+    published_row=_row,
     grid=lambda arguments: grid_of_ids(arguments["img_ids"]),
     latents=_latents,
 )

@@ -86,8 +86,8 @@ _TENSOR = TensorPlan(
 
 LTX2 = Adapter(
     classes=("LTX2VideoTransformer3DModel",),
-    smallest_linear=0,
-    wide_ends=(3, 3),
+    max_unquantized_features=0,
+    unquantized_ends=(3, 3),
     value_only_processors=("LTX2PerturbedAttnProcessor",),
     fusable_processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
     cross_attention=("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),

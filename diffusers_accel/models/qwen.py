@@ -83,8 +83,8 @@ _TENSOR = TensorPlan(
 
 QWEN = Adapter(
     classes=("QwenImageTransformer2DModel",),
-    smallest_linear=0,
-    wide_ends=(2, 2),
+    max_unquantized_features=0,
+    unquantized_ends=(2, 2),
     modulation=Modulation(
         "time_text_embed",
         ("img_mod.1", "txt_mod.1"),
@@ -95,9 +95,9 @@ QWEN = Adapter(
     block_signal=_signal,
     sequence=_SEQUENCE,
     tensor=_TENSOR,
-    rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},
-    mag_rows=_MAG_ROWS,
-    row=_row,
+    teacache_rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},
+    magcache_rows=_MAG_ROWS,
+    published_row=_row,
     grid=_grid,
     latents=_latents,
 )

@@ -160,25 +160,25 @@ _TENSOR = TensorPlan(
 
 WAN = Adapter(
     classes=("WanTransformer3DModel",),
-    smallest_linear=0,
-    wide_ends=(3, 3),
+    max_unquantized_features=0,
+    unquantized_ends=(3, 3),
     fusable_processors=("WanAttnProcessor",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     timestep_signal=_signal,
     sequence=_SEQUENCE,
     tensor=_TENSOR,
-    rows=ROWS,
-    mag_rows=MAG_ROWS,
-    row=_row,
+    teacache_rows=ROWS,
+    magcache_rows=MAG_ROWS,
+    published_row=_row,
 )
 
 # Its side blocks compute hints that are added between the main blocks, and after them by configuration. They run on
 # skipped steps too.
 WAN_VACE = Adapter(
     classes=("WanVACETransformer3DModel",),
-    smallest_linear=0,
-    wide_ends=(3, 3),
+    max_unquantized_features=0,
+    unquantized_ends=(3, 3),
     fusable_processors=("WanAttnProcessor",),
     # One value for each side block.
     unbatched=("control_hidden_states_scale",),
@@ -188,6 +188,6 @@ WAN_VACE = Adapter(
     timestep_signal=_signal,
     sequence=_VACE_SEQUENCE,
     tensor=_TENSOR,
-    rows=ROWS,
-    mag_rows=MAG_ROWS,
+    teacache_rows=ROWS,
+    magcache_rows=MAG_ROWS,
 )

@@ -123,15 +123,15 @@ def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
             by_block = {layer.block: choices[name] for layer, name in zip(role.layers, role.backends, strict=True)}
             # The key of a module outside the blocks is None.
             select = _selector(context, config, running, by_block, dense)
-            transport = context.outputs.attention_carriers.get((denoiser.name, role.name.rpartition(".")[2]))
-            dispatcher = AttentionDispatcher(select, context.stats.attention_calls, transport)
+            context_parallel = context.outputs.attention_carriers.get((denoiser.name, role.name.rpartition(".")[2]))
+            dispatcher = AttentionDispatcher(select, context.stats.attention_calls, context_parallel)
             backend_name, registrations = registered_backend(dispatcher)
             if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
                 yield from registrations
             yield SetItem(DISPATCHERS, dispatcher.number, dispatcher)
             # Kernels that round query and key norm and rotate them in the same pass; other kernels get both from the
             # stock functions. Query and key that ranks exchange are normed and rotated before.
-            fuses = transport is None and any(
+            fuses = context_parallel is None and any(
                 kernel.fuses_qk_norm_rope for choice in choices.values() for kernel in choice.kernels
             )
             # In compiled graphs a rewrite joins norm, rotation and attention.

@@ -33,30 +33,31 @@ class AttentionDispatcher:
     Args:
         select: Returns the choice for the current step and layer.
         counts: Kernel name -> number of calls. The pipeline's statistics own it.
-        transport: Runs attention over a sequence that several ranks share; `None` for a sequence on one rank.
+        context_parallel: Runs attention over a sequence that several ranks share; `None` for a sequence on one rank.
 
     Attributes:
         number: Its key in `DISPATCHERS`, a constant in compiled graphs.
-        operands: Query, key and value between `ulysses_send` and `ulysses_attention`, where no transport takes them.
+        operands: Query, key and value between `ulysses_send` and `ulysses_attention`, where no `context_parallel` takes
+            them.
     """
 
-    def __init__(self, select: Callable[[], Choice], counts: Counter[str], transport: Any = None):
-        self.select, self.counts, self.transport = select, counts, transport
+    def __init__(self, select: Callable[[], Choice], counts: Counter[str], context_parallel: Any = None):
+        self.select, self.counts, self.context_parallel = select, counts, context_parallel
         self.operands: dict[int, Any] = {}
         self.number = _free_number()
         self._functions: dict[str, AttentionFunction] = {}
         self._warned: set[str] = set()
 
     def run(self, inputs: Inputs) -> torch.Tensor:
-        """Attention over the whole sequence, on this rank or through the transport.
+        """Attention over the whole sequence, on this rank or through `context_parallel`.
 
         Args:
             inputs: The call; its query and key may be `DeferredQK`.
         """
-        if self.transport is not None:
+        if self.context_parallel is not None:
             # The ranks exchange query and key with norm and rotation applied.
             inputs = replace(inputs, query=materialize(inputs.query), key=materialize(inputs.key))
-            out: torch.Tensor = self.transport(inputs, self.run_local)
+            out: torch.Tensor = self.context_parallel(inputs, self.run_local)
             return out
         out = self.run_local(inputs)
         return out

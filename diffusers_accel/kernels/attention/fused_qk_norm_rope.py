@@ -179,9 +179,9 @@ def fused_qk_norm_rope_attention(
     """
     operands = _operands(query, key, [value], norms, eps, query_tables, key_tables, rope_style)
     found, heads = DISPATCHERS[dispatcher], (query[0].shape[2], key[0].shape[2])
-    if _sends_operands(found, heads, is_causal, *operands.values()):
-        found.transport.ship(operands, heads, False)
-        out: torch.Tensor = found.transport.arrived(heads[0], attn_mask, scale, found.run_local)
+    if _sends_to_ranks(found, heads, is_causal, *operands.values()):
+        found.context_parallel.ship(operands, heads, False)
+        out: torch.Tensor = found.context_parallel.arrived(heads[0], attn_mask, scale, found.run_local)
         return out.contiguous()
     return _attention_of_operands(found, operands, attn_mask, is_causal, scale)
 
@@ -222,12 +222,14 @@ def _attention_of_operands(
     return out.contiguous()
 
 
-def _sends_operands(
+def _sends_to_ranks(
     dispatcher: AttentionDispatcher, heads: tuple[int, int], is_causal: bool, *operands: Operand
 ) -> bool:
-    """Whether the transport takes query, key and value one by one."""
+    """Whether `context_parallel` takes query, key and value one by one."""
     alike = len({(item.parts[0].shape[3], item.parts[0].dtype) for item in operands}) == 1
-    return dispatcher.transport is not None and alike and not is_causal and dispatcher.transport.ships(heads)
+    return (
+        dispatcher.context_parallel is not None and alike and not is_causal and dispatcher.context_parallel.ships(heads)
+    )
 
 
 # --- async Ulysses: the same attention in two steps, with other computation between them ----------------------------
@@ -254,7 +256,7 @@ def ulysses_send(
     dispatcher: int,
 ) -> torch.Tensor:
     """Sends query, key, value or some of them to the ranks of their heads. `ulysses_attention` follows when all three
-    are sent, the value with the first call. Without a transport the dispatcher keeps the operands until then.
+    are sent, the value with the first call. Without `context_parallel` the dispatcher keeps the operands until then.
 
     Args:
         query: Parts of the query, (batch, sequence of the part, heads, head_dim) each; empty to send it in another
@@ -270,7 +272,7 @@ def ulysses_send(
             without a rotation.
         rope_style: `"interleaved"` or `"half"`, as `Rotary` describes it.
         heads: Number of heads of the query, then of the key.
-        is_causal: Whether attention hides later keys, for which no transport takes operands one by one.
+        is_causal: Whether attention hides later keys; `context_parallel` then takes no operands one by one.
         dispatcher: Number of the dispatcher in `DISPATCHERS`.
 
     Returns:
@@ -278,15 +280,15 @@ def ulysses_send(
     """
     found = DISPATCHERS[dispatcher]
     operands = _operands(query, key, value, norms, eps, query_tables, key_tables, rope_style)
-    if _sends_operands(found, (heads[0], heads[1]), is_causal, *operands.values()):
-        found.transport.ship(operands, (heads[0], heads[1]), True)
+    if _sends_to_ranks(found, (heads[0], heads[1]), is_causal, *operands.values()):
+        found.context_parallel.ship(operands, (heads[0], heads[1]), True)
     else:
         found.operands |= operands
     return (value + query + key)[0].new_empty(0)
 
 
 def _ulysses_attention_fake(
-    sent: list[torch.Tensor], query: list[torch.Tensor], value: torch.Tensor, *_: Any
+    sends: list[torch.Tensor], query: list[torch.Tensor], value: torch.Tensor, *_: Any
 ) -> torch.Tensor:
     first = query[0]
     return first.new_empty((first.shape[0], sum(part.shape[1] for part in query), first.shape[2], value.shape[3]))
@@ -294,7 +296,7 @@ def _ulysses_attention_fake(
 
 @operator("ulysses_attention", _ulysses_attention_fake)
 def ulysses_attention(
-    sent: list[torch.Tensor],
+    sends: list[torch.Tensor],
     query: list[torch.Tensor],
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
@@ -305,7 +307,7 @@ def ulysses_attention(
     """Attention of the operands that `ulysses_send` took.
 
     Args:
-        sent: The results of the calls of `ulysses_send`.
+        sends: The results of the calls of `ulysses_send`.
         query: Parts of the query, (batch, sequence of the part, heads, head_dim) each, for their shapes alone.
         value: (batch, key sequence, kv_heads, value_dim), for its shape alone.
         attn_mask: Boolean (True takes part) or additive, broadcast to (batch, heads, sequence, key sequence).
@@ -320,5 +322,5 @@ def ulysses_attention(
     if found.operands:
         operands, found.operands = found.operands, {}
         return _attention_of_operands(found, operands, attn_mask, is_causal, scale)
-    out: torch.Tensor = found.transport.arrived(query[0].shape[2], attn_mask, scale, found.run_local)
+    out: torch.Tensor = found.context_parallel.arrived(query[0].shape[2], attn_mask, scale, found.run_local)
     return out.contiguous()

@@ -43,11 +43,11 @@ def _split(graph: Graph, node: Any, overlapped: set[Any]) -> None:
     """Splits one attention into sending and attention, if there is computation to run between them."""
     query, key, value_, norms, eps, query_tables, key_tables, rope_style, mask, causal, scale, dispatcher = node.args
     heads = [value(parts[0]).shape[2] for parts in (query, key)]
-    transport = DISPATCHERS[dispatcher].transport if dispatcher in DISPATCHERS else None
+    context_parallel = DISPATCHERS[dispatcher].context_parallel if dispatcher in DISPATCHERS else None
     kinds = {(value(item).shape[-1], value(item).dtype) for item in (query[0], key[0], value_)}
-    if transport is None or not transport.overlaps or causal or len(kinds) > 1:
+    if context_parallel is None or not context_parallel.overlaps or causal or len(kinds) > 1:
         return
-    if not transport.ships((heads[0], heads[1])):
+    if not context_parallel.ships((heads[0], heads[1])):
         return
     before = _before(graph, node)
     count = len(query)
