@@ -1,8 +1,8 @@
 """The passes between two products: bytes per second of ours, and of what inductor makes of the same, at the shapes of
 FLUX.1, Wan2.1 1.3B, Wan2.2 5B and Qwen-Image.
 
-Every pass is timed on the GPU alone, with its caches emptied; bytes are those that must be read and written once. With
-`--tiles`, ours with other numbers of warps.
+Every pass is timed on the GPU alone, with its caches emptied; bytes count each input read once and each output written
+once. With `--tiles`, ours with other numbers of warps.
 
     python benchmarks/rows.py            # benchmarks/results/rows.json
     python benchmarks/rows.py --tiles

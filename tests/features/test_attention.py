@@ -90,8 +90,8 @@ def cross_calls(entry, pipe, steps):
 
 
 class TestKinds:
-    # What the models' papers call cross-attention: text (and image, for Wan's image to video), and between LTX-2's
-    # video and audio. FLUX, FLUX.2, Qwen-Image and SD3 join the streams; Cosmos3's layers attend to themselves.
+    # Cross-attention, in the terms of the models' papers: text (and image, for Wan's image to video), and between
+    # LTX-2's video and audio. FLUX, FLUX.2, Qwen-Image and SD3 join the streams; Cosmos3's layers attend to themselves.
     JOINT = ("flux", "flux2", "qwen", "sd3", "cosmos3")
 
     @pytest.mark.parametrize("name", FAMILIES)

@@ -145,7 +145,7 @@ FLIPPED = 0.003
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("name", ["flux", "flux2", "wan", "qwen", "ltx2", "cosmos3"])
 def test_rounded_in_passing(name, kind, seen, beside_stock):
-    """What a norm or an activation gives to quantized layers alone is rounded there, once for all of them."""
+    """A norm or an activation that only quantized layers read rounds its result, once for all of them."""
     entry, pipe = TINY[name], build(name)
     accelerate(pipe, attention="sdpa", linear=LinearConfig(algo=kind, smallest=0), compile=COUNTED)
     entry.run(pipe, steps=2)
@@ -195,7 +195,7 @@ def test_what_is_left_as_it_is(seen):
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "sd3"])
 def test_few_rows(name, seen):
-    """What modulates all tokens is made from one row, in every block: SiLU and product in one."""
+    """The modulation of all tokens comes from one row in every block: SiLU and product in one operator."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=2)
     accelerate(pipe, compile=COUNTED)
