@@ -268,7 +268,7 @@ def test_the_transform_helps_where_few_channels_carry_the_logits(name):
 def test_cuts_by_architecture():
     recipe = RECIPES["sage"]["int8-1-128-0"]
     # On Hopper, the tile whose last wave is fuller: long sequences fill either, FLUX's fills the smaller one better.
-    assert low_bit.tile(recipe, 128, (9, 0), 132, 32760, 12).queries == 128
-    assert low_bit.tile(recipe, 128, (9, 0), 132, 4608, 24).queries == 64
+    assert low_bit.choose_tile(recipe, 128, (9, 0), 132, 32760, 12).queries == 128
+    assert low_bit.choose_tile(recipe, 128, (9, 0), 132, 4608, 24).queries == 64
     for backend, name in EVERY:
-        assert low_bit.tile(RECIPES[backend][name], 128, (8, 0), 108, 4096, 24).stages == 2
+        assert low_bit.choose_tile(RECIPES[backend][name], 128, (8, 0), 108, 4096, 24).stages == 2
