@@ -58,7 +58,7 @@ def test_the_fastest_is_taken_and_remembered(clock, tmp_path):
     fastest = Fastest(kernels, Timings(GPU, tmp_path))
     assert pick(fastest) == "b" and pick(fastest) == "b"
     assert timed == {"a": 1, "b": 1, "sdpa": 1}
-    assert fastest.seen == {"bfloat16 24x128 q4096 k4096": seconds}
+    assert fastest.measured == {"bfloat16 24x128 q4096 k4096": seconds}
     # Another process finds the answer on disk, with the facts it holds for.
     assert pick(Fastest(kernels, Timings(GPU, tmp_path))) == "b" and timed["b"] == 1
     (file,) = tmp_path.iterdir()
