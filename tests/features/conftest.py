@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_accel.features import feature
+from diffusers_accel.features import context
 from diffusers_accel.features.compile import rewrites
 
 
@@ -15,7 +15,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(rewrites.graph, "KINDS", [("cpu", torch.float32)])
     monkeypatch.setattr(rewrites.rows, "_NARROWEST", 1)
     monkeypatch.setattr(rewrites.linear, "_LEAST", 1)
-    monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
+    monkeypatch.setattr(context, "REWRITTEN_ON", ("cpu",))
     torch.compiler.reset()
     yield
     torch.compiler.reset()

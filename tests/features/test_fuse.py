@@ -21,7 +21,7 @@ from diffusers_accel import (
     save_quantized,
     stats,
 )
-from diffusers_accel.features import feature
+from diffusers_accel.features import context
 from diffusers_accel.kernels.linear import Part
 
 # Layers of a tiny denoiser that are multiplied as one with others.
@@ -271,7 +271,7 @@ def test_a_layer_that_stays_apart(monkeypatch):
 
     assert parts(fuse=True) == [True, True, True]
     assert parts(fuse={"ignore": ["*.proj_mlp"]}) == [False, True, True]
-    monkeypatch.setattr(feature, "REWRITTEN_ON", ("cpu",))
+    monkeypatch.setattr(context, "REWRITTEN_ON", ("cpu",))
     assert parts(fuse=True) == [True, True, True]
     assert parts(fuse=True, compile=True) == [False, True, True]
     said = "proj_mlp stay apart: their own product"

@@ -140,7 +140,7 @@ def broken_off(name, way):
 def overlapped(name, fuse):
     """A request whose exchanges are rewritten to go on beside products, through shared memory: what `request` returns,
     and the operators of attention in each graph, in their order, with `*` for a product."""
-    from diffusers_accel.features import feature
+    from diffusers_accel.features import context
     from diffusers_accel.features.compile import rewrites
     from diffusers_accel.features.compile.rewrites import overlap
 
@@ -156,8 +156,8 @@ def overlapped(name, fuse):
         )
         return module.forward
 
-    before = rewrites.graph.KINDS, feature.REWRITTEN_ON, overlap._WORTH
-    rewrites.graph.KINDS, feature.REWRITTEN_ON, overlap._WORTH = [("cpu", torch.float32)], ("cpu",), 0
+    before = rewrites.graph.KINDS, context.REWRITTEN_ON, overlap._WORTH
+    rewrites.graph.KINDS, context.REWRITTEN_ON, overlap._WORTH = [("cpu", torch.float32)], ("cpu",), 0
     torch._dynamo.register_backend(backend, name="watched")
     torch.compiler.reset()
     try:
@@ -165,7 +165,7 @@ def overlapped(name, fuse):
         sections = {"compile": compiled, "parallel": {"ulysses": 2}, "attention": "sdpa", "fuse": fuse}
         found = request(name, sections, windows=True)
     finally:
-        rewrites.graph.KINDS, feature.REWRITTEN_ON, overlap._WORTH = before
+        rewrites.graph.KINDS, context.REWRITTEN_ON, overlap._WORTH = before
         torch._dynamo.backends.registry._COMPILER_FNS.pop("watched")
         rewrites.rewritten.cache_clear()
         torch.compiler.reset()
