@@ -6,7 +6,7 @@ included. Errors are against float32 attention on a sample of queries. `raw` cal
 says, on tensors laid out as it wants them: the adapter's cost is what lies between.
 
     python benchmarks/attention.py                 # all kernels: benchmarks/results/attention.json
-    python benchmarks/attention.py --tiles         # the cuts of our kernels and of the quantizers
+    python benchmarks/attention.py --tiles         # the tile shapes of our kernels and of the quantizers
     python benchmarks/attention.py --docs          # docs/results/attention-kernels.md; needs no GPU
 """
 
@@ -185,14 +185,14 @@ def kernels(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 def tiles(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Rates of our kernels over cuts, and microseconds of the quantizers over their constants."""
+    """Rates of our kernels over tile shapes, and microseconds of the quantizers over their constants."""
     from triton.testing import do_bench
 
     from diffusers_accel.kernels.attention import low_bit
     from diffusers_accel.kernels.attention.low_bit import Tile
 
     found: dict[str, Any] = {}
-    cuts = [
+    tile_shapes = [
         Tile(queries, keys, warps, stages, ahead)
         for queries, keys, warps, stages, ahead in (
             (64, 128, 4, 2, False),
@@ -213,15 +213,15 @@ def tiles(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         rates: dict[str, Any] = {}
         for backend, known in RECIPES.items():
             recipe = next(iter(known.values()))
-            for cut in cuts:
+            for tile in tile_shapes:
                 try:
-                    call = partial(low_bit.attention, *tensors, recipe, cut=cut)
+                    call = partial(low_bit.attention, Inputs(*tensors), recipe, tile=tile)
                     rate = work / do_bench(call, warmup=15, rep=60, return_mode="median")
-                except Exception as error:  # a cut that does not fit
+                except Exception as error:  # a tile that does not fit
                     rate = math.nan
-                    print(label, backend, cut, type(error).__name__, flush=True)
-                rates[f"{backend} {cut.queries}x{cut.keys}, {cut.warps} warps, {cut.stages} stages"
-                      + (", ahead" if cut.ahead else "")] = round(rate, 1)  # fmt: skip
+                    print(label, backend, tile, type(error).__name__, flush=True)
+                rates[f"{backend} {tile.queries}x{tile.keys}, {tile.warps} warps, {tile.stages} stages"
+                      + (", ahead" if tile.prefetch_logits else "")] = round(rate, 1)  # fmt: skip
         found[label] = {"TFLOP/s": rates, "quantization, us": _quantizers(tensors)}
         print(json.dumps(found[label], indent=1), flush=True)
     return found
@@ -237,16 +237,16 @@ def _quantizers(tensors: tuple[torch.Tensor, ...]) -> dict[str, float]:
     recipe = RECIPES["sage-fp8"]["int8-1-128-1"]
     for call, names, several in (
         (
-            partial(quantize.quantize_per_head, *tensors, 1.0),
+            partial(quantize.quantize_per_head, Inputs(*tensors)),
             ("_SPLITS", "_REDUCE_ROWS", "_REDUCE_WARPS", "_REDUCE_STAGES"),
             ((16, 32, 2, 3), (8, 32, 2, 3), (32, 32, 2, 3), (16, 16, 2, 4), (16, 64, 4, 3), (16, 32, 4, 3)),
         ),
         (
-            partial(quantize.quantize_per_head, *tensors, 1.0),
+            partial(quantize.quantize_per_head, Inputs(*tensors)),
             ("_HEAD_ROWS", "_HEAD_TILES", "_HEAD_WARPS"),
             ((32, 4, 4), (16, 8, 2), (64, 2, 8), (64, 4, 8), (32, 16, 4)),
         ),
-        (partial(quantize.quantize, *tensors, recipe, 1.0), ("_ROUND_WARPS",), ((4,), (8,), (16,))),
+        (partial(quantize.quantize, Inputs(*tensors), recipe), ("_ROUND_WARPS",), ((4,), (8,), (16,))),
     ):
         kept = {name: getattr(quantize, name) for name in names}
         for constants in several:

@@ -27,7 +27,7 @@ from diffusers_accel import Unsupported, accelerate, restore
 # Kinds by the kernels' names: the first that matches.
 KINDS = (
     ("attention", r"flash|fmha|sdpa|_attention$|FlashAttn"),
-    ("fused passes", r"^_normed$|^_rounded_parts$|^_prepare$|^_narrow$|^_known$"),
+    ("fused passes", r"^_residual_norm$|^_concat_quantize$|^_qk_norm_rope$|^_narrow$|^_known$"),
     ("quantize", r"_rows|_round|_reduce$|_combine|_amax$|_tensor$|_groups$|_add$|to_float8|scaled_mm_quant"),
     ("gemm", r"gemm|nvjet|cutlass|xmma|cublas|_int8$|splitK|device_kernel"),
     ("copy", r"Memcpy|Memset|copy|CatArray|triton_poi_fused_(clone|cat)"),

@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     model = MODELS[options.model]
     layers = options.layers or model.config["num_layers"]
-    unfolded = replace(KERNELS.get("fa3-fp8"), name="fa3-fp8-unfolded", folds=False, auto=False)
+    unfolded = replace(KERNELS.get("fa3-fp8"), name="fa3-fp8-unfolded", fuses_qk_norm_rope=False, auto=False)
     KERNELS.add("fa3-fp8-unfolded", unfolded)
     pipe = build(model, layers)
     arguments = inputs(model)

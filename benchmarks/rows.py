@@ -1,8 +1,8 @@
 """The passes between two products: bytes per second of ours, and of what inductor makes of the same, at the shapes of
 FLUX.1, Wan2.1 1.3B, Wan2.2 5B and Qwen-Image.
 
-Every pass is timed on the GPU alone, with its caches emptied; bytes are those that must be read and written once. With
-`--tiles`, ours with other numbers of warps.
+Every pass is timed on the GPU alone, with its caches emptied; bytes count each input read once and each output written
+once. With `--tiles`, ours with other numbers of warps.
 
     python benchmarks/rows.py            # benchmarks/results/rows.json
     python benchmarks/rows.py --tiles
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_accel.kernels.attention import quantize
-from diffusers_accel.kernels.attention.prepare import prepare
-from diffusers_accel.kernels.attention.record import QKNorm, Rotary
+from diffusers_accel.kernels.attention.qk_norm_rope import qk_norm_rope
+from diffusers_accel.kernels.attention.record import Inputs, QKNorm, Rotary
 from diffusers_accel.kernels.elementwise import operators, rows
 from diffusers_accel.kernels.linear import formats, quantize_activations
 
@@ -48,9 +48,9 @@ def passes(name: str) -> dict[str, tuple[Callable[[int | None], Any], Function, 
     found: dict[str, Any] = {}
 
     def norm(kind: str, residual: bool) -> Callable[[int | None], Any]:
-        made = operators._normed_empty(x, y if residual else None, kind, x.dtype)
+        made = operators._residual_norm_empty(x, y if residual else None, kind, x.dtype)
         given = (x, y if residual else None, [gate] if residual else [], None, None, [factor], [shift])
-        return lambda warps: rows.normed(*given, 1e-6, False, True, *made, warps)
+        return lambda warps: rows.residual_norm(*given, 1e-6, False, True, *made, warps)
 
     def plain_norm(kind: str, residual: bool) -> Any:
         total = x + gate * y if residual else x
@@ -65,19 +65,19 @@ def passes(name: str) -> dict[str, tuple[Callable[[int | None], Any], Function, 
             found[label] = norm(kind, residual), lambda f=plain, a=(kind, residual): f(*a), moved
 
     hidden = random(1, length, wide)
-    values, scale = operators._parts_empty([hidden], "e4m3")
+    values, scale = operators._concat_quantize_empty([hidden], "e4m3")
     plain_gelu = torch.compile(lambda: formats.quantize_rows(F.gelu(hidden, approximate="tanh")[0]), dynamic=False)
     found["GELU, to e4m3"] = (
-        lambda warps: rows.rounded_parts([hidden], [None], ["gelu_tanh"], values, scale, warps),
+        lambda warps: rows.concat_quantize([hidden], [None], ["gelu_tanh"], values, scale, warps),
         plain_gelu, length * wide * 3,
     )  # fmt: skip
     if name == "FLUX.1":
-        both, scales = operators._parts_empty([x, hidden], "e4m3")
+        both, scales = operators._concat_quantize_empty([x, hidden], "e4m3")
         plain_both = torch.compile(
             lambda: formats.quantize_rows(torch.cat([x, F.gelu(hidden, approximate="tanh")], -1)[0]), dynamic=False
         )
         found["attention and GELU side by side, to e4m3"] = (
-            lambda warps: rows.rounded_parts([x, hidden], [None, None], ["", "gelu_tanh"], both, scales, warps),
+            lambda warps: rows.concat_quantize([x, hidden], [None, None], ["", "gelu_tanh"], both, scales, warps),
             plain_both, length * (wide + channels) * 3,
         )  # fmt: skip
     plain_rows = torch.compile(lambda: formats.quantize_rows(x[0]), dynamic=False)
@@ -92,23 +92,24 @@ def passes(name: str) -> dict[str, tuple[Callable[[int | None], Any], Function, 
     angles = torch.rand(1, length, 1, dim // 2, device="cuda").repeat_interleave(2, -1)
     cos, sin = angles.cos(), angles.sin()
     out = torch.empty_like(query), torch.empty_like(key)
+    rotary = Rotary((cos, sin), (cos, sin))
 
-    def plain_prepare() -> Any:
+    def plain_qk_norm_rope() -> Any:
         def one(item: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             item = F.rms_norm(item.flatten(2) if across else item, weight.shape, weight, 1e-6).view(item.shape)
             real, imaginary = item.unflatten(-1, (-1, 2)).unbind(-1)
-            turned = torch.stack([-imaginary, real], -1).flatten(3)
-            return (item.float() * cos + turned.float() * sin).to(item.dtype)
+            rotated = torch.stack([-imaginary, real], -1).flatten(3)
+            return (item.float() * cos + rotated.float() * sin).to(item.dtype)
 
         return one(query, weights[0]), one(key, weights[1])
 
     found["QK-norm and rotation"] = (
-        lambda warps: prepare(query, key, *out, weights, 1e-6, (cos, sin, cos, sin), False, warps),
-        torch.compile(plain_prepare, dynamic=False), size * 8,
+        lambda warps: qk_norm_rope(query, key, *out, QKNorm(*weights, 1e-6), rotary, warps),
+        torch.compile(plain_qk_norm_rope, dynamic=False), size * 8,
     )  # fmt: skip
-    rotary, norm_ = Rotary((cos, sin), (cos, sin)), None if across else QKNorm(*weights, 1e-6)
+    norm_ = None if across else QKNorm(*weights, 1e-6)
     found["QKV to e4m3 for attention"] = (
-        lambda warps: quantize.quantize_per_head(query, key, value, dim**-0.5, rotary=rotary, norm=norm_),
+        lambda warps: quantize.quantize_per_head(Inputs(query, key, value, rotary=rotary, norm=norm_)),
         None, size * 9,
     )  # fmt: skip
     return found

@@ -32,7 +32,7 @@ from torch import nn
 
 from diffusers_accel import Unsupported, accelerate, demo, restore, stats
 from diffusers_accel.core.platform import describe
-from diffusers_accel.kernels.attention import KERNELS, AttentionSite, Call, Fixed, Inputs
+from diffusers_accel.kernels.attention import KERNELS, AttentionDispatcher, Call, Fixed, Inputs
 from diffusers_accel.kernels.attention.choice import CACHE_VARIABLE
 from diffusers_accel.kernels.linear import LINEARS
 
@@ -124,10 +124,12 @@ def check_kernels(checks: Checks, dtype: torch.dtype) -> None:
         if refused:
             checks.found[name] = {"refused": refused}
             continue
-        site = AttentionSite(lambda kernel=kernel: Fixed(kernel), Counter())  # type: ignore[misc]
+        dispatcher = AttentionDispatcher(lambda kernel=kernel: Fixed(kernel), Counter())  # type: ignore[misc]
         checks.check(
             name,
-            lambda place, site=site: site.run(Inputs(*(item.to(place) for item in (query, key, value)))).cpu(),
+            lambda place, dispatcher=dispatcher: dispatcher.run(
+                Inputs(*(item.to(place) for item in (query, key, value)))
+            ).cpu(),
             CALL,
         )
     linear = nn.Linear(256, 512).to(dtype).requires_grad_(False)

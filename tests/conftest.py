@@ -75,7 +75,7 @@ def _fresh_compiler():
 
 @pytest.fixture
 def collected():
-    """Pipelines that other tests have dropped are gone, and do not go while graphs or sites are counted."""
+    """Pipelines that other tests have dropped are gone, and do not go while graphs or dispatchers are counted."""
     gc.collect()
 
 

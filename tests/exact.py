@@ -21,7 +21,7 @@ def attention(query, key, value, mask=None, causal=False, scale=None):
     return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
 
 
-def prepared(x, weight, eps, angles, halves=False):
+def normed_rotated(x, weight, eps, angles, rope_style="interleaved"):
     """An RMS norm, over the channels of a head or of all, and a rotation by angles, spelled out in complex numbers."""
     x = x.double()
     if weight is not None:
@@ -30,9 +30,9 @@ def prepared(x, weight, eps, angles, halves=False):
     if angles is None:
         return x
     turn = torch.polar(torch.ones_like(angles.double()), angles.double())
-    pairs = torch.stack(x.chunk(2, -1), -1) if halves else x.unflatten(-1, (-1, 2))
+    pairs = torch.stack(x.chunk(2, -1), -1) if rope_style == "half" else x.unflatten(-1, (-1, 2))
     found = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
-    return torch.cat(found.unbind(-1), -1) if halves else found.flatten(-2)
+    return torch.cat(found.unbind(-1), -1) if rope_style == "half" else found.flatten(-2)
 
 
 def cosine(found, expected) -> float:

@@ -146,16 +146,16 @@ def test_a_copy_is_stock(flux):
     assert torch.equal(run(flux), stock)
 
 
-def test_no_site_is_kept_after_restore(flux, collected):
+def test_no_dispatcher_is_kept_after_restore(flux, collected):
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-    from diffusers_accel.kernels.attention import SITES
+    from diffusers_accel.kernels.attention import DISPATCHERS
 
-    sites, backends = set(SITES), set(_AttentionBackendRegistry._backends)
+    dispatchers, backends = set(DISPATCHERS), set(_AttentionBackendRegistry._backends)
     accelerate(flux, attention="sdpa")
-    assert set(SITES) != sites and set(_AttentionBackendRegistry._backends) != backends
+    assert set(DISPATCHERS) != dispatchers and set(_AttentionBackendRegistry._backends) != backends
     restore(flux)
-    assert set(SITES) == sites and set(_AttentionBackendRegistry._backends) == backends
+    assert set(DISPATCHERS) == dispatchers and set(_AttentionBackendRegistry._backends) == backends
 
 
 def test_explain_is_pure_and_prints_a_table(flux):

@@ -24,8 +24,9 @@ FREE = {"config", "errors"}
 NEVER = {"core": {"diffusers"}, "kernels": {"diffusers"}, "policies": {"diffusers", "torch"}}
 # Modules of Triton kernels: they may import triton, and are themselves imported by loaders only.
 TRITON = {
+    "kernels/operands.py",
     "kernels/rounding.py",
-    *(f"kernels/attention/{name}.py" for name in ("rows", "norm", "quantize", "low_bit", "prepare", "scatter")),
+    *(f"kernels/attention/{name}.py" for name in ("rows", "norm", "quantize", "low_bit", "qk_norm_rope", "scatter")),
     "kernels/elementwise/rows.py",
     *(f"kernels/linear/{name}.py" for name in ("gemm", "quantize_activations", "quantize_weights")),
 }
@@ -133,10 +134,11 @@ def test_triton_modules_are_imported_in_loaders_only():
 
 
 def test_private_names_of_diffusers_are_in_one_file():
-    """The dispatcher's private names appear in features/attention/seam.py only, the models' in models/adapter.py."""
+    """The dispatcher's private names appear in features/attention/backends.py only, the models' in
+    models/adapter.py."""
     allowed = {
-        "_AttentionBackendRegistry": {"features/attention/seam.py"},
-        "AttentionBackendName": {"features/attention/seam.py"},
+        "_AttentionBackendRegistry": {"features/attention/backends.py"},
+        "AttentionBackendName": {"features/attention/backends.py"},
         "_repeated_blocks": {"models/adapter.py"},
         "_no_split_modules": {"models/adapter.py"},
         "_cp_plan": {"models/adapter.py"},

@@ -69,17 +69,17 @@ class TestDropped:
     def test_freed(self, name, sections, monkeypatch, collected):
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
-        from diffusers_accel.kernels.attention import SITES
+        from diffusers_accel.kernels.attention import DISPATCHERS
 
         monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
-        tables = [dict(_AttentionBackendRegistry._backends), dict(SITES)]
+        tables = [dict(_AttentionBackendRegistry._backends), dict(DISPATCHERS)]
         pipe = accelerate(build(name), **sections)
         run(pipe, name, steps=2)
         refs = [weakref.ref(item) for item in (pipe, pipe.transformer, pipe.vae)]
         del pipe
         gc.collect()
         assert [ref() for ref in refs] == [None] * 3
-        assert [dict(_AttentionBackendRegistry._backends), dict(SITES)] == tables
+        assert [dict(_AttentionBackendRegistry._backends), dict(DISPATCHERS)] == tables
 
 
 class TestShared:

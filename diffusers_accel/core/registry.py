@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
+from ..config.fields import MAX_LENGTH
 from ..errors import UnknownName, nearest, shown
 
 Record = TypeVar("Record")

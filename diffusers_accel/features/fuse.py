@@ -244,7 +244,7 @@ def _groups(denoiser: Denoiser) -> list[_Group]:
         if "to_k" not in module._modules or f"{path}.".startswith(fused):
             continue
         cross = path.rpartition(".")[2] in adapter.cross_attention or getattr(module, "is_cross_attention", False)
-        values_alone = type(getattr(module, "processor", None)).__name__ in adapter.values_alone
+        values_alone = type(getattr(module, "processor", None)).__name__ in adapter.value_only_processors
         for names in (_CROSS_ATTENTION if cross else _SELF_ATTENTION[:2] if values_alone else _SELF_ATTENTION, *_ADDED):
             add(module, tuple(name for name in names if name in module._modules))
     return groups

@@ -294,7 +294,7 @@ def _plan(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearKer
         algo = next((algo for glob, algo in (config.plan or {}).items() if denoiser.matches(path, glob)), None)
         planned = algo is not None
         if not planned:
-            smallest = adapter.smallest_linear if config.smallest is None else config.smallest
+            smallest = adapter.max_unquantized_features if config.smallest is None else config.smallest
             bound = f"linear.smallest={smallest}" + (", the model's own" if config.smallest is None else "")
             if any(denoiser.matches(path, glob) for glob in config.ignore or ()):
                 plan.excluded[path] = "named by linear.ignore"
@@ -366,7 +366,7 @@ def _block_prefixes(denoiser: Denoiser) -> tuple[tuple[str, ...], tuple[str, ...
         (f"{path}.", id(module) in main) for path, module in denoiser.module.named_modules() if id(module) in blocks
     ]
     main_paths = [path for path, in_main in paths if in_main]
-    first, last = adapter.wide_ends
+    first, last = adapter.unquantized_ends
     if len(main_paths) < 2 * (first + last):
         first = last = 0
     ends = (*main_paths[:first], *main_paths[len(main_paths) - last :])

@@ -1,8 +1,8 @@
-"""Where Triton kernels are launched: on the GPU that their tensors are on.
+"""The launch of Triton kernels on the GPU of their tensors.
 
-Triton launches on the current device, whatever its pointers point to; a pipeline may be on another one (`cuda:1`). So
-every kernel that is launched, and not only called by others, is decorated with `on_its_device`; a test reads the
-sources and finds those that are not.
+Triton launches on the current device, whichever device its pointers belong to, and a pipeline may be on another device
+(`cuda:1`). Every kernel with a launch of its own is therefore decorated with `on_its_device`. A test reads the sources
+and reports kernels without it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..core.platform import device_guard
 
 
 class on_its_device:
-    """A Triton kernel that is launched on the device of the first tensor it is given.
+    """A Triton kernel that is launched on the device of its first tensor argument.
 
     Args:
-        kernel: What `triton.jit` returns.
+        kernel: The result of `triton.jit`.
     """
 
     def __init__(self, kernel: Any):
@@ -30,7 +30,7 @@ class on_its_device:
         return partial(_launch, self.kernel[grid])
 
 
-# Told by their type first: thousands of launches ask in every request.
+# Tensors are recognized by their type first, which is faster: a request has thousands of launches.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 

@@ -1,4 +1,4 @@
-"""Adapters: data about each denoiser class. The table below is the list of the models this package knows."""
+"""Adapters: data about each denoiser class. The table `ADAPTERS` lists the models that this package supports."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ ADAPTERS: tuple[Adapter, ...] = (FLUX, FLUX2, WAN, WAN_VACE, LTX2, QWEN, COSMOS,
 _BY_CLASS = {name: adapter for adapter in ADAPTERS for name in adapter.classes}
 
 # Every published TeaCache row by name, for `coefficients="..."`.
-TEACACHE_ROWS: dict[str, TeaCacheRow] = {name: row for adapter in ADAPTERS for name, row in adapter.rows.items()}
+TEACACHE_ROWS: dict[str, TeaCacheRow] = {
+    name: row for adapter in ADAPTERS for name, row in adapter.teacache_rows.items()
+}
 
 # Every published MagCache table by name, for `mag_ratios="..."`.
-MAGCACHE_ROWS: dict[str, MagCacheRow] = {name: row for adapter in ADAPTERS for name, row in adapter.mag_rows.items()}
+MAGCACHE_ROWS: dict[str, MagCacheRow] = {
+    name: row for adapter in ADAPTERS for name, row in adapter.magcache_rows.items()
+}
 
 
 def adapter_for(denoiser: nn.Module) -> Adapter:
-    """The adapter of a denoiser's class, or a default one."""
+    """The adapter of a denoiser's class, or a default adapter."""
     return _BY_CLASS.get(type(denoiser).__name__) or default_adapter(denoiser)
 
 

@@ -1,9 +1,9 @@
-"""What an adapter is: data about one denoiser class, so that features need not know any model.
+"""The adapter: data about one denoiser class, so that features need not know any model.
 
-An adapter says where the blocks are and which tensors flow through them, what signal a cache may watch, how guidance is
-done, and which published constants belong to which configuration. One family, one file, one line in the table of
-`models/__init__.py`. A denoiser nobody wrote an adapter for gets a default one, built from what the stock class says
-about itself; features that need more than it can say refuse by name.
+An adapter names the blocks and the tensors that flow through them, the signal that a cache watches, the kind of
+guidance, and the published constants of each checkpoint. One family is one file and one line in the table of
+`models/__init__.py`. A denoiser without an adapter gets a default one, built from the attributes of its stock class.
+Features that need more than the default says refuse by name.
 
 Private names of diffusers' models (`_repeated_blocks`, `_no_split_modules`) are read here and nowhere else.
 """
@@ -24,18 +24,19 @@ from .tensor import TensorPlan
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of like blocks.
+    """A `ModuleList` of blocks of one class.
 
     Attributes:
         path: Dotted path of the `ModuleList` in the denoiser.
-        streams: Argument names of the tensors that a block takes and returns updated, in the order of its return. A
-            block with one stream returns the tensor itself.
+        streams: Argument names of the tensors that a block updates, in the order of its return. A block with one stream
+            returns the tensor itself.
     """
 
     path: str
     streams: tuple[str, ...]
 
     def blocks(self, denoiser: nn.Module) -> list[nn.Module]:
+        """The blocks, in call order."""
         return list(denoiser.get_submodule(self.path))  # type: ignore[call-overload]
 
 
@@ -45,16 +46,14 @@ class TeaCacheRow:
 
     Attributes:
         coefficients: The rescaling polynomial, highest degree first.
-        threshold: A published threshold, at about 1.5x.
-        source: Who published it.
-        fast_threshold: A published threshold at about 2x, where there is one.
-        use_ret_steps: Whether it was fitted for Wan's `use_ret_steps` variant.
+        threshold: A published threshold, for a speedup of about 1.5.
+        source: The publisher of the constants.
+        use_ret_steps: Whether the constants were fitted for Wan's `use_ret_steps` variant.
     """
 
     coefficients: tuple[float, ...]
     threshold: float
     source: str
-    fast_threshold: float | None = None
     use_ret_steps: bool = False
 
 
@@ -63,8 +62,8 @@ class MagCacheRow:
     """A published MagCache table.
 
     Attributes:
-        ratios: Ratio of the residual's magnitude to the last step's, for each step of a schedule; the first is 1.
-        source: Who published it.
+        ratios: For each step of a schedule, the magnitude of the residual over that of the step before; the first is 1.
+        source: The publisher of the table.
     """
 
     ratios: tuple[float, ...]
@@ -73,13 +72,13 @@ class MagCacheRow:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What tells checkpoints of one class apart: facts of their configuration, never their name.
+    """The facts that distinguish checkpoints of one class: values of their configuration, never their name.
 
     Attributes:
-        config: The denoiser's configuration.
+        config: Configuration of the denoiser.
         pipeline: Name of the pipeline's class.
-        pipeline_config: The pipeline's configuration.
-        use_ret_steps: Whether the rows of that variant are asked for.
+        pipeline_config: Configuration of the pipeline.
+        use_ret_steps: Whether the user wants the constants of the `use_ret_steps` variant.
     """
 
     config: Mapping[str, Any]
@@ -92,48 +91,63 @@ class Checkpoint:
         return all(self.config.get(key) == value for key, value in expected.items())
 
 
-# The modulated input of the first block, from that block and its bound arguments.
+# The modulated input of the first block, as a function of that block and its arguments by name.
 BlockSignal = Callable[[Any, Mapping[str, Any]], torch.Tensor]
-# The signal of every timestep at once, from the denoiser, its timesteps (steps,), and whether the projected embedding
-# is asked for: (steps, channels).
+# The signal of all timesteps at once, (steps, channels), as a function of the denoiser, its timesteps (steps,), and
+# whether to return the projected embedding.
 TimestepSignal = Callable[[Any, torch.Tensor, bool], torch.Tensor]
-# The latents that are being denoised, (batch, channels, *space) each, from the denoiser, its arguments and their grid.
+# The noisy latents, (batch, channels, *space) each, as a function of the denoiser, its arguments and `Adapter.grid`.
 LatentsOf = Callable[[Any, Mapping[str, Any], Any], list[torch.Tensor]]
 
 
 def plain_latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
-    """Latents that come as they are, (batch, channels, *space), with conditioning in further channels."""
+    """The latents of a denoiser that takes them unpacked, (batch, channels, *space), without channels of
+    conditioning."""
     latents = arguments["hidden_states"]
     channels = getattr(denoiser.config, "out_channels", None) or latents.shape[1]
     return [latents[:, :channels]]
 
 
 def unpacked(tokens: torch.Tensor, grid: tuple[int, int], channels: int) -> torch.Tensor:
-    """Latents (batch, channels, height, width) from tokens (batch, sequence, 4 x channels) of 2 x 2 values each, the
-    first height x width / 4 of the sequence, conditioning in further channels left out."""
+    """Latents from tokens that pack 2 x 2 values each.
+
+    Args:
+        tokens: (batch, sequence, 4 * channels or more). The latents are the first tokens and the first channels; the
+            rest is conditioning.
+        grid: Rows and columns of the latents' tokens.
+        channels: Channels of the latents.
+
+    Returns:
+        (batch, channels, 2 * rows, 2 * columns).
+    """
     height, width = grid
     tokens = tokens[:, : height * width, : 4 * channels].unflatten(1, (height, width)).unflatten(-1, (channels, 2, 2))
     return tokens.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def grid_of_ids(ids: torch.Tensor) -> tuple[int, int]:
-    """Rows and columns of the tokens whose position ids (sequence, ids) or (batch, sequence, ids) are (0, row, column,
-    ...), those of the picture that is made. Reads from the device."""
+    """Rows and columns of the generated image's tokens. Reads from the device.
+
+    Args:
+        ids: Position ids, (sequence, ids) or (batch, sequence, ids). The ids of the generated image are (0, row,
+            column, ...).
+    """
     ids = ids[0] if ids.ndim == 3 else ids
-    made = ids[ids[:, 0] == 0]
-    rows, columns = (made[:, 1:3].max(0).values - made[:, 1:3].min(0).values + 1).tolist()
+    generated = ids[ids[:, 0] == 0]
+    rows, columns = (generated[:, 1:3].max(0).values - generated[:, 1:3].min(0).values + 1).tolist()
     return int(rows), int(columns)
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Linear layers whose products the time step and the prompt alone decide.
+    """Modulation layers, whose input depends on the timestep and the prompt alone.
 
     Attributes:
-        embedding: Path of the module that makes their common input, called with the timestep first.
-        layers: Paths, within a block, of the layers that read SiLU of it.
-        timestep: The timestep as that module is given it, from the scheduler's and the type of the activations.
-        of_prompt: Whether the embedding depends on the prompt, and so on the branch.
+        embedding: Path of the module that computes their common input, with the timestep as its first argument.
+        layers: Paths, within a block, of the linear layers that read SiLU of that input.
+        timestep: The timestep argument of the module, as a function of the scheduler's timestep and the dtype of the
+            activations.
+        of_prompt: Whether the embedding depends on the prompt, and so on the guidance branch.
     """
 
     embedding: str
@@ -147,38 +161,38 @@ class Adapter:
     """Data about a denoiser class.
 
     Attributes:
-        classes: Names of the denoiser classes it describes.
-        stacks: The runs of blocks, in the order they are called.
-        guidance: `"separate"` calls per branch, `"batched"` in one call, or `"embedded"` in the model.
-        branches: Names of the branches in call order, for pipelines that set no `cache_context`.
-        special_branch: Names a call that is not one of `branches`, from its keyword arguments, or returns `None`.
-        block_signal: What a cache watches, from the first block's arguments.
-        timestep_signal: What a cache watches where it depends on the timestep alone.
-        rows: Published TeaCache constants, by name.
-        row: Picks the row for a checkpoint, or `None` if none was published for it.
-        mag_rows: Published MagCache tables, by name; `row` picks one of them too.
+        classes: Names of the denoiser classes that it describes.
+        stacks: The runs of blocks, in call order.
+        guidance: `"separate"` for a call per branch, `"batched"` for one call, `"embedded"` for guidance in the model.
+        branches: Names of the guidance branches in call order, for pipelines that set no `cache_context`.
+        special_branch: Returns the name of a call that is not one of `branches`, from its keyword arguments, or `None`.
+        block_signal: The signal of a cache, from the first block and its arguments.
+        timestep_signal: The signal of a cache that depends on the timestep alone.
+        teacache_rows: Published TeaCache constants, by name.
+        published_row: Returns the name of a checkpoint's entry in `teacache_rows` and `magcache_rows`, or `None` if
+            nothing was published.
+        magcache_rows: Published MagCache tables, by name.
         denoised: Arguments of the denoiser that hold the latents, in the order of its outputs.
-        grid: What `latents` needs to know of how they are packed, from the denoiser's arguments; it may read from the
-            device, so it is asked once per request.
-        latents: The latents in space, from the denoiser, its arguments and that.
-        side_stacks: Runs of blocks that feed the main stacks; they are compiled with them and never skipped.
-        static_arguments: Keyword arguments of a block that the stock code branches on in Python although they may be
-            one-element tensors: they are read before a compiled block, which cannot.
-        unbatched: Arguments of the denoiser whose first dimension is no batch's, whatever its length.
-        cross_attention: Names of a block's attention modules whose keys are not its own stream's.
-        folding: Names of attention processors whose QK-norm and rotation a kernel may do: they rotate right before
-            attention, in a form of those that `features/attention/seam.py` knows.
-        projections: Groups of linear layers in a block, by their paths there, that read one tensor and are not all of
-            one attention module.
-        activated: Names of those among them whose result goes through an activation at once.
-        modulation: Layers that modulate all tokens of a step alike, where they are many.
-        values_alone: Names of processors that, attending to their own stream, may ask for values alone.
-        wide_ends: Numbers of first and of last blocks whose linear layers stay wide when the rest is quantized. What
-            lies outside the blocks always does: NVIDIA ModelOpt's lists, which were found by measurement, agree on it.
-        smallest_linear: Linear layers with no more input or output features than this stay wide.
-        sequence: How its tokens may be divided among ranks; `None` if nobody has said.
-        tensor: How its blocks' weights may be; likewise.
-        default: Whether this is a default adapter, for a class nobody described.
+        grid: The layout of packed latents, from the denoiser's arguments, for `latents`. It may read from the device,
+            so it is called once per request.
+        latents: The unpacked latents, from the denoiser, its arguments and `grid`.
+        side_stacks: Runs of blocks that feed the main stacks: compiled with them, never skipped by a cache.
+        static_arguments: Arguments of a block on which stock code branches in Python, although they may be tensors of
+            one element. They are read before a compiled block, which cannot read them.
+        unbatched: Arguments of the denoiser whose first dimension is not the batch.
+        cross_attention: Names of a block's attention modules whose keys come from another stream.
+        fusable_processors: Classes of attention processors whose QK-norm and rotation a kernel may apply: they rotate
+            right before attention, with a function that `features/attention/processors.py` supports.
+        projections: Groups of linear layers in a block, by path, that read one tensor and belong to several modules.
+        activated: Names of layers of `projections` whose result goes straight into an activation.
+        modulation: The modulation layers, for a model with many; `None` otherwise.
+        value_only_processors: Classes of self-attention processors that may ask for the value projection alone.
+        unquantized_ends: Numbers of first and of last blocks whose linear layers are not quantized. Linear layers
+            outside the blocks never are. The lists of NVIDIA ModelOpt, which come from measurements, agree.
+        max_unquantized_features: Linear layers with as many input or output features, or fewer, are not quantized.
+        sequence: The sharding of its sequence among ranks; `None` if there is none.
+        tensor: The sharding of its blocks' weights among ranks; `None` if there is none.
+        default: Whether it is a default adapter.
     """
 
     classes: tuple[str, ...]
@@ -188,9 +202,9 @@ class Adapter:
     special_branch: Callable[[Mapping[str, Any]], str | None] = lambda arguments: None
     block_signal: BlockSignal | None = None
     timestep_signal: TimestepSignal | None = None
-    rows: Mapping[str, TeaCacheRow] = None  # type: ignore[assignment]
-    row: Callable[[Checkpoint], str | None] = lambda checkpoint: None
-    mag_rows: Mapping[str, MagCacheRow] = None  # type: ignore[assignment]
+    teacache_rows: Mapping[str, TeaCacheRow] = None  # type: ignore[assignment]
+    published_row: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    magcache_rows: Mapping[str, MagCacheRow] = None  # type: ignore[assignment]
     denoised: tuple[str, ...] = ("hidden_states",)
     grid: Callable[[Mapping[str, Any]], Any] = lambda arguments: None
     latents: LatentsOf = plain_latents
@@ -198,19 +212,19 @@ class Adapter:
     static_arguments: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     cross_attention: tuple[str, ...] = ()
-    folding: tuple[str, ...] = ()
+    fusable_processors: tuple[str, ...] = ()
     projections: tuple[tuple[str, ...], ...] = ()
     activated: tuple[str, ...] = ()
     modulation: Modulation | None = None
-    values_alone: tuple[str, ...] = ()
-    wide_ends: tuple[int, int] = (0, 0)
-    smallest_linear: int = 512
+    value_only_processors: tuple[str, ...] = ()
+    unquantized_ends: tuple[int, int] = (0, 0)
+    max_unquantized_features: int = 512
     sequence: SequencePlan | None = None
     tensor: TensorPlan | None = None
     default: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rows", "mag_rows"):
+        for name in ("teacache_rows", "magcache_rows"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, {})
 
@@ -219,17 +233,17 @@ class Adapter:
         return [block for _, block in self.named_blocks(denoiser)]
 
     def named_blocks(self, denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The same with their paths in the denoiser."""
+        """All repeated blocks, side stacks included, in call order, with their paths in the denoiser."""
         for stack in (*self.side_stacks, *self.stacks):
             for number, block in enumerate(stack.blocks(denoiser)):
                 yield f"{stack.path}.{number}", block
 
 
 def default_adapter(denoiser: nn.Module) -> Adapter:
-    """An adapter for a class nobody described, from what the stock class says about itself.
+    """An adapter for a class without one, from the attributes of the stock class.
 
-    Its stacks are the `ModuleList`s that hold the classes named in `_repeated_blocks` or `_no_split_modules`, or, if
-    it names none, those of at least two modules of one class. It knows no cache signal.
+    Its stacks are the `ModuleList`s of the classes that `_repeated_blocks` or `_no_split_modules` names. Without such
+    names they are the `ModuleList`s of two or more modules of one class. It has no cache signal.
     """
     named = set(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())
     stacks: list[Stack] = []
@@ -251,8 +265,8 @@ def default_adapter(denoiser: nn.Module) -> Adapter:
 
 
 def _cross_attention(denoiser: nn.Module) -> tuple[str, ...]:
-    """Names of attention modules that say of themselves that they attend to another stream, and of those that follow
-    diffusers' habit: `attn1` attends to its own stream, `attn2` beside it to another."""
+    """Names of cross-attention modules: modules with `is_cross_attention`, and, by the convention of diffusers, `attn2`
+    beside `attn1`."""
     paths = {path: module for path, module in denoiser.named_modules() if hasattr(module, "processor")}
     found = {path for path, module in paths.items() if getattr(module, "is_cross_attention", False)}
     found |= {path for path in paths if path.endswith(".attn2") and f"{path[:-1]}1" in paths}
@@ -268,16 +282,16 @@ def _streams(block: nn.Module) -> tuple[str, ...]:
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Argument names of a module's stock `forward`, `self` left out."""
+    """Parameter names of a module's stock `forward`, without `self`."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by their names.
+    """The arguments of a call by name.
 
     Args:
-        names: Of the stock `forward`, as `parameter_names` gives them.
-        args: Those that came by place.
-        kwargs: Those that came by name.
+        names: Parameter names of the stock `forward`, from `parameter_names`.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
     """
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -20,7 +20,7 @@ def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _row(checkpoint: Checkpoint) -> str | None:
-    # The published row was fitted on the first generation; Predict2 and later share the class but not the model.
+    # The published row was fitted on the first generation. Predict2 and later share the class, not the weights.
     return "cosmos-1.0" if checkpoint.pipeline.startswith(("CosmosTextToWorld", "CosmosVideoToWorld")) else None
 
 
@@ -38,7 +38,7 @@ _SEQUENCE = SequencePlan(
     },
 )
 
-# Predict2.5 attends to a picture beside the text, and takes its channels from `out_dim`.
+# Predict2.5 attends to an image beside the text, and reads its channels from `out_dim`.
 _TENSOR = TensorPlan(
     columns={
         **attention_columns("attn1", "attn2"),
@@ -51,19 +51,18 @@ _TENSOR = TensorPlan(
 
 COSMOS = Adapter(
     classes=("CosmosTransformer3DModel",),
-    folding=("CosmosAttnProcessor2_0", "CosmosAttnProcessor2_5"),
+    fusable_processors=("CosmosAttnProcessor2_0", "CosmosAttnProcessor2_5"),
     cross_attention=("attn2",),
     stacks=(Stack("transformer_blocks", ("hidden_states",)),),
     block_signal=_signal,
     sequence=_SEQUENCE,
     tensor=_TENSOR,
-    rows={
+    teacache_rows={
         "cosmos-1.0": TeaCacheRow(
             (271.156237, -91.9775607, 2.2443725, 2.08355751, 0.14177633),
             0.3,
             "https://github.com/ali-vilab/TeaCache",
-            0.4,
         )
     },
-    row=_row,
+    published_row=_row,
 )

@@ -21,13 +21,13 @@ def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
-    # A picture without noisy frames is a condition, not what is made.
+    # An image without noisy frames is a condition, not a noisy latent.
     pairs = zip(arguments["vision_tokens"], arguments["vision_noisy_frame_indexes"], strict=True)
     made = [latents for latents, noisy in pairs if noisy.numel()]
     return [item if item.ndim == 5 else item.unsqueeze(0) for item in made]
 
 
-# The few tokens of the understanding stream attend causally, and to themselves alone: every rank has them all.
+# The few tokens of the understanding stream attend to themselves alone, causally; every rank has all of them.
 _SEQUENCE = SequencePlan(
     streams={"gen_seq": 0},
     attention={"self_attn": Attends(("gen_seq",), ("gen_seq",), shared=True)},

@@ -72,7 +72,7 @@ _SEQUENCE = SequencePlan(
     gathered_before="norm_out",
 )
 
-# A single-stream block's last layer reads attention and feed-forward side by side.
+# The last layer of a single-stream block reads attention and feed-forward concatenated.
 _TENSOR = TensorPlan(
     columns={**attention_columns("attn"), **feed_forward_columns("ff", "ff_context"), "proj_mlp": (FEATURES,)},
     rows={**attention_rows("attn"), **feed_forward_rows("ff", "ff_context"), "proj_out": (HEADS, FEATURES)},
@@ -80,8 +80,8 @@ _TENSOR = TensorPlan(
 
 FLUX = Adapter(
     classes=("FluxTransformer2DModel",),
-    smallest_linear=0,
-    folding=("FluxAttnProcessor",),
+    max_unquantized_features=0,
+    fusable_processors=("FluxAttnProcessor",),
     projections=(("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"),),
     activated=("proj_mlp",),
     modulation=Modulation(
@@ -97,17 +97,15 @@ FLUX = Adapter(
     sequence=_SEQUENCE,
     tensor=_TENSOR,
     block_signal=_signal,
-    rows={
-        "flux.1-dev": TeaCacheRow(
-            (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861), 0.25, _TEACACHE, 0.6
-        ),
+    teacache_rows={
+        "flux.1-dev": TeaCacheRow((498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861), 0.25, _TEACACHE),
         "flux.1-schnell": TeaCacheRow((1.0, 0.0), 0.25, "TensorRT-LLM VisualGen"),
         "flux.1-kontext": TeaCacheRow(
             (-1046.55119, 312.563399, -16.9500694, 0.410995971, 0.0374537863), 0.25, "a ComfyUI port of TeaCache"
         ),
     },
-    mag_rows=_MAG_ROWS,
-    row=_row,
+    magcache_rows=_MAG_ROWS,
+    published_row=_row,
     grid=lambda arguments: grid_of_ids(arguments["img_ids"]),
     latents=_latents,
 )

@@ -13,7 +13,7 @@ from .tensor import FEATURES, HEADS, TensorPlan, attention_columns, attention_ro
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
-    # The modulation holds (shift, scale, gate) for attention, then for the MLP; only the first two are wanted.
+    # The modulation holds (shift, scale, gate) for attention, then for the MLP; the signal needs the first two.
     shift, scale = arguments["temb_mod_img"].chunk(6, dim=-1)[:2]
     if shift.ndim == 2:
         shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
@@ -42,7 +42,7 @@ _SEQUENCE = SequencePlan(
 
 _GATED = (FEATURES, FEATURES)
 
-# A single-stream block has all of a kind in one layer.
+# A single-stream block computes query, key, value and feed-forward in one layer, and has one output layer.
 _TENSOR = TensorPlan(
     columns={
         **attention_columns("attn"),
@@ -61,8 +61,8 @@ _TENSOR = TensorPlan(
 
 FLUX2 = Adapter(
     classes=("Flux2Transformer2DModel",),
-    smallest_linear=0,
-    folding=("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
+    max_unquantized_features=0,
+    fusable_processors=("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"),
     stacks=(
         Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
         Stack("single_transformer_blocks", ("hidden_states",)),
@@ -71,10 +71,10 @@ FLUX2 = Adapter(
     sequence=_SEQUENCE,
     tensor=_TENSOR,
     block_signal=_signal,
-    rows={
+    teacache_rows={
         "flux.2-dev": TeaCacheRow((104.58236, -6.87605554, -0.0861659379, 0.0537600252), 0.2, "TensorRT-LLM VisualGen")
     },
-    row=_row,
+    published_row=_row,
     grid=lambda arguments: grid_of_ids(arguments["img_ids"]),
     latents=_latents,
 )

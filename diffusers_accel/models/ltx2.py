@@ -35,11 +35,11 @@ _VIDEO, _AUDIO = ("hidden_states",), ("audio_hidden_states",)
 
 
 def _tables(streams: tuple[str, ...]) -> list[Along]:
-    """Rotary tables, of all channels at once or by head."""
+    """The sharding of rotary tables: over all channels at once, or by head."""
     return [Along(1, streams, ndim=3), Along(2, streams, ndim=4)]
 
 
-# Where every token has a time step of its own (image to video), so has what modulates it.
+# In image to video every token has its own timestep, and so its own modulation.
 _SEQUENCE = SequencePlan(
     streams={"hidden_states": 1, "audio_hidden_states": 1},
     attention={
@@ -66,7 +66,7 @@ _SEQUENCE = SequencePlan(
 
 _ATTENTION = tuple(_SEQUENCE.attention)
 
-# Gates are by head; norms run across all of them.
+# Gates are per head; norms are over all heads.
 _TENSOR = TensorPlan(
     columns={
         **attention_columns(*_ATTENTION),
@@ -86,10 +86,10 @@ _TENSOR = TensorPlan(
 
 LTX2 = Adapter(
     classes=("LTX2VideoTransformer3DModel",),
-    smallest_linear=0,
-    wide_ends=(3, 3),
-    values_alone=("LTX2PerturbedAttnProcessor",),
-    folding=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
+    max_unquantized_features=0,
+    unquantized_ends=(3, 3),
+    value_only_processors=("LTX2PerturbedAttnProcessor",),
+    fusable_processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
     cross_attention=("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
     stacks=(Stack("transformer_blocks", ("hidden_states", "audio_hidden_states")),),
     guidance="batched",

@@ -20,7 +20,7 @@ def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     return block._modulate(normed, modulation, arguments.get("modulate_index"))[0]
 
 
-# Their denoisers have one configuration.
+# Pipeline -> row: the denoisers of both have the same configuration.
 _PIPELINES = {"QwenImagePipeline": "qwen-image", "QwenImageEditPipeline": "qwen-image-edit"}
 
 
@@ -29,14 +29,14 @@ def _row(checkpoint: Checkpoint) -> str | None:
 
 
 def _grid(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    # The shapes of a request's pictures: the one that is made comes first, as (frames, rows, columns).
+    # The shapes of a request's images as (frames, rows, columns); the generated one comes first.
     first = arguments["img_shapes"][0]
     _, rows, columns = first[0] if isinstance(first, (list, tuple)) and isinstance(first[0], (list, tuple)) else first
     return int(rows), int(columns)
 
 
 def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
-    # `out_channels` is of the latents, four of which make a token's.
+    # `out_channels` are those of the latents; a token packs four values of each.
     return [unpacked(arguments["hidden_states"], grid, denoiser.config.out_channels)]
 
 
@@ -83,8 +83,8 @@ _TENSOR = TensorPlan(
 
 QWEN = Adapter(
     classes=("QwenImageTransformer2DModel",),
-    smallest_linear=0,
-    wide_ends=(2, 2),
+    max_unquantized_features=0,
+    unquantized_ends=(2, 2),
     modulation=Modulation(
         "time_text_embed",
         ("img_mod.1", "txt_mod.1"),
@@ -95,9 +95,9 @@ QWEN = Adapter(
     block_signal=_signal,
     sequence=_SEQUENCE,
     tensor=_TENSOR,
-    rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},
-    mag_rows=_MAG_ROWS,
-    row=_row,
+    teacache_rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},
+    magcache_rows=_MAG_ROWS,
+    published_row=_row,
     grid=_grid,
     latents=_latents,
 )

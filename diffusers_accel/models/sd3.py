@@ -23,7 +23,7 @@ def _special_branch(arguments: Mapping[str, Any]) -> str | None:
     return "skip_layers" if arguments.get("skip_layers") is not None else None
 
 
-# Its blocks join the picture first, then the text.
+# Its blocks concatenate image and text in this order.
 _JOINT = ("hidden_states", "encoder_hidden_states")
 
 _SEQUENCE = SequencePlan(

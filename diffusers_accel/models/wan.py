@@ -28,8 +28,8 @@ def _signal(denoiser: Any, timesteps: torch.Tensor, projected: bool) -> torch.Te
     return embedder.time_proj(embedder.act_fn(embedding.to(embedder.time_proj.weight.dtype)))
 
 
-# (in_channels, num_layers, heads) of the published checkpoints that one row describes without doubt. The 480P and 720P
-# image-to-video checkpoints have one configuration, so their rows are taken by name only.
+# (in_channels, num_layers, heads) -> row of the published checkpoints that a configuration identifies. The 480P and
+# 720P image-to-video checkpoints have the same configuration, so the user names their rows.
 _CONFIGURATIONS: dict[tuple[Any, ...], str] = {
     (16, 30, 12): "wan2.1-t2v-1.3b",
     (16, 40, 40): "wan2.1-t2v-14b",
@@ -39,7 +39,7 @@ _CONFIGURATIONS: dict[tuple[Any, ...], str] = {
 
 def _row(checkpoint: Checkpoint) -> str | None:
     if checkpoint.pipeline_config.get("boundary_ratio") is not None:
-        # One table goes through both experts; TeaCache's coefficients are published for neither.
+        # One MagCache table covers both experts; TeaCache's coefficients are published for neither.
         kind = {16: "t2v", 36: "i2v"}.get(checkpoint.config.get("in_channels") or 0)
         return f"wan2.2-{kind}-a14b" if kind and checkpoint.has(num_layers=40, num_attention_heads=40) else None
     key = tuple(checkpoint.config.get(name) for name in ("in_channels", "num_layers", "num_attention_heads"))
@@ -47,33 +47,27 @@ def _row(checkpoint: Checkpoint) -> str | None:
     return f"{name}-ret" if name and checkpoint.use_ret_steps else name
 
 
-def _ret(coefficients: tuple[float, ...], threshold: float, fast: float) -> TeaCacheRow:
-    return TeaCacheRow(coefficients, threshold, _TEACACHE, fast, use_ret_steps=True)
+def _ret(coefficients: tuple[float, ...], threshold: float) -> TeaCacheRow:
+    return TeaCacheRow(coefficients, threshold, _TEACACHE, use_ret_steps=True)
 
 
 ROWS = {
-    "wan2.1-t2v-1.3b": TeaCacheRow(
-        (2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774), 0.05, _TEACACHE, 0.08
-    ),
-    "wan2.1-t2v-1.3b-ret": _ret((-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664), 0.05, 0.1),
+    "wan2.1-t2v-1.3b": TeaCacheRow((2396.76752, -1311.10545, 201.331979, -8.29855975, 0.137887774), 0.05, _TEACACHE),
+    "wan2.1-t2v-1.3b-ret": _ret((-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664), 0.05),
     "wan2.1-t2v-14b": TeaCacheRow(
-        (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404), 0.14, _TEACACHE, 0.2
+        (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404), 0.14, _TEACACHE
     ),
-    "wan2.1-t2v-14b-ret": _ret((-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525), 0.1, 0.2),
-    "wan2.1-i2v-480p": TeaCacheRow(
-        (-302.33167, 223.948934, -52.546397, 5.8734844, -0.201973289), 0.13, _TEACACHE, 0.26
-    ),
-    "wan2.1-i2v-480p-ret": _ret((257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977), 0.2, 0.3),
-    "wan2.1-i2v-720p": TeaCacheRow(
-        (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683), 0.2, _TEACACHE, 0.3
-    ),
-    "wan2.1-i2v-720p-ret": _ret((8107.0546, 2133.93892, -372.934672, 16.6203073, -0.0417769401), 0.2, 0.3),
+    "wan2.1-t2v-14b-ret": _ret((-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525), 0.1),
+    "wan2.1-i2v-480p": TeaCacheRow((-302.33167, 223.948934, -52.546397, 5.8734844, -0.201973289), 0.13, _TEACACHE),
+    "wan2.1-i2v-480p-ret": _ret((257151.496, -35422.9917, 1402.86849, -13.5890334, 0.132517977), 0.2),
+    "wan2.1-i2v-720p": TeaCacheRow((-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683), 0.2, _TEACACHE),
+    "wan2.1-i2v-720p-ret": _ret((8107.0546, 2133.93892, -372.934672, 16.6203073, -0.0417769401), 0.2),
     "wan2.2-ti2v-5b": TeaCacheRow(
         (157472.669, -115702.395, 31076.1669, -3831.16651, 221.608777, -4.81179567), 0.26, "LightX2V"
     ),
 }
 
-# Of the conditional branch; the unconditional one's differ in the fourth digit.
+# Ratios of the conditional branch; those of the unconditional branch differ in the fourth digit.
 MAG_ROWS = {
     "wan2.1-t2v-1.3b": MagCacheRow(
         (
@@ -145,14 +139,14 @@ MAG_ROWS = {
 
 _OWN = ("hidden_states",)
 
-# `temb` of four dimensions is a modulation of every token (Wan2.2 TI2V).
+# A `temb` of four dimensions modulates every token by itself (Wan2.2 TI2V).
 _SEQUENCE = SequencePlan(
     streams={"hidden_states": 1},
     attention={"attn1": Attends(_OWN, _OWN), "attn2": Attends(_OWN, ())},
     arguments={"rotary_emb": Along(1, _OWN), "temb": Along(1, _OWN, ndim=4)},
 )
 
-# What the blocks beside the main ones find is added after each of these, the last one among them.
+# The hints of the side blocks are added after main blocks, the last one included.
 _VACE_SEQUENCE = replace(
     _SEQUENCE, streams={"hidden_states": 1, "control_hidden_states": 1}, gathered_before="norm_out"
 )
@@ -166,27 +160,27 @@ _TENSOR = TensorPlan(
 
 WAN = Adapter(
     classes=("WanTransformer3DModel",),
-    smallest_linear=0,
-    wide_ends=(3, 3),
-    folding=("WanAttnProcessor",),
+    max_unquantized_features=0,
+    unquantized_ends=(3, 3),
+    fusable_processors=("WanAttnProcessor",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     timestep_signal=_signal,
     sequence=_SEQUENCE,
     tensor=_TENSOR,
-    rows=ROWS,
-    mag_rows=MAG_ROWS,
-    row=_row,
+    teacache_rows=ROWS,
+    magcache_rows=MAG_ROWS,
+    published_row=_row,
 )
 
-# Its side blocks compute the hints that are added between (and, by configuration, after) the main blocks, so they run
-# on skipped steps too.
+# Its side blocks compute hints that are added between the main blocks, and after them by configuration. They run on
+# skipped steps too.
 WAN_VACE = Adapter(
     classes=("WanVACETransformer3DModel",),
-    smallest_linear=0,
-    wide_ends=(3, 3),
-    folding=("WanAttnProcessor",),
-    # One for each of the blocks beside the main ones.
+    max_unquantized_features=0,
+    unquantized_ends=(3, 3),
+    fusable_processors=("WanAttnProcessor",),
+    # One value for each side block.
     unbatched=("control_hidden_states_scale",),
     cross_attention=("attn2",),
     stacks=(Stack("blocks", ("hidden_states",)),),
@@ -194,6 +188,6 @@ WAN_VACE = Adapter(
     timestep_signal=_signal,
     sequence=_VACE_SEQUENCE,
     tensor=_TENSOR,
-    rows=ROWS,
-    mag_rows=MAG_ROWS,
+    teacache_rows=ROWS,
+    magcache_rows=MAG_ROWS,
 )

@@ -16,7 +16,7 @@ import torch
 
 import diffusers_accel
 from diffusers_accel.core import graphs, platform
-from diffusers_accel.kernels.attention import AttentionKernel, AttentionSite, Inputs
+from diffusers_accel.kernels.attention import AttentionDispatcher, AttentionKernel, Inputs
 from diffusers_accel.kernels.launching import on_its_device
 
 ROOT = Path(diffusers_accel.__file__).parent
@@ -139,11 +139,11 @@ def test_packages_and_timings_run_where_their_tensors_are(current):
 
     kernel = AttentionKernel(name="foreign", load=load)
     query, key, value = (torch.randn(1, 4, 2, 8) for _ in range(3))
-    site = AttentionSite(Chosen, Counter())
+    dispatcher = AttentionDispatcher(Chosen, Counter())
     # Timed, and then called.
-    site.run(Inputs(query, key, value))
+    dispatcher.run(Inputs(query, key, value))
     assert seen == [0, 0]
-    site.run(Inputs(query, key, value.as_subclass(Elsewhere)))
+    dispatcher.run(Inputs(query, key, value.as_subclass(Elsewhere)))
     assert seen == [0, 0, 1, 1] and current == [0]
 
 

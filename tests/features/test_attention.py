@@ -90,8 +90,8 @@ def cross_calls(entry, pipe, steps):
 
 
 class TestKinds:
-    # What the models' papers call cross-attention: text (and image, for Wan's image to video), and between LTX-2's
-    # video and audio. FLUX, FLUX.2, Qwen-Image and SD3 join the streams; Cosmos3's layers attend to themselves.
+    # Cross-attention, in the terms of the models' papers: text (and image, for Wan's image to video), and between
+    # LTX-2's video and audio. FLUX, FLUX.2, Qwen-Image and SD3 join the streams; Cosmos3's layers attend to themselves.
     JOINT = ("flux", "flux2", "qwen", "sd3", "cosmos3")
 
     @pytest.mark.parametrize("name", FAMILIES)
@@ -193,20 +193,21 @@ class TestSteps:
         )
 
 
-class TestFolding:
+class TestFusedNormAndRotation:
     """FLUX, FLUX.2, Wan, Cosmos and LTX-2 rotate right before attention; FLUX's single-stream blocks and Cosmos norm
-    right before that: a kernel that rounds query and key does it in passing."""
+    right before that: a kernel that rounds query and key does it in the same pass."""
 
     @pytest.fixture
-    def folding(self):
+    def fusing(self):
         """A kernel that norms and rotates by itself, in float64; counts calls by whether it was given either."""
         before, calls = dict(KERNELS._records), Counter()
 
-        def rotate(x, cos, sin, halves):
-            real, imaginary = x.double().unflatten(-1, (2, -1) if halves else (-1, 2)).unbind(-2 if halves else -1)
+        def rotate(x, cos, sin, rope_style):
+            half = rope_style == "half"
+            real, imaginary = x.double().unflatten(-1, (2, -1) if half else (-1, 2)).unbind(-2 if half else -1)
             turns = torch.complex(cos.double(), sin.double())
-            numbers = torch.complex(real, imaginary) * (turns if halves else turns[..., ::2])
-            return torch.stack([numbers.real, numbers.imag], -2 if halves else -1).flatten(-2).to(x.dtype)
+            numbers = torch.complex(real, imaginary) * (turns if half else turns[..., ::2])
+            return torch.stack([numbers.real, numbers.imag], -2 if half else -1).flatten(-2).to(x.dtype)
 
         def norm(x, weight, eps):
             x = x.double()
@@ -220,12 +221,14 @@ class TestFolding:
                 query, key = norm(query, x.norm.query, x.norm.eps), norm(key, x.norm.key, x.norm.eps)
             if x.rotary is not None:
                 query, key = (
-                    rotate(query, *x.rotary.query, x.rotary.halves),
-                    rotate(key, *x.rotary.key, x.rotary.halves),
+                    rotate(query, *x.rotary.query, x.rotary.rope_style),
+                    rotate(key, *x.rotary.key, x.rotary.rope_style),
                 )
             return plain(query, key, x.value, x.attn_mask, x.is_causal, x.scale)
 
-        KERNELS.add("folding", AttentionKernel(name="folding", load=lambda: function, folds=True, shortest=0))
+        KERNELS.add(
+            "fusing", AttentionKernel(name="fusing", load=lambda: function, fuses_qk_norm_rope=True, shortest=0)
+        )
         yield calls
         KERNELS._records.clear()
         KERNELS._records.update(before)
@@ -233,8 +236,8 @@ class TestFolding:
     NAMES = ("flux", "flux2", "wan", "wan-i2v", "wan-vace", "cosmos", "cosmos-predict25-v2w", "ltx2", "ltx23-stg")
 
     @pytest.fixture
-    def turned(self, monkeypatch):
-        """Counts what LTX-2's own functions turn in a denoiser; its connectors have them too."""
+    def rotations(self, monkeypatch):
+        """Counts the rotations of LTX-2's own functions in its denoiser (True) and its connectors (False)."""
         from diffusers.models.transformers import transformer_ltx2
 
         counts: Counter[bool] = Counter()
@@ -259,17 +262,17 @@ class TestFolding:
         return counts
 
     @pytest.mark.parametrize("name", NAMES)
-    def test_it_is_folded(self, name, folding, turned):
+    def test_a_kernel_norms_and_rotates(self, name, fusing, rotations):
         entry, pipe = TINY[name], build(name)
         if name == "ltx2":  # the other form, which no other tiny pipeline has
             model = pipe.transformer
             pipe.transformer = type(model).from_config({**model.config, "rope_type": "interleaved"}).eval()
             pipe.transformer.load_state_dict(model.state_dict())
-        stock, in_stock = entry.run(pipe, steps=2), turned[True]
-        accelerate(pipe, attention="folding")
+        stock, in_stock = entry.run(pipe, steps=2), rotations[True]
+        accelerate(pipe, attention="fusing")
         assert_close(entry.run(pipe, steps=2), stock)
-        total = stats(pipe).attention_kernels["folding"]
-        assert folding[True] + folding[False] == total
+        total = stats(pipe).attention_kernels["fusing"]
+        assert fusing[True] + fusing[False] == total
         normed = rotated = total
         if entry.family in ("wan", "cosmos"):
             rotated -= cross_calls(entry, build(name), steps=2)  # text and image
@@ -279,37 +282,37 @@ class TestFolding:
             normed = 0  # over all heads at once
         if entry.family == "ltx2":
             rotated = in_stock // 2  # all but attention to text; perturbed blocks are left out
-        assert folding["norm"] == normed and folding[True] == rotated
+        assert fusing["norm"] == normed and fusing[True] == rotated
         restore(pipe)
         again = entry.run(pipe, steps=2)
         assert all(map(torch.equal, tensors(again), tensors(stock)))
 
     @pytest.mark.parametrize("name", ["flux", "wan"])
-    def test_compiled_code_rotates_itself(self, name, folding):
+    def test_compiled_code_rotates_itself(self, name, fusing):
         """A compiler fuses the rotation with what stands before it, and there is one graph for all blocks."""
         entry, pipe = TINY[name], build(name)
         stock = entry.run(pipe, steps=2)
-        accelerate(pipe, attention="folding", compile=CompileConfig(backend="aot_eager"))
+        accelerate(pipe, attention="fusing", compile=CompileConfig(backend="aot_eager"))
         assert_close(entry.run(pipe, steps=2), stock)
-        assert folding[True] == folding["norm"] == 0 and folding[False] > 0
+        assert fusing[True] == fusing["norm"] == 0 and fusing[False] > 0
 
-    def test_a_hooked_norm_runs_as_it_is(self, folding):
+    def test_a_hooked_norm_runs_as_it_is(self, fusing):
         entry, pipe = TINY["flux"], build("flux")
         stock = entry.run(pipe, steps=2)
         seen = Counter()
         for block in pipe.transformer.single_transformer_blocks:
             block.attn.norm_q.register_forward_hook(lambda *_: seen.update(["hook"]))
-        accelerate(pipe, attention="folding")
+        accelerate(pipe, attention="fusing")
         assert_close(entry.run(pipe, steps=2), stock)
-        assert seen["hook"] == 2 * len(pipe.transformer.single_transformer_blocks) and folding["norm"] == 0
+        assert seen["hook"] == 2 * len(pipe.transformer.single_transformer_blocks) and fusing["norm"] == 0
 
     @pytest.mark.parametrize("name", ["flux", "wan"])
-    def test_dense_steps_see_it_applied(self, name, folding):
+    def test_dense_steps_see_it_applied(self, name, fusing):
         entry, pipe = TINY[name], build(name)
         stock = entry.run(pipe)
-        accelerate(pipe, attention={"backend": "folding", "dense_steps": 0.5, "dense_backend": "sdpa"})
+        accelerate(pipe, attention={"backend": "fusing", "dense_steps": 0.5, "dense_backend": "sdpa"})
         assert_close(entry.run(pipe), stock)
-        assert folding[True] > 0 and stats(pipe).attention_kernels["sdpa"] > 0
+        assert fusing[True] > 0 and stats(pipe).attention_kernels["sdpa"] > 0
 
     def test_other_kernels_leave_it_to_the_stock_code(self, second):
         pipe = build("flux")

@@ -32,9 +32,9 @@ def seen(monkeypatch, on_cpu):
     def backend(module, inputs, **_):
         found["graphs"] += 1
         found.update(node.target.name() for node in module.graph.nodes if "diffusers_accel" in str(node.target))
-        for node in module.graph.find_nodes(op="call_function", target=torch.ops.diffusers_accel.normed.default):
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.diffusers_accel.residual_norm.default):
             vectors = (node.args[place] for place in (2, 5, 6))
-            found["normed, a vector a row"] += any(
+            found["residual_norm, a vector a row"] += any(
                 len(given) == 1 and given[0].meta["example_value"].shape[1] > 1 for given in vectors
             )
         found.update(["rms_norm"] * len(module.graph.find_nodes(op="call_function", target=torch.rms_norm)))
@@ -74,11 +74,11 @@ def test_norms_and_rotations(name, seen):
     accelerate(pipe, attention="sdpa", compile=COUNTED)
     for found, expected in zip(tensors(entry.run(pipe, steps=2)), stock, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    normed, unprepared, left, rotations, norms = counted(
-        seen, "normed", "attention_unprepared", "attention", "rotate", "rms_norm"
+    normed, fused, left, rotations, norms = counted(
+        seen, "residual_norm", "fused_qk_norm_rope_attention", "attention", "apply_rope", "rms_norm"
     )
     assert normed >= 3 and not rotations and not norms, seen
-    assert (unprepared == 0 and left) if name == "sd3" else (unprepared and not left), seen
+    assert (fused == 0 and left) if name == "sd3" else (fused and not left), seen
 
 
 def test_packed_sequences(seen):
@@ -89,19 +89,19 @@ def test_packed_sequences(seen):
     for found, expected in zip(tensors(entry.run(pipe, steps=2)), stock, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     # Two before attention and two after, and four of the heads, which are too short at real sizes.
-    assert counted(seen, "normed", "rms_norm") == (8 * seen["graphs"], 0), seen
+    assert counted(seen, "residual_norm", "rms_norm") == (8 * seen["graphs"], 0), seen
 
 
 @pytest.mark.parametrize("name", ["wan-ti2v", "ltx2-i2v"])
 def test_modulations_of_every_token(name, seen):
-    """Where every token has a time step of its own, the sum of its embedding and the block's table is never laid down:
-    the passes read both."""
+    """Where every token has a time step of its own, the sum of its embedding and the block's table is never written to
+    memory: the passes read both."""
     entry, pipe = TINY[name], build(name)
     stock = tensors(entry.run(pipe, steps=2))
     accelerate(pipe, compile=COUNTED)
     for found, expected in zip(tensors(entry.run(pipe, steps=2)), stock, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert counted(seen, "normed")[0] >= 2 and not seen["normed, a vector a row"], seen
+    assert counted(seen, "residual_norm")[0] >= 2 and not seen["residual_norm, a vector a row"], seen
 
 
 @pytest.fixture
@@ -145,13 +145,13 @@ FLIPPED = 0.003
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("name", ["flux", "flux2", "wan", "qwen", "ltx2", "cosmos3"])
 def test_rounded_in_passing(name, kind, seen, beside_stock):
-    """What a norm or an activation gives to quantized layers alone is rounded there, once for all of them."""
+    """A norm or an activation that only quantized layers read rounds its result, once for all of them."""
     entry, pipe = TINY[name], build(name)
     accelerate(pipe, attention="sdpa", linear=LinearConfig(algo=kind, smallest=0), compile=COUNTED)
     entry.run(pipe, steps=2)
     assert beside_stock and max(beside_stock) < FLIPPED
     count = sum(type(module).__name__.startswith(kind.capitalize()) for module in pipe.transformer.modules())
-    alone, passing = counted(seen, "quantize_rows", "rounded_parts")
+    alone, passing = counted(seen, "quantize_rows", "concat_quantize")
     assert passing and alone + passing < count, (seen, count)
 
 
@@ -171,7 +171,7 @@ def test_other_backends(backend, monkeypatch, on_cpu):
     assert same(entry.run(pipe, steps=2), stock) and not made
     accelerate(pipe, attention="sdpa", compile=CompileConfig(backend=backend, rewrites=True))
     torch.testing.assert_close(entry.run(pipe, steps=2), stock, atol=1e-4, rtol=1e-4)
-    assert made["diffusers_accel.normed.default"] >= 3
+    assert made["diffusers_accel.residual_norm.default"] >= 3
 
 
 def test_what_is_left_as_it_is(seen):
@@ -195,7 +195,7 @@ def test_what_is_left_as_it_is(seen):
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "sd3"])
 def test_few_rows(name, seen):
-    """What modulates all tokens is made from one row, in every block: SiLU and product in one."""
+    """The modulation of all tokens comes from one row in every block: SiLU and product in one operator."""
     entry, pipe = TINY[name], build(name)
     stock = entry.run(pipe, steps=2)
     accelerate(pipe, compile=COUNTED)
@@ -215,7 +215,7 @@ def test_processors_with_weights(seen):
     assert pipe.transformer.transformer_blocks[0].attn.processor is processor
     assert set(pipe.transformer.state_dict()) == names
     torch.testing.assert_close(entry.run(pipe, steps=2, **given), stock, atol=1e-4, rtol=1e-4)
-    assert counted(seen, "normed")[0] and counted(seen, "attention_unprepared")[0], (
+    assert counted(seen, "residual_norm")[0] and counted(seen, "fused_qk_norm_rope_attention")[0], (
         "single-stream blocks have stock ones"
     )
 
@@ -267,7 +267,7 @@ def test_layers_of_another_library(seen):
     accelerate(pipe, compile=COUNTED)
     torch.testing.assert_close(entry.run(pipe, steps=1), stock, atol=1e-4, rtol=1e-4)
     left = counted(seen, "linear_gelu", "concat_linear", "skinny_linear")
-    assert not any(left) and counted(seen, "normed")[0]
+    assert not any(left) and counted(seen, "residual_norm")[0]
 
 
 def test_gradients(seen):

@@ -15,10 +15,10 @@ import torch
 
 from diffusers_accel.core.platform import Device
 from diffusers_accel.kernels.attention import (
+    DISPATCHERS,
     KERNELS,
-    SITES,
+    AttentionDispatcher,
     AttentionKernel,
-    AttentionSite,
     Call,
     Fixed,
     Inputs,
@@ -40,17 +40,17 @@ def inputs(batch=2, length=37, kv_length=53, heads=4, kv_heads=4, dim=32, seed=0
 
 
 @pytest.fixture
-def site():
+def dispatcher():
     choice = Fixed(KERNELS.get("sdpa"))
-    site = AttentionSite(lambda: choice, Counter())
-    SITES[site.number] = site
-    yield site
-    del SITES[site.number]
+    dispatcher = AttentionDispatcher(lambda: choice, Counter())
+    DISPATCHERS[dispatcher.number] = dispatcher
+    yield dispatcher
+    del DISPATCHERS[dispatcher.number]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("case", ["plain", "scaled", "boolean mask", "additive mask", "causal", "grouped"])
-def test_sdpa_through_a_site(site, case, compiled):
+def test_sdpa_through_a_dispatcher(dispatcher, case, compiled):
     options = {}
     query, key, value = inputs(kv_heads=2 if case == "grouped" else 4, kv_length=37 if case == "causal" else 53)
     if case == "scaled":
@@ -61,31 +61,31 @@ def test_sdpa_through_a_site(site, case, compiled):
         options["attn_mask"] = torch.randn(2, 1, 1, 53, generator=torch.Generator().manual_seed(1))
     if case == "causal":
         options["is_causal"] = True
-    call = torch.compile(lambda *args, **kwargs: site(*args, **kwargs), backend="aot_eager", fullgraph=True)
-    found = (call if compiled else site)(query, key, value, **options)
+    call = torch.compile(lambda *args, **kwargs: dispatcher(*args, **kwargs), backend="aot_eager", fullgraph=True)
+    found = (call if compiled else dispatcher)(query, key, value, **options)
     expected = reference(query, key, value, options.get("attn_mask"), case == "causal", options.get("scale"))
     # float32 against float64: sums of 53 terms.
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-    assert site.counts == {"sdpa": 1}
+    assert dispatcher.counts == {"sdpa": 1}
 
 
 @pytest.mark.parametrize("value_dim", [32, 16])
-def test_the_operator_is_well_formed(site, value_dim):
+def test_the_operator_is_well_formed(dispatcher, value_dim):
     """Schema, fake implementation and strides, as torch itself checks them; a value of another head_dim takes SDPA's
     plain path, whose output lies otherwise in memory."""
-    from diffusers_accel.kernels.attention.site import _attention
+    from diffusers_accel.kernels.attention.dispatch import _attention
 
     query, key, value = inputs()
     value = value[..., :value_dim].contiguous()
-    arguments = (query, key, value, None, False, None, site.number)
+    arguments = (query, key, value, None, False, None, dispatcher.number)
     assert _attention(*arguments).is_contiguous()
     torch.library.opcheck(_attention, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_inputs_are_not_changed(site):
+def test_inputs_are_not_changed(dispatcher):
     tensors = inputs()
     copies = [item.clone() for item in tensors]
-    site(*tensors)
+    dispatcher(*tensors)
     assert all(map(torch.equal, tensors, copies))
 
 

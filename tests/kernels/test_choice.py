@@ -11,8 +11,8 @@ import torch
 
 from diffusers_accel.core.platform import Device
 from diffusers_accel.kernels.attention import (
+    AttentionDispatcher,
     AttentionKernel,
-    AttentionSite,
     Call,
     Fastest,
     Inputs,
@@ -58,7 +58,7 @@ def test_the_fastest_is_taken_and_remembered(clock, tmp_path):
     fastest = Fastest(kernels, Timings(GPU, tmp_path))
     assert pick(fastest) == "b" and pick(fastest) == "b"
     assert timed == {"a": 1, "b": 1, "sdpa": 1}
-    assert fastest.seen == {"bfloat16 24x128 q4096 k4096": seconds}
+    assert fastest.measured == {"bfloat16 24x128 q4096 k4096": seconds}
     # Another process finds the answer on disk, with the facts it holds for.
     assert pick(Fastest(kernels, Timings(GPU, tmp_path))) == "b" and timed["b"] == 1
     (file,) = tmp_path.iterdir()
@@ -150,10 +150,10 @@ def test_classes_of_shapes():
 
 def test_a_site_asks_and_counts(clock, tmp_path):
     fastest = Fastest((kernel("a"), kernel("b")), Timings(GPU, tmp_path))
-    site = AttentionSite(lambda: fastest, Counter())
+    dispatcher = AttentionDispatcher(lambda: fastest, Counter())
     query = torch.randn(1, 8, 2, 16)
-    torch.testing.assert_close(site(query, query, query), scaled_dot_product(Inputs(query, query, query)))
-    assert site.counts == {"b": 1}
+    torch.testing.assert_close(dispatcher(query, query, query), scaled_dot_product(Inputs(query, query, query)))
+    assert dispatcher.counts == {"b": 1}
 
 
 def test_what_is_remembered_is_told(clock, tmp_path):

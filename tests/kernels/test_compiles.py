@@ -14,36 +14,36 @@ pytest.importorskip("triton")
 # Kernel -> its constants, one set per form that is used. Rows may be fewer than in use: the same code, unrolled less.
 FORMS = {
     "attention.quantize._reduce": [
-        {"PER_HEAD": per_head, "NORM": norm, "ROTATE": rotate, "FIRST": 0, "STAGES": 3, "D": dim, "DP": 128,
+        {"PER_HEAD": per_head, "NORM": norm, "ROPE": rope, "FIRST": 0, "STAGES": 3, "D": dim, "DP": 128,
          "ROWS": 32, "SPLITS": 16, "SAMPLE": 4 if norm else 1}
-        for per_head, norm, rotate, dim in ((True, "", "", 128), (False, "head", "halves", 96),
-                                            (True, "head", "neighbours", 128), (True, "all", "neighbours", 128))
+        for per_head, norm, rope, dim in ((True, "", "", 128), (False, "head", "half", 96),
+                                            (True, "head", "interleaved", 128), (True, "all", "interleaved", 128))
     ],
-    "attention.norm._factors": [{"D": 128, "DP": 128, "HEADS": 16, "TOKENS": 4}],
+    "attention.norm._rstd": [{"D": 128, "DP": 128, "HEADS": 16, "TOKENS": 4}],
     "attention.quantize._combine": [{"MEAN": True, "VALUES": True, "D": 96, "DP": 128, "SPLITS": 16}],
     "attention.quantize._round": [
-        {"NORM": norm, "ROTATE": rotate, "LEVELS": 3, "INT8": int8, "KB": 16, "SHIFT": shift, "D": 128, "DP": 128,
+        {"NORM": norm, "ROPE": rope, "LEVELS": 3, "INT8": int8, "KB": 16, "CORRECT_LSE": lse, "D": 128, "DP": 128,
          "ROWS": 32, "FIRST": 0}
-        for norm, rotate, int8, shift in (("", "", True, True), ("head", "halves", False, False),
-                                          ("head", "neighbours", True, False), ("all", "neighbours", True, True))
+        for norm, rope, int8, lse in (("", "", True, True), ("head", "half", False, False),
+                                          ("head", "interleaved", True, False), ("all", "interleaved", True, True))
     ],
     "attention.quantize._round_per_head": [
-        {"NORM": norm, "ROTATE": rotate, "LEVELS": 3, "SHIFT": shift, "G": 2, "D": 128, "DP": 128, "ROWS": 32,
+        {"NORM": norm, "ROPE": rope, "LEVELS": 3, "CORRECT_LSE": lse, "G": 2, "D": 128, "DP": 128, "ROWS": 32,
          "TILES": 16, "SPLITS": 16}
-        for norm, rotate, shift in (("", "", True), ("head", "halves", False), ("head", "neighbours", True),
-                                    ("all", "neighbours", False))
+        for norm, rope, lse in (("", "", True), ("head", "half", False), ("head", "interleaved", True),
+                                    ("all", "interleaved", False))
     ],
     "attention.quantize._add": [{"D": 128, "G": 2, "ROWS": 16, "WIDTH": 512}],
-    "attention.prepare._prepare": [
-        {"NORM": norm, "ROTATE": rotate, "D": 128, "W": 32, "HEADS": 32}
-        for norm, rotate in (("head", "neighbours"), ("all", "halves"), ("", "neighbours"), ("all", ""))
+    "attention.qk_norm_rope._qk_norm_rope": [
+        {"NORM": norm, "ROPE": rope, "D": 128, "W": 32, "HEADS": 32}
+        for norm, rope in (("head", "interleaved"), ("all", "half"), ("", "interleaved"), ("all", ""))
     ],
-    "elementwise.rows._normed": [
+    "elementwise.rows._residual_norm": [
         {"RESIDUAL": vectors > 0, "GATE": vectors, "WEIGHT": not vectors, "BIAS": not vectors, "FACTOR": vectors,
          "PLUS_ONE": vectors > 0, "SHIFT": vectors, "RMS": not vectors, "ROUND": rounded, "INT8": int8, "WIDTH": 4096}
         for vectors, rounded, int8 in ((1, False, False), (0, False, False), (2, True, False), (1, True, True))
     ],
-    "elementwise.rows._rounded_parts": [
+    "elementwise.rows._concat_quantize": [
         {"A": one, "B": two, "INT8": int8, "A1": 2048, "A2": 1024, "B1": first, "B2": second}
         for one, two, first, second, int8 in (("", "gelu_tanh", 8192, 4096, False), ("swiglu", "swiglu", 0, 0, True),
                                               ("gelu", "silu", 4096, 0, False))
@@ -70,7 +70,7 @@ TYPES = {
     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "qn_ptr", "kn_ptr", "x_ptr", "left_ptr", "right_ptr"), "*bf16"),
     **dict.fromkeys(("y_ptr", "gate_ptr", "sum_ptr", "factor_ptr", "shift_ptr"), "*bf16"),
     **dict.fromkeys(("a_ptr", "ag_ptr", "b_ptr", "bg_ptr", "qo_ptr", "ko_ptr"), "*bf16"),
-    **dict.fromkeys(("eps", "fold", "logit_scale"), "fp32"),
+    **dict.fromkeys(("eps", "softmax_scale_log2", "logit_scale"), "fp32"),
     "packed_ptr": "*u8",
 }
 OUTPUTS = {
@@ -79,7 +79,7 @@ OUTPUTS = {
     "_pack": {"out_ptr": "*u8"},
     "_dequantize_nvfp4": {"out_ptr": "*bf16", "scale_ptr": "*fp8e4nv"},
     "_add": {"out_ptr": "*bf16"},
-    "_prepare": dict.fromkeys(("qo_ptr", "ko_ptr"), "*bf16"),
+    "_qk_norm_rope": dict.fromkeys(("qo_ptr", "ko_ptr"), "*bf16"),
 }
 
 

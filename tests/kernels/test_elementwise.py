@@ -64,27 +64,27 @@ def case(name, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_normed(name):
+def test_residual_norm(name):
     tensors, constants = case(name)
     total, expected = float64(*tensors, *constants)
-    found_total, found, _ = operators.normed(*tensors, *constants, "", torch.float32)
+    found_total, found, _ = operators.residual_norm(*tensors, *constants, "", torch.float32)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     if tensors[1] is not None:
         torch.testing.assert_close(found_total.double(), total, atol=1e-6, rtol=1e-6)
-    torch.library.opcheck(operators.normed, (*tensors, *constants, "", torch.float32))
+    torch.library.opcheck(operators.residual_norm, (*tensors, *constants, "", torch.float32))
 
 
 @pytest.mark.parametrize("kind", ["", "e4m3", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", CASES)
-def test_normed_kernel(name, dtype, kind):
+def test_residual_norm_kernel(name, dtype, kind):
     tensors, constants = case(name, dtype)
     total, expected = float64(*tensors, *constants)
     if tensors[1] is not None and dtype == torch.float16:  # the stream is rounded before its norm
         rounded = total.to(dtype)
         total, expected = rounded, float64(rounded, None, [], *tensors[3:], *constants)[1]
-    made = operators._normed_empty(tensors[0], tensors[1], kind, dtype)
-    rows.normed(*tensors, *constants, *made)
+    made = operators._residual_norm_empty(tensors[0], tensors[1], kind, dtype)
+    rows.residual_norm(*tensors, *constants, *made)
     if tensors[1] is not None:
         torch.testing.assert_close(
             made[0].double(), total.double(), atol=1e-6, rtol=1e-3 if dtype.itemsize == 2 else 1e-6
@@ -120,7 +120,7 @@ def activated(part, gate, kind):
 @pytest.mark.parametrize("plain", [True, False], ids=["operator", "kernel"])
 @pytest.mark.parametrize("kind", ["e4m3", "int8"])
 @pytest.mark.parametrize("kinds", [("gelu_tanh",), ("swiglu",), ("", "gelu_tanh"), ("silu", "swiglu"), ("gelu", "")])
-def test_rounded_parts(kinds, kind, plain):
+def test_concat_quantize(kinds, kind, plain):
     both = [random(2, 5, 2 * width, seed=width) for width in (48, 1280)][: len(kinds)]
     parts = [item[..., : item.shape[-1] // 2] * 3 for item in both]
     gates = [
@@ -128,11 +128,11 @@ def test_rounded_parts(kinds, kind, plain):
     ]
     whole = torch.cat([activated(*item) for item in zip(parts, gates, kinds, strict=True)], -1).flatten(0, 1)
     if plain:
-        values, scale = operators.rounded_parts(parts, gates, ",".join(kinds), kind)
-        torch.library.opcheck(operators.rounded_parts, (parts, gates, ",".join(kinds), kind))
+        values, scale = operators.concat_quantize(parts, gates, ",".join(kinds), kind)
+        torch.library.opcheck(operators.concat_quantize, (parts, gates, ",".join(kinds), kind))
     else:
-        values, scale = operators._parts_empty(parts, kind)
-        rows.rounded_parts(parts, gates, list(kinds), values, scale)
+        values, scale = operators._concat_quantize_empty(parts, kind)
+        rows.concat_quantize(parts, gates, list(kinds), values, scale)
     assert values.dtype == TYPES[kind]
     expected = whole.abs().amax(-1, keepdim=True) / (127 if kind == "int8" else 448)
     torch.testing.assert_close(scale.double(), expected, rtol=1e-4, atol=0)

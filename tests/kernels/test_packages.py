@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from diffusers_accel.core.platform import Device
-from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, Call, Inputs, others
+from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, Call, Inputs, packages
 from diffusers_accel.kernels.linear import LINEARS
 
 
@@ -120,18 +120,18 @@ def test_flash_attention_4(monkeypatch):
     check("fa4")
 
 
-@pytest.mark.parametrize("name", ["sageattention", *others._SAGE_VARIANTS])
+@pytest.mark.parametrize("name", ["sageattention", *packages._SAGE_VARIANTS])
 def test_sageattention_2(monkeypatch, name):
     def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False):
         assert tensor_layout == "NHD"
         out, lse = exact.attention(q, k, v, None, is_causal, sm_scale)
         return (out.float(), lse.float()) if return_lse else out.float()
 
-    functions = {"sageattn", *(function for function, _ in others._SAGE_VARIANTS.values())}
+    functions = {"sageattn", *(function for function, _ in packages._SAGE_VARIANTS.values())}
     install(monkeypatch, "sageattention", **dict.fromkeys(functions, sageattn))
-    monkeypatch.setattr(others, "version", lambda package: "2.2.0")
+    monkeypatch.setattr(packages, "version", lambda package: "2.2.0")
     check(name)
-    record = others.sageattention_record()
+    record = packages.sageattention_record()
     assert record.lse and record.refuses(Call(keys=77)) is None
     assert KERNELS.get("sageattention-int8-fp8-cuda").refusal() is None
 
@@ -149,9 +149,9 @@ def test_sageattention_1_behind_guards(monkeypatch):
         return exact.attention(q, k, v, None, is_causal, sm_scale)[0].float()
 
     install(monkeypatch, "sageattention", sageattn=sageattn)
-    monkeypatch.setattr(others, "version", lambda package: "1.0.6")
+    monkeypatch.setattr(packages, "version", lambda package: "1.0.6")
     check("sageattention", keys=128, lse=False)
-    record = others.sageattention_record()
+    record = packages.sageattention_record()
     assert "multiple of 64; these are 77" in record.refuses(Call(keys=77)) and record.refuses(Call(keys=128)) is None
     assert record.refuses(Call(lse=True)) == "returns no logsumexp"
     assert "needs SageAttention 2, and 1.0.6 is installed" in KERNELS.get("sageattention-int8-fp8-cuda").refusal()

@@ -111,14 +111,14 @@ def test_rounded_on_their_way(pools, way, windows):
 @pytest.mark.parametrize("kv_heads", [8, 4])
 @pytest.mark.parametrize("way", ["ulysses of 4", "ulysses in a ring"])
 def test_before_norm_and_rotation(pools, way, kv_heads, masked, aside, together):
-    """Query, key and value that are normed and turned on their way."""
+    """Query, key and value that are normed and rotated as they are sent."""
     generator = torch.Generator().manual_seed(0)
     streams, (size, sizes) = [13, 30], WAYS[way]
     query, key, value = (torch.randn(2, 43, count, 16, generator=generator) for count in (8, kv_heads, kv_heads))
     weights = [torch.randn(count, generator=generator) for count in (16, 16 * kv_heads)]
     angles = torch.rand(1, 43, 1, 8, generator=generator, dtype=torch.float64)
     mask = torch.rand(2, 1, 1, 43, generator=generator) > 0.4 if masked else None
-    ready = [exact.prepared(x, weight, 1e-6, angles) for x, weight in zip((query, key), weights, strict=True)]
+    ready = [exact.normed_rotated(x, weight, 1e-6, angles) for x, weight in zip((query, key), weights, strict=True)]
     expected, _ = exact.attention(*ready, value, mask)
     tables = [item.repeat_interleave(2, -1).float() for item in (angles.cos(), angles.sin())]
     found = torch.full_like(query, float("nan"))

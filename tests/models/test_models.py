@@ -100,11 +100,11 @@ def test_a_padding_mask_arrives(compiled):
     accelerate(pipe, attention="sdpa", compile=CompileConfig(backend="eager") if compiled else None)
     assert_equal(entry.run(pipe, steps=2, **prompts), stock)
     masked = []
-    from diffusers_accel.kernels.attention import SITES
+    from diffusers_accel.kernels.attention import DISPATCHERS
 
-    site = list(SITES.values())[-1]
-    run = site.run
-    site.run = lambda inputs: masked.append(inputs.attn_mask is not None) or run(inputs)
+    dispatcher = list(DISPATCHERS.values())[-1]
+    run = dispatcher.run
+    dispatcher.run = lambda inputs: masked.append(inputs.attn_mask is not None) or run(inputs)
     entry.run(pipe, steps=2, **prompts)
     assert any(masked), "the prompts were meant to need a mask"
 

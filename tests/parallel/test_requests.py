@@ -191,9 +191,9 @@ def test_products_beside_exchanges(pools, name, fuse):
         for graph in graphs:
             underway = 0
             for node in graph:
-                if node == "ship":
+                if node == "ulysses_send":
                     underway += 1
-                elif node == "attention_arrived":
+                elif node == "ulysses_attention":
                     assert underway == (1 if fuse else 3)
                     underway = 0
                 elif node == "*":

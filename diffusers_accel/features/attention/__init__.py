@@ -1,10 +1,10 @@
-"""Attention: routes a denoiser's attention calls to kernels, and counts what really ran.
+"""Attention: sends a denoiser's attention calls to kernels, and counts the calls of each kernel.
 
-- `layers.py`: which modules call attention, and the roles they share.
-- `kernels.py`: what a configuration's names, globs and shares stand for on a device.
-- `seam.py`: how a stock processor comes to call a site of ours.
-- Here: the feature itself, checked and put on. Which block is running is marked from outside the compiled block, and
-  only if the configuration asks for it.
+- `layers.py`: the modules that call attention, and the roles that they share.
+- `kernels.py`: the kernels that a configuration's names, globs and shares stand for on a device.
+- `backends.py`, `processors.py`: the two ways from a stock processor to a dispatcher.
+- Here: the feature's check and its edits. Layers around the blocks note the running block, so that the compiled code of
+  a block does not depend on it; they exist only if the configuration needs the block.
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ from torch import nn
 from ...config import AttentionConfig
 from ...core.edits import AddLayer, Edit, SetAttr, SetItem
 from ...errors import Unsupported
-from ...kernels.attention import SITES, AttentionSite, Choice, Fastest, margin
+from ...kernels.attention import DISPATCHERS, AttentionDispatcher, Choice, Fastest, margin
 from ..context import Denoiser, PipelineContext
 from ..feature import Plan
 from . import kernels, layers
-from .seam import SetProcessor, calls_by_name, dispatcher_backend, rebound_class
+from .backends import registered_backend
+from .processors import SetProcessor, rebindable, rebound_processor
 
 
 @dataclass
-class _Place:
-    """The block that is running, as its mark says."""
+class _RunningBlock:
+    """The block that is running.
+
+    Attributes:
+        block: Its number among all blocks; `None` outside of them.
+        dense: Whether the configuration computes it with the dense kernel.
+    """
 
     block: int | None = None
     dense: bool = False
@@ -44,7 +50,7 @@ def check(context: PipelineContext, config: AttentionConfig) -> Plan:
             be given to a kernel.
     """
     layers.refuse_unmatched(context, config)
-    layers.named(config)  # a recipe is judged where every layer has a kernel of its own too
+    layers.named(config)  # checks the recipe, also where every layer names a kernel of its own
     actions, notes, left, modules = [], [], [], 0
     for denoiser in context.denoisers:
         roles, closed = layers.roles(denoiser, config)
@@ -73,7 +79,7 @@ def check(context: PipelineContext, config: AttentionConfig) -> Plan:
         for role in roles:
             for backend in dict.fromkeys(role.backends):
                 used[backend] = kernels.choice(denoiser, role, backend, config)
-        # A denoiser without a single attention layer still gets its kernel judged.
+        # The kernel is checked for a denoiser without attention layers too.
         used = used or {layers.named(config): kernels.choice(denoiser, None, layers.named(config), config)}
         actions.append(f"{denoiser.name}: {kernels.described(roles, used)}")
         dense = kernels.dense(denoiser, config)
@@ -86,7 +92,7 @@ def check(context: PipelineContext, config: AttentionConfig) -> Plan:
 
 
 def _notes(denoiser: Denoiser, choice: Choice, head_dims: set[int | None]) -> list[str]:
-    """What a user should know of a choice: how it is made and what is known already, or where a kernel stops."""
+    """Notes on a choice: how it is made and what is measured already, or the calls that its kernel does not support."""
     if isinstance(choice, Fastest) and len(choice.kernels) > 1:
         names = ", ".join(kernel.name for kernel in choice.kernels)
         known = {shape: times for dim in head_dims for shape, times in choice.remembered(dim).items()}
@@ -102,71 +108,70 @@ def _notes(denoiser: Denoiser, choice: Choice, head_dims: set[int | None]) -> li
 
 
 def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
-    """A site per role, entered in diffusers' registry while it is in use, one edit per processor, and marks on the
-    blocks if the block matters."""
+    """A dispatcher per role, registered as a backend of diffusers while it is in use; one edit per processor; and
+    layers around the blocks if the choice of the kernel depends on the block."""
     if config.dense_steps:
         context.outputs.graph_keys.append(lambda: _in_dense_steps(context, config.dense_steps))
     for denoiser in context.denoisers:
         roles, _ = layers.roles(denoiser, config)
-        place, dense = _Place(), kernels.dense(denoiser, config)
+        running, dense = _RunningBlock(), kernels.dense(denoiser, config)
         owners = Counter(id(layer.module.processor) for role in roles for layer in role.layers)
         for role in roles:
             choices = {
                 name: kernels.choice(denoiser, role, name, config, context) for name in dict.fromkeys(role.backends)
             }
             by_block = {layer.block: choices[name] for layer, name in zip(role.layers, role.backends, strict=True)}
-            # What `by_block` holds for a module outside the blocks is under None.
-            select = _selector(context, config, place, by_block, dense)
-            transport = context.outputs.attention_carriers.get((denoiser.name, role.name.rpartition(".")[2]))
-            site = AttentionSite(select, context.stats.attention_calls, transport)
-            member, registrations = dispatcher_backend(site)
+            # The key of a module outside the blocks is None.
+            select = _selector(context, config, running, by_block, dense)
+            context_parallel = context.outputs.attention_carriers.get((denoiser.name, role.name.rpartition(".")[2]))
+            dispatcher = AttentionDispatcher(select, context.stats.attention_calls, context_parallel)
+            backend_name, registrations = registered_backend(dispatcher)
             if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
                 yield from registrations
-            yield SetItem(SITES, site.number, site)
-            # What travels between ranks is normed and rotated first.
-            # Kernels that round query and key norm and rotate them in the same pass; for others the stock functions do
-            # it then.
-            folding = transport is None and any(
-                kernel.folds for choice in choices.values() for kernel in choice.kernels
+            yield SetItem(DISPATCHERS, dispatcher.number, dispatcher)
+            # Kernels that round query and key norm and rotate them in the same pass; other kernels get both from the
+            # stock functions. Query and key that ranks exchange are normed and rotated before.
+            fuses = context_parallel is None and any(
+                kernel.fuses_qk_norm_rope for choice in choices.values() for kernel in choice.kernels
             )
-            # Compiled graphs have them prepared in one launch, by a rewrite.
-            mark = context.rewrites(denoiser)
+            # In compiled graphs a rewrite joins norm, rotation and attention.
+            use_operator = context.rewrites(denoiser)
             for layer in role.layers:
                 processor: Any = layer.module.processor
-                fold = folding and type(processor).__name__ in denoiser.adapter.folding
-                marked = mark and calls_by_name(processor) and not isinstance(processor, nn.Module)
-                if hasattr(processor, "_attention_backend") and not (fold or marked):
-                    # A copy: who sets another processor then, or another backend of this one, is noticed. One that
-                    # is a module stays the model's own, unless several layers share it.
+                defer = fuses and type(processor).__name__ in denoiser.adapter.fusable_processors
+                rebinds = use_operator and rebindable(processor) and not isinstance(processor, nn.Module)
+                if hasattr(processor, "_attention_backend") and not (defer or rebinds):
+                    # A copy, so that undoing can tell a processor or a backend that the user has set since. A processor
+                    # that is a module stays the model's own, unless several layers share it.
                     if owners[id(processor)] > 1 or not isinstance(processor, nn.Module):
                         processor = copy.copy(processor)
                         yield SetProcessor(layer.module, "processor", processor)
-                    yield SetAttr(processor, "_attention_backend", member)
+                    yield SetAttr(processor, "_attention_backend", backend_name)
                 else:
-                    # One class per stock class, so that all blocks share one compiled graph.
+                    # One class per stock class: all blocks share one compiled graph.
                     kind: Any = type(processor)
-                    clone: Any = object.__new__(rebound_class(kind, site.number, fold, mark))
+                    clone: Any = object.__new__(rebound_processor(kind, dispatcher.number, defer, use_operator))
                     vars(clone).update(vars(processor))
                     yield SetProcessor(layer.module, "processor", clone)
         if config.dense_layers or any(len(set(role.backends)) > 1 for role in roles):
-            yield from _marks(denoiser, context, config, place)
+            yield from _block_layers(denoiser, context, config, running)
 
 
 def _selector(
     context: PipelineContext,
     config: AttentionConfig,
-    place: _Place,
+    running: _RunningBlock,
     by_block: dict[int | None, Choice],
     dense: Choice | None,
 ) -> Callable[[], Choice]:
-    """What a site asks on every call: the choice for the step and block that are running."""
+    """A function that a dispatcher asks on every call: the choice for the running step and block."""
     first = next(iter(by_block.values()))
     uniform = all(choice is first for choice in by_block.values())
 
     def select() -> Choice:
-        if dense is not None and (place.dense or _in_dense_steps(context, config.dense_steps)):
+        if dense is not None and (running.dense or _in_dense_steps(context, config.dense_steps)):
             return dense
-        return first if uniform else by_block[place.block]
+        return first if uniform else by_block[running.block]
 
     return select
 
@@ -176,12 +181,14 @@ def _in_dense_steps(context: PipelineContext, share: float) -> bool:
         return False
     state = context.clock.current
     if state is None or state.step is None:
-        return True  # a place that is unknown is computed with care
+        return True  # an unknown step counts as a dense one
     return state.step - state.first < math.ceil(share * (state.total - state.first))
 
 
-def _marks(denoiser: Denoiser, context: PipelineContext, config: AttentionConfig, place: _Place) -> Iterator[Edit]:
-    """A layer around each block that says which one is running."""
+def _block_layers(
+    denoiser: Denoiser, context: PipelineContext, config: AttentionConfig, running: _RunningBlock
+) -> Iterator[Edit]:
+    """A layer around each block that notes it as the running one."""
     adapter = denoiser.adapter
     dense: dict[int, bool] = {}
     for stacks in (adapter.side_stacks, adapter.stacks):
@@ -189,16 +196,16 @@ def _marks(denoiser: Denoiser, context: PipelineContext, config: AttentionConfig
         count = math.ceil(config.dense_layers * len(blocks))
         dense |= {id(block): index < count for index, block in enumerate(blocks)}
     for number, block in enumerate(adapter.blocks(denoiser.module)):
-        yield AddLayer(block, context.rank("attention layer"), _marked(place, number, dense[id(block)]))
+        yield AddLayer(block, context.rank("attention layer"), _noting_block(running, number, dense[id(block)]))
 
 
-def _marked(place: _Place, number: int, dense: bool) -> Callable[..., Any]:
+def _noting_block(running: _RunningBlock, number: int, dense: bool) -> Callable[..., Any]:
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = place.block, place.dense
-        place.block, place.dense = number, dense
+        before = running.block, running.dense
+        running.block, running.dense = number, dense
         try:
             return inner(*args, **kwargs)
         finally:
-            place.block, place.dense = before
+            running.block, running.dense = before
 
     return forward

@@ -1,5 +1,5 @@
-"""What a name stands for on a denoiser: a fixed kernel, the fastest by measurement, the kernel of dense steps; in words
-too."""
+"""The choice that a kernel's name stands for on a denoiser: a fixed kernel, the fastest by measurement, the kernel of
+dense steps; and descriptions of choices for `explain`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ from .layers import Role, matches, named
 def choice(
     denoiser: Denoiser, role: Role | None, backend: str, config: AttentionConfig, context: PipelineContext | None = None
 ) -> Choice:
-    """What a name stands for on this denoiser; raises `Unsupported` if it cannot be."""
+    """The choice that a kernel's name stands for on a denoiser.
+
+    Args:
+        denoiser: The denoiser.
+        role: The role of its layers; `None` for a choice that no role names.
+        backend: The kernel's name, or `"auto"`.
+        config: The section of the configuration.
+        context: Receives the measurements of `"auto"` in its statistics; `None` to keep none.
+
+    Raises:
+        Unsupported: The kernel cannot run on the device, or not with the denoiser's dtype and head_dim.
+    """
     if backend == "auto":
         return _fastest(denoiser, config.fidelity == "exact", context)
     kernel = KERNELS.get(backend)
@@ -34,7 +45,7 @@ def choice(
 
 
 def _field(denoiser: Denoiser, role: Role | None, backend: str, config: AttentionConfig) -> str:
-    """The field that names a kernel for a role, `".cross_attention"` say; empty for the section's own."""
+    """The field that names a kernel for a role, `".cross_attention"` say; empty for the field `backend`."""
     if role is None:
         return ".dense_backend" if backend not in (named(config), config.backend) else ""
     for glob, name in (config.layers or {}).items():
@@ -46,8 +57,8 @@ def _field(denoiser: Denoiser, role: Role | None, backend: str, config: Attentio
 
 def _fastest(denoiser: Denoiser, exact: bool, context: PipelineContext | None = None) -> Fastest:
     kernels = candidates(denoiser.device, exact)
-    seen = context.stats.attention_timings if context is not None else {}
-    return Fastest(kernels, Timings(denoiser.device), seen)
+    measured = context.stats.attention_timings if context is not None else {}
+    return Fastest(kernels, Timings(denoiser.device), measured)
 
 
 def dense(denoiser: Denoiser, config: AttentionConfig) -> Choice | None:
@@ -60,6 +71,7 @@ def dense(denoiser: Denoiser, config: AttentionConfig) -> Choice | None:
 
 
 def share(config: AttentionConfig) -> str:
+    """The dense steps and layers, in words."""
     parts = []
     if config.dense_steps:
         parts.append(f"the first {config.dense_steps:.0%} of steps")
@@ -69,11 +81,12 @@ def share(config: AttentionConfig) -> str:
 
 
 def label(choice: Choice) -> str:
+    """The kernel of a choice, in words."""
     return choice.kernels[0].name if len(choice.kernels) == 1 else "the fastest exact kernel"
 
 
 def described(roles: list[Role], used: dict[str, Choice]) -> str:
-    """E.g. `"sage-fp8"`, or `"attn1 sage-fp8, attn2 sdpa"` if the roles differ."""
+    """The kernels of the roles: `"sage-fp8"`, or `"attn1 sage-fp8, attn2 sdpa"` if the roles differ."""
 
     def one(backend: str) -> str:
         kernels = used[backend].kernels

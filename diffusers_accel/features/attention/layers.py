@@ -1,7 +1,7 @@
 """A denoiser's attention layers, the roles they play, and the kernel that a configuration names for each.
 
-Modules that play one role in every block (`attn1`, `audio_attn2`) share one site, so that all blocks share one compiled
-graph.
+Modules with the same role in every block (`attn1`, `audio_attn2`) share one dispatcher, so that all blocks share one
+compiled graph.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from ...config import AttentionConfig
 from ...errors import Unsupported, nearest
 from ...kernels.attention import KERNELS, recipes
 from ..context import Denoiser, PipelineContext
-from .seam import calls_by_name
+from .processors import rebindable
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention module: its path, and the number of its block among all blocks (`None` outside them)."""
+    """One attention module.
+
+    Attributes:
+        path: Its path in the denoiser.
+        module: The module.
+        block: Number of its block among all blocks; `None` outside of them.
+    """
 
     path: str
     module: nn.Module
@@ -31,13 +37,13 @@ class Layer:
 
 @dataclass
 class Role:
-    """The modules that play one part in every block.
+    """The attention modules with the same path in every block.
 
     Attributes:
         name: Path within the block; the full path of a module outside the blocks.
-        cross: Whether it attends to another stream.
-        layers: Its modules.
-        backends: The kernel's name for each module.
+        cross: Whether the modules attend to another stream.
+        layers: The modules.
+        backends: The name of the kernel for each module.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Role:
 
 
 def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with a processor, with their paths."""
     for path, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
         if processor is not None and callable(processor):
@@ -58,7 +65,7 @@ def attention_modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def roles(denoiser: Denoiser, config: AttentionConfig) -> tuple[list[Role], list[Any]]:
-    """A denoiser's attention modules by the part they play, and the processors that cannot be redirected."""
+    """A denoiser's attention modules by role, and the processors that cannot be redirected."""
     blocks = {id(block): number for number, block in enumerate(denoiser.adapter.blocks(denoiser.module))}
     inside = {path: blocks[id(module)] for path, module in denoiser.module.named_modules() if id(module) in blocks}
     roles: dict[tuple[str, str], Role] = {}
@@ -66,7 +73,7 @@ def roles(denoiser: Denoiser, config: AttentionConfig) -> tuple[list[Role], list
     for path, module in attention_modules(denoiser.module):
         processor: Any = module.processor
         if not hasattr(processor, "_attention_backend") and (
-            isinstance(processor, nn.Module) or not calls_by_name(processor)
+            isinstance(processor, nn.Module) or not rebindable(processor)
         ):
             closed.append(processor)
             continue
@@ -82,7 +89,7 @@ def roles(denoiser: Denoiser, config: AttentionConfig) -> tuple[list[Role], list
 
 
 def _head_dim(module: Any) -> int | None:
-    """What an attention module's own attributes say of its head dimension."""
+    """The head dimension in the attributes of an attention module; `None` if none of them names it."""
     for name in ("head_dim", "dim_head"):
         if isinstance(getattr(module, name, None), int):
             return int(getattr(module, name))
@@ -114,6 +121,7 @@ def named(config: AttentionConfig) -> str:
 
 
 def backend_of(denoiser: Denoiser, path: str, cross: bool, config: AttentionConfig) -> str:
+    """The name of the kernel for an attention module."""
     for glob, backend in (config.layers or {}).items():
         if matches(denoiser, path, glob):
             return backend
@@ -121,10 +129,12 @@ def backend_of(denoiser: Denoiser, path: str, cross: bool, config: AttentionConf
 
 
 def matches(denoiser: Denoiser, path: str, glob: str) -> bool:
+    """Whether a glob matches a module's path, with or without the denoiser's name before it."""
     return fnmatchcase(path, glob) or fnmatchcase(f"{denoiser.name}.{path}", glob)
 
 
 def refuse_unmatched(context: PipelineContext, config: AttentionConfig) -> None:
+    """Raises `Unsupported` for a glob of the configuration that matches no attention layer."""
     for glob in config.layers or {}:
         paths = [(denoiser, path) for denoiser in context.denoisers for path, _ in attention_modules(denoiser.module)]
         if not any(matches(denoiser, path, glob) for denoiser, path in paths):

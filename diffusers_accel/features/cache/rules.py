@@ -170,7 +170,13 @@ def _teacache(context: PipelineContext, denoiser: Denoiser, config: TeaCacheConf
         threshold, coefficients, source = config.threshold, given, "given coefficients"
     else:
         name = _constants_name(
-            context, denoiser, "cache='teacache'", given, denoiser.adapter.rows, TEACACHE_ROWS, config.use_ret_steps
+            context,
+            denoiser,
+            "cache='teacache'",
+            given,
+            denoiser.adapter.teacache_rows,
+            TEACACHE_ROWS,
+            config.use_ret_steps,
         )
         row = TEACACHE_ROWS[name]
         if row.use_ret_steps != config.use_ret_steps:
@@ -197,7 +203,9 @@ def _magcache(context: PipelineContext, denoiser: Denoiser, config: MagCacheConf
     if isinstance(given, tuple):
         ratios, source = given, "a given table"
     else:
-        name = _constants_name(context, denoiser, "cache='magcache'", given, denoiser.adapter.mag_rows, MAGCACHE_ROWS)
+        name = _constants_name(
+            context, denoiser, "cache='magcache'", given, denoiser.adapter.magcache_rows, MAGCACHE_ROWS
+        )
         ratios, source = MAGCACHE_ROWS[name].ratios, f"table {name!r}"
     return Rule(
         lambda branch: MagCache(config.threshold, ratios, config.max_skip_steps, config.retention_ratio),
@@ -235,7 +243,7 @@ def _constants_name(
         pipeline_config=dict(getattr(context.pipe, "config", {})),
         use_ret_steps=use_ret_steps,
     )
-    name = given if given is not None else denoiser.adapter.row(checkpoint)
+    name = given if given is not None else denoiser.adapter.published_row(checkpoint)
     missing = "ratios" if published is MAGCACHE_ROWS else "coefficients"
     if name is None or (given is None and name not in published):
         names = f", or the name of published ones ({', '.join(rows)})" if rows else ""

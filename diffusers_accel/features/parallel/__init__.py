@@ -204,7 +204,7 @@ def components(context: PipelineContext, config: ParallelConfig) -> tuple[str, .
 
 
 def edits(context: PipelineContext, config: ParallelConfig) -> Iterator[Edit]:
-    """The mesh; layers around denoisers and blocks; and what carries attention, for its sites."""
+    """The mesh; layers around denoisers and blocks; and what carries attention, for its dispatchers."""
     device, ranks = context.device.type, everyone()
     mesh = Mesh(config.axes(launched() or 1), device)
     for axis in SEQUENCE:

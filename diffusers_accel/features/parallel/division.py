@@ -190,7 +190,7 @@ class Division:
 
 
 class Carrier:
-    """What carries an attention module's calls between ranks: the `transport` of its site.
+    """What carries an attention module's calls between ranks: the `transport` of its dispatcher.
 
     Args:
         division: The division of the denoiser's tokens.

@@ -1,52 +1,52 @@
-"""Attention kernels: one record each, the choice among them, and the site through which a pipeline calls them.
+"""Attention kernels: a record of each, the choice among them, and the dispatcher that a pipeline's calls enter.
 
-Importing this package registers the records and imports no kernel package. Where to look:
+Importing this package registers the records and imports no kernel package. The files:
 
-- `record.py`: what a kernel is, and `register_attention`. `choice.py`: a fixed kernel, or the fastest by measurement.
-  `site.py`: the custom operator every call goes through.
-- Records: `torch_native.py`, `flash.py`, `others.py` (packages a user may have), `sage.py` (ours).
-- `pending.py`: query and key on their way to a kernel that does their QK-norm and rotary embedding itself.
-- `transport.py`: attention over a sequence that several ranks have; `shipping.py`: heads on their way between them,
-  `scatter.py` for GPUs.
-- `unprepared.py`: the same in compiled graphs; `prepare.py`: norm and rotation by themselves, in Triton.
-- Ours: `recipe.py` (what is rounded, and plain references); in Triton, imported by loaders only, `rows.py`,
-  `quantize.py`, `low_bit.py`.
+- `record.py`: what a kernel's record says, and `register_attention`. `choice.py`: a fixed kernel, or the fastest by
+  measurement. `dispatch.py`: the dispatcher and its custom operator.
+- Records: `torch_native.py`, `flash.py`, `packages.py` (optional packages), `sage.py` (the kernels of this package).
+- `deferred.py`: query and key whose QK-norm and rotary embedding a kernel applies itself. `fused_qk_norm_rope.py`: the
+  same idea as operators of compiled graphs. `qk_norm_rope.py`: norm and rotation alone, in Triton.
+- `transport.py`: attention over a sequence that several ranks share. `shipping.py`: the exchange of heads between
+  ranks; `scatter.py`: its Triton kernels.
+- `recipe.py`: the rounding of 8-bit attention, with plain references. Its Triton kernels, which only loaders import:
+  `rows.py`, `norm.py`, `quantize.py`, `low_bit.py`.
 """
 
 from __future__ import annotations
 
-from . import flash, others, sage, torch_native  # noqa: F401  (each registers its records)
+from . import flash, packages, sage, torch_native  # noqa: F401  (each registers its records)
 from .choice import Choice, Fastest, Fixed, Timings, candidates, margin
-from .pending import Pending
+from .deferred import DeferredQK
+from .dispatch import DISPATCHERS, AttentionDispatcher, dispatch
+from .fused_qk_norm_rope import apply_rope, fused_qk_norm_rope_attention
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
 from .shipping import Operand, Shipping
-from .site import SITES, AttentionSite, enter
 from .transport import Layout, Transport
-from .unprepared import attention_unprepared, rotate
 
 __all__ = [
+    "DISPATCHERS",
     "KERNELS",
     "RECIPES",
-    "SITES",
+    "AttentionDispatcher",
     "AttentionKernel",
-    "AttentionSite",
     "Call",
     "Choice",
+    "DeferredQK",
     "Fastest",
     "Fixed",
     "Inputs",
     "Layout",
     "Operand",
-    "Pending",
     "Shipping",
     "Timings",
     "Transport",
-    "attention_unprepared",
+    "apply_rope",
     "candidates",
-    "enter",
+    "dispatch",
+    "fused_qk_norm_rope_attention",
     "margin",
     "recipes",
     "register_attention",
-    "rotate",
 ]

@@ -1,9 +1,9 @@
-"""Which kernel computes a call: a fixed one, or the fastest of several by measurement.
+"""The choice of the kernel for a call: a fixed kernel, or the fastest of several by measurement.
 
-The first time a class of shapes is met on a GPU, `Fastest` times every candidate on the very tensors of the call (no
-kernel changes its inputs) and remembers the answer in a small file. A file belongs to one GPU model and one set of
-package versions, so an upgrade measures anew. Lengths are put into classes half an octave wide: the order of the
-kernels does not change faster than that.
+When a class of shapes first occurs on a GPU, `Fastest` times every candidate on the tensors of that call (no kernel
+changes its inputs) and keeps the result in a small file. A file belongs to one GPU model and one set of package
+versions, so an upgrade measures again. Lengths form classes half an octave wide, because the order of the kernels does
+not change faster than that.
 """
 
 from __future__ import annotations
@@ -26,22 +26,29 @@ import torch
 from ...core.platform import Device, versions
 from .record import KERNELS, AttentionKernel, Call, Inputs
 
-# Exact kernels in the order they are tried where nothing can be measured: while a CUDA graph is being captured.
+# Compute capability -> exact kernels in order of preference, for calls that cannot be measured: during the capture of a
+# CUDA graph.
 _PREFERENCE: dict[tuple[int, int] | None, tuple[str, ...]] = {(9, 0): ("fa3", "fa4"), (10, 0): ("fa4",)}
-# The folder of remembered timings, instead of the user's cache folder.
+# Environment variable: the folder of kept timings, instead of the user's cache folder.
 CACHE_VARIABLE = "DIFFUSERS_ACCEL_CACHE"
 
 
 class Choice(Protocol):
-    """How the kernel of a call is found."""
+    """A rule that picks the kernel of each call."""
 
     def pick(self, call: Call, run: Callable[[AttentionKernel], Any], shape: str) -> AttentionKernel:
-        """The kernel for a call; `run` computes the call with a kernel, `shape` names its class of shapes."""
+        """The kernel for a call.
+
+        Args:
+            call: The facts of the call.
+            run: Computes the call with a kernel, for measurement.
+            shape: Name of the call's class of shapes.
+        """
         ...
 
     @property
     def kernels(self) -> tuple[AttentionKernel, ...]:
-        """All that may be picked."""
+        """All kernels that `pick` may return."""
         ...
 
 
@@ -64,15 +71,15 @@ class Fastest:
     """The fastest of several kernels, by shape.
 
     Args:
-        kernels: The candidates; each can run on this machine. The first that takes a call is used where nothing can be
-            measured.
-        timings: What was measured before, and where it is remembered.
-        seen: Shape class -> kernel -> seconds, of what this pipeline met; shared with its statistics.
+        kernels: The candidates, each of which can run on this machine. Where nothing can be measured, the first one
+            that supports the call is picked.
+        timings: The kept measurements.
+        measured: Class of shapes -> kernel -> seconds, for this pipeline. The pipeline's statistics own it.
     """
 
     kernels: tuple[AttentionKernel, ...]
     timings: Timings
-    seen: dict[str, dict[str, float]] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def pick(self, call: Call, run: Callable[[AttentionKernel], Any], shape: str) -> AttentionKernel:
         able = [kernel for kernel in self.kernels if kernel.refuses(call) is None]
@@ -85,11 +92,11 @@ class Fastest:
         if lacking:
             known = self.timings.measure(shape, able, run)
         times = {kernel.name: known[kernel.name] for kernel in able}
-        self.seen[shape] = times
+        self.measured[shape] = times
         return min(able, key=lambda kernel: times[kernel.name])
 
     def remembered(self, head_dim: int | None) -> dict[str, dict[str, float]]:
-        """Shape class -> kernel -> seconds of what was measured before on this machine, for a head dimension."""
+        """Kept measurements of this machine for a head dimension, or all: class of shapes -> kernel -> seconds."""
         names = {kernel.name for kernel in self.kernels}
         return {
             shape: {name: seconds for name, seconds in times.items() if name in names}
@@ -99,7 +106,7 @@ class Fastest:
 
 
 def candidates(device: Device, exact: bool = True) -> tuple[AttentionKernel, ...]:
-    """The kernels that `"auto"` may choose from on a device, the preferred one first; SDPA is always among them."""
+    """The kernels that `"auto"` may choose from on a device, the preferred one first. SDPA is always among them."""
     if device.type != "cuda":
         return (KERNELS.get("sdpa"),)
     preferred = _PREFERENCE.get(device.arch, ())
@@ -111,7 +118,8 @@ def candidates(device: Device, exact: bool = True) -> tuple[AttentionKernel, ...
 
 
 def shape_class(inputs: Inputs, call: Call) -> str:
-    """E.g. `"bfloat16 24x128 q4608 k4608"`: heads (with batch) and lengths rounded to half octaves."""
+    """Name of a class of shapes: `"bfloat16 24x128 q4608 k4608"`, say. Heads (times batch) and lengths are rounded to
+    half octaves."""
     query, key = inputs.query, inputs.key
     heads = _half_octave(query.shape[0] * query.shape[2])
     parts = [
@@ -136,7 +144,11 @@ def shape_class(inputs: Inputs, call: Call) -> str:
 
 
 def margin(times: Mapping[str, float]) -> str:
-    """E.g. `"fa3 0.31 ms, 6% before fa4, 9% before cudnn"`: the fastest kernel, and how much longer others take."""
+    """The fastest kernel and its lead: `"fa3 0.31 ms, 6% before fa4, 9% before cudnn"`, say.
+
+    Args:
+        times: Kernel -> seconds; infinity for a kernel that failed.
+    """
     ordered = sorted((seconds, name) for name, seconds in times.items() if math.isfinite(seconds))
     if not ordered:
         return "not measured"
@@ -150,11 +162,11 @@ def _half_octave(number: int) -> int:
 
 
 class Timings:
-    """Seconds of kernels by shape class, kept in a file for one GPU model and set of versions.
+    """Seconds of kernels by class of shapes, kept in a file for one GPU model and set of versions.
 
     Args:
         device: The GPU.
-        folder: Where the file lies; the user's cache folder if not given.
+        folder: The folder of the file; `cache_folder()` if `None`.
     """
 
     def __init__(self, device: Device, folder: Path | None = None):
@@ -168,19 +180,29 @@ class Timings:
 
     @property
     def shapes(self) -> Mapping[str, Mapping[str, float]]:
-        """Everything that is known."""
+        """All measurements: class of shapes -> kernel -> seconds."""
         return self._known
 
     def known(self, shape: str) -> dict[str, float]:
-        """Kernel -> seconds for a class of shapes; empty if it was never met."""
+        """Kernel -> seconds for a class of shapes; empty if it was never measured."""
         return self._known.get(shape, {})
 
     def measure(
         self, shape: str, kernels: Sequence[AttentionKernel], run: Callable[[AttentionKernel], Any]
     ) -> dict[str, float]:
-        """Times kernels on a call and remembers it. One that fails is warned of and counts as never fast enough."""
+        """Times kernels on a call and keeps the seconds. A kernel that fails is warned of and counts as infinitely
+        slow.
+
+        Args:
+            shape: Name of the class of shapes.
+            kernels: The kernels to time.
+            run: Computes the call with a kernel.
+
+        Returns:
+            Kernel -> seconds.
+        """
         with self._lock:
-            # Another site of this pipeline, or another process, may have met the shape meanwhile.
+            # Another dispatcher, or another process, may have measured the shape meanwhile.
             written = self._read()
             if all(kernel.name in written.get(shape, {}) for kernel in kernels):
                 self._known = written
@@ -189,9 +211,9 @@ class Timings:
             sound = []
             for kernel in kernels:
                 try:
-                    run(kernel)  # not counted: it may compile
+                    run(kernel)  # untimed: the first call may compile
                     sound.append(kernel)
-                except Exception as error:  # whatever a foreign kernel raises on a shape its record allows
+                except Exception as error:  # a package's kernel may raise anything on a shape that its record allows
                     reason = f"{type(error).__name__}: {error}"
                     warnings.warn(f"attention 'auto' leaves out {kernel.name!r} for {shape}: {reason}", stacklevel=2)
                     found[kernel.name] = math.inf
@@ -207,10 +229,10 @@ class Timings:
             shapes = json.loads(self.path.read_text(encoding="utf-8"))["seconds"]
             return {shape: {name: float(value) for name, value in times.items()} for shape, times in shapes.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}  # missing, cut short, or another program's: it is written anew
+            return {}  # missing, truncated or of another format: the next write replaces it
 
     def _write(self) -> None:
-        # A kernel that failed is tried again by the next process: the cause may be gone.
+        # The next process tries a failed kernel again, since the cause may be gone.
         kept = {
             shape: {name: value for name, value in times.items() if math.isfinite(value)}
             for shape, times in self._known.items()
@@ -231,15 +253,15 @@ class Timings:
 
 
 def cache_folder() -> Path:
-    """Where measurements are kept."""
+    """The folder of kept measurements."""
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers_accel"
 
 
 def _alternate(functions: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds of each function on the current GPU, which a site has made its tensors', called in turn so that a warming
-    chip meets all of them alike: at least three times, and more often while that takes little time."""
+    """Seconds of each function on the current GPU. The functions are called in turn, so that a warming chip affects all
+    of them alike: at least three times, and more often while that takes little time."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for rounds in range(15):
         if rounds >= 3 and sum(map(sum, times.values())) > 0.05:

@@ -1,9 +1,9 @@
 """FlashAttention 3 and 4, from their wheels or a user's own build. Forward only here; neither takes a mask.
 
 FlashAttention 3 (https://arxiv.org/abs/2407.08608) is for Hopper: the `fa3-fwd` wheel, or a user's build of
-`flash_attn_interface`. It also takes e4m3 operands: `fa3-fp8` rounds Q, K and V with one scale per head after taking
-the means of keys and values away and spreading channels by a Hadamard matrix (see `recipe.py`), in two fused launches;
-a third gives the output the values' mean back.
+`flash_attn_interface`. It also supports e4m3 operands. `fa3-fp8` subtracts the means of keys and values, applies the
+Hadamard transform of `recipe.py`, and rounds Q, K and V with one scale per head, in two fused launches. A third launch
+adds the values' mean to the output.
 
 FlashAttention 4 is CuTe DSL for Hopper and Blackwell: the `flash-attn-4` wheel, called directly because torch's own
 activation of it does not work with the released betas.
@@ -47,16 +47,16 @@ def _flash3_fp8() -> AttentionFunction:
 
     def attention(x: Inputs) -> Any:
         dim = x.query.shape[-1]
-        scale = dim**-0.5 if x.scale is None else x.scale
+        x = replace(x, scale=x.softmax_scale)  # of the unpadded heads
         if dim not in _FP8_DIMS:
             x = padded(x, min(size for size in _FP8_DIMS if size > dim))
-        data = quantize_per_head(x.query, x.key, x.value, scale, shift=x.return_lse, rotary=x.rotary, norm=x.norm)
+        data = quantize_per_head(x)
         extra = {"return_attn_probs": True} if x.return_lse else {}
         found = flash_attn_func(
             data.query,
             data.key,
             data.value,
-            softmax_scale=scale,
+            softmax_scale=x.scale,
             causal=x.is_causal,
             q_descale=data.query_scale,
             k_descale=data.key_scale,
@@ -66,26 +66,26 @@ def _flash3_fp8() -> AttentionFunction:
         assert data.value_mean is not None
         out = add_mean(found[0] if x.return_lse else _output(found, False), data.value_mean)
         out = out[..., :dim].to(x.query.dtype)
-        return (out, found[1] + data.shift) if x.return_lse else out
+        return (out, found[1] + data.lse_correction) if x.return_lse else out
 
     return attention
 
 
 def padded(x: Inputs, dim: int) -> Inputs:
-    """The same with heads of `dim` channels. Zeros change neither logits nor scales; where a rotation pairs the halves
-    of a head, either half gets its share of them."""
+    """The inputs with heads padded with zeros to `dim` channels, which changes neither logits nor scales. Where a
+    rotation pairs the halves of a head, each half is padded by itself."""
     own = x.query.shape[-1]
-    parts = 2 if x.rotary is not None and x.rotary.halves else 1
+    parts = 2 if x.rotary is not None and x.rotary.rope_style == "half" else 1
     pad = partial(torch.nn.functional.pad, pad=(0, (dim - own) // parts))
 
     def wider(item: torch.Tensor) -> torch.Tensor:
         return pad(item.unflatten(-1, (parts, -1))).flatten(-2)
 
     rotary, norm = x.rotary, x.norm
-    if rotary is not None:  # tables are as wide as one part
+    if rotary is not None:  # tables have the channels of one half, or of the head
         (q_cos, q_sin), (k_cos, k_sin) = rotary.query, rotary.key
-        rotary = Rotary((pad(q_cos), pad(q_sin)), (pad(k_cos), pad(k_sin)), rotary.halves)
-    if norm is not None:  # a mean square over more channels is smaller
+        rotary = Rotary((pad(q_cos), pad(q_sin)), (pad(k_cos), pad(k_sin)), rotary.rope_style)
+    if norm is not None:  # zeros make the mean square smaller
         share = own / dim
         query, key = (wider(item.float() * share**0.5) for item in (norm.query, norm.key))
         norm = QKNorm(query, key, norm.eps * share)
@@ -105,13 +105,14 @@ def _flash4() -> AttentionFunction:
 
 
 def _output(found: Any, with_lse: bool) -> Any:
-    """The packages return a tensor or a tuple that begins with output and LSE, by version and by what was asked."""
+    """Output, or output and LSE. The packages return a tensor, or a tuple that begins with both, depending on version
+    and arguments."""
     if with_lse:
         return found[0], found[1]
     return found[0] if isinstance(found, tuple) else found
 
 
-# What FlashAttention 3 takes in e4m3 and we quantize; smaller ones are padded.
+# Head dimensions that FlashAttention 3 supports in e4m3 and `quantize.py` rounds; smaller heads are padded.
 _FP8_DIMS = (64, 96, 128)
 _FA3: dict[str, Any] = {
     "modules": ("fa3_fwd_interface", "flash_attn_interface"),
@@ -130,7 +131,7 @@ KERNELS.add(
     AttentionKernel(
         name="fa3-fp8",
         load=_flash3_fp8,
-        **{**_FA3, "head_dims": tuple(range(8, 129, 8)), "exact": False, "folds": True},
+        **{**_FA3, "head_dims": tuple(range(8, 129, 8)), "exact": False, "fuses_qk_norm_rope": True},
     ),
 )
 KERNELS.add(

@@ -1,16 +1,16 @@
 """Attention on rounded operands, in Triton: INT8 or e4m3 QK with 16-bit or e4m3 PV, and 16-bit QK with e4m3 PV.
 
-What makes it fast on Hopper:
+The ideas that make it fast on Hopper:
 
-- Integer logits start from an accumulator preset to the bits of 1.5 * 2^23 as a float, so that the integer sum *is* a
-  float32 and nothing is converted; the offset leaves in the fused multiply-add that the softmax does anyway. |QK| is at
-  most 127 * 127 * 128 < 2^21, well inside the 2^22 that this allows.
-- A scale per whole tile of keys joins the row's scale, so a logit costs a single multiply-add.
-- The keys of the transposed e4m3 V are permuted within every 16, so that P, rounded where the first product left it,
-  already lies as the second product's operand must: no value moves between threads.
+- Integer logits start from an accumulator preset to the bits of 1.5 * 2^23 as a float. The integer sum is then a
+  float32 already, and nothing is converted; the fused multiply-add of the softmax subtracts the offset. |QK| is at most
+  127 * 127 * 128 < 2^21, well inside the 2^22 that this allows.
+- A scale per whole tile of keys is multiplied into the row's scale, so a logit costs a single multiply-add.
+- The keys of the transposed e4m3 V are permuted within every 16. The layout in which the first product leaves P is then
+  the operand layout of the second product: no value moves between threads.
 - The first product's accumulator keeps about 22 bits on Hopper, so every tile's PV is added in float32 outside it.
 
-Imported only by the loaders of kernel records: it needs triton.
+Only the loaders of kernel records import this module: it needs triton.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launching import on_its_device
+from ..operands import tensor_descriptor
 from ..rounding import to_e4m3
 from .norm import padded_dim
 from .quantize import LOG2E, quantize
 from .recipe import Recipe
-from .record import QKNorm, Rotary
+from .record import Inputs, key_bias
 
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -52,7 +52,8 @@ def _softmax(
     s, top, total, row_scale, key_scale_ptr, bias_ptr, tile, k_len,
     QK: tl.constexpr, PV: tl.constexpr, KB: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One tile's weights, the running maximum (base 2) and sum, and the factor that older results must be scaled by."""
+    """The weights of one tile, the running maximum (base 2), the running sum, and the factor that rescales older
+    results."""
     OFFSET: tl.constexpr = _MAGIC if QK == 0 else 0.0
     LIFT: tl.constexpr = _P_SCALE if PV == 1 else 0.0
     keys = tile * N + tl.arange(0, N)
@@ -61,7 +62,7 @@ def _softmax(
         if KB % N == 0:
             row_scale = row_scale * tl.load(key_scale_ptr + tile * N // KB)
             if QK == 0:
-                # Logits of 8 million and more, a choice of one key long before, end here.
+                # Bounds logits at 8 million, far beyond where softmax picks one key.
                 row_scale = tl.minimum(row_scale, 4.0)
             low = row_scale * OFFSET
         else:
@@ -74,7 +75,7 @@ def _softmax(
         bias = tl.load(bias_ptr + keys, mask=keys < k_len, other=-float("inf"))
         s = s * row_scale[:, None] - low[:, None] + bias[None, :] * 1.4426950408889634
         raised = tl.maximum(top, tl.max(s, 1))
-        # A row that has met no key yet has no maximum to subtract.
+        # A row without a key so far has no maximum to subtract.
         base = tl.where(raised == -float("inf"), 0.0, raised)
         p = tl.exp2(s - (base - LIFT)[:, None])
     else:
@@ -88,7 +89,7 @@ def _softmax(
             shift += tl.abs(shift) * 1.2e-7
         p = tl.exp2(s * row_scale[:, None] - shift[:, None])
     factor = tl.exp2(top - base)
-    # Sums over what one thread holds: eight columns lie across four threads, so nothing is exchanged until the end.
+    # Sums of each thread's own values: eight columns lie across four threads, which exchange nothing until the end.
     return p, raised, total * factor[:, None] + tl.sum(p.reshape(p.shape[0], N // 8, 8), 1), factor
 
 
@@ -109,11 +110,11 @@ def _add_values(
 @on_its_device
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _attention(
-    q_desc, k_desc, v_desc, o_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, shift_ptr, lse_ptr,
-    list_ptr, count_ptr, logit_scale, q_len, k_len, heads, groups,
+    q_desc, k_desc, v_desc, o_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, correction_ptr, lse_ptr,
+    tiles_ptr, count_ptr, logit_scale, q_len, k_len, heads, groups,
     QK: tl.constexpr, PV: tl.constexpr, KB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    TAIL: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr, LSE: tl.constexpr, SHIFT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PREFETCH_LOGITS: tl.constexpr,
+    TAIL: tl.constexpr, BIAS: tl.constexpr, BLOCK_SPARSE: tl.constexpr, LSE: tl.constexpr, CORRECT_LSE: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of M queries, batch x head). QK: 0 int8, 1 e4m3, 2 as it is; PV: 0 as it is, 1 e4m3."""
     start = tl.program_id(0) * M
@@ -133,11 +134,11 @@ def _attention(
     scales = k_scale_ptr + (b * kv_heads + hk) * tl.cdiv(k_len, KB)
     bias = bias_ptr + b * k_len
     full = k_len // N
-    if LISTED:
+    if BLOCK_SPARSE:
         tiles = tl.cdiv(k_len, N)
         place = index.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         for item in tl.range(0, tl.load(count_ptr + place), num_stages=STAGES):
-            tile = tl.load(list_ptr + place * tiles + item)
+            tile = tl.load(tiles_ptr + place * tiles + item)
             k = k_desc.load([b, hk, tile * N, 0]).reshape(N, DP)
             s = _logits(q, k, QK, M, N)
             p, top, total, factor = _softmax(
@@ -145,8 +146,8 @@ def _attention(
             )
             acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
     else:
-        if AHEAD:
-            # The next tile's logits are under way while this one's softmax runs.
+        if PREFETCH_LOGITS:
+            # The matrix units compute the next tile's logits while this tile's softmax runs.
             if full > 0:
                 k = k_desc.load([b, hk, 0, 0]).reshape(N, DP)
                 s = _logits(q, k, QK, M, N)
@@ -181,8 +182,8 @@ def _attention(
     if LSE:
         LIFT: tl.constexpr = _P_SCALE if PV == 1 else 0.0
         lse = (top + tl.log2(total) - LIFT) * _LN2
-        if SHIFT:
-            lse += tl.load(shift_ptr + index.to(tl.int64) * q_len + rows, mask=rows < q_len, other=0.0)
+        if CORRECT_LSE:
+            lse += tl.load(correction_ptr + index.to(tl.int64) * q_len + rows, mask=rows < q_len, other=0.0)
         tl.store(lse_ptr + index.to(tl.int64) * q_len + rows, lse, mask=rows < q_len)
     acc = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     if PV == 1:
@@ -193,53 +194,63 @@ def _attention(
 
 @dataclass(frozen=True)
 class Tile:
-    """How the kernel is cut: queries and keys per tile, warps, pipeline depth, whether logits run one tile ahead, and
-    TFLOP/s of full waves, by which cuts are compared."""
+    """Tile sizes and launch parameters of the attention kernel.
+
+    Attributes:
+        queries: Queries per tile.
+        keys: Keys per tile.
+        warps: Warps per program.
+        stages: Depth of the software pipeline.
+        prefetch_logits: Whether logits are computed one tile ahead of the softmax.
+        rate: Measured TFLOP/s of full waves, for the choice among tiles.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
-    ahead: bool = False
+    prefetch_logits: bool = False
     rate: float = 1.0
 
 
-# (rounding of QK, of PV, head_dim up to 64) -> cuts for Hopper, with the rates of `benchmarks/attention.py --tiles`.
+# (QK is rounded, PV is rounded, head_dim is 64 or less) -> tiles for Hopper, with the rates that
+# `benchmarks/attention.py --tiles` measured.
 _HOPPER: dict[tuple[bool, bool, bool], tuple[Tile, ...]] = {
     (True, True, False): (Tile(64, 128, 4, 2),),
     (True, True, True): (Tile(64, 128, 4, 2),),
     (True, False, False): (Tile(128, 64, 8, 3, rate=625), Tile(64, 128, 4, 2, rate=560)),
     (True, False, True): (Tile(64, 128, 4, 2),),
-    (False, True, False): (Tile(64, 128, 4, 2, ahead=True),),
+    (False, True, False): (Tile(64, 128, 4, 2, prefetch_logits=True),),
     (False, True, True): (Tile(128, 128, 8, 3, rate=503), Tile(64, 128, 4, 2, rate=483)),
 }
 
 
-def tile(
+def choose_tile(
     recipe: Recipe, head_dim: int, arch: tuple[int, int] | None, processors: int, queries: int, heads: int
 ) -> Tile:
-    """The cut for a call: of those measured for the recipe, the one that wastes least of its rate on the last wave.
+    """The tile for a call: of the tiles measured for the recipe, the one with the highest rate after the loss in the
+    last wave.
 
     Args:
-        recipe: What is rounded.
-        head_dim: As it is, unpadded.
+        recipe: The rounding of the operands.
+        head_dim: Channels of a head, unpadded.
         arch: Compute capability; `None` off CUDA.
         processors: Multiprocessors of the GPU.
-        queries: Their number.
-        heads: Times the batch.
+        queries: Number of queries.
+        heads: Heads times batch.
     """
     if arch is not None and arch < (9, 0):
         # 99 KiB of shared memory on most of them, and no wgmma.
         return Tile(128, 64, 4 if head_dim <= 64 else 8, 2)
-    cuts = _HOPPER[(recipe.qk is not None, recipe.pv is not None, head_dim <= 64)]
-    if recipe.qk is not None and any(recipe.k_block % cut.keys for cut in cuts):
-        cuts = (Tile(64, 128, 4, 2),)  # a scale per column costs registers that larger tiles do not have
+    tiles = _HOPPER[(recipe.qk is not None, recipe.pv is not None, head_dim <= 64)]
+    if recipe.qk is not None and any(recipe.k_block % tile.keys for tile in tiles):
+        tiles = (Tile(64, 128, 4, 2),)  # a scale per column costs registers that larger tiles do not have
 
-    def worth(cut: Tile) -> float:
-        waves = triton.cdiv(queries, cut.queries) * heads / (2 * processors)  # two programs fit on one
-        return cut.rate * waves / math.ceil(waves)
+    def throughput(tile: Tile) -> float:
+        waves = triton.cdiv(queries, tile.queries) * heads / (2 * processors)  # two programs fit on one
+        return tile.rate * waves / math.ceil(waves)
 
-    return max(cuts, key=worth)
+    return max(tiles, key=throughput)
 
 
 def _gpu(device: torch.device) -> tuple[tuple[int, int] | None, int]:
@@ -249,78 +260,59 @@ def _gpu(device: torch.device) -> tuple[tuple[int, int] | None, int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
-def _descriptor(x: torch.Tensor, block: list[int]) -> Any:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
-
-
-def _loadable(x: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if the bulk copy engine could not read it: 16-byte strides and base, last dimension dense."""
+def tma_compatible(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if TMA can read it, a contiguous copy otherwise. TMA needs a contiguous last dimension, and a
+    base and strides that are multiples of 16 bytes."""
     size = x.element_size()
     dense = x.stride(-1) == 1 and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
     return x if dense and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    recipe: Recipe,
-    *,
-    key_bias: torch.Tensor | None = None,
-    scale: float | None = None,
-    keep: torch.Tensor | None = None,
-    return_lse: bool = False,
-    rotary: Rotary | None = None,
-    norm: QKNorm | None = None,
-    cut: Tile | None = None,
-) -> Any:
+def attention(x: Inputs, recipe: Recipe, *, block_mask: torch.Tensor | None = None, tile: Tile | None = None) -> Any:
     """Quantizes the operands and computes attention.
 
     Args:
-        query: (batch, sequence, heads, head_dim), bf16 or fp16, head_dim up to 128; key and value with their own
-            sequence and number of heads, which divides the query's.
-        recipe: What is rounded.
-        key_bias: float32 (batch, key sequence), added to the logits; -inf hides a key.
-        scale: Of the logits; head_dim ** -0.5 if not given.
-        keep: bool (batch, heads, query tiles, key tiles): tiles that are False are skipped. Sizes of a tile: see
-            `tile`.
-        return_lse: Also return the logsumexp, float32 (batch, heads, sequence), natural logarithm.
-        rotary: A rotary embedding to apply to query and key first; see `quantize`. Only where QK is rounded.
-        norm: An RMS norm to apply to query and key before that; likewise.
-        cut: Instead of the one that `tile` gives.
+        x: The call. Query, key and value are bf16 or fp16, head_dim is at most 128, and a mask is over keys alone.
+            `norm` and `rotary` need a recipe that rounds QK.
+        recipe: The rounding of the operands.
+        block_mask: bool (batch, heads, query tiles, key tiles); False skips a tile. `tile` gives the sizes of a tile.
+        tile: Tile sizes; `choose_tile` picks them if `None`.
 
     Returns:
-        The output, (batch, sequence, heads, head_dim); a row without any key is zero, its logsumexp -inf.
+        The output, (batch, sequence, heads, head_dim), in the query's dtype; with `return_lse` also the LSE, float32
+        (batch, heads, sequence), natural logarithm. A row without any key is zero, and its LSE is -inf.
     """
-    (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = query.shape, key.shape
-    scale = dim**-0.5 if scale is None else scale
-    if cut is None:
-        cut = tile(recipe, dim, *_gpu(query.device), q_len, batch * heads)
-    data = quantize(query, key, value, recipe, scale, shift=return_lse, rotary=rotary, norm=norm)
-    q, k, v = (_loadable(item) for item in (data.query, data.key, data.value))
-    out = torch.empty((batch, q_len, heads, dim), dtype=query.dtype, device=query.device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device) if return_lse else None
-    padded, m, n = padded_dim(dim), cut.queries, cut.keys
+    (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = x.query.shape, x.key.shape
+    device, bias = x.query.device, key_bias(x)
+    if tile is None:
+        tile = choose_tile(recipe, dim, *_gpu(device), q_len, batch * heads)
+    data = quantize(x, recipe)
+    q, k, v = (tma_compatible(item) for item in (data.query, data.key, data.value))
+    out = torch.empty((batch, q_len, heads, dim), dtype=x.query.dtype, device=device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if x.return_lse else None
+    padded, m, n = padded_dim(dim), tile.queries, tile.keys
     unused = data.query_scale
-    lists, counts = unused, unused
-    if keep is not None:
-        counts = keep.sum(-1, dtype=torch.int32).contiguous()
+    kept_tiles, counts = unused, unused
+    if block_mask is not None:
+        counts = block_mask.sum(-1, dtype=torch.int32).contiguous()
         # Kept tiles first, in their order.
-        lists = keep.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices.to(torch.int32).contiguous()
+        kept_tiles = (
+            block_mask.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices.to(torch.int32).contiguous()
+        )
     _attention[(triton.cdiv(q_len, m), batch * heads)](
-        _descriptor(q, [1, 1, m, padded]),
-        _descriptor(k, [1, 1, n, padded]),
-        _descriptor(v, [1, 1, padded, n] if recipe.pv else [1, 1, n, padded]),
-        _descriptor(out, [1, m, 1, padded]),
+        tensor_descriptor(q, [1, 1, m, padded]),
+        tensor_descriptor(k, [1, 1, n, padded]),
+        tensor_descriptor(v, [1, 1, padded, n] if recipe.pv else [1, 1, n, padded]),
+        tensor_descriptor(out, [1, m, 1, padded]),
         data.query_scale, data.key_scale, data.value_scale,
-        unused if key_bias is None else key_bias.contiguous(),
-        unused if data.shift is None else data.shift,
+        unused if bias is None else bias.contiguous(),
+        unused if data.lse_correction is None else data.lse_correction,
         unused if lse is None else lse,
-        lists, counts, scale * LOG2E, q_len, k_len, heads, heads // kv_heads,
+        kept_tiles, counts, x.softmax_scale * LOG2E, q_len, k_len, heads, heads // kv_heads,
         QK={"int8": 0, "fp8": 1, None: 2}[recipe.qk], PV=int(bool(recipe.pv)), KB=recipe.k_block or n,
-        D=dim, DP=padded, M=m, N=n, STAGES=cut.stages, AHEAD=cut.ahead,
-        TAIL=k_len % n != 0, BIAS=key_bias is not None, LISTED=keep is not None,
-        LSE=lse is not None, SHIFT=data.shift is not None,
-        num_warps=cut.warps, num_stages=cut.stages,
+        D=dim, DP=padded, M=m, N=n, STAGES=tile.stages, PREFETCH_LOGITS=tile.prefetch_logits,
+        TAIL=k_len % n != 0, BIAS=bias is not None, BLOCK_SPARSE=block_mask is not None,
+        LSE=lse is not None, CORRECT_LSE=data.lse_correction is not None,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return (out, lse) if x.return_lse else out

@@ -1,14 +1,14 @@
-"""Recipes of 8-bit attention: what is rounded, to which type, and how many tokens share a scale; and plain references.
+"""Recipes of 8-bit attention: the rounded operands, their types, the tokens that share a scale; and plain references.
 
-The idea, from SageAttention (https://arxiv.org/abs/2410.02367, https://arxiv.org/abs/2411.10958): softmax does not
-change when one vector is taken from every key, so the keys' mean, where the outlying channels of a real K live, is
-subtracted before rounding. Q is rounded with one scale per token, into which the softmax scale is folded; K with one
-per block of tokens; V with one per channel. P lies in [0, 1] and is rounded to e4m3 with the constant scale 448.
+The idea is SageAttention's (https://arxiv.org/abs/2410.02367, https://arxiv.org/abs/2411.10958). Softmax does not
+change when one vector is subtracted from every key. The outlying channels of a real K lie in its mean, so the mean is
+subtracted before rounding. Q is rounded with one scale per token, which includes the softmax scale; K with one scale
+per block of tokens; V with one scale per channel. P lies in [0, 1] and is rounded to e4m3 with the constant scale 448.
 
-Where a few channels carry a logit, their errors decide it, and in INT8 they decide the step for all others too. So Q
-and K are first multiplied by one orthogonal Hadamard matrix (FlashAttention 3's incoherent processing,
-https://arxiv.org/abs/2407.08608), which leaves QK as it is and spreads those channels over their group. Any Hadamard
-matrix does; this one mixes what a GPU thread holds anyway, so it costs no exchange between threads.
+Where a few channels carry a logit, their errors decide it, and in INT8 they set the step for all other channels. Q and
+K are therefore first multiplied by an orthogonal Hadamard matrix (the incoherent processing of FlashAttention 3,
+https://arxiv.org/abs/2407.08608), which leaves QK as it is and spreads such channels over their group. Any Hadamard
+matrix serves; this one mixes the channels that one GPU thread holds, so it costs no exchange between threads.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ E4M3_MAX = 448.0
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one kind of 8-bit attention rounds its operands.
+    """The rounding of the operands of one kind of 8-bit attention.
 
     Attributes:
         qk: `"int8"` or `"fp8"` (e4m3), or `None` to leave Q and K as they are.
-        k_block: Tokens that share a scale of K.
+        k_block: Number of tokens that share a scale of K.
         pv: `"fp8"` to round P and V to e4m3, or `None` to leave V as it is and round P to V's type.
     """
 
@@ -38,7 +38,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """E.g. `"int8-1-16-1"`: type of QK, then tokens per scale of Q, K and V."""
+        """Type of QK, then tokens per scale of Q, K and V: `"int8-1-16-1"`, say."""
         if self.qk is None:
             return "bf16-0-0-0"
         return f"{self.qk}-1-{self.k_block}-{1 if self.pv else 0}"
@@ -60,7 +60,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 
 
 def _rounded(x: torch.Tensor, kind: str, amax: torch.Tensor) -> torch.Tensor:
-    """`x` rounded to a type with the scale that takes `amax` to the type's largest value, and scaled back."""
+    """`x` rounded to a type and scaled back. The scale maps `amax` to the largest value of the type."""
     largest = INT8_MAX if kind == "int8" else E4M3_MAX
     scale = (amax / largest).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = (x / scale).clamp(-largest, largest)
@@ -68,14 +68,14 @@ def _rounded(x: torch.Tensor, kind: str, amax: torch.Tensor) -> torch.Tensor:
 
 
 def hadamard_levels(head_dim: int) -> int:
-    """log2 of the neighbouring channels, up to eight, of each quarter of a head that the Hadamard matrix mixes."""
+    """log2 of the number of neighbouring channels, eight at most, that the Hadamard matrix mixes in each quarter."""
     quarter = head_dim // 4
     return min(quarter & -quarter, 8).bit_length() - 1
 
 
-def hadamard(head_dim: int) -> torch.Tensor:
-    """The orthogonal matrix that spreads channels: float32 (head_dim, head_dim). It mixes 16 or 32 of them: as many
-    neighbours as `hadamard_levels` says, from each of a head's four quarters."""
+def hadamard_matrix(head_dim: int) -> torch.Tensor:
+    """The orthogonal Hadamard matrix of Q and K, float32 (head_dim, head_dim). It mixes groups of 16 or 32 channels:
+    2 ** `hadamard_levels(head_dim)` neighbours from each of the four quarters of a head."""
     within = 2 ** hadamard_levels(head_dim)
     groups = torch.eye(head_dim // 4 // within)
     return torch.kron(_sylvester(4), torch.kron(groups, _sylvester(within)))
@@ -96,20 +96,25 @@ def reference(
     attn_mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """What a recipe computes, in plain torch and float32: for tests, and to judge a recipe without a GPU.
+    """The attention of a recipe, in plain torch and float32: for tests, and to judge a recipe without a GPU.
 
     Args:
-        query: (batch, sequence, heads, head_dim); key and value alike, with their own sequence and number of heads.
-        recipe: What to round.
-        attn_mask: As SDPA takes it.
-        scale: Of the logits; head_dim ** -0.5 if not given.
+        query: (batch, sequence, heads, head_dim).
+        key: (batch, key sequence, kv_heads, head_dim); `kv_heads` divides `heads`.
+        value: (batch, key sequence, kv_heads, head_dim).
+        recipe: The rounding of the operands.
+        attn_mask: Boolean (True takes part) or additive, broadcast to (batch, heads, sequence, key sequence).
+        scale: Softmax scale of the logits; head_dim ** -0.5 if `None`.
+
+    Returns:
+        (batch, sequence, heads, head_dim), in the query's dtype.
     """
     groups = query.shape[2] // key.shape[2]
     q, k, v = (item.float().transpose(1, 2) for item in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if recipe.qk is not None:
         k = k - k.mean(2, keepdim=True)
-        matrix = hadamard(q.shape[-1]).to(q.device)
+        matrix = hadamard_matrix(q.shape[-1]).to(q.device)
         q, k = q @ matrix, k @ matrix
         q = _rounded(q, recipe.qk, q.abs().amax(-1, keepdim=True))
         length, block = k.shape[2], recipe.k_block

@@ -1,7 +1,7 @@
-"""What an attention kernel is: a frozen record with a lazy loader and a sentence for every reason it cannot run.
+"""The record of an attention kernel: a lazy loader, its limits, and a sentence for every reason it cannot run.
 
-Layout contract: query, key, value are (batch, sequence, heads, head_dim), the output has the query's shape (with the
-value's head_dim). An LSE, where a kernel has one, is float32 (batch, heads, sequence), natural logarithm.
+Layout contract: query, key and value are (batch, sequence, heads, head_dim). The output has the query's shape, with the
+value's head_dim. An LSE is float32 (batch, heads, sequence), natural logarithm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...core.registry import Registry
 NO_MASK, KEY_MASK, FULL_MASK = "none", "keys", "full"
 
 
-# Cosines and sines of a rotary embedding, float32, broadcast to the tensor they turn.
+# Cosines and sines of a rotary embedding, float32, broadcast to the rotated tensor.
 Tables = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -28,22 +28,30 @@ class Rotary:
     """A rotary embedding of query and key.
 
     Attributes:
-        query: Its tables, float32, (batch or 1, sequence, heads or 1, channels): cosines and sines of equal strides,
-            channels next to each other.
-        key: The key's, of its own sequence and heads.
-        halves: Which channels are the two parts of one complex number. If true, i and i + head_dim / 2, and tables
-            have head_dim / 2 channels; if not, 2i and 2i + 1, and tables have head_dim channels, every value twice.
+        query: Cosines and sines of the query, float32, (batch or 1, sequence, heads or 1, channels), of equal strides
+            and with contiguous channels.
+        key: Cosines and sines of the key, float32, (batch or 1, key sequence, kv_heads or 1, channels), of equal
+            strides and with contiguous channels.
+        rope_style: The pairs of channels that form complex numbers. `"interleaved"`: channels 2i and 2i + 1; tables
+            have head_dim channels, every value twice. `"half"`: channels i and i + head_dim / 2; tables have
+            head_dim / 2 channels.
     """
 
     query: Tables
     key: Tables
-    halves: bool = False
+    rope_style: str = "interleaved"
 
 
 @dataclass(frozen=True)
 class QKNorm:
-    """An RMS norm over each head's channels or over those of all heads, of which query and key have equally many:
-    weights of query and key, (head_dim,) or (heads * head_dim,), and epsilon."""
+    """An RMS norm of query and key.
+
+    Attributes:
+        query: Weight of the query: (head_dim,) for a norm over the channels of each head, (heads * head_dim,) for a
+            norm over the channels of all heads, which needs as many heads of the key as of the query.
+        key: Weight of the key, of the query weight's shape.
+        eps: Epsilon.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -52,7 +60,7 @@ class QKNorm:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one attention call is given.
+    """The arguments of one attention call.
 
     Attributes:
         query: (batch, sequence, heads, head_dim).
@@ -60,10 +68,12 @@ class Inputs:
         value: (batch, key sequence, kv_heads, value_dim).
         attn_mask: Boolean (True takes part) or additive, broadcast to (batch, heads, sequence, key sequence).
         is_causal: Hide later keys; the diagonal starts at the top left.
-        scale: Of the logits; head_dim ** -0.5 if `None`.
-        return_lse: Also return the logsumexp.
-        rotary: A rotary embedding that query and key still lack.
-        norm: A norm that they still lack before it. Both are given only to kernels whose record says that they fold.
+        scale: Softmax scale of the logits; head_dim ** -0.5 if `None`.
+        return_lse: Also return the LSE.
+        rotary: A rotary embedding for the kernel to apply to query and key, after the norm. `None` unless the kernel's
+            record says `fuses_qk_norm_rope`.
+        norm: An RMS norm for the kernel to apply to query and key. `None` unless the kernel's record says
+            `fuses_qk_norm_rope`.
     """
 
     query: torch.Tensor
@@ -82,12 +92,17 @@ class Inputs:
         return self.query.shape[2] != self.key.shape[2]
 
     @property
+    def softmax_scale(self) -> float:
+        """The scale of the logits: `scale`, or head_dim ** -0.5."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
     def heads_first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value as (batch, heads, sequence, head_dim)."""
         return self.query.transpose(1, 2), self.key.transpose(1, 2), self.value.transpose(1, 2)
 
     def ungrouped(self) -> Inputs:
-        """The same with as many key and value heads as query heads, for kernels that want them so."""
+        """These inputs with key and value heads repeated to the number of query heads."""
         if not self.grouped:
             return self
         groups = self.query.shape[2] // self.key.shape[2]
@@ -101,20 +116,20 @@ AttentionFunction = Callable[[Inputs], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What a kernel must know of one attention call to say whether it can take it. `None` is not judged.
+    """The facts of one attention call that decide whether a kernel supports it. A fact of `None` is not checked.
 
     Attributes:
-        dtype: Of query, key and value.
-        head_dim: Of query and key.
-        value_dim: Of the value.
+        dtype: Dtype of query, key and value.
+        head_dim: Channels of a head of query and key.
+        value_dim: Channels of a head of the value.
         device: Type of the device, as in `torch.device.type`.
         mask: `"none"`, `"keys"` (the same for every query and head: padding) or `"full"`.
-        queries: Length of the query.
-        keys: Length of the key.
-        causal: Whether the diagonal hides later keys; it starts at the top left.
-        square: Whether query and key are equally long.
+        queries: Number of queries.
+        keys: Number of keys.
+        causal: Whether the call hides later keys; the diagonal starts at the top left.
+        square: Whether there are as many queries as keys.
         grouped: Whether key and value have fewer heads than the query.
-        lse: Whether the logsumexp is wanted.
+        lse: Whether the call wants the LSE.
     """
 
     dtype: torch.dtype | None = None
@@ -131,7 +146,7 @@ class Call:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Call:
-        """The call that these tensors make."""
+        """The facts of a call with these inputs."""
         return cls(
             dtype=inputs.query.dtype,
             head_dim=inputs.query.shape[-1],
@@ -148,14 +163,16 @@ class Call:
 
 
 def mask_kind(attn_mask: torch.Tensor | None) -> str:
-    """`"keys"` for a mask that broadcasts over heads and queries, by its shape alone: nothing is read from a device."""
+    """The kind of a mask: `"none"`, `"keys"` for one that broadcasts over heads and queries, or `"full"`. The shape
+    alone decides it, so nothing is read from a device."""
     if attn_mask is None:
         return NO_MASK
     return KEY_MASK if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1 else FULL_MASK
 
 
 def key_bias(inputs: Inputs) -> torch.Tensor | None:
-    """A `"keys"` mask, boolean or additive, as what is added to the logits: float32 (batch, key sequence)."""
+    """A `"keys"` mask, boolean or additive, as a bias of the logits: float32 (batch, key sequence). `None` without a
+    mask."""
     if inputs.attn_mask is None:
         return None
     rows = inputs.attn_mask[:, 0, 0]
@@ -169,26 +186,28 @@ class AttentionKernel:
     """An attention kernel.
 
     Args:
-        name: As a user writes it.
-        load: Imports what is needed and returns a function of `Inputs`.
-        modules: Alternative modules it comes from; any one of them is enough. Empty for torch's own.
-        install: How to get them.
-        architectures: CUDA compute capabilities it runs on; `None` for any CUDA device; empty for every device.
-        at_least: Lowest CUDA compute capability it runs on.
-        dtypes: Input types it takes; empty for all.
-        head_dims: Head dimensions it takes; `None` for all.
-        mask: Whether it takes any attention mask.
-        key_mask: Whether it takes a mask that is the same for every query and head (padding).
-        shortest: Fewest queries, and fewest keys, that it takes.
-        key_multiple: What the number of keys must be a multiple of.
-        causal: Whether it takes `is_causal`, whose diagonal starts at the top left, as SDPA's does.
-        causal_square: Whether it takes `is_causal` only for equal lengths (elsewhere its diagonal lies otherwise).
-        gqa: Whether it takes fewer key and value heads than query heads.
-        lse: Whether it can return the logsumexp.
-        exact: Whether it computes in the input's own precision (no quantization).
-        folds: Whether it applies a QK-norm and a rotary embedding that it is given.
+        name: Its name in a configuration.
+        load: Imports the kernel's package and returns a function of `Inputs`.
+        modules: Alternative modules that provide it; one of them is enough. Empty for torch's own kernels.
+        install: The command that installs such a module.
+        architectures: CUDA compute capabilities that it runs on; `None` for any CUDA device; empty for every device.
+        at_least: Lowest CUDA compute capability that it runs on.
+        dtypes: Supported dtypes of query, key and value; empty for all.
+        head_dims: Supported head dimensions; `None` for all.
+        mask: Whether it supports any attention mask.
+        key_mask: Whether it supports a mask that is the same for every query and head (padding).
+        shortest: Least number of queries, and of keys, that it supports.
+        key_multiple: Number whose multiples are the supported numbers of keys.
+        causal: Whether it supports `is_causal`, whose diagonal starts at the top left, as SDPA's does.
+        causal_square: Whether it supports `is_causal` only for equal lengths, because its diagonal starts elsewhere
+            otherwise.
+        gqa: Whether it supports fewer key and value heads than query heads.
+        lse: Whether it can return the LSE.
+        exact: Whether it computes in the precision of its inputs, without quantization.
+        fuses_qk_norm_rope: Whether it applies the QK-norm and the rotary embedding of its `Inputs`.
         auto: Whether `"auto"` may choose it; a user's own function is used by name only.
-        refusal: Why an installed package cannot be used (a version that is wrong somewhere, say), or `None`.
+        refusal: Returns the reason why an installed package cannot be used (a version with a known error, say), or
+            `None`.
     """
 
     name: str
@@ -208,7 +227,7 @@ class AttentionKernel:
     gqa: bool = True
     lse: bool = False
     exact: bool = True
-    folds: bool = False
+    fuses_qk_norm_rope: bool = False
     auto: bool = True
     refusal: Callable[[], str | None] = lambda: None
 
@@ -219,7 +238,7 @@ class AttentionKernel:
 
     @property
     def gpus(self) -> str:
-        """What it runs on, for a reader: `"sm_90, sm_100"`, `"sm_80 and later"`, `"any, and CPUs"`."""
+        """The supported devices, for a reader: `"sm_90, sm_100"`, `"sm_80 and later"`, `"any, and CPUs"`."""
         if self.architectures:
             return ", ".join(f"sm_{major}{minor}" for major, minor in self.architectures)
         if self.at_least is not None:
@@ -228,7 +247,7 @@ class AttentionKernel:
 
     @property
     def dims(self) -> str:
-        """Its head dimensions, for a reader: `"8 to 256 by 8"`, `"64, 96, 128, 192, 256"`, `"any"`."""
+        """The supported head dimensions, for a reader: `"8 to 256 by 8"`, `"64, 96, 128, 192, 256"`, `"any"`."""
         if self.head_dims is None:
             return "any"
         steps = {after - before for before, after in itertools.pairwise(self.head_dims)}
@@ -291,7 +310,7 @@ KERNELS: Registry[AttentionKernel] = Registry("attention kernel", "register_atte
 
 
 def recipes(backend: str) -> tuple[str, ...]:
-    """The recipes of a quantized backend, which its records name behind a slash, the default first."""
+    """The recipes of a quantized backend, the default first: the part behind the slash in the names of its records."""
     return tuple(name.partition("/")[2] for name in KERNELS if name.startswith(f"{backend}/"))
 
 
@@ -299,13 +318,13 @@ def register_attention(name: str, function: Any = None, *, replace: bool = False
     """Registers a user's attention function under a name that `attention=` accepts. Also usable as a decorator.
 
     Args:
-        name: The name.
+        name: The name in a configuration.
         function: `fn(query, key, value, attn_mask=None, is_causal=False, scale=None)` on tensors of shape (batch,
             sequence, heads, head_dim), returning the query's shape and dtype. Key and value heads are repeated to the
             query's number of heads before it is called.
         replace: Allow the name to be registered already.
-        properties: What it supports, as in `AttentionKernel` (e.g. `mask=False`, `dtypes=(torch.bfloat16,)`). A call it
-            does not support runs on SDPA, with a warning, and is counted there.
+        properties: The limits of the function, as fields of `AttentionKernel` (`mask=False`,
+            `dtypes=(torch.bfloat16,)`, say). A call beyond them runs on SDPA, with a warning, and is counted there.
 
     Raises:
         ValueError: The name is taken.

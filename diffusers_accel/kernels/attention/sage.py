@@ -1,6 +1,6 @@
-"""Our own 8-bit attention, a record for each backend and recipe: `"sage"`, `"sage-fp8"`, `"qk16pv8"`.
+"""The 8-bit attention of this package, a record for each backend and recipe: `"sage"`, `"sage-fp8"`, `"qk16pv8"`.
 
-A backend's name alone stands for its first recipe; any other is written behind a slash: `"sage-fp8/fp8-1-4-1"`.
+The name of a backend alone stands for its first recipe. Another recipe follows a slash: `"sage-fp8/fp8-1-4-1"`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .recipe import RECIPES, Recipe
-from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, key_bias
+from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs
 
 
 def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
@@ -19,17 +19,7 @@ def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
         from .low_bit import attention as low_bit
 
         def attention(x: Inputs) -> Any:
-            return low_bit(
-                x.query,
-                x.key,
-                x.value,
-                recipe,
-                key_bias=key_bias(x),
-                scale=x.scale,
-                return_lse=x.return_lse,
-                rotary=x.rotary,
-                norm=x.norm,
-            )
+            return low_bit(x, recipe)
 
         return attention
 
@@ -51,7 +41,7 @@ def _record(name: str, recipe: Recipe) -> AttentionKernel:
         causal=False,
         lse=True,
         exact=False,
-        folds=recipe.qk is not None,
+        fuses_qk_norm_rope=recipe.qk is not None,
         auto="/" not in name,
     )
 

@@ -1,8 +1,8 @@
 """Heads on their way to several ranks and back, in Triton: one read, and one write to wherever each is to be, on this
 GPU or, over NVLink, on another. What goes there is normed and rotated in the same pass.
 
-A program takes one token with all its heads, as in `prepare.py`; a table on the device says where each head, or each
-rank's tokens, go. Imported only where a GPU is met: it needs triton.
+A program takes one token with all its heads, as in `qk_norm_rope.py`; a table on the device says where each head, or
+each rank's tokens, go. Imported only where a GPU is met: it needs triton.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import triton
 import triton.language as tl
 
 from ..launching import on_its_device
-from .prepare import token, turns
+from .qk_norm_rope import load_token, table_strides
 from .record import Tables
-from .rows import rotated
+from .rows import rotate_interleaved
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
 def _token_scattered(
-    part, s, b, to, heads, eps, NORM: tl.constexpr, ROTATE: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
+    part, s, b, to, heads, eps, NORM: tl.constexpr, ROPE: tl.constexpr, SHARED: tl.constexpr, KIND: tl.constexpr,
     D: tl.constexpr, W: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """One token's heads, each to where `to` says, (HEADS,). `part` is what `_part` makes."""
     x_ptr, norm_ptr, cos_ptr, sin_ptr = part[0] + b * part[4] + s * part[5], part[1], part[2], part[3]
     turn = b * part[7] + s * part[8]
     h = tl.arange(0, HEADS)
-    if ROTATE == "halves":
-        x, inside = token(
-            x_ptr, part[6], heads, norm_ptr, eps, cos_ptr + turn, sin_ptr + turn, part[9], NORM, ROTATE, D, W, HEADS
+    if ROPE == "half":
+        x, inside = load_token(
+            x_ptr, part[6], heads, norm_ptr, eps, cos_ptr + turn, sin_ptr + turn, part[9], NORM, ROPE, D, W, HEADS
         )
         Q: tl.constexpr = D // 4
         at = to[:, None] + tl.arange(0, W)[None, :]
@@ -47,7 +47,7 @@ def _token_scattered(
         d = tl.arange(0, DP)
         inside = (h < heads)[:, None] & (d < D)[None, :]
         x = tl.load(x_ptr + h[:, None] * part[6] + d[None, :], mask=inside, other=0.0)
-        if (NORM != "") or (ROTATE != ""):
+        if (NORM != "") or (ROPE != ""):
             x = x.to(tl.float32)
         if NORM == "head":
             weight = tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
@@ -55,7 +55,7 @@ def _token_scattered(
         if NORM == "all":
             weight = tl.load(norm_ptr + h[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
             x *= tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / (heads * D) + eps) * weight
-        if ROTATE == "neighbours":
+        if ROPE == "interleaved":
             if SHARED:
                 cos = tl.load(cos_ptr + turn + d, mask=d < D, other=0.0)[None, :]
                 sin = tl.load(sin_ptr + turn + d, mask=d < D, other=0.0)[None, :]
@@ -63,13 +63,13 @@ def _token_scattered(
                 own = turn + h.to(tl.int64)[:, None] * part[9] + d[None, :]
                 cos = tl.load(cos_ptr + own, mask=inside, other=0.0)
                 sin = tl.load(sin_ptr + own, mask=inside, other=0.0)
-            x = rotated(x, cos, sin)
+            x = rotate_interleaved(x, cos, sin)
         tl.store(to[:, None] + d[None, :], x.to(KIND), mask=inside)
 
 
 @triton.jit
 def _operand_scattered(
-    parts, table_ptr, start, count, length, heads, eps, NORM: tl.constexpr, ROTATE: tl.constexpr, SHARED: tl.constexpr,
+    parts, table_ptr, start, count, length, heads, eps, NORM: tl.constexpr, ROPE: tl.constexpr, SHARED: tl.constexpr,
     ALIGNED: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
     DP: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -86,9 +86,9 @@ def _operand_scattered(
             # Nothing else says so of an address that was loaded: without it, values are written one by one.
             to = tl.multiple_of(to, 16)
         if s < count:
-            _token_scattered(parts[0], s, b, to, heads, eps, NORM, ROTATE, SHARED, KIND, D, W, DP, HEADS)
+            _token_scattered(parts[0], s, b, to, heads, eps, NORM, ROPE, SHARED, KIND, D, W, DP, HEADS)
         elif PARTS > 1:
-            _token_scattered(parts[1], s - count, b, to, heads, eps, NORM, ROTATE, SHARED, KIND, D, W, DP, HEADS)
+            _token_scattered(parts[1], s - count, b, to, heads, eps, NORM, ROPE, SHARED, KIND, D, W, DP, HEADS)
 
 
 @on_its_device
@@ -98,11 +98,11 @@ def _operand_scattered(
 def _scatter(
     parts_0, table_0, start_0, count_0, length_0, heads_0, parts_1, table_1, start_1, count_1, length_1, heads_1,
     parts_2, table_2, start_2, count_2, length_2, heads_2, eps,
-    NORM_0: tl.constexpr, ROTATE_0: tl.constexpr, SHARED_0: tl.constexpr, ALIGNED_0: tl.constexpr,
+    NORM_0: tl.constexpr, ROPE_0: tl.constexpr, SHARED_0: tl.constexpr, ALIGNED_0: tl.constexpr,
     PARTS_0: tl.constexpr,
-    NORM_1: tl.constexpr, ROTATE_1: tl.constexpr, SHARED_1: tl.constexpr, ALIGNED_1: tl.constexpr,
+    NORM_1: tl.constexpr, ROPE_1: tl.constexpr, SHARED_1: tl.constexpr, ALIGNED_1: tl.constexpr,
     PARTS_1: tl.constexpr,
-    NORM_2: tl.constexpr, ROTATE_2: tl.constexpr, SHARED_2: tl.constexpr, ALIGNED_2: tl.constexpr,
+    NORM_2: tl.constexpr, ROPE_2: tl.constexpr, SHARED_2: tl.constexpr, ALIGNED_2: tl.constexpr,
     PARTS_2: tl.constexpr,
     KIND: tl.constexpr, D: tl.constexpr, W: tl.constexpr, DP: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -110,19 +110,19 @@ def _scatter(
     which = tl.program_id(2)
     if which == 0:
         _operand_scattered(
-            parts_0, table_0, start_0, count_0, length_0, heads_0, eps, NORM_0, ROTATE_0, SHARED_0, ALIGNED_0,
+            parts_0, table_0, start_0, count_0, length_0, heads_0, eps, NORM_0, ROPE_0, SHARED_0, ALIGNED_0,
             PARTS_0, KIND, D, W, DP, HEADS,
         )  # fmt: skip
     if PARTS_1 > 0:  # noqa: SIM102 (known when it is compiled)
         if which == 1:
             _operand_scattered(
-                parts_1, table_1, start_1, count_1, length_1, heads_1, eps, NORM_1, ROTATE_1, SHARED_1, ALIGNED_1,
+                parts_1, table_1, start_1, count_1, length_1, heads_1, eps, NORM_1, ROPE_1, SHARED_1, ALIGNED_1,
                 PARTS_1, KIND, D, W, DP, HEADS,
             )  # fmt: skip
     if PARTS_2 > 0:  # noqa: SIM102
         if which == 2:
             _operand_scattered(
-                parts_2, table_2, start_2, count_2, length_2, heads_2, eps, NORM_2, ROTATE_2, SHARED_2, ALIGNED_2,
+                parts_2, table_2, start_2, count_2, length_2, heads_2, eps, NORM_2, ROPE_2, SHARED_2, ALIGNED_2,
                 PARTS_2, KIND, D, W, DP, HEADS,
             )  # fmt: skip
 
@@ -242,13 +242,15 @@ Going = tuple[Sequence[Part], Places]
 _OPERANDS, _PARTS = 3, 2
 
 
-def scatter(operands: Sequence[Going], eps: float = 0.0, halves: bool = False, warps: int | None = None) -> None:
+def scatter(
+    operands: Sequence[Going], eps: float = 0.0, rope_style: str = "interleaved", warps: int | None = None
+) -> None:
     """Writes queries, keys and values, with their norm and rotation, to where their heads are to be.
 
     Args:
         operands: Of one batch, head_dim and dtype, on one device.
         eps: The norms'.
-        halves: As in `record.Rotary`.
+        rope_style: `"interleaved"` or `"half"`, as `record.Rotary` describes it.
         warps: Of a program, instead of those measured.
     """
     pieces: list[_Piece] = []
@@ -262,7 +264,7 @@ def scatter(operands: Sequence[Going], eps: float = 0.0, halves: bool = False, w
             start += part[0].shape[1]
     pieces = [piece for piece in pieces if piece.length and piece.parts[0][0].shape[0]]
     for first in range(0, len(pieces), _OPERANDS):
-        _launch(pieces[first : first + _OPERANDS], eps, halves, warps)
+        _launch(pieces[first : first + _OPERANDS], eps, rope_style, warps)
 
 
 @dataclass
@@ -283,11 +285,10 @@ class _Piece:
     def length(self) -> int:
         return sum(x.shape[1] for x, _, _ in self.parts)
 
-    def plan(self, halves: bool) -> tuple[Any, ...]:
-        """What a kernel is compiled for: NORM, ROTATE, SHARED, ALIGNED and PARTS."""
-        norm, turned, shared = _kind(self.parts[0])
-        rotates = "halves" if halves else "neighbours"
-        return norm, rotates if turned else "", shared, self.places.aligned, len(self.parts)
+    def plan(self, rope_style: str) -> tuple[Any, ...]:
+        """What a kernel is compiled for: NORM, ROPE, SHARED, ALIGNED and PARTS."""
+        norm, rotated, shared = _kind(self.parts[0])
+        return norm, rope_style if rotated else "", shared, self.places.aligned, len(self.parts)
 
     def args(self) -> tuple[Any, ...]:
         """What it is given."""
@@ -308,15 +309,15 @@ def _part(part: Part) -> tuple[Any, ...]:
     x, norm, tables = part
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = tables or (x, x)
-    steps = turns(tables[0] if tables else None)
+    steps = table_strides(tables[0] if tables else None)
     return (x, x if norm is None else norm, cos, sin, x.stride(0), x.stride(1), x.stride(2), *steps)
 
 
-def _launch(pieces: Sequence[_Piece], eps: float, halves: bool, warps: int | None) -> None:
+def _launch(pieces: Sequence[_Piece], eps: float, rope_style: str, warps: int | None) -> None:
     first = pieces[0].parts[0][0]
     dim, heads = first.shape[3], max(piece.parts[0][0].shape[2] for piece in pieces)
     padded, wide = max(64, triton.next_power_of_2(dim)), triton.next_power_of_2(heads)
-    plans = [piece.plan(halves) for piece in pieces]
+    plans = [piece.plan(rope_style) for piece in pieces]
     plans += [("", "", True, True, 0)] * (_OPERANDS - len(plans))
     args = [piece.args() for piece in pieces]
     args += args[:1] * (_OPERANDS - len(args))

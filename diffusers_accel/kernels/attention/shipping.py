@@ -32,14 +32,14 @@ class Operand:
         norms: Weights of an RMS norm, of each part; empty without a norm.
         eps: The norm's.
         tables: Cosines and sines, of each part; empty without a rotation.
-        halves: As in `Rotary`.
+        rope_style: `"interleaved"` or `"half"`, as `Rotary` describes it.
     """
 
     parts: tuple[torch.Tensor, ...]
     norms: Sequence[torch.Tensor] = ()
     eps: float = 0.0
     tables: Sequence[Tables] = ()
-    halves: bool = False
+    rope_style: str = "interleaved"
 
     @property
     def length(self) -> int:
@@ -54,7 +54,7 @@ class Operand:
 
 
 def plain(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, tables: Tables | None, halves: bool
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, tables: Tables | None, rope_style: str
 ) -> torch.Tensor:
     """Norm and rotation of (batch, sequence, heads, head_dim) in plain torch and float32."""
     found = x.float()
@@ -63,13 +63,13 @@ def plain(
         found = found * (found.pow(2).mean(dims, keepdim=True) + eps).rsqrt()
         found = found * weight.float().view(-1, x.shape[-1])
     if tables is not None:
-        found = turned(found, *tables, halves)
+        found = rotate(found, *tables, rope_style)
     return found.to(x.dtype)
 
 
-def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope_style: str) -> torch.Tensor:
     """A rotation, in plain torch."""
-    if halves:
+    if rope_style == "half":
         real, imaginary = x.chunk(2, -1)
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -264,13 +264,14 @@ class Shipping:
                 if key not in self._tables:
                     self._tables[key] = Places.of(places, first.device)
             going = [(operand.lacking(), self._tables[key]) for operand, _, key in sent]
-            eps, halves = max(operand.eps for operand, *_ in sent), any(operand.halves for operand, *_ in sent)
-            scatter(going, eps, halves)
+            eps = max(operand.eps for operand, *_ in sent)
+            rope_style = next((operand.rope_style for operand, *_ in sent if operand.tables), "interleaved")
+            scatter(going, eps, rope_style)
             return
         for operand, places, _ in sent:
             start = 0
             for part, norm, tables in operand.lacking():
-                ready = plain(part, norm, operand.eps, tables, operand.halves)
+                ready = plain(part, norm, operand.eps, tables, operand.rope_style)
                 for place, heads in zip(places, ready.split([place.shape[2] for place in places], 2), strict=True):
                     place[:, start : start + part.shape[1]].copy_(heads)
                 start += part.shape[1]

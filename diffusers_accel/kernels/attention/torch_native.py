@@ -1,4 +1,4 @@
-"""Attention kernels that torch ships: SDPA's own choice, cuDNN's, FlashAttention 2, and FlexAttention."""
+"""Attention kernels of torch itself: SDPA with its own choice of backend, cuDNN, FlashAttention 2, FlexAttention."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ EIGHTS = tuple(range(8, 257, 8))
 
 
 def scaled_dot_product(x: Inputs) -> Any:
-    """`F.scaled_dot_product_attention` in our layout: (batch, sequence, heads, head_dim) in and out. The LSE, which the
-    public function does not give, comes from operators behind it."""
+    """`F.scaled_dot_product_attention` with (batch, sequence, heads, head_dim) in and out. The public function returns
+    no LSE, so the operators behind it compute that."""
     if x.return_lse:
         return _with_lse(x.ungrouped())
     out = F.scaled_dot_product_attention(
@@ -37,7 +37,7 @@ def _with_lse(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = operator(query, key, value, 0.0, x.is_causal, attn_mask=mask, scale=x.scale)
         return out.transpose(1, 2), lse
     if mask is not None:
-        # Its rows must begin at multiples of 16 bytes.
+        # The operator needs rows of the mask that begin at multiples of 16 bytes.
         columns = -(-mask.shape[-1] // 16) * 16
         room = mask.new_empty((*query.shape[:3], columns), dtype=query.dtype)[..., : mask.shape[-1]]
         mask = room.copy_(mask)
@@ -48,7 +48,7 @@ def _with_lse(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _forced(backend: str, with_lse: Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]) -> AttentionFunction:
-    """SDPA with one backend; the LSE, which the public function does not give, by the operator behind it."""
+    """SDPA with one backend. The public function returns no LSE, so `with_lse` calls the operator behind it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     chosen = getattr(SDPBackend, backend)
@@ -79,8 +79,8 @@ def _cudnn() -> AttentionFunction:
 
 
 def _flash2() -> AttentionFunction:
-    """A user's own build of flash-attn 2 where there is one, torch's otherwise."""
-    # `flash_attn` may be FlashAttention 4's package, which holds no such module.
+    """An installed flash-attn 2, or torch's own build of it."""
+    # The package `flash_attn` may be FlashAttention 4, which has no such module.
     if has_module("flash_attn.flash_attn_interface"):
         from flash_attn.flash_attn_interface import flash_attn_func
 
@@ -167,6 +167,6 @@ KERNELS.add(
         mask=False,
         key_mask=True,
         lse=True,
-        auto=False,  # it compiles for seconds, and has not been seen to win
+        auto=False,  # it compiles for seconds, and has won no measurement
     ),
 )

@@ -1,5 +1,5 @@
-"""What stands between two products: norms, modulation, gates and activations, and the rounding of their result.
+"""The passes between two matrix products: norms, modulation, gates and activations, and the rounding of their result.
 
-`operators.py` has them as torch operators, so that a compiled graph can name them, with plain torch where there is no
-GPU; `rows.py` the Triton kernels beneath, which read a row once and hold it in registers.
+`operators.py` defines them as torch operators, so that a compiled graph can name them, in plain torch where there is no
+GPU. `rows.py` has the Triton kernels behind them, which read a row once and hold it in registers.
 """

@@ -1,6 +1,6 @@
-"""The passes between two products as torch operators: a compiled graph names them, and eager code calls them.
+"""The passes between two matrix products as torch operators, for compiled graphs and eager code.
 
-On CUDA they are the kernels of `rows.py`; elsewhere plain torch in float32, which is also their definition.
+On CUDA they run the kernels of `rows.py`; elsewhere plain torch in float32, which is also their definition.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from ..linear import formats
 from ..linear.row_quantization import TYPES
 
 
-def _fits(x: torch.Tensor) -> bool:
+def _runs_triton(x: torch.Tensor) -> bool:
     return x.is_cuda and x.numel() > 0
 
 
-def _normed_fake(
+def _residual_norm_fake(
     x: torch.Tensor, y: torch.Tensor | None, gate: list[torch.Tensor], weight: torch.Tensor | None,
     bias: torch.Tensor | None, factor: list[torch.Tensor], shift: list[torch.Tensor], eps: float, rms: bool,
     plus_one: bool, kind: str, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _normed_empty(x, y, kind, dtype)
+    return _residual_norm_empty(x, y, kind, dtype)
 
 
-@operator("normed", _normed_fake)
-def normed(
+@operator("residual_norm", _residual_norm_fake)
+def residual_norm(
     x: torch.Tensor,
     y: torch.Tensor | None,
     gate: list[torch.Tensor],
@@ -40,34 +40,36 @@ def normed(
     kind: str,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A residual stream, its norm over the channels, and an adaptive modulation of it, in one pass:
-    `s = x + gate * y`, then `norm(s) * weight + bias`, times `factor`, plus `shift`.
+    """A gated residual sum, its norm over the channels, and an adaptive modulation of the norm, in one pass:
+    `s = x + gate * y`, then `(norm(s) * weight + bias) * factor + shift`.
+
+    `gate`, `factor` and `shift` are lists. An empty list stands for no such operand. A list of one tensor holds
+    (batch or 1, sequence or 1, channels). A list of two holds that and (batch or 1, 1, channels), and stands for their
+    sum: the embedding of every row and the table of a block, say.
 
     Args:
-        x: (batch, sequence, channels).
-        y: Like `x`; nothing is added if `None`.
-        gate: Multiplies `y`. Of no tensor; of one, (batch or 1, sequence or 1, channels); or of that and another,
-            (batch or 1, 1, channels), whose sum it is: an embedding of every row and a block's own table, say. So are
-            `factor` and `shift`.
-        weight: (channels,), as is `bias`: the norm's own.
-        bias: See there.
+        x: The residual stream, (batch, sequence, channels).
+        y: The addend, (batch, sequence, channels); `None` for a norm of `x` alone.
+        gate: Multiplies `y`.
+        weight: Weight of the norm, (channels,), or `None`.
+        bias: Bias of the norm, (channels,), or `None`.
         factor: Multiplies the norm.
-        shift: Is added to it.
-        eps: The norm's.
-        rms: Whether it is an RMS norm, not a layer norm.
+        shift: Is added to the norm.
+        eps: Epsilon of the norm.
+        rms: Whether it is an RMS norm instead of a layer norm.
         plus_one: Whether 1 is added to `factor`.
-        kind: `"e4m3"` or `"int8"` to round the result row by row, `""` not to.
-        dtype: The result's, where it is not rounded.
+        kind: `"e4m3"` or `"int8"` to round the result row by row, `""` not to round it.
+        dtype: Dtype of a result that is not rounded.
 
     Returns:
-        `s` in the type of `x` (empty without `y`); the result, (batch, sequence, channels); and its scales, float32
-        (batch * sequence, 1), empty where it is not rounded.
+        `s` in the dtype of `x`, empty without `y`; the result, (batch, sequence, channels); and its scales, float32
+        (batch * sequence, 1), empty without rounding.
     """
-    total, out, scale = _normed_empty(x, y, kind, dtype)
-    if _fits(x):
+    total, out, scale = _residual_norm_empty(x, y, kind, dtype)
+    if _runs_triton(x):
         from . import rows
 
-        rows.normed(x, y, gate, weight, bias, factor, shift, eps, rms, plus_one, total, out, scale)
+        rows.residual_norm(x, y, gate, weight, bias, factor, shift, eps, rms, plus_one, total, out, scale)
         return total, out, scale
     s = x.float()
     if y is not None:
@@ -96,7 +98,7 @@ def _summed(vectors: list[torch.Tensor]) -> torch.Tensor:
     return first + others[0] if others else first
 
 
-def _normed_empty(
+def _residual_norm_empty(
     x: torch.Tensor, y: torch.Tensor | None, kind: str, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = x.shape[0] * x.shape[1]
@@ -105,9 +107,6 @@ def _normed_empty(
         x.new_empty(x.shape, dtype=TYPES.get(kind, dtype)),
         x.new_empty((rows, 1) if kind else (0, 1), dtype=torch.float32),
     )
-
-
-ACTIVATIONS = ("", "gelu_tanh", "gelu", "silu", "swiglu")
 
 
 def _activation(x: torch.Tensor, gate: torch.Tensor | None, kind: str) -> torch.Tensor:
@@ -120,39 +119,40 @@ def _activation(x: torch.Tensor, gate: torch.Tensor | None, kind: str) -> torch.
     return F.silu(x) if kind == "silu" else x
 
 
-def _rounded_parts_fake(
+def _concat_quantize_fake(
     parts: list[torch.Tensor], gates: list[torch.Tensor | None], activations: str, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _parts_empty(parts, kind)
+    return _concat_quantize_empty(parts, kind)
 
 
-@operator("rounded_parts", _rounded_parts_fake)
-def rounded_parts(
+@operator("concat_quantize", _concat_quantize_fake)
+def concat_quantize(
     parts: list[torch.Tensor], gates: list[torch.Tensor | None], activations: str, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tensors side by side, each with its activation, rounded row by row.
+    """Tensors, each with its activation, concatenated along the columns and rounded row by row.
 
     Args:
-        parts: One or two, (batch, sequence, columns of the part).
-        gates: As many; what multiplies the activation of a `"swiglu"` part, `None` for others.
-        activations: Theirs, of `ACTIVATIONS`, parted by commas.
+        parts: One or two tensors, (batch, sequence, columns of the part).
+        gates: For each part the factor of its `"swiglu"`, of the part's shape; `None` for other activations.
+        activations: For each part its activation, separated by commas: `""`, `"gelu_tanh"`, `"gelu"`, `"silu"` or
+            `"swiglu"`.
         kind: `"e4m3"` or `"int8"`.
 
     Returns:
         Values, (batch * sequence, columns), and scales, float32 (batch * sequence, 1).
     """
     kinds = activations.split(",")
-    if _fits(parts[0]):
+    if _runs_triton(parts[0]):
         from . import rows
 
-        values, scale = _parts_empty(parts, kind)
-        rows.rounded_parts(parts, gates, kinds, values, scale)
+        values, scale = _concat_quantize_empty(parts, kind)
+        rows.concat_quantize(parts, gates, kinds, values, scale)
         return values, scale
     whole = [_activation(part, gate, each) for part, gate, each in zip(parts, gates, kinds, strict=True)]
     return formats.quantize_rows(torch.cat(whole, -1).flatten(0, 1), TYPES[kind])
 
 
-def _parts_empty(parts: list[torch.Tensor], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _concat_quantize_empty(parts: list[torch.Tensor], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     first = parts[0]
     rows, columns = first.shape[0] * first.shape[1], sum(part.shape[2] for part in parts)
     values = first.new_empty((rows, columns), dtype=TYPES[kind])

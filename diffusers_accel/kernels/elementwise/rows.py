@@ -1,8 +1,8 @@
-"""Triton kernels that take a row in one pass: it is read once, held in registers, and its result stored, rounded to 8
-bits where a product wants it so.
+"""Triton kernels of one pass over a row: a program reads the row once, holds it in registers and stores the result,
+rounded to 8 bits for a quantized layer.
 
-All arithmetic is float32. What stock code rounds to its own type in between is not rounded here, but for the residual
-stream, which is an output of its own. Imported only by operators when they meet a GPU: it needs triton.
+All arithmetic is float32. Stock code rounds every intermediate result to its own type; these kernels round only the
+residual stream, which is an output. Only operators on a GPU import this module: it needs triton.
 """
 
 from __future__ import annotations
@@ -12,21 +12,15 @@ import triton
 import triton.language as tl
 
 from ..launching import on_its_device
-from ..rounding import store_rounded
+from ..operands import row_contiguous
+from ..rounding import store_rounded, symmetric_scale
 
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def _vector(pointer, c, inside):
     return tl.load(pointer + c, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _scale_of(amax, INT8: tl.constexpr):
-    scale = amax / (127.0 if INT8 else 448.0)
-    return tl.where(scale < _TINY, 1.0, scale)
 
 
 @triton.jit
@@ -40,7 +34,7 @@ def _summed(pointer, other, c, inside, COUNT: tl.constexpr):
 
 @on_its_device
 @triton.jit(do_not_specialize=["length"])
-def _normed(
+def _residual_norm(
     x_ptr, y_ptr, sum_ptr, weight_ptr, bias_ptr, gate_ptr, gate2_ptr, factor_ptr, factor2_ptr, shift_ptr, shift2_ptr,
     out_ptr, scale_ptr,
     sx_b, sx_s, sy_b, sy_s, sg_b, sg_s, sg2_b, sf_b, sf_s, sf2_b, sh_b, sh_s, sh2_b, length, columns, eps,
@@ -48,13 +42,13 @@ def _normed(
     PLUS_ONE: tl.constexpr, SHIFT: tl.constexpr, RMS: tl.constexpr, ROUND: tl.constexpr, INT8: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, batch). GATE, FACTOR, SHIFT: of how many vectors each is the sum."""
+    """Program (row, batch). GATE, FACTOR, SHIFT: the number of vectors, 0 to 2, whose sum each of them is."""
     row, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, WIDTH)
     inside = c < columns
     at = (b * length + row) * columns + c
     x = _vector(x_ptr + b * sx_b + row * sx_s, c, inside)
-    # All is asked for before the first sum waits for all threads.
+    # All loads come before the first reduction, which waits for all threads.
     if FACTOR:
         factor = _summed(factor_ptr + b * sf_b + row * sf_s, factor2_ptr + b * sf2_b, c, inside, FACTOR)
     if SHIFT:
@@ -78,7 +72,7 @@ def _normed(
     if SHIFT:
         x += shift
     if ROUND:
-        scale = _scale_of(tl.max(tl.abs(x), 0), INT8)
+        scale = symmetric_scale(tl.max(tl.abs(x), 0), 127.0 if INT8 else 448.0)
         store_rounded(out_ptr + at, x * (1.0 / scale), inside, INT8)
         tl.store(scale_ptr + b * length + row, scale)
     else:
@@ -87,7 +81,7 @@ def _normed(
 
 @triton.jit
 def _tanh(x):
-    """To 11 bits, in one instruction: more than what is rounded to 8 bits next can show."""
+    """tanh to 11 bits, in one instruction; the result is rounded to 8 bits next."""
     if _INTERPRETED:
         return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -95,7 +89,7 @@ def _tanh(x):
 
 @triton.jit
 def _activated(x, gate_ptr, c, inside, KIND: tl.constexpr):
-    """An activation of `x`; what lies at `gate_ptr` multiplies it if it is a gated one."""
+    """An activation of `x`; a gated one multiplies it by the vector at `gate_ptr`."""
     if KIND == "gelu_tanh":
         x = 0.5 * x
         x += x * _tanh(x * (1.5957691216057308 + 0.2854192651 * x * x))
@@ -111,7 +105,7 @@ def _activated(x, gate_ptr, c, inside, KIND: tl.constexpr):
 
 @triton.jit
 def _piece(x_ptr, gate_ptr, first, columns, KIND: tl.constexpr, WIDTH: tl.constexpr):
-    """Part of a row with its activation; zero beyond the row's end."""
+    """A piece of a row with its activation; zero beyond the end of the row."""
     c = first + tl.arange(0, WIDTH)
     inside = c < columns
     return _activated(_vector(x_ptr, c, inside), gate_ptr, c, inside, KIND)
@@ -125,14 +119,15 @@ def _store_piece(out_ptr, x, first, columns, INT8: tl.constexpr, WIDTH: tl.const
 
 @on_its_device
 @triton.jit(do_not_specialize=["length"])
-def _rounded_parts(
+def _concat_quantize(
     a_ptr, ag_ptr, b_ptr, bg_ptr, out_ptr, scale_ptr,
     sa_b, sa_s, sag_b, sag_s, sb_b, sb_s, sbg_b, sbg_s, length, a_columns, b_columns,
     A: tl.constexpr, B: tl.constexpr, INT8: tl.constexpr,
     A1: tl.constexpr, A2: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, batch): one or two tensors side by side, each with its activation, rounded together. Each is held
-    in up to two pieces, whose widths are powers of two: 8960 columns as 8192 and 1024, not as 16384."""
+    """One or two tensors, each with its activation, concatenated along the columns and rounded together. Program (row,
+    batch). Registers hold a tensor in up to two pieces whose widths are powers of two: 8960 columns as 8192 and 1024,
+    not as 16384."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     a_ptr += batch * sa_b + row * sa_s
     ag_ptr += batch * sag_b + row * sag_s
@@ -149,7 +144,7 @@ def _rounded_parts(
     if B2 > 0:
         b2 = _piece(b_ptr, bg_ptr, B1, b_columns, B, B2)
         amax = tl.maximum(amax, tl.max(tl.abs(b2), 0))
-    scale = _scale_of(amax, INT8)
+    scale = symmetric_scale(amax, 127.0 if INT8 else 448.0)
     tl.store(scale_ptr + batch * length + row, scale)
     each = 1.0 / scale
     out_ptr += (batch * length + row) * (a_columns + b_columns)
@@ -163,7 +158,7 @@ def _rounded_parts(
 
 
 def _pieces(columns: int) -> tuple[int, int]:
-    """Two powers of two, the second possibly 0, that hold so many columns with few to spare."""
+    """Widths of two pieces that hold so many columns with little padding: powers of two, the second possibly 0."""
     if columns == 0:
         return 0, 0
     whole = triton.next_power_of_2(columns)
@@ -173,12 +168,8 @@ def _pieces(columns: int) -> tuple[int, int]:
     return whole // 2, max(256, triton.next_power_of_2(rest))
 
 
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _places(x: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of batch and row, 0 where one value serves all."""
+def _row_strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of batch and row, 0 for a dimension of size 1; zeros without a tensor."""
     if x is None:
         return 0, 0
     return (0 if x.shape[0] == 1 else x.stride(0)), (0 if x.shape[1] == 1 else x.stride(1))
@@ -188,7 +179,7 @@ def _warps(width: int) -> int:
     return 2 if width <= 2048 else 4 if width <= 4096 else 8 if width <= 16384 else 16
 
 
-def normed(
+def residual_norm(
     x: torch.Tensor,
     y: torch.Tensor | None,
     gate: list[torch.Tensor],
@@ -204,32 +195,47 @@ def normed(
     scale: torch.Tensor,
     warps: int | None = None,
 ) -> None:
-    """Writes what `operators.normed` returns: `total`, `out` and `scale`, contiguous. `warps` of a program are those
-    measured (`benchmarks/rows.py --tiles`), if not given."""
-    x, y = _dense(x), None if y is None else _dense(y)
+    """Writes the results of `operators.residual_norm`, whose arguments come first.
+
+    Args:
+        total: Receives the residual sum, contiguous; not written without `y`.
+        out: Receives the result, contiguous: int8 or e4m3 to round it.
+        scale: Receives the scales of the rows, float32 (rows, 1); not written without rounding.
+        warps: Warps of a program; by default the number measured with `benchmarks/rows.py --tiles`.
+    """
+    x, y = row_contiguous(x), None if y is None else row_contiguous(y)
     batch, length, columns = x.shape
     width = triton.next_power_of_2(columns)
     vectors, strides = [], []
     for given in (gate, factor, shift):
-        one, other = (*map(_dense, given), None, None)[:2]
+        one, other = (*map(row_contiguous, given), None, None)[:2]
         vectors += [x if one is None else one, x if other is None else other]
-        strides += [*_places(one), _places(other)[0]]
+        strides += [*_row_strides(one), _row_strides(other)[0]]
     optional = [x if item is None else item for item in (y, total, weight, bias)]
-    _normed[(length, batch)](
-        x, *optional, *vectors, out, scale, x.stride(0), x.stride(1), *_places(y), *strides, length, columns, eps,
+    _residual_norm[(length, batch)](
+        x, *optional, *vectors, out, scale, x.stride(0), x.stride(1), *_row_strides(y), *strides, length, columns, eps,
         RESIDUAL=y is not None, GATE=len(gate), WEIGHT=weight is not None, BIAS=bias is not None, FACTOR=len(factor),
         PLUS_ONE=plus_one, SHIFT=len(shift), RMS=rms, ROUND=out.itemsize == 1, INT8=out.dtype == torch.int8,
         WIDTH=width, num_warps=warps or _warps(width),
     )  # fmt: skip
 
 
-def rounded_parts(
+def concat_quantize(
     parts: list[torch.Tensor], gates: list[torch.Tensor | None], kinds: list[str], out: torch.Tensor,
     scale: torch.Tensor, warps: int | None = None,
 ) -> None:  # fmt: skip
-    """Writes what `operators.rounded_parts` returns, of one part or two: (batch, sequence, columns) each."""
-    parts = [_dense(item) for item in parts]
-    gates = [None if item is None else _dense(item) for item in gates]
+    """Writes the results of `operators.concat_quantize`.
+
+    Args:
+        parts: One or two tensors, (batch, sequence, columns of the part).
+        gates: For each part the factor of its `"swiglu"`, of the part's shape; `None` for other activations.
+        kinds: For each part its activation: `""`, `"gelu_tanh"`, `"gelu"`, `"silu"` or `"swiglu"`.
+        out: Receives the values, int8 or e4m3 (batch * sequence, columns).
+        scale: Receives the scales, float32 (batch * sequence, 1).
+        warps: Warps of a program; by default the number measured with `benchmarks/rows.py --tiles`.
+    """
+    parts = [row_contiguous(item) for item in parts]
+    gates = [None if item is None else row_contiguous(item) for item in gates]
     batch, length, _ = parts[0].shape
     columns = [item.shape[2] for item in parts] + [0] * (2 - len(parts))
     (a1, a2), (b1, b2) = (_pieces(item) for item in columns)
@@ -238,8 +244,8 @@ def rounded_parts(
         part = parts[min(place, len(parts) - 1)]
         gate = gates[min(place, len(parts) - 1)]
         arguments += [part, part if gate is None else gate]
-        strides += [*_places(part), *_places(gate)]
-    _rounded_parts[(length, batch)](
+        strides += [*_row_strides(part), *_row_strides(gate)]
+    _concat_quantize[(length, batch)](
         *arguments, out, scale, *strides, length, *columns, A=kinds[0], B=kinds[-1], INT8=out.dtype == torch.int8,
         A1=a1, A2=a2, B1=b1, B2=b2, num_warps=warps or _warps(a1 + a2 + b1 + b2),
     )  # fmt: skip

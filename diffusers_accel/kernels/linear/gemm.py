@@ -7,14 +7,13 @@ precomputed output (`precomputed.py`) instead. Only loaders of linear records im
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launching import on_its_device
+from ..operands import tensor_descriptor
 from ..rounding import to_e4m3
 from .formats import GROUP
 from .precomputed import PrecomputedOutputs
@@ -73,10 +72,6 @@ _HOPPER = Tile(128, 128, 128, 4, 3, band=4)
 _SMALL = Tile(128, 128, 64, 8, 3)
 
 
-def _descriptor(x: torch.Tensor, block: list[int]) -> Any:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
-
-
 def int8_linear(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -106,9 +101,9 @@ def int8_linear(
     if tile is None:
         tile = _HOPPER if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) else _SMALL
     _int8[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
-        _descriptor(x, [tile.rows, tile.depth]),
-        _descriptor(weight, [tile.columns, tile.depth]),
-        _descriptor(out, [tile.rows, tile.columns]),
+        tensor_descriptor(x, [tile.rows, tile.depth]),
+        tensor_descriptor(weight, [tile.columns, tile.depth]),
+        tensor_descriptor(out, [tile.rows, tile.columns]),
         x_scale, weight_scale, weight_scale if bias is None else bias, rows, columns, depth,
         BIAS=bias is not None, M=tile.rows, N=tile.columns, K=tile.depth, BAND=tile.band, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages,

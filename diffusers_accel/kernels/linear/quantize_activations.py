@@ -11,16 +11,9 @@ import triton
 import triton.language as tl
 
 from ..launching import on_its_device
-from ..rounding import store_rounded
+from ..operands import row_contiguous
+from ..rounding import store_rounded, symmetric_scale
 from .formats import BLOCK
-
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-
-
-@triton.jit
-def _scale(amax, LARGEST: tl.constexpr):
-    scale = amax / LARGEST
-    return tl.where(scale < _TINY, 1.0, scale)
 
 
 @on_its_device
@@ -33,7 +26,7 @@ def _rows(
     k = tl.arange(0, WIDTH)
     inside = (r < rows)[:, None] & (k < columns)[None, :]
     x = tl.load(x_ptr + r[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.abs(x), 1), 127.0 if INT8 else 448.0)
+    scale = symmetric_scale(tl.max(tl.abs(x), 1), 127.0 if INT8 else 448.0)
     store_rounded(out_ptr + r[:, None] * columns + k[None, :], x * (1.0 / scale)[:, None], inside, INT8)
     tl.store(scale_ptr + r, scale, mask=r < rows)
 
@@ -46,7 +39,7 @@ def _groups(x_ptr, out_ptr, scale_ptr, stride, rows, columns, padded, ROWS: tl.c
     k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = (r < rows)[:, None] & (k < columns)[None, :]
     x = tl.load(x_ptr + r.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = _scale(tl.max(tl.abs(x), 1), 448.0)
+    scale = symmetric_scale(tl.max(tl.abs(x), 1), 448.0)
     inside = (r < padded)[:, None] & (k < columns)[None, :]
     store_rounded(out_ptr + r.to(tl.int64)[:, None] * columns + k[None, :], x * (1.0 / scale)[:, None], inside, False)
     tl.store(scale_ptr + tl.program_id(1) * padded + r, scale, mask=r < padded)
@@ -73,10 +66,6 @@ def _tensor(x_ptr, out_ptr, scale_ptr, stride, columns, WIDTH: tl.constexpr):
     store_rounded(out_ptr + row * columns + k, x * (1.0 / tl.load(scale_ptr)), inside, False)
 
 
-def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _warps(width: int) -> int:
     return 4 if width <= 8192 else 8
 
@@ -94,7 +83,7 @@ def quantize_rows(
     Returns:
         Values of `dtype`, (rows, columns), and scales, float32 (rows, 1).
     """
-    x = _contiguous_rows(x)
+    x = row_contiguous(x)
     rows, columns = x.shape
     values = torch.empty((rows, columns), dtype=dtype, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
@@ -125,7 +114,7 @@ def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         e4m3 values (rows padded with zeros to a multiple of 4, columns), and scales, float32 (padded rows,
         columns / 128) in column-major order.
     """
-    x = _contiguous_rows(x)
+    x = row_contiguous(x)
     rows, columns = x.shape
     groups, padded = triton.cdiv(columns, BLOCK), triton.cdiv(rows, 4) * 4
     values = torch.empty((padded, columns), dtype=torch.float8_e4m3fn, device=x.device)
@@ -146,7 +135,7 @@ def quantize_tensor(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple
     Returns:
         e4m3 values (rows, columns), and the scale, float32 (1,).
     """
-    x = _contiguous_rows(x)
+    x = row_contiguous(x)
     rows, columns = x.shape
     width = triton.next_power_of_2(columns)
     if scale is None:

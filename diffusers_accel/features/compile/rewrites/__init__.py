@@ -1,20 +1,19 @@
-"""Rewrites of a block's graph before inductor sees it: what its own fusion cannot do, or does in more passes over
-memory than it takes.
+"""Rewrites of a block's graph before inductor compiles it: fusions that inductor does not find, or does in more passes
+over memory.
 
-Inductor leaves matrix products to the library, and fuses what stands between them; a reduction over a row it reads
-again and again. So:
+Inductor leaves matrix products to the library and fuses the operations between them; it reads a row several times for
+a reduction over it. The rewrites, in the order of their application:
 
-- `attention.py`: QK-norm and rotation are left to the call of attention, which does them in one launch, or in its own
-  quantization.
-- `linear.py`: GELU in its tanh form, right after a linear layer, goes into the product's epilogue, and is applied to
-  what was summed up in float32, before that is rounded. A linear layer of two tensors laid side by side (FLUX's
-  single-stream blocks) becomes two products that add up.
-- `rows.py`: a residual stream's sum, its norm and its modulation become one pass, which rounds to 8 bits if that is
-  what a quantized layer reads; so do an activation and the rounding after it.
-- `overlap.py`: what does not depend on an exchange between ranks is computed beside it.
-- `canonical.py`: the one form in which the others find what stock code writes in several.
+- `canonical.py`: one form for operations that stock code writes in several, in which the other rewrites find them.
+- `attention.py`: QK-norm, rotation and attention become one operator, which norms and rotates in one launch or while it
+  quantizes.
+- `linear.py`: the GELU in its tanh form after a linear layer moves into the product's epilogue and acts on the float32
+  sum. A linear layer of two concatenated tensors (FLUX's single-stream blocks) becomes two products that add up.
+- `rows.py`: a residual sum, its norm and its modulation become one pass, which rounds to 8 bits for a quantized layer.
+  An activation and the rounding after it become one pass too.
+- `overlap.py`: computation that does not depend on an exchange between ranks runs beside it.
 
-The graph is torch's own, before any decomposition, so the patterns are those that stock code writes.
+The graph holds torch's own functions, before any decomposition, so the patterns are those of stock code.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Rewrites(CustomGraphPass):
     """All rewrites, in the form of inductor's `pre_grad_custom_pass`."""
 
     def __call__(self, graph: Graph) -> None:
-        """Rewrites a graph in place; where gradients are recorded, which our operators know nothing of, it stays."""
+        """Rewrites a graph in place. A graph that records gradients stays, because the operators have none."""
         if torch.is_grad_enabled():
             return
         for rewrite in (canonical.rewrite, attention.rewrite, linear.rewrite, rows.rewrite, overlap.rewrite):
@@ -44,7 +43,7 @@ class Rewrites(CustomGraphPass):
         graph.lint()
 
     def uuid(self) -> str:
-        """Names the rewrites in inductor's cache, which must not answer with what others made."""
+        """Names the rewrites in inductor's cache, so that a graph compiled with other rewrites is not reused."""
         return _version()
 
 
@@ -54,14 +53,14 @@ def _version() -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 
-# One for all: compiled code is found again by the very object it was compiled with.
+# A single instance: Dynamo finds compiled code again by the identity of the object it was compiled with.
 REWRITES = Rewrites()
 
 
 @cache
 def rewritten(backend: str) -> Callable[..., Any]:
-    """Another backend of `torch.compile` than inductor, which has a place for rewrites itself, behind them: `"eager"`
-    runs a rewritten graph as it is."""
+    """A backend of `torch.compile` that rewrites a graph and passes it on: `"eager"`, say, runs the rewritten graph.
+    Inductor needs no such backend, since it calls `REWRITES` itself."""
 
     def compiled(module: GraphModule, inputs: list[Any], **options: Any) -> Any:
         REWRITES(module.graph)

@@ -1,4 +1,4 @@
-"""One form for what stock code writes in several: casts, dropout that drops nothing, RMS norms spelled out."""
+"""One form for operations that stock code writes in several: casts, inactive dropout, RMS norms written out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rewrite(graph: Graph) -> None:
 
 
 def cast(node: Any) -> torch.dtype | None:
-    """The type that a node turns its tensor into, where it does nothing else."""
+    """The dtype that a node casts its tensor to; `None` for a node that does anything else."""
     if is_method(node, *_CASTS) and len(node.args) == 1:
         return _CASTS[node.target]
     if is_method(node, "type_as"):
@@ -64,11 +64,11 @@ def _simplified(graph: Graph, node: Any, changed: set[Any]) -> None:
         if found is not None and before is not None and before.device == found.device:
             replace(node, source)
     elif is_method(node, "repeat_interleave") and node.args[1:] == (1,) and not {node, root(node.args[0])} & changed:
-        replace(node, node.args[0])  # a copy, which nobody could tell from it
+        replace(node, node.args[0])  # a copy of a tensor that nothing changes
 
 
 def _rms_norm(graph: Graph, rsqrt: Any, changed: set[Any]) -> None:
-    """x * rsqrt(mean(x^2) + eps), with or without a weight, as `rms_norm`."""
+    """Replaces x * rsqrt(mean(x^2) + eps), with or without a weight, by `torch.rms_norm`."""
     total = rsqrt.args[0]
     if not is_call(total, *_ADD) or len(total.args) != 2:
         return
@@ -110,7 +110,7 @@ def _rms_norm(graph: Graph, rsqrt: Any, changed: set[Any]) -> None:
 
 
 def _is_weight(node: Any, normed: Any) -> bool:
-    """Whether a product is that of a norm with its weight, one number for each channel."""
+    """Whether a product multiplies a norm by its weight, one number per channel."""
     others = [item for item in node.args if item is not normed]
     found, whole = (value(others[0]), value(normed)) if len(others) == 1 else (None, None)
     return found is not None and whole is not None and found.ndim == 1 and found.shape[0] == whole.shape[-1]

@@ -1,4 +1,4 @@
-"""Reading and changing a graph of torch functions: what every rewrite needs."""
+"""Reading and changing a graph of torch functions: the helpers of every rewrite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# Where, and of what types, rewritten code runs.
+# Devices and dtypes of tensors that rewritten code supports.
 KINDS = [("cuda", torch.bfloat16), ("cuda", torch.float16), ("cuda", torch.float32)]
 
 
@@ -25,32 +25,32 @@ def is_method(node: Any, *names: str) -> bool:
 
 
 def arguments(node: Any, *names: str, **defaults: Any) -> tuple[Any, ...]:
-    """A call's arguments by the names of its function's parameters, in their order; `None` where one is not given and
-    has no default here."""
+    """The arguments of a call in the order of `names`, the parameters of its function. `None` stands for an argument
+    that is neither given nor in `defaults`."""
     given = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
     return tuple(given.get(name) for name in names)
 
 
 def value(node: Any) -> Any:
-    """The tensor a node stands for, without its data; `None` for one of a class of its own (torchao's, say), whose
-    operations are that class's business."""
+    """The fake tensor of a node: its shape, dtype and device. `None` for a tensor subclass (torchao's, say), which
+    defines its operations itself."""
     found = node.meta.get("example_value") if isinstance(node, Node) else None
     return found if isinstance(found, torch.Tensor) and not is_traceable_wrapper_subclass(found) else None
 
 
 def fits(node: Any) -> bool:
-    """Whether a node's tensor is of a kind that rewritten code takes."""
+    """Whether rewritten code supports the device and dtype of a node's tensor."""
     found = value(node)
     return found is not None and (found.device.type, found.dtype) in KINDS
 
 
 def only_user(node: Any) -> Any:
-    """The one node that reads this one."""
+    """The only node that reads this one; `None` if there are none or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def put(graph: Graph, before: Any, target: Callable[..., Any], args: Sequence[Any], like: Any = None) -> Any:
-    """Calls a function before a node; what it returns is described by a tensor, or by a node it is like."""
+    """Inserts a call of a function before a node. `like` describes the result: a fake tensor, or a node with one."""
     with graph.inserting_before(before):
         made = graph.call_function(target, tuple(args))
     if isinstance(like, Node):
@@ -61,12 +61,12 @@ def put(graph: Graph, before: Any, target: Callable[..., Any], args: Sequence[An
 
 
 def item(graph: Graph, before: Any, source: Any, place: int, like: Any = None) -> Any:
-    """One of several values that a node returns."""
+    """One of several results of a node."""
     return put(graph, before, operator.getitem, (source, place), like)
 
 
 def view(graph: Graph, before: Any, source: Any, method: str, *args: Any) -> Any:
-    """A view of a node's tensor, by a method."""
+    """A view of a node's tensor, by a method of tensors."""
     with graph.inserting_before(before):
         made = graph.call_method(method, (source, *args))
     found = value(source)
@@ -76,12 +76,12 @@ def view(graph: Graph, before: Any, source: Any, method: str, *args: Any) -> Any
 
 
 def replace(node: Any, by: Any) -> None:
-    """Puts another node in a node's place, and takes away what is not read any more."""
+    """Replaces a node by another one, and erases nodes that nothing reads any more."""
     node.replace_all_uses_with(by)
     drop(node)
 
 
-# Methods that may return a view of what they are called on.
+# Methods that may return a view of their tensor.
 _VIEWS = {
     "view", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "permute", "t", "chunk", "split", "unbind",
     "unsqueeze", "squeeze", "expand", "contiguous", "to", "narrow", "view_as", "detach", "float", "type_as",
@@ -89,7 +89,7 @@ _VIEWS = {
 
 
 def root(node: Any) -> Any:
-    """What a node's tensor may be a view of."""
+    """The node whose memory a node's tensor may share: the start of its chain of views."""
     while isinstance(node, Node) and node.args and isinstance(node.args[0], Node):
         if not (is_method(node, *_VIEWS) or is_call(node, operator.getitem)):
             break
@@ -98,7 +98,7 @@ def root(node: Any) -> Any:
 
 
 def written(graph: Graph) -> set[Any]:
-    """What is written to in place: nothing that reads it may be moved."""
+    """The roots of tensors that the graph changes in place; no node that reads one of them may be moved."""
     found = set()
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method") or not node.args:
@@ -113,7 +113,7 @@ def written(graph: Graph) -> set[Any]:
 
 
 def drop(node: Any) -> None:
-    """Takes away a node that nothing reads, and then what only it read."""
+    """Erases a node that nothing reads, then the nodes that only it read."""
     if not isinstance(node, Node) or node._erased or node.users or node.op not in ("call_function", "call_method"):
         return
     if node.target is operator.setitem or str(node.target).endswith("_"):

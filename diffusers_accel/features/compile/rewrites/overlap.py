@@ -1,9 +1,9 @@
-"""Exchanges between ranks beside what does not depend on them.
+"""Async Ulysses: computation beside the exchange of heads between ranks.
 
-Where attention's heads are exchanged among ranks, query, key and value are sent off as soon as they are there, together
-if one layer makes them; what attention does not read is computed after that and before attention: FLUX's feed-forward
-in single-stream blocks, say. Layers that make query and key apart from the value come after the value is on its way.
-(Async Ulysses: https://github.com/NVIDIA/TensorRT-LLM, VisualGen.)
+Ranks exchange the heads of query, key and value around attention. Each of the three is sent as soon as it is computed;
+operands of one layer are sent together. Computation that attention does not depend on then runs between sending and
+attention: the feed-forward of FLUX's single-stream blocks, say. Where separate layers compute query and key, the value
+is sent first, and they are computed beside it. (The idea: https://github.com/NVIDIA/TensorRT-LLM, VisualGen.)
 
 An exchange ends before the next one begins, so no other attention is moved into it.
 """
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
-from ....kernels.attention import SITES
+from ....kernels.attention import DISPATCHERS
 from ....kernels.attention.shipping import KEY, QUERY, VALUE
 from . import graph as graphs
 from .graph import is_call, put, value
 from .linear import LINEAR
 
 _OPERATORS = torch.ops.diffusers_accel
-_SITES = ("attention", "attention_unprepared", "ship", "attention_arrived")
+_ATTENTION = ("attention", "fused_qk_norm_rope_attention", "ulysses_send", "ulysses_attention")
 _PRODUCTS = ("linear_gelu", "concat_linear", "int8_linear")
-# Multiplications of a product that are worth a split: some ten microseconds' on a large GPU.
+# Least number of multiplications of a product that is worth a split: some ten microseconds on a large GPU.
 _WORTH = 1 << 32
 
 
@@ -33,19 +33,21 @@ def rewrite(graph: Graph) -> None:
     """Rewrites a graph in place."""
     if graphs.written(graph):
         return
-    # What stands beside one exchange is not moved on to the next one.
-    settled: set[Any] = set()
-    for node in graph.find_nodes(op="call_function", target=_OPERATORS.attention_unprepared.default):
-        _split(graph, node, settled)
+    # Computation beside one exchange is not moved on to the next one.
+    overlapped: set[Any] = set()
+    for node in graph.find_nodes(op="call_function", target=_OPERATORS.fused_qk_norm_rope_attention.default):
+        _split(graph, node, overlapped)
 
 
-def _split(graph: Graph, node: Any, settled: set[Any]) -> None:
-    """One attention in steps, if there is something to compute between them."""
-    query, key, value_, norms, eps, query_tables, key_tables, halves, mask, causal, scale, site = node.args
+def _split(graph: Graph, node: Any, overlapped: set[Any]) -> None:
+    """Splits one attention into sending and attention, if there is computation to run between them."""
+    query, key, value_, norms, eps, query_tables, key_tables, rope_style, mask, causal, scale, dispatcher = node.args
     heads = [value(parts[0]).shape[2] for parts in (query, key)]
-    carrier = SITES[site].transport if site in SITES else None
-    alike = {(value(item).shape[-1], value(item).dtype) for item in (query[0], key[0], value_)}
-    if carrier is None or not carrier.overlaps or causal or len(alike) > 1 or not carrier.ships((heads[0], heads[1])):
+    context_parallel = DISPATCHERS[dispatcher].context_parallel if dispatcher in DISPATCHERS else None
+    kinds = {(value(item).shape[-1], value(item).dtype) for item in (query[0], key[0], value_)}
+    if context_parallel is None or not context_parallel.overlaps or causal or len(kinds) > 1:
+        return
+    if not context_parallel.ships((heads[0], heads[1])):
         return
     before = _before(graph, node)
     count = len(query)
@@ -54,48 +56,51 @@ def _split(graph: Graph, node: Any, settled: set[Any]) -> None:
         QUERY: (query, norms[:count], query_tables),
         KEY: (key, norms[count:], key_tables),
     }
-    its = {which: _needed(item for items in lists for item in items) for which, lists in sent.items()}
+    needs = {which: _needed(item for items in lists for item in items) for which, lists in sent.items()}
     of_others = _needed([] if mask is None else [mask])
-    needed = its[VALUE] | its[QUERY] | its[KEY] | of_others
-    # Other exchanges, and what they need, come first.
-    first = _needed([item for item in before if _is_site(item) or item in settled])
+    needed = needs[VALUE] | needs[QUERY] | needs[KEY] | of_others
+    # Other exchanges and their inputs come first.
+    first = _needed([item for item in before if _is_attention(item) or item in overlapped])
     rest = [item for item in before if item not in needed and item not in first]
-    if not any(map(_is_product, rest)) and not any(map(_is_product, (its[QUERY] | its[KEY]) - its[VALUE] - first)):
+    after_value = (needs[QUERY] | needs[KEY]) - needs[VALUE] - first
+    if not any(map(_is_product, rest)) and not any(map(_is_product, after_value)):
         return
     placed = first | of_others
     order = [item for item in before if item in placed]
-    shipped: list[Any] = []
+    sent_nodes: list[Any] = []
     waiting: list[int] = []
 
-    def ship() -> None:
-        """Sends off what waits."""
+    def send() -> None:
+        """Inserts a call that sends the waiting operands."""
         lists = {which: sent[which] if which in waiting else ([], [], []) for which in sent}
-        (query, query_norms, query_turns), (key, key_norms, key_turns) = lists[QUERY], lists[KEY]
-        sending = (query, key, lists[VALUE][0], [*query_norms, *key_norms], eps, query_turns, key_turns, halves, heads,
-                   causal, site)  # fmt: skip
-        shipped.append(put(graph, node, _OPERATORS.ship.default, sending, value(value_).new_empty(0)))
-        order.append(shipped[-1])
+        (query, query_norms, query_rope), (key, key_norms, key_rope) = lists[QUERY], lists[KEY]
+        sending = (
+            query, key, lists[VALUE][0], [*query_norms, *key_norms], eps, query_rope, key_rope, rope_style, heads,
+            causal, dispatcher,
+        )  # fmt: skip
+        sent_nodes.append(put(graph, node, _OPERATORS.ulysses_send.default, sending, value(value_).new_empty(0)))
+        order.append(sent_nodes[-1])
         waiting.clear()
 
-    for which, needs in its.items():
-        new = [item for item in before if item in needs and item not in placed]
-        # What is there already goes before a product, and together with what is there at once.
+    for which, required in needs.items():
+        new = [item for item in before if item in required and item not in placed]
+        # Operands that are computed already are sent before the next product, together.
         if waiting and any(map(_is_product, new)):
-            ship()
+            send()
         order += new
-        placed |= needs
+        placed |= required
         waiting.append(which)
-    ship()
+    send()
     order += [item for item in before if item not in placed]
     for item in order:
         node.prepend(item)
-    settled.update(rest)
-    args = (shipped, query, value_, mask, causal, scale, site)
-    graphs.replace(node, put(graph, node, _OPERATORS.attention_arrived.default, args, node))
+    overlapped.update(rest)
+    args = (sent_nodes, query, value_, mask, causal, scale, dispatcher)
+    graphs.replace(node, put(graph, node, _OPERATORS.ulysses_attention.default, args, node))
 
 
 def _before(graph: Graph, node: Any) -> list[Any]:
-    """What is computed before a node, in its order."""
+    """The nodes before a node, in their order, without inputs."""
     found = []
     for item in graph.nodes:
         if item is node:
@@ -106,7 +111,7 @@ def _before(graph: Graph, node: Any) -> list[Any]:
 
 
 def _needed(nodes: Iterable[Any]) -> set[Any]:
-    """Nodes, and all that they are computed from."""
+    """Nodes and all nodes that they depend on."""
     found: set[Any] = set()
     waiting = list(nodes)
     while waiting:
@@ -117,12 +122,12 @@ def _needed(nodes: Iterable[Any]) -> set[Any]:
     return found
 
 
-def _is_site(node: Any) -> bool:
-    return is_call(node, *(getattr(_OPERATORS, name).default for name in _SITES))
+def _is_attention(node: Any) -> bool:
+    return is_call(node, *(getattr(_OPERATORS, name).default for name in _ATTENTION))
 
 
 def _is_product(node: Any) -> bool:
-    """Whether a node multiplies matrices for long."""
+    """Whether a node is a matrix product of at least `_WORTH` multiplications."""
     targets = [getattr(_OPERATORS, name).default for name in _PRODUCTS]
     if not is_call(node, LINEAR, torch._scaled_mm, *targets) or value(node) is None:
         return False

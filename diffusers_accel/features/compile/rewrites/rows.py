@@ -1,4 +1,7 @@
-"""Passes over rows in one: a sum, its norm and its modulation; an activation; and the rounding of either to 8 bits."""
+"""Passes over rows, joined: a residual sum, its norm and its modulation; an activation; the 8-bit rounding of either.
+
+`residual_norm` and `concat_quantize` of `kernels/elementwise` replace them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from .linear import GELU
 
 _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
 _NORMS = (F.layer_norm, torch.layer_norm, torch.rms_norm)
-# A program takes a row, and holds it in registers; of short rows (a head's channels) that would be too many.
+# Fewest and most channels: a program holds a row in registers, and rows of a head's channels would be too many
+# programs.
 _NARROWEST, _WIDEST = 512, 16384
 
 
@@ -26,9 +30,9 @@ def rewrite(graph: Graph) -> None:
     changed = written(graph)
     for target in _NORMS:
         for node in graph.find_nodes(op="call_function", target=target):
-            _normed(graph, node, changed)
+            _fuse_norm(graph, node, changed)
     for rounding in _roundings(graph):
-        _activated(graph, rounding, changed)
+        _fuse_activation(graph, rounding, changed)
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
@@ -36,7 +40,13 @@ def rewrite(graph: Graph) -> None:
 
 @dataclass
 class _Rounding:
-    """Every rounding of one tensor to one type: the tensor, the type, and the nodes that round it."""
+    """All roundings of one tensor to one type.
+
+    Attributes:
+        source: The node of the tensor.
+        kind: The type, `"e4m3"` or `"int8"`.
+        nodes: The nodes that round it.
+    """
 
     source: Any
     kind: str
@@ -44,14 +54,14 @@ class _Rounding:
 
     @property
     def all(self) -> bool:
-        """Whether nothing else reads the tensor."""
+        """Whether only roundings read the tensor."""
         views = {item.args[0] for item in self.nodes}
         return all(user in views for user in self.source.users) and all(
             user in self.nodes for one in views if one is not self.source for user in one.users
         )
 
-    def answered(self, values: Any, scale: Any) -> None:
-        """Puts rounded values, (rows, columns), and their scales in place of all."""
+    def replace_with(self, values: Any, scale: Any) -> None:
+        """Replaces all roundings by values, (rows, columns), and their scales."""
         for node in self.nodes:
             for user in list(node.users):
                 replace(user, values if user.args[1] == 0 else scale)
@@ -59,7 +69,7 @@ class _Rounding:
 
 
 def _flat(node: Any) -> bool:
-    """Whether a view joins batch and sequence, if there are both, and leaves the rest."""
+    """Whether a view flattens batch and sequence, and does nothing else."""
     if not is_method(node, "reshape", "view", "flatten"):
         return False
     found, before = value(node), value(node.args[0])
@@ -81,14 +91,14 @@ def _roundings(graph: Graph) -> list[_Rounding]:
 # --- norms ----------------------------------------------------------------------------------------------------------
 
 
-def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
-    """A norm over the channels of (batch, sequence, channels), or of packed sequences (tokens, channels), with what
-    stands before and after it."""
+def _fuse_norm(graph: Graph, node: Any, changed: set[Any]) -> None:
+    """Joins a norm over the channels of (batch, sequence, channels), or of packed sequences (tokens, channels), with
+    the residual sum before it and the modulation and rounding after it."""
     rms = is_call(node, torch.rms_norm)
     names = ("input", "normalized_shape", "weight", *(() if rms else ("bias",)), "eps")
     x, shape, weight, *rest = arguments(node, *names, **({} if rms else {"eps": 1e-5}))
     bias, eps = (None, rest[0]) if rms else rest
-    source = _narrower(x)
+    source = _before_casts(x)
     whole = value(source)
     if whole is None or whole.ndim not in (2, 3) or len(shape) != 1 or eps is None or not fits(source):
         return
@@ -100,7 +110,7 @@ def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
     kind = rounding.kind if rounding is not None else ""
     base, y, gate = total if total is not None else (source, None, None)
     dtype = value(last).dtype
-    vectors = [_narrower(item) if isinstance(item, Node) else None for item in (weight, bias)]
+    vectors = [_before_casts(item) if isinstance(item, Node) else None for item in (weight, bias)]
     if any(root(each) in changed for each in (base, y, gate, factor, shift, *vectors)):
         return
     sums = [_of_table(each, changed) for each in (gate, factor, shift)]
@@ -111,7 +121,7 @@ def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
     )
     batched = (_batched(graph, place, each) for each in (base, y))
     made = put(
-        graph, place, torch.ops.diffusers_accel.normed.default,
+        graph, place, torch.ops.diffusers_accel.residual_norm.default,
         (*batched, gates, *vectors, factors, shifts, float(eps), rms, plus_one, kind, dtype),
     )  # fmt: skip
     if total is not None:
@@ -123,54 +133,59 @@ def _normed(graph: Graph, node: Any, changed: set[Any]) -> None:
         return
     rounded = next(user for node in rounding.nodes for user in node.users if user.args[1] == 0)
     result = item(graph, place, made, 1, value(rounded).view(whole.shape if whole.ndim == 3 else (1, *whole.shape)))
-    rounding.answered(view(graph, place, result, "flatten", 0, 1), item(graph, place, made, 2))
+    rounding.replace_with(view(graph, place, result, "flatten", 0, 1), item(graph, place, made, 2))
     for user in list(last.users):
         drop(user)
     drop(last)
 
 
 def _batched(graph: Graph, before: Any, node: Any) -> Any:
-    """A tensor with a batch of one in front, if it has none."""
+    """A tensor with a batch dimension, of size 1 if it has none."""
     return view(graph, before, node, "unsqueeze", 0) if node is not None and value(node).ndim == 2 else node
 
 
 def _like(graph: Graph, before: Any, made: Any, place: int, found: torch.Tensor) -> Any:
-    """One of an operator's results, in the form of a tensor that may have no batch."""
+    """One of an operator's results, without its batch dimension if `found` has none."""
     if found.ndim == 3:
         return item(graph, before, made, place, found)
     return view(graph, before, item(graph, before, made, place, found[None]), "squeeze", 0)
 
 
 def _modulation(node: Any, whole: torch.Tensor) -> tuple[Any, Any, bool, Any]:
-    """The last node of a norm's modulation; what multiplies, whether 1 is to be added to that, and what is added."""
+    """The modulation of a norm: its last node, the factor, whether 1 is added to the factor, and the shift."""
     factor, plus_one, shift, last = None, False, None, node
-    last = _past_cast(last)
+    last = _after_cast(last)
     user = only_user(last)
     if user is not None and is_call(user, *_MUL):
         other = _other(user, last)
         if _is_vector(other, whole):
-            factor, last = other, _past_cast(user)
+            factor, last = other, _after_cast(user)
             plus_one, factor = _plus_one(factor)
     user = only_user(last)
     if user is not None and is_call(user, *_ADD) and len(user.args) == 2 and not user.kwargs:
         other = _other(user, last)
         if _is_vector(other, whole):
-            shift, last = other, _past_cast(user)
+            shift, last = other, _after_cast(user)
     return last, factor, plus_one, shift
 
 
 @dataclass
 class _OfTable:
-    """A vector for each row as a piece of a sum: that of every row's embedding and of a block's table, both
-    (batch or 1, sequence or 1, pieces, channels). Its sum would have to be laid down in memory for each piece."""
+    """A modulation vector per row, as one piece of the sum of every row's embedding and a block's table. A kernel that
+    adds both itself saves the write of that sum.
+
+    Attributes:
+        of: Embedding and table, (batch or 1, sequence or 1, pieces, channels) each.
+        piece: Index of the piece.
+    """
 
     of: tuple[Any, Any]
     piece: int
 
 
 def _of_table(node: Any, changed: set[Any]) -> _OfTable | None:
-    """How a vector for each row is such a piece; `None` if it is not."""
-    node = _narrower(node)
+    """The sum that a modulation vector per row is a piece of; `None` if it is no such piece."""
+    node = _before_casts(node)
     found = value(node)
     if found is None or found.ndim != 3 or found.shape[1] == 1:
         return None
@@ -186,7 +201,7 @@ def _of_table(node: Any, changed: set[Any]) -> _OfTable | None:
     pieces, dim = (split.args[1], split.args[2:]) if is_method(split, "chunk") else (whole.shape[2], split.args[1:])
     if (dim or (split.kwargs.get("dim"),))[0] not in (2, -2) or pieces != whole.shape[2]:
         return None
-    sides = [_narrower(item) for item in total.args]
+    sides = [_before_casts(item) for item in total.args]
     if not all(isinstance(item, Node) and fits(item) and value(item).ndim == 4 for item in sides):
         return None
     sides.sort(key=lambda item: -value(item).shape[1])
@@ -197,7 +212,7 @@ def _of_table(node: Any, changed: set[Any]) -> _OfTable | None:
 
 
 def _selected(graph: Graph, before: Any, source: Any, found: _OfTable) -> Any:
-    """A piece of one side of such a sum: a view."""
+    """The piece of one addend of such a sum, as a view."""
     return view(graph, before, source, "select", 2, found.piece)
 
 
@@ -210,8 +225,8 @@ def _plus_one(node: Any) -> tuple[bool, Any]:
 
 
 def _sum(source: Any, node: Any, last: Any, changed: set[Any]) -> tuple[Any, Any, Any] | None:
-    """x, y and gate, where a norm is of x + gate * y, and until the norm is done nothing else reads that sum."""
-    # Summed up in float32, say, and rounded to the stream's type.
+    """x, y and gate of a norm's input x + gate * y; `None` if other nodes read that sum before the norm is done."""
+    # The sum may be float32, with a cast to the stream's dtype after it.
     total = source.args[0] if cast(source) is not None else source
     whole = value(source)
     assert whole is not None
@@ -222,15 +237,15 @@ def _sum(source: Any, node: Any, last: Any, changed: set[Any]) -> tuple[Any, Any
     order = {each: place for place, each in enumerate(source.graph.nodes)}
     for user in source.users:
         if order[user] <= order[last] and user is not node and not (cast(user) is not None and only_user(user) is node):
-            return None  # a modulation made from the sum itself, say
+            return None  # a modulation computed from the sum itself, say
     sides = total.args
     for first, second in (sides, sides[::-1]):
-        base, y, gate = _narrower(first), _narrower(second), None
+        base, y, gate = _before_casts(first), _before_casts(second), None
         if not isinstance(base, Node) or not isinstance(y, Node) or value(base) is None or value(y) is None:
             continue
         if is_call(y, *_MUL) and only_user(y) is not None:
-            one, other = (_narrower(item) for item in y.args)
-            if _of_table(other, changed) is not None:  # both may have a number for each channel of each row
+            one, other = (_before_casts(item) for item in y.args)
+            if _of_table(other, changed) is not None:  # both may have the shape of the stream
                 one, other = other, one
             if _is_vector(one, whole) and _is_whole(other, whole):
                 y, gate = other, one
@@ -238,7 +253,7 @@ def _sum(source: Any, node: Any, last: Any, changed: set[Any]) -> tuple[Any, Any
                 y, gate = one, other
             elif not _is_whole(y, whole):
                 continue
-        # Of a plain sum either side is the stream; a product among them is what is added to it.
+        # In a sum without a gate either side may be the stream, but not a product.
         if gate is None and is_call(base, *_MUL):
             continue
         if _is_whole(base, whole) and _is_whole(y, whole) and value(base).dtype == whole.dtype:
@@ -252,7 +267,7 @@ def _is_whole(node: Any, whole: torch.Tensor) -> bool:
 
 
 def _is_vector(node: Any, whole: torch.Tensor) -> bool:
-    """Whether a tensor has one number for each channel, for all rows or for each."""
+    """Whether a tensor has one number per channel, for all rows or for each row."""
     found = value(node)
     if found is None or found.ndim != 3 or not found.is_floating_point():
         return False
@@ -261,8 +276,8 @@ def _is_vector(node: Any, whole: torch.Tensor) -> bool:
     )
 
 
-def _narrower(node: Any) -> Any:
-    """A tensor before changes of its type that lose nothing."""
+def _before_casts(node: Any) -> Any:
+    """A tensor before casts that lose nothing."""
     while cast(node) is not None:
         found, before = value(node), value(node.args[0])
         if found is None or before is None or not before.is_floating_point():
@@ -273,7 +288,7 @@ def _narrower(node: Any) -> Any:
     return node
 
 
-def _past_cast(node: Any) -> Any:
+def _after_cast(node: Any) -> Any:
     user = only_user(node)
     return user if user is not None and cast(user) is not None and fits(user) else node
 
@@ -286,8 +301,8 @@ def _other(node: Any, one: Any) -> Any:
 # --- activations ----------------------------------------------------------------------------------------------------
 
 
-def _activated(graph: Graph, rounding: _Rounding, changed: set[Any]) -> None:
-    """The rounding of one tensor, once for all that ask, together with the activation that made it."""
+def _fuse_activation(graph: Graph, rounding: _Rounding, changed: set[Any]) -> None:
+    """Joins the roundings of one tensor, and the activation before them, to one pass."""
     source, before = rounding.source, min(rounding.nodes)
     parts = _parts(source) if rounding.all else None
     if root(source) in changed:
@@ -296,7 +311,7 @@ def _activated(graph: Graph, rounding: _Rounding, changed: set[Any]) -> None:
         tensors, gates, kinds = zip(*parts, strict=True)
         batched = ([_batched(graph, before, each) for each in items] for items in (tensors, gates))
         made = put(
-            graph, before, torch.ops.diffusers_accel.rounded_parts.default,
+            graph, before, torch.ops.diffusers_accel.concat_quantize.default,
             (*batched, ",".join(kinds), rounding.kind),
         )  # fmt: skip
     elif len(rounding.nodes) > 1:
@@ -305,14 +320,15 @@ def _activated(graph: Graph, rounding: _Rounding, changed: set[Any]) -> None:
     else:
         return
     sample = next((user for user in before.users if user.args[1] == 0), before)
-    rounding.answered(item(graph, before, made, 0, value(sample)), item(graph, before, made, 1))
+    rounding.replace_with(item(graph, before, made, 0, value(sample)), item(graph, before, made, 1))
 
 
 _Part = tuple[Any, Any, str]
 
 
 def _parts(source: Any) -> list[_Part] | None:
-    """Tensors side by side that a rounded one is made of, each with its gate and its activation."""
+    """The tensors whose concatenation is rounded, each with its gate and its activation; `None` if there is nothing to
+    join."""
     whole = value(source)
     if whole is None or whole.ndim not in (2, 3) or not fits(source) or whole.shape[-1] > _WIDEST:
         return None

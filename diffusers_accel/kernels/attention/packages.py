@@ -1,6 +1,6 @@
-"""Attention kernels of packages a user may have built: SageAttention, xFormers, Transformer Engine, FlashInfer.
+"""Attention kernels of optional packages: SageAttention, xFormers, Transformer Engine, FlashInfer.
 
-None of them is a dependency, and few have wheels; each record is a thin adapter to the package's documented call.
+None of them is a dependency, and few have wheels. Each record is a thin adapter to the package's documented call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def _sage_major() -> int:
 
 
 def _sage(name: str) -> AttentionFunction:
-    """A function of SageAttention 2, which takes our layout as "NHD" and returns the LSE in natural logarithm."""
+    """A function of SageAttention 2. Its "NHD" is (batch, sequence, heads, head_dim); its LSE is a natural
+    logarithm."""
     import sageattention
 
     function = getattr(sageattention, name)
@@ -38,8 +39,8 @@ def _sage(name: str) -> AttentionFunction:
 
 
 def _sage_1() -> AttentionFunction:
-    """SageAttention 1.0.6 behind guards: as it stands it subtracts the mean from the caller's K, and divides by zero
-    in a block of zeros. Lengths it gets wrong are refused by the record."""
+    """SageAttention 1.0.6, guarded against two errors: it changes the caller's K in place, and it divides by zero in a
+    block of zeros. The record refuses the lengths for which it is wrong."""
     from sageattention import sageattn
 
     def attention(x: Inputs) -> Any:
@@ -62,7 +63,7 @@ def _needs_sage_2() -> str | None:
     return f"needs SageAttention 2, and {version('sageattention')} is installed; build it from its repository."
 
 
-# Its own choice for the GPU at hand, and each variant by name.
+# Variants by name -> function and least compute capability. `sageattn` itself picks a variant for the GPU.
 _SAGE_VARIANTS: dict[str, tuple[str, tuple[int, int]]] = {
     "sageattention-int8-fp16-triton": ("sageattn_qk_int8_pv_fp16_triton", (8, 0)),
     "sageattention-int8-fp16-cuda": ("sageattn_qk_int8_pv_fp16_cuda", (8, 0)),
@@ -80,7 +81,7 @@ _SAGE: dict[str, Any] = {
 
 
 def sageattention_record() -> AttentionKernel:
-    """The record of the installed version: 1.x takes fewer calls than 2.x, and refuses lengths it would get wrong."""
+    """The record of the installed version: 1.x supports fewer calls than 2.x, and is wrong for some lengths."""
     old = _sage_major() < 2
     return AttentionKernel(
         name="sageattention",
@@ -114,7 +115,7 @@ def _sage_3() -> AttentionFunction:
     from sageattn3 import sageattn3_blackwell
 
     def attention(x: Inputs) -> Any:
-        if x.scale is not None:  # it scales by head_dim ** -0.5 and takes no other
+        if x.scale is not None:  # its scale is always head_dim ** -0.5
             x = replace(x, query=x.query * (x.scale * x.query.shape[-1] ** 0.5))
         tensors = (item.contiguous() for item in x.ungrouped().heads_first)
         return sageattn3_blackwell(*tensors, is_causal=x.is_causal).transpose(1, 2)
@@ -219,7 +220,7 @@ _LN2 = 0.6931471805599453
 
 
 def _flashinfer() -> AttentionFunction:
-    """FlashInfer's prefill for one sample at a time; its LSE is in base 2 and (sequence, heads)."""
+    """FlashInfer's prefill, one sample at a time. Its LSE is in base 2 and (sequence, heads)."""
     from flashinfer import single_prefill_with_kv_cache
 
     def attention(x: Inputs) -> Any:
