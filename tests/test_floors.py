@@ -25,7 +25,7 @@ NEVER = {"core": {"diffusers"}, "kernels": {"diffusers"}, "policies": {"diffuser
 # Modules of Triton kernels: they may import triton, and are themselves imported by loaders only.
 TRITON = {
     "kernels/rounding.py",
-    *(f"kernels/attention/{name}.py" for name in ("rows", "norm", "quantize", "low_bit", "prepare", "scatter")),
+    *(f"kernels/attention/{name}.py" for name in ("rows", "norm", "quantize", "low_bit", "prepare", "peer_writes")),
     "kernels/elementwise/rows.py",
     *(f"kernels/linear/{name}.py" for name in ("activations", "products", "weights")),
 }

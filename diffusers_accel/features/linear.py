@@ -23,7 +23,7 @@ from torch import nn
 from ..config import LinearConfig
 from ..core.edits import Edit, ParkWeight, SwapModule
 from ..errors import AccelError, Unsupported
-from ..kernels.linear import LINEARS, STOCK, LinearKernel, Part, QuantizedLinear, RoundedOnce, StandIn, whole_of
+from ..kernels.linear import LINEARS, STOCK, LinearKernel, Part, QuantizedLinear, RoundedOnce, StandIn, unsharded_layer
 from ..models.adapter import default_adapter
 from .context import Denoiser, PipelineContext
 from .feature import Plan, refuse_offloaded
@@ -252,7 +252,7 @@ def _layers(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearK
     uses = Counter(id(item) for _, item in denoiser.module.named_parameters(remove_duplicate=False))
     for path, parent, name, module in _linears(denoiser):
         # What stays wide does not depend on how many ranks share a layer.
-        whole = whole_of(module)
+        whole = unsharded_layer(module)
         narrow, divided = min(whole.in_features, whole.out_features), whole is not module
         module = _stock(denoiser, path, module)
         algo = next((algo for glob, algo in (config.plan or {}).items() if _matches(denoiser, path, glob)), None)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sequence import SequencePlan
-from .tensor import TensorPlan
+from .sequence import SequenceShardingPlan
+from .tensor_parallel import TensorParallelPlan
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Adapter:
         wide_ends: Numbers of first and of last blocks whose linear layers stay wide when the rest is quantized. What
             lies outside the blocks always does: NVIDIA ModelOpt's lists, which were found by measurement, agree on it.
         smallest_linear: Linear layers with no more input or output features than this stay wide.
-        sequence: How its tokens may be divided among ranks; `None` if nobody has said.
+        sequence: The plan by which its tokens are sharded among ranks; `None` if there is none.
         tensor: How its blocks' weights may be; likewise.
         default: Whether this is a default adapter, for a class nobody described.
     """
@@ -205,8 +205,8 @@ class Adapter:
     values_alone: tuple[str, ...] = ()
     wide_ends: tuple[int, int] = (0, 0)
     smallest_linear: int = 512
-    sequence: SequencePlan | None = None
-    tensor: TensorPlan | None = None
+    sequence: SequenceShardingPlan | None = None
+    tensor: TensorParallelPlan | None = None
     default: bool = False
 
     def __post_init__(self) -> None:

@@ -117,8 +117,8 @@ def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
             by_block = {layer.block: choices[name] for layer, name in zip(role.layers, role.backends, strict=True)}
             # What `by_block` holds for a module outside the blocks is under None.
             select = _selector(context, config, place, by_block, dense)
-            transport = context.outputs.attention_carriers.get((denoiser.name, role.name.rpartition(".")[2]))
-            site = AttentionSite(select, context.stats.attention_calls, transport)
+            context_parallel = context.outputs.context_parallel.get((denoiser.name, role.name.rpartition(".")[2]))
+            site = AttentionSite(select, context.stats.attention_calls, context_parallel)
             member, registrations = dispatcher_backend(site)
             if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
                 yield from registrations
@@ -126,7 +126,7 @@ def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
             # What travels between ranks is normed and rotated first.
             # Kernels that round query and key norm and rotate them in the same pass; for others the stock functions do
             # it then.
-            folding = transport is None and any(
+            folding = context_parallel is None and any(
                 kernel.folds for choice in choices.values() for kernel in choice.kernels
             )
             # Compiled graphs have them prepared in one launch, by a rewrite.

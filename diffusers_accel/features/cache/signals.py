@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.noise import noise_shares
+from ...core.noise import noise_fractions
 from ...core.step import StepState
 from ...policies import foretold, gain, rate
 from ..context import Denoiser, PipelineContext
@@ -21,7 +21,7 @@ from .lanes import Lane, Streams, relative
 Arguments = Mapping[str, Any]
 # What was seen, to compare the next with, and its relative change; None if there is nothing to compare it with.
 Seen = tuple[Any, float | None]
-# `FeatureOutputs.reduce`.
+# `FeatureOutputs.all_reduce`.
 Summed = Callable[[torch.Tensor], torch.Tensor] | None
 # Makes the watch of one denoiser.
 WatchFactory = Callable[[PipelineContext, Denoiser], "Watch"]
@@ -75,9 +75,9 @@ class ModulatedInput(Watch):
     ) -> Seen:
         """See `Watch.look`."""
         assert self.denoiser.adapter.block_signal is not None and block is not None
-        with self.context.outputs.gathered(block):
+        with self.context.outputs.unsharded(block):
             seen = self.conditional(self.denoiser.adapter.block_signal(block, arguments), step)
-        return seen, change(seen, lane.signal, self.context.outputs.reduce)
+        return seen, change(seen, lane.signal, self.context.outputs.all_reduce)
 
 
 class ScheduledSignal(Watch):
@@ -127,7 +127,7 @@ class FirstResidual(Watch):
         if now is None or begin is None or now.shape != begin.shape:
             return None, None
         seen = self.conditional(now - begin, step)
-        return seen, change(seen, lane.signal, self.context.outputs.reduce)
+        return seen, change(seen, lane.signal, self.context.outputs.all_reduce)
 
 
 class Latents(Watch):
@@ -151,7 +151,7 @@ class Latents(Watch):
         """See `Watch.look`."""
         adapter = self.denoiser.adapter
         if self._noise[0] != step.request:
-            self._noise = (step.request, noise_shares(self.context.clock.scheduler))
+            self._noise = (step.request, noise_fractions(self.context.clock.scheduler))
             self._grid = (step.request, adapter.grid(arguments))
         noise = self._noise[1]
         if noise is None or step.step is None:
@@ -164,7 +164,7 @@ class Latents(Watch):
         if any(one.shape != other.shape for one, other in zip(seen, before, strict=True)):
             return seen, None
         changes = [relative(one, other) for one, other in zip(seen, before, strict=True)]
-        return seen, _agreed(torch.stack(changes).mean(), self.context.outputs.reduce)
+        return seen, _agreed(torch.stack(changes).mean(), self.context.outputs.all_reduce)
 
     def filtered(self, latents: torch.Tensor, noise: float) -> torch.Tensor:
         """Latents (batch, channels, *space) with the frequencies kept that are signal at this share of noise."""
@@ -195,7 +195,7 @@ class Foretold(Watch):
         moved = _moved(seen, before)
         if moved is None or outputs is None or k is None:
             return seen, None
-        return seen, _agreed(foretold(k, moved, _size(outputs)), self.context.outputs.reduce)
+        return seen, _agreed(foretold(k, moved, _size(outputs)), self.context.outputs.all_reduce)
 
     def computed(self, lane: Lane, outputs: list[torch.Tensor]) -> None:
         """k, from what changed since the last step that was computed."""

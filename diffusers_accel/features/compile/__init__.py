@@ -87,7 +87,7 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
             yield AddLayer(
                 block,
                 context.rank("compile"),
-                _compiled(block, config, shared, rewrites, bool(context.outputs.attention_carriers), hooked.blocks),
+                _compiled(block, config, shared, rewrites, bool(context.outputs.context_parallel), hooked.blocks),
             )
             if denoiser.adapter.static_arguments:
                 # Of equal rank and added later, so it runs outside the compiled forward.
@@ -97,7 +97,7 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
 def _ahead(context: PipelineContext, denoiser: Denoiser) -> bool:
     """Whether modulations are made before a request's first step. They read many blocks' weights, and are found again
     by their addresses: neither can be where blocks share memory for weights that ranks share."""
-    return denoiser.adapter.modulation is not None and context.rewrites(denoiser) and not context.shares_weights
+    return denoiser.adapter.modulation is not None and context.rewrites(denoiser) and not context.fsdp
 
 
 def _with_room(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

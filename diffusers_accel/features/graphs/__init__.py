@@ -46,7 +46,7 @@ def check(context: PipelineContext, config: CudaGraphConfig) -> Plan:
         Unsupported: Not on a CUDA device, no adapter says what blocks hand on, weights are offloaded, or inductor
             records graphs itself.
     """
-    if context.shares_weights:
+    if context.fsdp:
         raise Unsupported(
             "cuda_graph",
             "a graph covers many blocks, and ranks that share weights have those of two at a time.",

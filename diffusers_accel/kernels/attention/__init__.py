@@ -6,8 +6,8 @@ Importing this package registers the records and imports no kernel package. Wher
   `site.py`: the custom operator every call goes through.
 - Records: `torch_native.py`, `flash.py`, `others.py` (packages a user may have), `sage.py` (ours).
 - `pending.py`: query and key on their way to a kernel that does their QK-norm and rotary embedding itself.
-- `transport.py`: attention over a sequence that several ranks have; `shipping.py`: heads on their way between them,
-  `scatter.py` for GPUs.
+- `context_parallel.py`: attention over a sequence that is sharded among ranks; `ulysses.py`: its all-to-all over
+  symmetric memory, with the Triton kernels of `peer_writes.py`.
 - `unprepared.py`: the same in compiled graphs; `prepare.py`: norm and rotation by themselves, in Triton.
 - Ours: `recipe.py` (what is rounded, and plain references); in Triton, imported by loaders only, `rows.py`,
   `quantize.py`, `low_bit.py`.
@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from . import flash, others, sage, torch_native  # noqa: F401  (each registers its records)
 from .choice import Choice, Fastest, Fixed, Timings, candidates, margin
+from .context_parallel import ContextParallelAttention, Layout
 from .pending import Pending
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
-from .shipping import Operand, Shipping
 from .site import SITES, AttentionSite, enter
-from .transport import Layout, Transport
+from .ulysses import Operand, UlyssesAllToAll
 from .unprepared import attention_unprepared, rotate
 
 __all__ = [
@@ -39,9 +39,9 @@ __all__ = [
     "Layout",
     "Operand",
     "Pending",
-    "Shipping",
+    "UlyssesAllToAll",
     "Timings",
-    "Transport",
+    "ContextParallelAttention",
     "attention_unprepared",
     "candidates",
     "enter",

@@ -32,14 +32,14 @@ class AttentionSite:
     Args:
         select: Returns the choice in force for the call that is being made (by step and layer).
         counts: Kernel name -> calls; shared with the pipeline's statistics.
-        transport: What carries calls whose sequence several ranks have among them.
+        context_parallel: Attention over a sequence that is sharded among ranks; `None` for one rank.
 
     Attributes:
-        kept: Query, key and value of a call that is made in several steps, where nothing carries them.
+        kept: Query, key and value of a call in several steps, where there is no context parallelism.
     """
 
-    def __init__(self, select: Callable[[], Choice], counts: Counter[str], transport: Any = None):
-        self.select, self.counts, self.transport = select, counts, transport
+    def __init__(self, select: Callable[[], Choice], counts: Counter[str], context_parallel: Any = None):
+        self.select, self.counts, self.context_parallel = select, counts, context_parallel
         self.kept: dict[int, Any] = {}
         self.number = _free_number()
         self._functions: dict[str, AttentionFunction] = {}
@@ -47,10 +47,10 @@ class AttentionSite:
 
     def run(self, inputs: Inputs) -> torch.Tensor:
         """Attention by the kernel that is chosen and can take the call; query and key may be `Pending`."""
-        if self.transport is not None:
-            # What travels is what attention works on.
+        if self.context_parallel is not None:
+            # Ranks exchange query and key after their norm and rotation.
             inputs = replace(inputs, query=settled(inputs.query), key=settled(inputs.key))
-            out: torch.Tensor = self.transport(inputs, self.here)
+            out: torch.Tensor = self.context_parallel(inputs, self.here)
             return out
         out = self.here(inputs)
         return out

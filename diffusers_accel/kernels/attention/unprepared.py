@@ -18,8 +18,8 @@ import torch
 from ...core.operators import operator
 from .pending import Pending
 from .record import Inputs, Tables
-from .shipping import KEY, QUERY, VALUE, Operand, plain, turned
 from .site import SITES, AttentionSite
+from .ulysses import KEY, QUERY, VALUE, Operand, apply_rotary, norm_and_rotate
 
 
 def _rotate_fake(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool, heads: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool, 
     cos, sin, found = cos.float(), sin.float(), x.float()
     if heads and x.ndim == 3:
         cos, sin, found = (item.unflatten(-1, (heads, -1)) for item in (cos, sin, found))
-    return turned(found, cos, sin, halves).to(x.dtype).reshape(x.shape).contiguous()
+    return apply_rotary(found, cos, sin, halves).to(x.dtype).reshape(x.shape).contiguous()
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _Both:
                 prepare(parts[0], parts[1], pieces[0], pieces[1], weights, self.eps, turning, self.halves)
             else:
                 for part, piece, norm, table in zip(parts, pieces, norms, tables, strict=True):
-                    piece.copy_(plain(part, norm, self.eps, table, self.halves))
+                    piece.copy_(norm_and_rotate(part, norm, self.eps, table, self.halves))
         return query, key
 
     def pending(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,9 +167,9 @@ def attention_unprepared(
     """
     operands = _operands(query, key, [value], norms, eps, query_tables, key_tables, halves)
     found, heads = SITES[site], (query[0].shape[2], key[0].shape[2])
-    if _ships(found, heads, is_causal, *operands.values()):
-        found.transport.ship(operands, heads, False)
-        out: torch.Tensor = found.transport.arrived(heads[0], attn_mask, scale, found.here)
+    if _sends_to_ranks(found, heads, is_causal, *operands.values()):
+        found.context_parallel.send(operands, heads, False)
+        out: torch.Tensor = found.context_parallel.wait_and_attend(heads[0], attn_mask, scale, found.here)
         return out.contiguous()
     return _attended(found, operands, attn_mask, is_causal, scale)
 
@@ -195,7 +195,7 @@ def _operands(
 def _attended(
     site: AttentionSite, operands: dict[int, Operand], attn_mask: torch.Tensor | None, is_causal: bool, scale: Any
 ) -> torch.Tensor:
-    """Attention on this rank, or with whatever carries whole tensors."""
+    """Attention on this rank, or with the site's context parallelism on whole tensors."""
     query, key = operands[QUERY], operands[KEY]
     both = _Both(
         (query.parts, key.parts), (query.norms, key.norms), max(query.eps, key.eps), (query.tables, key.tables),
@@ -206,21 +206,23 @@ def _attended(
     return out.contiguous()
 
 
-def _ships(site: AttentionSite, heads: tuple[int, int], is_causal: bool, *operands: Operand) -> bool:
-    """Whether query, key and value go to other ranks one by one."""
+def _sends_to_ranks(site: AttentionSite, heads: tuple[int, int], is_causal: bool, *operands: Operand) -> bool:
+    """Whether query, key and value are sent to other ranks by `ulysses_send`."""
     alike = len({(item.parts[0].shape[3], item.parts[0].dtype) for item in operands}) == 1
-    return site.transport is not None and alike and not is_causal and site.transport.ships(heads)
+    return site.context_parallel is not None and alike and not is_causal and site.context_parallel.can_send(heads)
 
 
 # --- the same in several steps, with something else to compute between them -------------------------------------------
 
 
-def _ship_fake(query: list[torch.Tensor], key: list[torch.Tensor], value: list[torch.Tensor], *_: Any) -> torch.Tensor:
+def _ulysses_send_fake(
+    query: list[torch.Tensor], key: list[torch.Tensor], value: list[torch.Tensor], *_: Any
+) -> torch.Tensor:
     return (value + query + key)[0].new_empty(0)
 
 
-@operator("ship", _ship_fake)
-def ship(
+@operator("ulysses_send", _ulysses_send_fake)
+def ulysses_send(
     query: list[torch.Tensor],
     key: list[torch.Tensor],
     value: list[torch.Tensor],
@@ -233,8 +235,8 @@ def ship(
     is_causal: bool,
     site: int,
 ) -> torch.Tensor:
-    """Sends query, key and value, or some of them, to the ranks that have their heads, if there are others; when all
-    three are sent, the value with the first, `attention_arrived` follows.
+    """Sends query, key and value, or some of them, to the ranks that have their heads. The value is in the first call;
+    `ulysses_attention` follows once all three are sent. Without context parallelism they are kept for it.
 
     Args:
         query: As in `attention_unprepared`, or none.
@@ -254,23 +256,23 @@ def ship(
     """
     found = SITES[site]
     operands = _operands(query, key, value, norms, eps, query_tables, key_tables, halves)
-    if _ships(found, (heads[0], heads[1]), is_causal, *operands.values()):
-        found.transport.ship(operands, (heads[0], heads[1]), True)
+    if _sends_to_ranks(found, (heads[0], heads[1]), is_causal, *operands.values()):
+        found.context_parallel.send(operands, (heads[0], heads[1]), True)
     else:
         found.kept |= operands
     return (value + query + key)[0].new_empty(0)
 
 
-def _attention_arrived_fake(
-    shipped: list[torch.Tensor], query: list[torch.Tensor], value: torch.Tensor, *_: Any
+def _ulysses_attention_fake(
+    sends: list[torch.Tensor], query: list[torch.Tensor], value: torch.Tensor, *_: Any
 ) -> torch.Tensor:
     first = query[0]
     return first.new_empty((first.shape[0], sum(part.shape[1] for part in query), first.shape[2], value.shape[3]))
 
 
-@operator("attention_arrived", _attention_arrived_fake)
-def attention_arrived(
-    shipped: list[torch.Tensor],
+@operator("ulysses_attention", _ulysses_attention_fake)
+def ulysses_attention(
+    sends: list[torch.Tensor],
     query: list[torch.Tensor],
     value: torch.Tensor,
     attn_mask: torch.Tensor | None,
@@ -278,10 +280,10 @@ def attention_arrived(
     scale: float | None,
     site: int,
 ) -> torch.Tensor:
-    """Attention of what has been sent off.
+    """Attention of the operands that `ulysses_send` was given.
 
     Args:
-        shipped: What calls of `ship` returned.
+        sends: The results of `ulysses_send`, which order it before this operator.
         query: Parts of the query, for their shapes.
         value: Likewise.
         attn_mask: As in `Inputs`, as are the next two.
@@ -293,5 +295,5 @@ def attention_arrived(
     if found.kept:
         operands, found.kept = found.kept, {}
         return _attended(found, operands, attn_mask, is_causal, scale)
-    out: torch.Tensor = found.transport.arrived(query[0].shape[2], attn_mask, scale, found.here)
+    out: torch.Tensor = found.context_parallel.wait_and_attend(query[0].shape[2], attn_mask, scale, found.here)
     return out.contiguous()

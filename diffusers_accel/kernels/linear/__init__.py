@@ -16,7 +16,7 @@ from __future__ import annotations
 from . import eight_bit, four_bit, others  # noqa: F401  (each registers its records)
 from .module import STOCK, Apart, QuantizedLinear, RoundedOnce, StandIn
 from .record import LINEARS, LinearKernel, kind_of, register_linear
-from .sharded import is_divided, stock_of, whole_of
+from .sharded import is_sharded, stock_of, unsharded_layer
 from .stacked import Part, Stack, emptied, modules_of, unstacked
 
 __all__ = [
@@ -30,11 +30,11 @@ __all__ = [
     "Stack",
     "StandIn",
     "emptied",
-    "is_divided",
+    "is_sharded",
     "kind_of",
     "modules_of",
     "register_linear",
     "stock_of",
     "unstacked",
-    "whole_of",
+    "unsharded_layer",
 ]

@@ -1,9 +1,9 @@
-"""Exchanges between ranks beside what does not depend on them.
+"""Async Ulysses: the all-to-all of query, key and value overlaps with independent computation in a compiled block.
 
-Where attention's heads are exchanged among ranks, query, key and value are sent off as soon as they are there, together
-if one layer makes them; what attention does not read is computed after that and before attention: FLUX's feed-forward
-in single-stream blocks, say. Layers that make query and key apart from the value come after the value is on its way.
-(Async Ulysses: https://github.com/NVIDIA/TensorRT-LLM, VisualGen.)
+Query, key and value are sent as soon as they are computed, together if one layer makes them. Computation that attention
+does not read runs after the send and before attention: FLUX's feed-forward in single-stream blocks, for instance.
+Layers that make query and key apart from the value run after the value is sent.
+(https://github.com/NVIDIA/TensorRT-LLM, VisualGen.)
 
 An exchange ends before the next one begins, so no other attention is moved into it.
 """
@@ -17,13 +17,13 @@ import torch
 from torch.fx import Graph
 
 from ....kernels.attention import SITES
-from ....kernels.attention.shipping import KEY, QUERY, VALUE
+from ....kernels.attention.ulysses import KEY, QUERY, VALUE
 from . import graph as graphs
 from .graph import is_call, put, value
 from .linear import LINEAR
 
 _OPERATORS = torch.ops.diffusers_accel
-_SITES = ("attention", "attention_unprepared", "ship", "attention_arrived")
+_SITES = ("attention", "attention_unprepared", "ulysses_send", "ulysses_attention")
 _PRODUCTS = ("linear_gelu", "linear_of_parts", "int8_product")
 # Multiplications of a product that are worth a split: some ten microseconds' on a large GPU.
 _WORTH = 1 << 32
@@ -43,9 +43,15 @@ def _split(graph: Graph, node: Any, settled: set[Any]) -> None:
     """One attention in steps, if there is something to compute between them."""
     query, key, value_, norms, eps, query_tables, key_tables, halves, mask, causal, scale, site = node.args
     heads = [value(parts[0]).shape[2] for parts in (query, key)]
-    carrier = SITES[site].transport if site in SITES else None
+    context_parallel = SITES[site].context_parallel if site in SITES else None
     alike = {(value(item).shape[-1], value(item).dtype) for item in (query[0], key[0], value_)}
-    if carrier is None or not carrier.overlaps or causal or len(alike) > 1 or not carrier.ships((heads[0], heads[1])):
+    if (
+        context_parallel is None
+        or not context_parallel.overlaps
+        or causal
+        or len(alike) > 1
+        or not context_parallel.can_send((heads[0], heads[1]))
+    ):
         return
     before = _before(graph, node)
     count = len(query)
@@ -57,41 +63,41 @@ def _split(graph: Graph, node: Any, settled: set[Any]) -> None:
     its = {which: _needed(item for items in lists for item in items) for which, lists in sent.items()}
     of_others = _needed([] if mask is None else [mask])
     needed = its[VALUE] | its[QUERY] | its[KEY] | of_others
-    # Other exchanges, and what they need, come first.
+    # Other exchanges, and their inputs, come first.
     first = _needed([item for item in before if _is_site(item) or item in settled])
     rest = [item for item in before if item not in needed and item not in first]
     if not any(map(_is_product, rest)) and not any(map(_is_product, (its[QUERY] | its[KEY]) - its[VALUE] - first)):
         return
     placed = first | of_others
     order = [item for item in before if item in placed]
-    shipped: list[Any] = []
+    sends: list[Any] = []
     waiting: list[int] = []
 
-    def ship() -> None:
-        """Sends off what waits."""
+    def send() -> None:
+        """Sends the waiting operands."""
         lists = {which: sent[which] if which in waiting else ([], [], []) for which in sent}
         (query, query_norms, query_turns), (key, key_norms, key_turns) = lists[QUERY], lists[KEY]
         sending = (query, key, lists[VALUE][0], [*query_norms, *key_norms], eps, query_turns, key_turns, halves, heads,
                    causal, site)  # fmt: skip
-        shipped.append(put(graph, node, _OPERATORS.ship.default, sending, value(value_).new_empty(0)))
-        order.append(shipped[-1])
+        sends.append(put(graph, node, _OPERATORS.ulysses_send.default, sending, value(value_).new_empty(0)))
+        order.append(sends[-1])
         waiting.clear()
 
     for which, needs in its.items():
         new = [item for item in before if item in needs and item not in placed]
-        # What is there already goes before a product, and together with what is there at once.
+        # Operands that are ready are sent before the next product, together with those that are ready at once.
         if waiting and any(map(_is_product, new)):
-            ship()
+            send()
         order += new
         placed |= needs
         waiting.append(which)
-    ship()
+    send()
     order += [item for item in before if item not in placed]
     for item in order:
         node.prepend(item)
     settled.update(rest)
-    args = (shipped, query, value_, mask, causal, scale, site)
-    graphs.replace(node, put(graph, node, _OPERATORS.attention_arrived.default, args, node))
+    args = (sends, query, value_, mask, causal, scale, site)
+    graphs.replace(node, put(graph, node, _OPERATORS.ulysses_attention.default, args, node))
 
 
 def _before(graph: Graph, node: Any) -> list[Any]:
