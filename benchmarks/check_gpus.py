@@ -2,7 +2,7 @@
 family, divided in every way, against the stock pipeline on one GPU, and restored bit for bit.
 
 The script is as a user's would be: the launcher may show every process all GPUs, and the pipeline goes to "cuda". So
-pipelines are moved, what ranks exchange goes through windows and NCCL, and models that are offloaded are brought to the
+pipelines are moved, ranks communicate over symmetric memory and NCCL, and models that are offloaded are brought to the
 right GPU.
 
 float32 without TF32, relative: 2e-4; 1e-3 for Cosmos, whose guidance and preconditioning multiply differences, and with
@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from diffusers_accel import accelerate, restore, stats
-from diffusers_accel.core.mesh import begin
+from diffusers_accel.core.mesh import init_process_group
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import TINY, same, tensors
@@ -58,14 +58,14 @@ PLAIN: dict[int, dict[str, dict[str, Any]]] = {
         "grid": {"attn2d": (2, 2)},
         "ulysses, ring": {"ulysses": 2, "ring": 2},
         "tp, ulysses": {"tp": 2, "ulysses": 2},
-        "cfg, ulysses, vae of two": {"cfg": 2, "ulysses": 2, "vae": 2, "vae_others": "receive"},
+        "cfg, ulysses, vae of two": {"cfg": 2, "ulysses": 2, "vae": 2, "vae_idle_ranks": "receive"},
         "dp, tp": {"dp": 2, "tp": 2},
     },
 }
 COMPILED = {"compile": True, "cuda_graph": True, "fuse": True}
 INT8 = {"linear": {"algo": "int8", "smallest": 0}}
 # How a pipeline is offloaded, and where it is before that: accelerated on a GPU, accelerated on the host (which says
-# that ranks will exchange by messages), or not accelerated yet.
+# that ranks will communicate by collectives), or not accelerated yet.
 OFFLOADED = [
     (kind, place)
     for kind in ("models", "sequential", "blocks", "leaves", "leaves, stream")
@@ -140,10 +140,10 @@ class Checks:
             figures |= {
                 "differences": [_relative(out, self._expected[name, quantized]) for out in outs],
                 "restored bit for bit": same(self.run(pipe, name), self._expected[name, False]),
-                "by messages": any("by messages" in str(each.message) for each in said),
+                "by collectives": any("by collectives" in str(each.message) for each in said),
             }
             good = max(figures["differences"]) < bound and figures["restored bit for bit"]
-            good &= figures["by messages"] == (place == "on the host")
+            good &= figures["by collectives"] == (place == "on the host")
             # A rank that no branch of guidance is left for plays nothing.
             good &= figures.get("replays", 1) > 0 or not figures["attention"]
             reason = None if good else str(figures)
@@ -174,7 +174,7 @@ def main() -> None:
     if options.second_device:
         second_device.main(options.device, options.short, options.out)
     torch.backends.cudnn.allow_tf32 = False
-    begin(options.device)
+    init_process_group(options.device)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     checks, plain = Checks(options.device), PLAIN[ranks]
 
@@ -200,7 +200,7 @@ def main() -> None:
         checks.check(name, "ulysses, int8", {"parallel": divided, **INT8, "fuse": True}, 0.1)
         checks.check(name, "tp, int8", {"parallel": {"tp": 2, "ulysses": ranks // 2}, **INT8, "fuse": True}, 0.1)
         checks.check(name, "fsdp, ulysses, int8", {"parallel": {**divided, "fsdp": True}, **INT8}, 0.1)
-        checks.check(name, "ulysses, fp8 on the way", {"parallel": {**divided, "payload": "fp8"}}, 0.2)
+        checks.check(name, "ulysses, fp8 on the way", {"parallel": {**divided, "comm_dtype": "fp8"}}, 0.2)
         if options.device == "cuda":
             for kind, place in OFFLOADED:
                 checks.check(name, f"offloaded by {kind}, {place}", {"parallel": divided}, 2e-4, (kind, place))

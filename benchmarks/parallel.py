@@ -1,10 +1,10 @@
 """Several GPUs on one request: FLUX.1-dev's shape (1024x1024, 28 steps) and Wan2.1 1.3B's (480x832, 81 frames, 12 steps
-under guidance: 24 forwards), random weights, latents. Every way to divide the work, beside one GPU and diffusers' own
+under guidance: 24 forwards), random weights, latents. Every kind of parallelism, beside one GPU and diffusers' own
 Ulysses, in one run.
 
-What travels is read off the profiler: the share of a request's time in which a kernel of NCCL runs, one that writes
-to another GPU's memory (and norms and rotates on the way), a barrier, or a copy engine, and how much of that nothing
-else runs beside. Waiting for the other ranks is part of it.
+Communication is read off the profiler: the fraction of a request's time in which a kernel of NCCL runs, one that
+writes to a peer's memory (and norms and rotates in the same pass), a barrier, or a copy engine, and the part of that
+which does not overlap with other kernels. Waiting for the other ranks is part of it.
 
     torchrun --nproc-per-node 2 benchmarks/parallel.py flux       # benchmarks/results/parallel-flux-2.json
     torchrun --nproc-per-node 2 benchmarks/parallel.py wan
@@ -29,12 +29,12 @@ LOSSLESS: dict[str, Any] = {"attention": "auto", "fuse": True, "compile": True, 
 
 
 def ways(ranks: int, guided: bool) -> dict[str, ParallelConfig]:
-    """Ways to divide a request among so many ranks."""
+    """Configurations of parallelism for a number of ranks."""
     found = {
         "ulysses": ParallelConfig(ulysses=ranks),
         "ulysses, projections apart": ParallelConfig(ulysses=ranks),
         "ulysses, not overlapped": ParallelConfig(ulysses=ranks, async_ulysses=False),
-        "ulysses, messages": ParallelConfig(ulysses=ranks, exchange="messages"),
+        "ulysses, messages": ParallelConfig(ulysses=ranks, comm="collectives"),
         "ring": ParallelConfig(ring=ranks),
         f"tp {ranks}": ParallelConfig(tp=ranks),
     }
@@ -116,13 +116,13 @@ def main() -> None:
 
     variants: dict[str, ParallelConfig | None] = {"one GPU": None, **ways(ranks, options.work == "wan")}
     sections = LOSSLESS if cuda else {"attention": "sdpa"}
-    for name, division in variants.items():
+    for name, mesh in variants.items():
         if options.only and name not in options.only:
             continue
         # Layers that make query and key can only overlap with the value's exchange if they are not one with its own.
         changed = {"fuse": None} if name.endswith("apart") else {}
-        accelerate(pipe, **{**sections, **changed}, parallel=division)
-        measured(name, profiled=division is not None)
+        accelerate(pipe, **{**sections, **changed}, parallel=mesh)
+        measured(name, profiled=mesh is not None)
         restore(pipe)
         torch.compiler.reset()
     name = "diffusers' Ulysses" + (", compiled" if options.work == "flux" else "")

@@ -8,7 +8,7 @@ A forward on N ranks of one machine, by Ulysses, takes
 `bytes` is what a rank sends in a forward: of each layer's query, key, value and output its tokens, but for its own
 heads. `rate` is that of Wan's exchanges on four GPUs, beside which nothing runs; `wait` (for the slowest rank, at
 each of the two exchanges of a layer) is what else there is of the time in which exchanges run with nothing beside them,
-and `rest`, which no division makes shorter (gaps between kernels, products that are too small), is what is then
+and `rest`, which no parallelism makes shorter (gaps between kernels, products that are too small), is what is then
 missing: both on average of two and four GPUs, each beside one GPU of its own run.
 
 Between machines a ring passes keys and values on while attention works: a turn costs what is longer of the two, and the

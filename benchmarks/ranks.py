@@ -1,4 +1,4 @@
-"""What benchmarks on several GPUs share: their options, their start, and what exchanges take of a request."""
+"""Common code of benchmarks on several GPUs: options, the process group, and the time of communication in a request."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import measure
 import torch
 import torch.distributed as dist
 
-from diffusers_accel.core.mesh import begin
+from diffusers_accel.core.mesh import init_process_group
 
-# In the names of what brings something to another GPU.
+# Parts of the names of kernels and copies that bring data to another GPU.
 _EXCHANGES = ("nccl", "_scatter", "_hand_back", "_collect", "barrier", "Memcpy PtoP", "Memcpy DtoD")
 
 
@@ -43,7 +43,7 @@ def start(device: str) -> tuple[int, int, torch.dtype]:
     """
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    begin(device)
+    init_process_group(device)
     return dist.get_rank(), dist.get_world_size(), torch.bfloat16 if device == "cuda" else torch.float32
 
 

@@ -30,7 +30,7 @@ from .errors import AccelError, NotAccelerated, Unsupported
 from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
 from .features.context import PipelineContext
 from .features.feature import Feature, Plan
-from .features.parallel import tensor, weights
+from .features.parallel import fsdp, process_group, tensor_parallel
 from .kernels.linear import kind_of, stock_modules
 from .reporting import Explanation, Row, Stats
 from .resolve import DENOISERS, pipeline_context, resolve_config
@@ -54,9 +54,10 @@ class Entry:
     asked: Callable[[Any], bool] = lambda section: True
 
 
-# The features, in the order their edits are applied. Weights are divided among ranks before they are quantized.
+# The features, in the order their edits are applied. Weights are sharded among ranks before they are quantized.
 FEATURES: dict[str, Entry] = {
-    "tensor parallel": Entry(tensor, "parallel", lambda section: section.tp > 1),
+    "process group": Entry(process_group, "parallel"),
+    "tensor parallel": Entry(tensor_parallel, "parallel", lambda section: section.tp > 1),
     "linear": Entry(linear, "linear"),
     "fuse": Entry(fuse, "fuse"),
     "parallel": Entry(parallel, "parallel"),
@@ -65,7 +66,7 @@ FEATURES: dict[str, Entry] = {
     "cuda_graph": Entry(graphs, "cuda_graph"),
     "cache": Entry(cache, "cache"),
     "vae": Entry(vae, "vae"),
-    "weights": Entry(weights, "parallel", lambda section: section.fsdp),
+    "fsdp": Entry(fsdp, "parallel", lambda section: section.fsdp),
     "request": Entry(request, None),
 }
 
@@ -74,20 +75,20 @@ ORDER = (
     "compile",
     "attention layer",
     "graph block",
-    "weights",
+    "fsdp",
     "cache block",
-    "division of a block",
+    "sequence sharding of a block",
     "graph denoiser",
-    "division",
+    "sequence sharding",
     "cache denoiser",
-    "samples",
-    "guidance",
-    "agreement",
+    "data parallel",
+    "cfg parallel",
+    "input consistency",
     "vae",
     "graph module",
-    "vae of others",
+    "vae idle ranks",
     "request",
-    "gpu",
+    "rank device",
 )
 
 
@@ -160,9 +161,6 @@ def _begin(
     config = context.config
     assert config is not None
     pipes = {pipe, *(earlier.pipes if earlier is not None else ())}
-    if context.shares_weights and context.home.type == "cuda":
-        # Where weights are quantized that lie on the host.
-        torch.cuda.set_device(context.home)
     doing: list[str] = []
     try:
         if earlier is not None:
@@ -409,9 +407,6 @@ def _active(config: AccelConfig | None) -> Iterable[tuple[str, Feature, Any]]:
 def _edits(context: PipelineContext, config: AccelConfig, doing: list[str] | None = None) -> Iterator[Edit]:
     """Everything that `accelerate` does, in its order; `doing` is told which feature is at it."""
     doing = [] if doing is None else doing
-    if config.parallel is not None:
-        doing.append("parallel")
-        yield from parallel.settle(context)
     for name, feature, section in _active(config):
         doing.append(name)
         yield from feature.edits(context, section)
@@ -451,7 +446,7 @@ def _look(session: Session, pipe: Any) -> None:
                 str(denoiser),
             )
         now = next(denoiser.module.parameters()).device.type
-        if now not in (*_WAITING, denoiser.device.type) and config.parallel is None:
+        if now not in (*_WAITING, denoiser.device.type) and not context.outputs.rank_device:
             moved = f"accelerate: {denoiser} has moved from {denoiser.device.type} to {now}"
             if pipe is not None:
                 warnings.warn(f"{moved}: everything is chosen again.", stacklevel=2)

@@ -15,7 +15,7 @@ from torch import nn
 
 from . import names, presets
 from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
-from .core.mesh import own_gpu
+from .core.mesh import rank_device
 from .core.platform import describe
 from .core.request_queue import RequestQueue
 from .core.step import StepClock
@@ -93,7 +93,7 @@ def _device(pipe: Any, module: nn.Module, ranks: ParallelConfig | None) -> torch
     device = next(module.parameters()).device
     if device.type == "cpu" and ranks is not None and ranks.fsdp and torch.cuda.is_available():
         # A model that is larger than a GPU waits on the host until it is divided.
-        return own_gpu()
+        return rank_device()
     # Under an offload hook the weights wait on the CPU (or on meta), and the pipeline knows where they will run.
     return device if device.type not in ("cpu", "meta") else pipe._execution_device
 
@@ -130,7 +130,7 @@ def resolve_config(
     if found.parallel is not None and found.parallel.sequence > 1 and found.attention is None:
         # Stock attention would see one rank's part of the sequence.
         found = replace(found, attention=AttentionConfig(backend="sdpa"))
-        notes = (*notes, "attention='sdpa', which carries a sequence that ranks share; name a faster one.")
+        notes = (*notes, "attention='sdpa', since the sequence is sharded; name a faster one.")
     return found, notes
 
 

@@ -1,8 +1,8 @@
-"""Ranks for a process that is none itself: a notebook, or a server.
+"""Workers for a process without a launcher: a notebook, or a server.
 
-`launch` starts a worker for each rank. Each loads the pipeline, accelerates it and waits; what comes back is called as
-the pipeline is, and gives what rank 0 returns. A worker that raises or dies ends all of them within seconds, and the
-call raises what it said.
+`launch` starts a worker process for each rank. Each loads the pipeline, accelerates it and waits for calls. `launch`
+hands back a `Launched`, which is called as the pipeline is and returns rank 0's result. A worker that raises or dies
+ends all of them within seconds, and the call raises its error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.reduction import ForkingPickler
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 from .api import accelerate
 from .checkpoints.loading import from_pretrained
 from .config import AccelConfig
+from .core.mesh import free_port, rank_environment
 from .errors import AccelError, Unsupported
 from .resolve import resolve_parallel
 
@@ -33,23 +33,21 @@ class WorkerFailed(AccelError):
 
 
 class Launched:
-    """A pipeline in several processes; call it as the pipeline is called. Made by `launch`.
+    """A pipeline in several processes, called as the pipeline is. `launch` makes it.
 
-    It ends with `close()`, at the end of a `with` statement, or with this process.
+    Its workers end with `close()`, at the end of a `with` statement, or with this process.
     """
 
     def __init__(self, ranks: int, load: Any, options: Mapping[str, Any], config: Any, sections: Mapping[str, Any]):
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
         try:
             for rank in range(ranks):
                 here, there = context.Pipe()
-                place = (rank, ranks, port)
-                arguments = (place, there, load, dict(options), config, dict(sections))
+                environment = rank_environment(rank, ranks, port)
+                arguments = (environment, there, load, dict(options), config, dict(sections))
                 process = context.Process(target=_work, args=arguments, daemon=True, name=f"rank {rank}")
                 process.start()
                 there.close()
@@ -62,19 +60,19 @@ class Launched:
 
     @property
     def ranks(self) -> int:
-        """How many workers there are; 0 once they have ended."""
+        """Number of workers; 0 once they have ended."""
         return len(self._processes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the pipeline returns for these arguments, tensors on the CPU.
+        """The pipeline's result for these arguments, tensors on the CPU.
 
         Raises:
-            WorkerFailed: A worker raised, or died; there are none any more.
+            WorkerFailed: A worker raised or died; all have been ended.
             Unsupported: The arguments cannot be sent to workers; nothing was sent.
         """
         if not self._processes:
             raise WorkerFailed("launch: its workers have ended. Call launch(...) again.")
-        # For each of them, as a tensor's memory is handed over once; and for all before one has begun.
+        # One message for each worker, since a tensor's memory is handed over once; all before the first is sent.
         messages = [_message("an argument", (args, kwargs)) for _ in self._pipes]
         for rank, (pipe, message) in enumerate(zip(self._pipes, messages, strict=True)):
             try:
@@ -103,7 +101,7 @@ class Launched:
         self.close()
 
     def _died(self, rank: int, when: str = "") -> WorkerFailed:
-        """What is raised for a worker that has died; the others, which would wait for it, are ended."""
+        """The error for a worker that has died. All others, which would wait for it, are ended."""
         self._processes[rank].join(5)
         code = self._processes[rank].exitcode
         self.close()
@@ -112,7 +110,7 @@ class Launched:
         )
 
     def _answers(self) -> Any:
-        """Rank 0's answer, once all have given theirs."""
+        """Rank 0's answer, once all ranks have answered."""
         found: Any = None
         waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         try:
@@ -127,7 +125,7 @@ class Launched:
                         raise WorkerFailed(f"rank {rank} raised:\n{value}")
                     found = value if rank == 0 else found
         except BaseException:
-            # The others may wait for that one for ever.
+            # Other ranks may wait for the failed one for ever.
             self.close()
             raise
         return found
@@ -142,15 +140,15 @@ def launch(
     """Starts the ranks that `parallel` asks for, each with an accelerated pipeline on a GPU of its own.
 
     Args:
-        pipeline: A folder or Hugging Face id for `from_pretrained`, or a function that returns a
-            stock pipeline; a worker must be able to import it, so it stands in a module, not in a notebook.
-        config: As `accelerate` takes it; with `parallel`.
+        pipeline: A folder or Hugging Face id for `from_pretrained`, or a function that returns a stock pipeline.
+            Workers import the function, so it is defined in a module, not in a notebook.
+        config: A configuration with the section `parallel`, in any form that `accelerate` takes.
         load: Arguments of `from_pretrained`, or of the function. Without a `dtype`, a folder or id is loaded in
             bfloat16 on GPUs, and in float32 elsewhere.
-        sections: As `accelerate` takes them.
+        sections: Fields of `AccelConfig`, which override those of `config`.
 
     Returns:
-        What is called as the pipeline is.
+        An object that is called as the pipeline is.
 
     Raises:
         Unsupported: `parallel` is not asked for, there are too few GPUs, or a worker cannot import the function.
@@ -166,7 +164,7 @@ def launch(
         raise Unsupported(
             "launch", "nothing says how many ranks there are.", "parallel=ParallelConfig(ulysses=2), say."
         )
-    if parallel.fsdp and parallel.ranks == 1:
+    if parallel.any_world_size:
         raise Unsupported(
             "launch", "fsdp alone does not say how many ranks there are.", "ParallelConfig(fsdp=True, ulysses=2), say."
         )
@@ -189,10 +187,14 @@ def launch(
 
 
 def _message(what: str, item: Any) -> Any:
-    """Something as it is sent to a worker.
+    """An object pickled for a worker.
+
+    Args:
+        what: The object's role, for the message.
+        item: The object.
 
     Raises:
-        Unsupported: It cannot be.
+        Unsupported: It cannot be pickled.
     """
     try:
         return ForkingPickler.dumps(item)
@@ -202,14 +204,11 @@ def _message(what: str, item: Any) -> Any:
 
 
 def _work(
-    place: tuple[int, int, int], pipe: Any, load: Any, options: dict[str, Any], config: Any, sections: dict[str, Any]
+    environment: dict[str, str], pipe: Any, load: Any, options: dict[str, Any], config: Any, sections: dict[str, Any]
 ) -> None:
-    """What a worker does: loads, and answers until nobody asks."""
-    rank, ranks, port = place
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    """The worker's loop: loads the pipeline, and answers calls until the pipe is closed."""
+    os.environ.update(environment)
+    rank = int(environment["RANK"])
     call: Any = None
     while True:
         try:
@@ -237,7 +236,7 @@ def _loaded(load: Any, options: dict[str, Any], config: Any, sections: dict[str,
         usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         made = from_pretrained(load, **({} if "torch_dtype" in options else {"dtype": usual}) | options)
     ranks = resolve_parallel(config, sections)
-    # Weights that ranks share may be more than one GPU holds: they are divided where they lie.
+    # Weights that FSDP shards may exceed one GPU's memory: they stay on the host until then.
     if torch.cuda.is_available() and not (ranks is not None and ranks.fsdp):
         made.to(f"cuda:{torch.cuda.current_device()}")
     return accelerate(made, config, **sections)

@@ -26,7 +26,10 @@ NEVER = {"core": {"diffusers"}, "kernels": {"diffusers"}, "policies": {"diffuser
 TRITON = {
     "kernels/operands.py",
     "kernels/rounding.py",
-    *(f"kernels/attention/{name}.py" for name in ("rows", "norm", "quantize", "low_bit", "qk_norm_rope", "scatter")),
+    *(
+        f"kernels/attention/{name}.py"
+        for name in ("rows", "norm", "quantize", "low_bit", "qk_norm_rope", "peer_writes")
+    ),
     "kernels/elementwise/rows.py",
     *(f"kernels/linear/{name}.py" for name in ("gemm", "quantize_activations", "quantize_weights")),
 }

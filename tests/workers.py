@@ -17,7 +17,7 @@ from pathlib import Path
 _GIGABYTES = 4
 _MOST = 4
 # Their tests use the fixture `pools`.
-_RANKS = ("tests/parallel/", "tests/core/test_comm.py", "tests/kernels/test_transport.py")
+_RANKS = ("tests/parallel/", "tests/core/test_comm.py", "tests/kernels/test_context_parallel.py")
 # They start processes of their own, or share pipelines that are trained.
 _WHOLE = ("tests/demo/", "tests/cli/", "tests/parallel/test_nodes.py", "tests/parallel/test_workers.py")
 # After the ranks', from the longest.

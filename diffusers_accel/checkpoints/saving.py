@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import Unsupported
-from ..kernels.linear import LinearSlice, QuantizedLinear, is_divided, stock_modules
+from ..kernels.linear import LinearSlice, QuantizedLinear, is_sharded, stock_modules
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
 from ..kernels.linear.four_bit import Nvfp4Fp8Linear, Nvfp4Linear, Nvfp4NativeLinear, SvdNvfp4Linear
 
@@ -58,7 +58,7 @@ def save_quantized(pipe: Any, path: str | Path) -> None:
             "save_quantized", "weights are sharded over ranks.", "parallel without fsdp.", type(pipe).__name__
         )
     for name, layers in quantized.items():
-        if is_divided(models[name]):
+        if is_sharded(models[name]):
             raise Unsupported(
                 "save_quantized",
                 f"this rank holds shards of {name}'s layers.",

@@ -1,4 +1,8 @@
-"""Several processes for one command: it is run again in workers of torch's elastic launcher, each a rank."""
+"""Ranks of the command line: a command with `--parallel` runs again in workers of torch's elastic launcher.
+
+Every rank runs the whole command; rank 0 alone prints and saves. A process that a launcher has started is a rank
+already, and goes on.
+"""
 
 from __future__ import annotations
 
@@ -11,39 +15,42 @@ import torch
 import typer
 
 from ..config import AccelConfig
-from ..core.mesh import launched
+from ..core.mesh import world_size
 from .common import CommandError
 
 
 def read_parallel(text: str) -> list[str]:
-    """`"cfg=2,attn2d=2x2"` as settings: `["parallel.cfg=2", "parallel.attn2d=[2,2]"]`.
+    """Reads `"cfg=2,attn2d=2x2"` as settings: `["parallel.cfg=2", "parallel.attn2d=[2,2]"]`.
 
     Raises:
-        CommandError: It is not of that form.
+        CommandError: The text has another form.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(name and value for name, _, value in (part.partition("=") for part in parts)):
-        raise CommandError(f"--parallel {text}: write what is divided among how many, as in cfg=2,ulysses=2.")
+        raise CommandError(f"--parallel {text}: write names and numbers of ranks, as in cfg=2,ulysses=2.")
     # Rows and columns of a grid.
     return ["parallel." + re.sub(r"=(\d+)x(\d+)$", r"=[\1,\2]", part) for part in parts]
 
 
 def in_workers(config: AccelConfig, device: torch.device) -> None:
-    """Ends this process with workers' result, unless it is one of them: of ours, or of a launcher that has started the
-    command on every machine. A worker on GPUs takes its own.
+    """Runs the command in workers and exits with their result; in a worker, returns at once.
+
+    A worker is a process of ours, or of a launcher that has started the command on every machine. A worker on GPUs
+    selects the one with its LOCAL_RANK.
 
     Args:
-        config: What is asked for.
-        device: Where the work is to be done.
+        config: The configuration; without `parallel` nothing is done.
+        device: The device of the work.
 
     Raises:
-        CommandError: There are fewer GPUs here than ranks are asked for, or a launcher has started another number.
+        CommandError: This machine has fewer GPUs than `parallel` needs, or a launcher has started another number of
+            ranks.
     """
     if config.parallel is None:
         return
-    ranks, gpus, started = config.parallel.ranks, torch.cuda.device_count(), launched()
+    ranks, gpus, started = config.parallel.ranks, torch.cuda.device_count(), world_size()
     if started is not None:
-        if started != ranks and not (config.parallel.fsdp and ranks == 1):
+        if started != ranks and not config.parallel.any_world_size:
             raise CommandError(f"--parallel: {config.parallel.product} ranks, and {started} processes were started.")
         number = int(os.environ.get("LOCAL_RANK", "0"))
         if device.type == "cuda" and number >= gpus:
@@ -54,7 +61,7 @@ def in_workers(config: AccelConfig, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(number)
         return
-    if config.parallel.fsdp and config.parallel.ranks == 1:
+    if config.parallel.any_world_size:
         raise CommandError(
             "--parallel: fsdp alone does not say how many ranks there are; write another number beside it, as in "
             "fsdp=true,ulysses=2."
@@ -75,11 +82,11 @@ def in_workers(config: AccelConfig, device: torch.device) -> None:
     try:
         elastic_launch(launch, sys.executable)("-m", "diffusers_accel", *sys.argv[1:])
     except ChildFailedError as error:
-        # The worker has said why.
+        # The worker has printed its error.
         raise typer.Exit(2) from error
     raise typer.Exit(0)
 
 
 def first() -> bool:
-    """Whether this process is the one that speaks and saves."""
-    return int(os.environ.get("RANK", "0")) == 0 or launched() is None
+    """Whether this process prints and saves: rank 0, or one without a launcher."""
+    return int(os.environ.get("RANK", "0")) == 0 or world_size() is None

@@ -1,4 +1,4 @@
-"""The section `parallel`: how several ranks share the work."""
+"""The section `parallel`: the axes along which several ranks share one request."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from ..errors import ConfigError
 from .fields import Section, option
 
-EXCHANGES = ("auto", "windows", "messages")
-OTHERS = ("compute", "receive", "idle")
-PAYLOADS = ("auto", "fp8")
+COMMS = ("auto", "symm_mem", "collectives")
+IDLE_RANKS = ("compute", "receive", "idle")
+COMM_DTYPES = ("auto", "fp8")
 DIMS = ("height", "width")
 
 
@@ -22,10 +22,10 @@ def _ranks(means: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section):
-    """How many ranks share what. The product of all numbers is the number of processes that a launcher has started.
+    """The number of ranks along each axis. The product is the number of processes that a launcher has started.
 
     Raises:
-        ConfigError: A number is below 1, a word is unknown, or both `ring` and `attn2d` are asked for.
+        ConfigError: A number is below 1, a value is unknown, or both `ring` and `attn2d` are given.
     """
 
     cfg: int = _ranks("Ranks that share the branches of guidance.")
@@ -36,8 +36,7 @@ class ParallelConfig(Section):
     ulysses: int = _ranks("Ranks that share a sequence, each with all tokens of some attention heads.")
     async_ulysses: bool = option(
         True,
-        """Whether, in compiled blocks, shards are exchanged while what does not depend on them is computed, where they
-        go through windows.""",
+        """Whether compiled blocks overlap Ulysses' all-to-all with computation, if it goes over symmetric memory.""",
     )
     ring: int = _ranks("Ranks that share a sequence, keys and values passed on from rank to rank.")
     attn2d: tuple[int, int] = option(
@@ -49,49 +48,49 @@ class ParallelConfig(Section):
     )
     dp: int = _ranks("Ranks that share the samples of a batch.")
     vae: int = _ranks(
-        """Ranks that share the VAE's decoding and encoding, a strip of the picture each; all ranks or a divisor. No
-        factor of the product: the same ranks do it that share the denoiser's work."""
+        """Ranks that share the VAE's decoding and encoding, a strip of the picture each: all ranks, or a divisor of
+        their number. It is no factor of the product: the denoiser's ranks do it."""
     )
     vae_dim: str = option(
-        "height", """The dimension that the VAE's picture is divided along, `"height"` or `"width"`.""", choices=DIMS
+        "height", """The dimension along which the VAE's picture is sharded, `"height"` or `"width"`.""", choices=DIMS
     )
-    vae_others: str = option(
+    vae_idle_ranks: str = option(
         "compute",
-        """What ranks behind the first `vae` do when a picture is decoded or encoded: `"compute"` it too, as many
-        together; `"receive"` it from the first; or be `"idle"` and get zeros instead of a decoded picture, where one
-        rank alone saves it.""",
-        choices=OTHERS,
+        """The part of the ranks after the first `vae` ones in decoding and encoding. `"compute"`: each `vae` of them
+        do the same work. `"receive"`: they receive the result. `"idle"`: they get zeros instead of decoded pictures,
+        for scripts in which rank 0 alone saves them.""",
+        choices=IDLE_RANKS,
     )
-    exchange: str = option(
+    comm: str = option(
         "auto",
-        """The way that what ranks share takes, a sequence, sums of `tp=2`, a VAE's rows: by `"messages"`; through
-        `"windows"`, memory that GPUs of one machine write to directly; or `"auto"`, through windows where there are
-        any.""",
-        choices=EXCHANGES,
+        """Communication of shards of a sequence, sums of `tp=2` and a VAE's rows. `"collectives"`: the process
+        group's, of NCCL on GPUs and of Gloo on CPUs. `"symm_mem"`: symmetric memory, to which GPUs of one machine write
+        directly. `"auto"`: symmetric memory where it can be allocated, otherwise collectives.""",
+        choices=COMMS,
     )
-    payload: str = option(
+    comm_dtype: str = option(
         "auto",
-        """How Ulysses' shards travel: in the activations' own type (`"auto"`), or in `"fp8"`, e4m3 with a scale for
-        each token and head, for links that are slower than rounding.""",
-        choices=PAYLOADS,
+        """The dtype in which Ulysses communicates: that of the activations (`"auto"`), or `"fp8"`, e4m3 with a scale
+        for each token and head, for links that are slower than quantization.""",
+        choices=COMM_DTYPES,
     )
     fsdp: bool = option(
         False,
-        """Whether all ranks share the weights of the denoisers' and text encoders' blocks: each holds a part, and a
-        block's weights are put together while it runs. No factor of the product either; where the product is 1, any
-        number of processes will do, and each computes the whole request.""",
+        """Whether the weights of the denoisers' and text encoders' blocks are sharded among all ranks, and a block's
+        weights are gathered while it runs. It is no factor of the product; where the product is 1, any number of
+        processes will do, and each computes the whole request.""",
     )
 
     section: typing.ClassVar[str] = "parallel"
 
     @property
     def sequence(self) -> int:
-        """Ranks that have one sequence among them."""
+        """Ranks that share one sequence."""
         return self.ulysses * self.ring * math.prod(self.attn2d)
 
     @property
     def partial(self) -> bool:
-        """Whether partial results of attention are merged."""
+        """Whether keys are sharded, so that partial outputs of attention are merged."""
         return self.ring * math.prod(self.attn2d) > 1
 
     @property
@@ -103,16 +102,21 @@ class ParallelConfig(Section):
 
     @property
     def ranks(self) -> int:
-        """How many ranks there are; 1 may be any number where they share weights alone."""
+        """The product of all axes: the number of ranks, unless `any_world_size`."""
         return math.prod(self.sizes.values())
 
+    @property
+    def any_world_size(self) -> bool:
+        """Whether any number of ranks will do: they share weights and nothing else."""
+        return self.fsdp and self.ranks == 1
+
     def axes(self, world: int) -> dict[str, int]:
-        """`sizes` for so many processes: where they share weights alone, all stand along one axis."""
-        return {"dp": world} if self.fsdp and self.ranks == 1 else self.sizes
+        """`sizes` for a number of processes; ranks that share weights alone are along one axis."""
+        return {"dp": world} if self.any_world_size else self.sizes
 
     @property
     def product(self) -> str:
-        """The number of ranks, spelled out."""
+        """The product of all axes in words, for messages."""
         named = {"cfg": self.cfg, "tp": self.tp, "ulysses": self.ulysses, "ring": self.ring, "dp": self.dp}
         parts = [f"{name} {size}" for name, size in named.items() if size > 1]
         if math.prod(self.attn2d) > 1:
@@ -120,9 +124,9 @@ class ParallelConfig(Section):
         return f"{' x '.join(parts) or 'everything 1'} = {self.ranks}"
 
     def validate(self) -> None:
-        """Refuses two ways of dividing keys."""
+        """Refuses two axes that both shard keys."""
         if self.ring > 1 and math.prod(self.attn2d) > 1:
             raise ConfigError(
-                f"parallel.attn2d: ring={self.ring} and attn2d={list(self.attn2d)} both divide keys; take one of them, "
-                "with ulysses outside it if you like."
+                f"parallel.attn2d: ring={self.ring} and attn2d={list(self.attn2d)} both shard keys; take one of them, "
+                "with ulysses beside it if you like."
             )

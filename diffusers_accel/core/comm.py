@@ -1,79 +1,84 @@
-"""Collectives among the ranks of one group, as this package uses them: shards may differ in length, and none is padded.
+"""Collectives among the ranks of one group. Shards may differ in length, and none is padded.
 
-A length is divided among ranks as `torch.tensor_split` does it: the first ranks have one more where it does not divide.
-Every rank knows everybody's share without asking.
+Owns `Group`, a process group together with this process's rank in it, and hands it on to everything that communicates.
+Where symmetric memory is allocated for a group, data goes through it (`symm_collectives.py`); otherwise it goes through
+torch's collectives, NCCL's on GPUs and Gloo's on CPUs. A collective that not all ranks of the group call waits until
+the process group's timeout.
+
+A length is sharded as `torch.tensor_split` does it: the first ranks have one more where it does not divide. So every
+rank knows the sizes of all shards without asking.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import windowed
-from .windows import Windows
+from . import symm_collectives
+from .symm_mem import SymmetricMemory
 
 # Newer torch has another name for it, and warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def shares(length: int, ranks: int) -> list[int]:
-    """How many of `length` each rank has."""
+def shard_sizes(length: int, ranks: int) -> list[int]:
+    """The sizes of all ranks' shards of `length`, in the order of ranks."""
     whole, more = divmod(length, ranks)
     return [whole + (rank < more) for rank in range(ranks)]
 
 
 class Group:
-    """Some of the ranks, in order.
+    """A process group, and this process's rank in it.
 
     Args:
-        handle: The process group; `None` for a rank alone.
-        ranks: Their global ranks.
-        rank: Which of them this process is, from 0.
+        handle: torch's process group; `None` for a group of one rank.
+        ranks: The members' global ranks, in order.
+        rank: This process's rank in the group, from 0.
 
     Attributes:
-        windows: Memory that they share, if there is any: shards and sums go through it then.
+        symm_mem: The group's symmetric memory; `None` where there is none. Shards and sums go through it.
     """
 
     def __init__(self, handle: Any, ranks: Sequence[int], rank: int):
         self.handle, self.ranks, self.rank = handle, tuple(ranks), rank
-        self.windows: Windows | None = None
+        self.symm_mem: SymmetricMemory | None = None
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return len(self.ranks)
 
-    def part(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's share of a tensor that all ranks have whole; a view."""
-        counts = shares(x.shape[dim], self.size)
-        return x.narrow(dim, sum(counts[: self.rank]), counts[self.rank])
+    def shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's shard, along `dim`, of a tensor that is replicated on all ranks; a view."""
+        sizes = shard_sizes(x.shape[dim], self.size)
+        return x.narrow(dim, sum(sizes[: self.rank]), sizes[self.rank])
 
-    def exchange(
+    def all_to_all(
         self,
         sends: Sequence[Sequence[torch.Tensor]],
-        like: Sequence[Sequence[Sequence[int]]],
-        largest: Sequence[Sequence[int]] | None = None,
+        recv_shapes: Sequence[Sequence[Sequence[int]]],
+        max_shapes: Sequence[Sequence[int]] | None = None,
     ) -> list[list[torch.Tensor]]:
-        """All to all, in one message from each rank to each: the n-th of `sends` goes to the n-th rank.
+        """Sends the n-th item of `sends` to the n-th rank, in one message from each rank to each.
 
         Args:
-            sends: Tensors for each rank, all of one type.
-            like: The shapes of what each rank sends here.
-            largest: Shapes that are as large as what any rank sends to any other, or larger. With them it may go
-                through windows.
+            sends: A list of tensors for each rank, all of one dtype.
+            recv_shapes: For each rank, the shapes of the tensors that it sends to this one.
+            max_shapes: Shapes at least as large as those of any message between two ranks, the same on all ranks. They
+                allow symmetric memory to be used.
 
         Returns:
-            What each rank sent, parts of one buffer; in a window, if `largest` is given, and to be read before the
-            exchange after the next one of this group begins, and before `rest`.
+            A list of tensors from each rank, views of one buffer. With `max_shapes` the buffer may be symmetric memory:
+            then they must be read before this group's collective after the next one begins, and before `rewind`.
         """
         if self.size == 1:
             return [list(sends[0])]
-        if self.windows is not None and largest is not None:
-            return windowed.exchange(self, self.windows, sends, like, largest)
+        if self.symm_mem is not None and max_shapes is not None:
+            return symm_collectives.all_to_all(self, sends, recv_shapes, max_shapes)
         counts = [[item.numel() for item in items] for items in sends]
         flat = sends[0][0].new_empty(sum(map(sum, counts)))
         # Straight into the buffer, whatever the strides: one pass.
@@ -82,140 +87,142 @@ class Group:
             strict=True,
         ):  # fmt: skip
             place.view(item.shape).copy_(item)
-        sizes = [[math.prod(shape) for shape in shapes] for shapes in like]
+        sizes = [[math.prod(shape) for shape in shapes] for shapes in recv_shapes]
         found = flat.new_empty(sum(map(sum, sizes)))
         dist.all_to_all_single(found, flat, list(map(sum, sizes)), list(map(sum, counts)), group=self.handle)
         parts = iter(found.split([size for each in sizes for size in each]))
-        return [[next(parts).view(*shape) for shape in shapes] for shapes in like]
+        return [[next(parts).view(*shape) for shape in shapes] for shapes in recv_shapes]
 
     def reshard(
         self,
         tensors: Sequence[torch.Tensor],
-        away: int,
-        counts: Sequence[Sequence[int]],
-        toward: int,
-        lengths: Sequence[Sequence[int]],
-        passing: bool = False,
+        scatter_dim: int,
+        scatter_sizes: Sequence[Sequence[int]],
+        gather_dim: int,
+        gather_sizes: Sequence[Sequence[int]],
+        transient: bool = False,
     ) -> list[torch.Tensor]:
-        """Tensors divided along one dimension, divided along another instead: each rank has its share of `toward` and
-        all of `away`, and then all of `toward` and its share of `away`.
+        """Turns tensors that are sharded along `gather_dim` into tensors that are sharded along `scatter_dim`.
 
         Args:
-            tensors: This rank's, all of one type.
-            away: The dimension that is divided afterwards.
-            counts: Of each tensor, how much of it each rank gets.
-            toward: The dimension that is divided now.
-            lengths: Of each tensor, how much of it each rank has.
-            passing: Whether the results are read before the next exchange of this group begins. They may lie in a
-                window then, which the one after it writes to.
+            tensors: This rank's shards, all of one dtype; `scatter_dim` is whole in them.
+            scatter_dim: The dimension that is sharded afterwards.
+            scatter_sizes: For each tensor, the size of `scatter_dim` on each rank afterwards.
+            gather_dim: The dimension that is sharded now and whole afterwards.
+            gather_sizes: For each tensor, the size of `gather_dim` on each rank now.
+            transient: Whether the results are read before this group's next collective begins. They may lie in
+                symmetric memory then, which the collective after it overwrites.
         """
         if self.size == 1:
             return list(tensors)
         shapes = [
-            [_with(x.shape, {away: count[rank], toward: sum(length)}) for x, count, length in
-             zip(tensors, counts, lengths, strict=True)]
+            [_with(x.shape, {scatter_dim: sizes[rank], gather_dim: sum(lengths)}) for x, sizes, lengths in
+             zip(tensors, scatter_sizes, gather_sizes, strict=True)]
             for rank in range(self.size)
         ]  # fmt: skip
-        parts = [x.split(list(count), away) for x, count in zip(tensors, counts, strict=True)]
-        if self.windows is None:
+        parts = [x.split(list(sizes), scatter_dim) for x, sizes in zip(tensors, scatter_sizes, strict=True)]
+        if self.symm_mem is None:
             sends = [[part[rank] for part in parts] for rank in range(self.size)]
-            like = [
-                [_with(shape, {toward: length[rank]}) for shape, length in
-                 zip(shapes[self.rank], lengths, strict=True)]
+            recv_shapes = [
+                [_with(shape, {gather_dim: sizes[rank]}) for shape, sizes in
+                 zip(shapes[self.rank], gather_sizes, strict=True)]
                 for rank in range(self.size)
             ]  # fmt: skip
-            found = self.exchange(sends, like)
-            return [torch.cat([items[which] for items in found], toward) for which in range(len(tensors))]
-        return windowed.reshard(self, self.windows, tensors, shapes, parts, toward, lengths, passing)
+            found = self.all_to_all(sends, recv_shapes)
+            return [torch.cat([items[index] for items in found], gather_dim) for index in range(len(tensors))]
+        return symm_collectives.reshard(self, tensors, shapes, parts, gather_dim, gather_sizes, transient)
 
-    def gather(
-        self, x: torch.Tensor, dim: int, lengths: Sequence[int] | None = None, passing: bool = False
+    def all_gather(
+        self, x: torch.Tensor, dim: int, sizes: Sequence[int] | None = None, transient: bool = False
     ) -> list[torch.Tensor]:
-        """Everybody's shard.
+        """The shards of all ranks, in the order of ranks.
 
         Args:
-            x: This rank's.
-            dim: The dimension in which they may differ.
-            lengths: Of each rank's shard in that dimension; as long as this rank's if `None`.
-            passing: As in `reshard`; `rest` is to follow.
+            x: This rank's shard.
+            dim: The dimension in which shards may differ.
+            sizes: The size of each rank's shard in that dimension; `None` if all are as long as this rank's.
+            transient: Whether the results are read before this group's next collective begins. They may lie in
+                symmetric memory then, and `rewind` must be called once they are read.
         """
         if self.size == 1:
             return [x]
         dim %= x.ndim
-        lengths = [x.shape[dim]] * self.size if lengths is None else lengths
-        most = max(lengths)
-        if self.windows is not None:
-            shapes = [[_with(x.shape, {dim: length})] for length in lengths]
-            largest = [_with(x.shape, {dim: most})]
-            come = windowed.exchange(self, self.windows, [[x]] * self.size, shapes, largest)
-            if passing:
-                return [each for (each,) in come]
-            kept = [each if rank == self.rank else each.clone() for rank, (each,) in enumerate(come)]
-            self.rest()
+        sizes = [x.shape[dim]] * self.size if sizes is None else sizes
+        longest = max(sizes)
+        if self.symm_mem is not None:
+            shapes = [[_with(x.shape, {dim: size})] for size in sizes]
+            max_shapes = [_with(x.shape, {dim: longest})]
+            received = symm_collectives.all_to_all(self, [[x]] * self.size, shapes, max_shapes)
+            if transient:
+                return [each for (each,) in received]
+            kept = [each if rank == self.rank else each.clone() for rank, (each,) in enumerate(received)]
+            self.rewind()
             return kept
-        # Along the first dimension, so that what comes from each rank lies in one piece; the longest decides.
+        # Along the first dimension, so that each rank's shard is contiguous; all are sent as long as the longest.
         moved = x.movedim(dim, 0)
         sent = moved.contiguous()
-        if len(moved) < most:
-            sent = torch.cat([sent, sent.new_zeros((most - len(moved), *sent.shape[1:]))])
-        found = sent.new_empty((self.size * most, *sent.shape[1:]))
+        if len(moved) < longest:
+            sent = torch.cat([sent, sent.new_zeros((longest - len(moved), *sent.shape[1:]))])
+        found = sent.new_empty((self.size * longest, *sent.shape[1:]))
         _all_gather(found, sent, group=self.handle)
-        return [found[rank * most : rank * most + length].movedim(0, dim) for rank, length in enumerate(lengths)]
+        return [found[rank * longest : rank * longest + size].movedim(0, dim) for rank, size in enumerate(sizes)]
 
-    def gather_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Everybody's shard, all of one length, one behind the other in memory that is there.
+    def all_gather_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Writes the shards of all ranks, which have one length, one after another into `out`.
 
         Args:
-            out: (ranks x length,), written to.
+            out: (ranks * length,), contiguous; overwritten.
             x: This rank's shard, (length,).
         """
         _all_gather(out, x, group=self.handle)
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of everybody's tensor; `x` may be written to."""
-        if self.windows is not None and self._swaps(x):
-            return windowed.total(self, self.windows, x)
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors; `x` may be overwritten, and may be what is returned."""
+        if self.symm_mem is not None and self._reduces_in_symm_mem(x):
+            return symm_collectives.all_reduce_copy(self, x)
         if self.size > 1:
             dist.all_reduce(x, group=self.handle)
         return x
 
-    def _swaps(self, x: torch.Tensor) -> bool:
-        """Whether a tensor's sum goes through windows, if there are any."""
-        return self.size == 2 and x.nbytes >= windowed.SUMMED
+    def _reduces_in_symm_mem(self, x: torch.Tensor) -> bool:
+        """Whether a tensor is summed over symmetric memory, where the group has any."""
+        return self.size == 2 and x.nbytes >= symm_collectives.ALL_REDUCE_MIN_BYTES
 
-    def total(self, x: torch.Tensor) -> torch.Tensor:
-        """The same as a new tensor, whose values lie in order."""
-        if self.windows is None or not self._swaps(x):
+    def all_reduce_copy(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors as a new contiguous tensor; `x` stays as it is."""
+        if self.symm_mem is None or not self._reduces_in_symm_mem(x):
             x = x.clone(memory_format=torch.contiguous_format)
-        return self.sum(x)
+        return self.all_reduce(x)
 
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
-        """`x` with the values that the `source`-th rank has; it is written to."""
+        """Overwrites `x` with the tensor of the group's rank `source`, and returns it."""
         if self.size > 1:
             dist.broadcast(x, self.ranks[source], group=self.handle)
         return x
 
-    def pass_on(
+    def ring_rotate(
         self,
         tensors: Sequence[torch.Tensor],
-        like: Sequence[Sequence[int]],
-        largest: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[list[torch.Tensor], Any]:
-        """Begins to send tensors to the next rank and to receive the previous one's.
+        recv_shapes: Sequence[Sequence[int]],
+        max_shapes: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[list[torch.Tensor], Callable[[], None]]:
+        """Begins to send tensors to the next rank and to receive the previous rank's.
 
         Args:
-            tensors: What the next rank is to have.
-            like: The shapes of what the previous rank sends.
-            largest: As in `exchange`, and so is what comes.
+            tensors: This rank's tensors.
+            recv_shapes: The shapes of the previous rank's tensors.
+            max_shapes: Shapes at least as large as those of any rank's tensors, the same on all ranks. They allow
+                symmetric memory to be used, and results to lie in it as those of `all_to_all`.
 
         Returns:
-            What comes, and a function to be called before it is read or `tensors` are written to.
+            The previous rank's tensors, and a function that waits. It must be called before they are read, and before
+            `tensors` are overwritten.
         """
-        if self.windows is not None and largest is not None:
-            return windowed.pass_on(self, self.windows, tensors, like, largest)
+        if self.symm_mem is not None and max_shapes is not None:
+            return symm_collectives.ring_rotate(self, tensors, recv_shapes, max_shapes)
         following = self.ranks[(self.rank + 1) % self.size]
         previous = self.ranks[(self.rank - 1) % self.size]
-        found = [item.new_empty(tuple(shape)) for item, shape in zip(tensors, like, strict=True)]
+        found = [item.new_empty(tuple(shape)) for item, shape in zip(tensors, recv_shapes, strict=True)]
         work = []
         for tag, (item, place) in enumerate(zip(tensors, found, strict=True)):
             work.append(dist.P2POp(dist.isend, item.contiguous(), following, self.handle, tag))
@@ -225,19 +232,24 @@ class Group:
         def wait() -> None:
             for request in requests:
                 request.wait()
-            # Till then what is on its way keeps its memory.
+            # Until here the tensors that are sent keep their memory.
             work.clear()
 
         return found, wait
 
-    def rest(self) -> None:
-        """Ends what a graph may record: a number of exchanges, when what has come in windows is read."""
-        if self.windows is not None:
-            self.windows.rest()
+    def rewind(self) -> None:
+        """Makes the next collective begin with the first symmetric buffer; all results in them must have been read.
 
-    def objects(self, value: Any) -> list[Any]:
-        """Everybody's value, for small things that Python must know. Waits for the device where the group has no
-        other way than through it."""
+        Every operation that a CUDA graph may record ends with it (`SymmetricMemory.rewind`).
+        """
+        if self.symm_mem is not None:
+            self.symm_mem.rewind()
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The values of all ranks, for small objects that Python must know.
+
+        Waits for the device where the process group sends over it alone.
+        """
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -246,5 +258,5 @@ class Group:
 
 
 def _with(shape: Sequence[int], sizes: Mapping[int, int]) -> tuple[int, ...]:
-    """A shape with other sizes of some dimensions."""
+    """A shape with other sizes of some dimensions (dimension -> size)."""
     return tuple(sizes.get(dim, size) for dim, size in enumerate(shape))

@@ -1,13 +1,13 @@
-"""The mesh: which rank does what.
+"""The process group, and the mesh of its ranks.
 
-Ranks are the points of a box whose axes are the ways to divide work. From the outside, where ranks talk least, to the
-inside, where they talk most: data, guidance, tensor parallelism, ring or the rows and columns of Attention2D, Ulysses.
-So neighbouring ranks, which share a machine and its fast links, are Ulysses' and rings cross machines before it does.
-Tensor parallelism stands outside a sequence's ranks for their sake: they are neighbours, and hold one shard of the
-weights.
+Owns the start of the process group, the device of this rank, and `Mesh`, which hands on one `comm.Group` for each axis.
+The axes are, from the outside, where ranks communicate least, to the inside, where they communicate most: data
+parallelism, CFG parallelism, tensor parallelism, ring or the rows and columns of Attention2D, Ulysses. So neighbouring
+ranks, which share a machine and its fast links, are those of Ulysses, and a ring crosses machines before Ulysses does.
+Tensor parallelism is outside the axes of a sequence, whose ranks are neighbours and hold one shard of the weights.
 
-The process group is the process's own: if a launcher has said who this process is and nobody has begun one, it is begun
-here, and it stays.
+The process group is the process's own: where a launcher has set its variables and the script has not started one, it is
+started here, and it stays. All ranks must make the same meshes in the same order, or they wait for each other.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import datetime
 import functools
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,26 +26,47 @@ from .comm import Group
 
 # From the outside to the inside.
 AXES = ("dp", "cfg", "tp", "ring", "row", "column", "ulysses")
-# The axes along which a sequence is divided.
+# The axes along which a sequence is sharded.
 SEQUENCE = ("ring", "row", "column", "ulysses")
-# A collective that has not ended by then is given up, with an error on every rank.
+# A collective that has not ended by then raises on every rank.
 TIMEOUT = datetime.timedelta(minutes=10)
-# What a launcher tells a process.
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# The variables of a launcher, as `torchrun` sets them.
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def launched() -> int | None:
-    """How many processes work together; `None` if nobody has said."""
+def world_size() -> int | None:
+    """The number of ranks, by the process group or by the launcher's variables; `None` without both."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _LAUNCHED) else None
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _LAUNCHER_VARIABLES) else None
 
 
-def begin(device: str) -> None:
-    """Begins the process group that the launcher has described, if nobody has.
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables with which a launcher on one machine tells a process its rank.
 
     Args:
-        device: Type of the device that tensors are on.
+        rank: The process's rank.
+        ranks: The number of processes.
+        port: A free TCP port of this machine, the same for all of them.
+    """
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    """A free TCP port of this machine, for ranks to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init_process_group(device: str) -> None:
+    """Starts the process group that the launcher's variables describe, unless there is one.
+
+    Args:
+        device: Device type of the tensors: `"cuda"` gets NCCL with Gloo beside it, anything else Gloo.
     """
     if dist.is_initialized():
         return
@@ -53,23 +75,26 @@ def begin(device: str) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
 
 
-def own_gpu() -> torch.device:
-    """This rank's GPU: the one that the script has chosen, or else the one that the launcher counts."""
-    chosen, place = torch.cuda.current_device(), int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", place if chosen == 0 and place < torch.cuda.device_count() else chosen)
+def rank_device() -> torch.device:
+    """This rank's GPU: the current one if the script has chosen it, otherwise the one numbered LOCAL_RANK."""
+    current, local_rank = torch.cuda.current_device(), int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local_rank if current == 0 and local_rank < torch.cuda.device_count() else current)
 
 
-def everyone() -> Group:
-    """All ranks."""
+def world_group() -> Group:
+    """The group of all ranks."""
     return Group(dist.group.WORLD, range(dist.get_world_size()), dist.get_rank())
 
 
 class Mesh:
-    """The groups of one division of all ranks.
+    """A mesh of all ranks, with a group for each axis.
 
     Args:
-        sizes: Axis -> number of ranks along it; axes left out have one. Their product is the number of ranks.
-        device: Type of the device that tensors are on.
+        sizes: Axis -> number of ranks along it; missing axes have one. The product is the number of ranks.
+        device: Device type of the tensors.
+
+    Attributes:
+        coordinates: Axis -> this rank's coordinate along it.
     """
 
     def __init__(self, sizes: Mapping[str, int], device: str):
@@ -78,64 +103,74 @@ class Mesh:
         self.device_mesh = _device_mesh(dist.group.WORLD, device, tuple(self.sizes.items()))
         coordinates = self.device_mesh.get_coordinate()
         assert coordinates is not None and self.device_mesh.mesh_dim_names is not None
-        self.place = dict.fromkeys(AXES, 0) | dict(zip(self.device_mesh.mesh_dim_names, coordinates, strict=True))
+        names = self.device_mesh.mesh_dim_names
+        self.coordinates = dict.fromkeys(AXES, 0) | dict(zip(names, coordinates, strict=True))
         self._groups: dict[str, Group] = {}
 
     def group(self, axis: str) -> Group:
-        """The ranks along one axis that this one is among; one object for all who ask."""
+        """The group of this rank along one axis; every call returns the same object."""
         if axis not in self._groups:
             alone = self.sizes[axis] == 1
             handle = None if alone else self.device_mesh.get_group(axis)
             ranks = (dist.get_rank(),) if alone else dist.get_process_group_ranks(handle)
-            self._groups[axis] = Group(handle, ranks, self.place[axis])
+            self._groups[axis] = Group(handle, ranks, self.coordinates[axis])
         return self._groups[axis]
 
     def sequence(self) -> Group:
-        """The ranks that have one sequence among them, in the order of their shards."""
+        """The group of the ranks that share this rank's sequence, in the order of their shards."""
         size = 1
         for axis in SEQUENCE:
             size *= self.sizes[axis]
-        # They are innermost, so neighbours.
-        return self.neighbours(size)
+        # These axes are innermost, so the ranks are consecutive.
+        return self.consecutive(size)
 
-    def neighbours(self, size: int) -> Group:
-        """Every `size` ranks in a row; the group that this one is in."""
+    def consecutive(self, size: int) -> Group:
+        """The group of `size` consecutive ranks that this rank is in; `size` divides the number of ranks."""
         if size == 1:
             return Group(None, (dist.get_rank(),), 0)
-        handle = _neighbours(dist.group.WORLD, self.device, size).get_group("inner")
+        handle = _consecutive(dist.group.WORLD, self.device, size).get_group("inner")
         return Group(handle, dist.get_process_group_ranks(handle), dist.get_rank() % size)
 
-    def beside(self) -> Group:
-        """All ranks that have the same part of each weight (all, without tensor parallelism), over connections of their
-        own: what others send waits for nothing that is sent there."""
+    def fsdp_group(self) -> Group:
+        """The group of the ranks that have the same tensor-parallel shard of each weight, for FSDP.
+
+        It has connections of its own, so that weights on their way do not wait for activations.
+        """
         rank, inside = dist.get_rank(), 1
         for axis in AXES[AXES.index("tp") + 1 :]:
             inside *= self.sizes[axis]
-        parts = tuple(other // inside % self.sizes["tp"] for other in range(dist.get_world_size()))
-        ranks = [other for other, part in enumerate(parts) if part == parts[rank]]
-        return Group(_beside(dist.group.WORLD, parts)[parts[rank]], ranks, ranks.index(rank))
+        shards = tuple(other // inside % self.sizes["tp"] for other in range(dist.get_world_size()))
+        ranks = [other for other, shard in enumerate(shards) if shard == shards[rank]]
+        return Group(_fsdp_groups(dist.group.WORLD, shards)[shards[rank]], ranks, ranks.index(rank))
 
 
-# Groups are the process's, and each costs a connection: made once.
+# Process groups live as long as the process, and each costs connections: they are made once.
 @functools.cache
 def _device_mesh(world: Any, device: str, sizes: tuple[tuple[str, int], ...]) -> Any:
-    """Of the axes that have several ranks. A group of one rank would have threads too, and Gloo's look for messages a
-    hundred times a second."""
+    """The device mesh of the axes that have several ranks.
+
+    A group of one rank would have threads too, and Gloo's poll for messages a hundred times a second.
+    """
     from torch.distributed.device_mesh import init_device_mesh
 
-    divided = {axis: size for axis, size in sizes if size > 1} or {AXES[-1]: 1}
-    return init_device_mesh(device, tuple(divided.values()), mesh_dim_names=tuple(divided))
+    sharded = {axis: size for axis, size in sizes if size > 1} or {AXES[-1]: 1}
+    return init_device_mesh(device, tuple(sharded.values()), mesh_dim_names=tuple(sharded))
 
 
 @functools.cache
-def _beside(world: Any, parts: tuple[int, ...]) -> list[Any]:
-    """A group for each number in `parts`, of the ranks that have it. All ranks make all of them."""
-    members = ([rank for rank, other in enumerate(parts) if other == part] for part in sorted(set(parts)))
+def _fsdp_groups(world: Any, shards: tuple[int, ...]) -> list[Any]:
+    """A process group for each tensor-parallel shard; all ranks make all of them.
+
+    Args:
+        world: The process group of all ranks, part of the cache's key.
+        shards: Each rank's tensor-parallel shard.
+    """
+    members = ([rank for rank, other in enumerate(shards) if other == shard] for shard in sorted(set(shards)))
     return [dist.new_group(ranks, timeout=TIMEOUT) for ranks in members]
 
 
 @functools.cache
-def _neighbours(world: Any, device: str, size: int) -> Any:
+def _consecutive(world: Any, device: str, size: int) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
 
     return DeviceMesh(device, torch.arange(dist.get_world_size()).view(-1, size), mesh_dim_names=("outer", "inner"))

@@ -1,15 +1,15 @@
-"""How noisy each step of a schedule is, read off the pipeline's scheduler, whichever family it is of."""
+"""The fraction of noise at each step of a schedule, from a scheduler of any family."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def noise_shares(scheduler: Any) -> list[float] | None:
-    """The share of noise s / (a + s) of latents a x + s n at every timestep; `None` if the scheduler does not tell.
+def noise_fractions(scheduler: Any) -> list[float] | None:
+    """The fraction of noise s / (a + s) in latents a x + s n, at every timestep; `None` for an unknown scheduler.
 
-    Flow matching has a = 1 - s, so its sigmas are the shares. Sigmas above 1 are those of x + sigma n. Schedulers that
-    keep no sigmas (DDIM, DDPM) have the squares of a by training timestep. Reads from the device once.
+    Flow matching has a = 1 - s, so its sigmas are the fractions. Sigmas above 1 belong to latents x + sigma n.
+    Schedulers that keep no sigmas (DDIM, DDPM) have the squares of a by training timestep. Reads from the device once.
     """
     sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
     if timesteps is None:

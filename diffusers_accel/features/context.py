@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from ..config import AccelConfig
-from ..core.mesh import own_gpu
+from ..core.mesh import rank_device
 from ..core.platform import Device, describe
 from ..core.step import StepClock, StepState
 from ..core.submodules import submodules
-from ..core.windows import Windows
+from ..core.symm_mem import SymmetricMemory
 from ..models import Adapter, Stack
 
 # Devices whose graphs are worth rewriting: it saves passes over memory, in kernels made for GPUs.
@@ -105,13 +105,16 @@ class FeatureOutputs:
         observed_blocks: From `cache` to `cuda_graph`. (denoiser, id of a block) whose input is read from outside the
             block, besides each stack's first.
         graph_keys: From `attention` and `compile` to `cuda_graph`. Functions whose values tell graph variants apart.
-        attention_carriers: From `parallel` to `attention` and `compile`. (denoiser, last part of an attention module's
-            name) -> the function that carries its calls between ranks.
-        reduce: From `parallel` to `cache`. Sums a tensor over the ranks that share a forward; `None` for a single rank.
-        windows: From `parallel` to its own check of inputs. Each group's memory that peers write to.
-        gathered: From `weights` to `cache`. A context within which a block's weights are whole; every rank that shares
-            them must enter it at once.
-        sharded_bytes: From `weights` to `stats`. Component -> bytes of its blocks' weights on this rank.
+        context_parallel: From `parallel` to `attention` and `compile`. (denoiser, last part of an attention module's
+            name) -> context parallelism for the module's calls.
+        all_reduce: From `parallel` and `fsdp` to `cache`. Sums a tensor over the ranks that share a forward; `None` for
+            a single rank.
+        symm_mem: From `parallel` to its own check of inputs. The symmetric memory of every group that has any.
+        unsharded: From `fsdp` to `cache`. A context within which a block's weights are whole; all ranks that shard them
+            must enter it together.
+        rank_device: From the process group to the session's check of a request. Whether the launcher decides this
+            rank's device, so that a move to another device is no reason to choose again.
+        sharded_bytes: From `fsdp` to `stats`. Component -> bytes of its blocks' weights on this rank.
         graphs: From `cuda_graph` to `stats`. Objects with `captured`, and with `replays` of the last request.
         modulations: From `compile` to `stats`. Objects with the number of `layers`, and with `missed` of the last
             request.
@@ -121,10 +124,11 @@ class FeatureOutputs:
     request_hooks: list[Callable[[Any], None]] = field(default_factory=list)
     observed_blocks: set[tuple[str, int]] = field(default_factory=set)
     graph_keys: list[Callable[[], Hashable]] = field(default_factory=list)
-    attention_carriers: dict[tuple[str, str], Callable[..., torch.Tensor]] = field(default_factory=dict)
-    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
-    windows: list[Windows] = field(default_factory=list)
-    gathered: Callable[[nn.Module], AbstractContextManager[Any]] = lambda block: nullcontext()
+    context_parallel: dict[tuple[str, str], Callable[..., torch.Tensor]] = field(default_factory=dict)
+    all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+    symm_mem: list[SymmetricMemory] = field(default_factory=list)
+    unsharded: Callable[[nn.Module], AbstractContextManager[Any]] = lambda block: nullcontext()
+    rank_device: bool = False
     sharded_bytes: dict[str, int] = field(default_factory=dict)
     graphs: list[Any] = field(default_factory=list)
     modulations: list[Any] = field(default_factory=list)
@@ -168,8 +172,8 @@ class PipelineContext:
         return compile is not None and (compile.mode != "auto" or on_cuda)
 
     @property
-    def shares_weights(self) -> bool:
-        """Whether ranks share, or are to share, the weights of blocks."""
+    def fsdp(self) -> bool:
+        """Whether the weights of blocks are, or are to be, sharded among ranks."""
         parallel = self.config.parallel if self.config is not None else None
         return parallel is not None and parallel.fsdp
 
@@ -190,7 +194,7 @@ class PipelineContext:
             return torch.device(self.device.type)
         first = self.denoisers[0]
         now = next(first.module.parameters()).device
-        return own_gpu() if now.type == "cpu" and first.device.type == "cuda" else now
+        return rank_device() if now.type == "cpu" and first.device.type == "cuda" else now
 
     @property
     def blocks(self) -> int:

@@ -31,7 +31,7 @@ from ..kernels.linear import (
     LinearProxy,
     LinearSlice,
     QuantizedLinear,
-    whole_of,
+    unsharded_layer,
 )
 from ..models.adapter import default_adapter
 from .context import Denoiser, PipelineContext
@@ -288,7 +288,7 @@ def _plan(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearKer
     uses = Counter(id(item) for _, item in denoiser.module.named_parameters(remove_duplicate=False))
     for path, parent, name, module in _linears(denoiser):
         # The decision is by the whole layer: it must not depend on the number of ranks that share it.
-        whole = whole_of(module)
+        whole = unsharded_layer(module)
         smaller_side, sharded = min(whole.in_features, whole.out_features), whole is not module
         module = _stock_layer(denoiser, path, module)
         algo = next((algo for glob, algo in (config.plan or {}).items() if denoiser.matches(path, glob)), None)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sequence import SequencePlan
-from .tensor import TensorPlan
+from .sequence import SequenceShardingPlan
+from .tensor_parallel import TensorParallelPlan
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ class Adapter:
     value_only_processors: tuple[str, ...] = ()
     unquantized_ends: tuple[int, int] = (0, 0)
     max_unquantized_features: int = 512
-    sequence: SequencePlan | None = None
-    tensor: TensorPlan | None = None
+    sequence: SequenceShardingPlan | None = None
+    tensor: TensorParallelPlan | None = None
     default: bool = False
 
     def __post_init__(self) -> None:

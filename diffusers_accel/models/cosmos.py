@@ -8,8 +8,15 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
-from .sequence import Along, Attends, SequencePlan
-from .tensor import HEADS, TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .tensor_parallel import (
+    HEADS,
+    TensorParallelPlan,
+    attention_columns,
+    attention_rows,
+    feed_forward_columns,
+    feed_forward_rows,
+)
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -26,20 +33,20 @@ def _row(checkpoint: Checkpoint) -> str | None:
 
 _OWN = ("hidden_states",)
 
-_SEQUENCE = SequencePlan(
+_SEQUENCE = SequenceShardingPlan(
     streams={"hidden_states": 1},
-    attention={"attn1": Attends(_OWN, _OWN), "attn2": Attends(_OWN, ())},
+    attention={"attn1": AttentionStreams(_OWN, _OWN), "attn2": AttentionStreams(_OWN, ())},
     arguments={
-        "image_rotary_emb": Along(0, _OWN),
-        "embedded_timestep": Along(1, _OWN, ndim=3),
-        "temb": Along(1, _OWN, ndim=3),
-        "extra_pos_emb": Along(1, _OWN),
-        "controlnet_residual": Along(1, _OWN),
+        "image_rotary_emb": TokenDim(0, _OWN),
+        "embedded_timestep": TokenDim(1, _OWN, ndim=3),
+        "temb": TokenDim(1, _OWN, ndim=3),
+        "extra_pos_emb": TokenDim(1, _OWN),
+        "controlnet_residual": TokenDim(1, _OWN),
     },
 )
 
 # Predict2.5 attends to an image beside the text, and reads its channels from `out_dim`.
-_TENSOR = TensorPlan(
+_TENSOR = TensorParallelPlan(
     columns={
         **attention_columns("attn1", "attn2"),
         **{f"attn2.{name}_img": (HEADS,) for name in "qkv"},

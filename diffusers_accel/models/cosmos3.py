@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Stack
-from .sequence import Along, Attends, SequencePlan
-from .tensor import FEATURES, HEADS, KEY_HEADS, TensorPlan, attention_columns, attention_rows
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .tensor_parallel import FEATURES, HEADS, KEY_HEADS, TensorParallelPlan, attention_columns, attention_rows
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -28,16 +28,16 @@ def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[tor
 
 
 # The few tokens of the understanding stream attend to themselves alone, causally; every rank has all of them.
-_SEQUENCE = SequencePlan(
+_SEQUENCE = SequenceShardingPlan(
     streams={"gen_seq": 0},
-    attention={"self_attn": Attends(("gen_seq",), ("gen_seq",), shared=True)},
-    arguments={"rotary_emb": (None, None, Along(0, ("gen_seq",)), Along(0, ("gen_seq",)))},
+    attention={"self_attn": AttentionStreams(("gen_seq",), ("gen_seq",), replicated_keys=True)},
+    arguments={"rotary_emb": (None, None, TokenDim(0, ("gen_seq",)), TokenDim(0, ("gen_seq",)))},
     gathered=("gen_seq",),
 )
 
 _STREAMS = ("mlp", "mlp_moe_gen")
 
-_TENSOR = TensorPlan(
+_TENSOR = TensorParallelPlan(
     columns={
         **attention_columns("self_attn", keys=KEY_HEADS),
         **{f"{name}.{layer}": (FEATURES,) for name in _STREAMS for layer in ("gate_proj", "up_proj")},

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, grid_of_ids, unpacked
-from .sequence import Along, Attends, SequencePlan
-from .tensor import (
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .tensor_parallel import (
     FEATURES,
     HEADS,
-    TensorPlan,
+    TensorParallelPlan,
     attention_columns,
     attention_rows,
     feed_forward_columns,
@@ -61,19 +61,19 @@ _MAG_ROWS = {
 
 _JOINT = ("encoder_hidden_states", "hidden_states")
 
-_SEQUENCE = SequencePlan(
+_SEQUENCE = SequenceShardingPlan(
     streams={"encoder_hidden_states": 1, "hidden_states": 1},
-    attention={"attn": Attends(_JOINT, _JOINT)},
-    arguments={"image_rotary_emb": Along(0, _JOINT)},
+    attention={"attn": AttentionStreams(_JOINT, _JOINT)},
+    arguments={"image_rotary_emb": TokenDim(0, _JOINT)},
     inputs={
-        "controlnet_block_samples": Along(1, ("hidden_states",)),
-        "controlnet_single_block_samples": Along(1, ("hidden_states",)),
+        "controlnet_block_samples": TokenDim(1, ("hidden_states",)),
+        "controlnet_single_block_samples": TokenDim(1, ("hidden_states",)),
     },
     gathered_before="norm_out",
 )
 
 # The last layer of a single-stream block reads attention and feed-forward concatenated.
-_TENSOR = TensorPlan(
+_TENSOR = TensorParallelPlan(
     columns={**attention_columns("attn"), **feed_forward_columns("ff", "ff_context"), "proj_mlp": (FEATURES,)},
     rows={**attention_rows("attn"), **feed_forward_rows("ff", "ff_context"), "proj_out": (HEADS, FEATURES)},
 )

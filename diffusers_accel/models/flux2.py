@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow, grid_of_ids, unpacked
-from .sequence import Along, Attends, SequencePlan
-from .tensor import FEATURES, HEADS, TensorPlan, attention_columns, attention_rows
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .tensor_parallel import FEATURES, HEADS, TensorParallelPlan, attention_columns, attention_rows
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -32,10 +32,10 @@ def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[tor
 
 _JOINT = ("encoder_hidden_states", "hidden_states")
 
-_SEQUENCE = SequencePlan(
+_SEQUENCE = SequenceShardingPlan(
     streams={"encoder_hidden_states": 1, "hidden_states": 1},
-    attention={"attn": Attends(_JOINT, _JOINT)},
-    arguments={"image_rotary_emb": Along(0, _JOINT)},
+    attention={"attn": AttentionStreams(_JOINT, _JOINT)},
+    arguments={"image_rotary_emb": TokenDim(0, _JOINT)},
     joined={"single_transformer_blocks": _JOINT},
     refused={"kv_cache": "keys and values of reference pictures are kept whole"},
 )
@@ -43,7 +43,7 @@ _SEQUENCE = SequencePlan(
 _GATED = (FEATURES, FEATURES)
 
 # A single-stream block computes query, key, value and feed-forward in one layer, and has one output layer.
-_TENSOR = TensorPlan(
+_TENSOR = TensorParallelPlan(
     columns={
         **attention_columns("attn"),
         "attn.to_qkv_mlp_proj": (HEADS, HEADS, HEADS, *_GATED),

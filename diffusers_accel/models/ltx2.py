@@ -11,8 +11,15 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Stack
-from .sequence import Along, Attends, SequencePlan
-from .tensor import HEADS, TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .tensor_parallel import (
+    HEADS,
+    TensorParallelPlan,
+    attention_columns,
+    attention_rows,
+    feed_forward_columns,
+    feed_forward_rows,
+)
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -34,30 +41,31 @@ def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[tor
 _VIDEO, _AUDIO = ("hidden_states",), ("audio_hidden_states",)
 
 
-def _tables(streams: tuple[str, ...]) -> list[Along]:
+def _tables(streams: tuple[str, ...]) -> list[TokenDim]:
     """The sharding of rotary tables: over all channels at once, or by head."""
-    return [Along(1, streams, ndim=3), Along(2, streams, ndim=4)]
+    return [TokenDim(1, streams, ndim=3), TokenDim(2, streams, ndim=4)]
 
 
 # In image to video every token has its own timestep, and so its own modulation.
-_SEQUENCE = SequencePlan(
+_SEQUENCE = SequenceShardingPlan(
     streams={"hidden_states": 1, "audio_hidden_states": 1},
     attention={
-        "attn1": Attends(_VIDEO, _VIDEO),
-        "audio_attn1": Attends(_AUDIO, _AUDIO),
-        "attn2": Attends(_VIDEO, ()),
-        "audio_attn2": Attends(_AUDIO, ()),
-        "audio_to_video_attn": Attends(_VIDEO, _AUDIO),
-        "video_to_audio_attn": Attends(_AUDIO, _VIDEO),
+        "attn1": AttentionStreams(_VIDEO, _VIDEO),
+        "audio_attn1": AttentionStreams(_AUDIO, _AUDIO),
+        "attn2": AttentionStreams(_VIDEO, ()),
+        "audio_attn2": AttentionStreams(_AUDIO, ()),
+        "audio_to_video_attn": AttentionStreams(_VIDEO, _AUDIO),
+        "video_to_audio_attn": AttentionStreams(_AUDIO, _VIDEO),
     },
     arguments={
         "video_rotary_emb": _tables(_VIDEO),
         "audio_rotary_emb": _tables(_AUDIO),
         "ca_video_rotary_emb": _tables(_VIDEO),
         "ca_audio_rotary_emb": _tables(_AUDIO),
-        **{name: Along(1, _VIDEO, ndim=3) for name in ("temb", "temb_ca_scale_shift", "temb_ca_gate")},
+        **{name: TokenDim(1, _VIDEO, ndim=3) for name in ("temb", "temb_ca_scale_shift", "temb_ca_gate")},
         **{
-            name: Along(1, _AUDIO, ndim=3) for name in ("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate")
+            name: TokenDim(1, _AUDIO, ndim=3)
+            for name in ("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate")
         },
     },
     gathered=("hidden_states", "audio_hidden_states"),
@@ -67,7 +75,7 @@ _SEQUENCE = SequencePlan(
 _ATTENTION = tuple(_SEQUENCE.attention)
 
 # Gates are per head; norms are over all heads.
-_TENSOR = TensorPlan(
+_TENSOR = TensorParallelPlan(
     columns={
         **attention_columns(*_ATTENTION),
         **{f"{name}.to_gate_logits": (HEADS,) for name in _ATTENTION},

@@ -8,8 +8,14 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, unpacked
-from .sequence import Along, Attends, SequencePlan
-from .tensor import TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .tensor_parallel import (
+    TensorParallelPlan,
+    attention_columns,
+    attention_rows,
+    feed_forward_columns,
+    feed_forward_rows,
+)
 
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
 
@@ -64,19 +70,19 @@ _MAG_ROWS = {
 
 _TEXT, _IMAGE = ("encoder_hidden_states",), ("hidden_states",)
 
-_SEQUENCE = SequencePlan(
+_SEQUENCE = SequenceShardingPlan(
     streams={"encoder_hidden_states": 1, "hidden_states": 1},
-    attention={"attn": Attends(_TEXT + _IMAGE, _TEXT + _IMAGE)},
+    attention={"attn": AttentionStreams(_TEXT + _IMAGE, _TEXT + _IMAGE)},
     arguments={
-        "image_rotary_emb": (Along(0, _IMAGE), Along(0, _TEXT)),
-        "encoder_hidden_states_mask": Along(1, _TEXT),
-        "modulate_index": Along(1, _IMAGE),
+        "image_rotary_emb": (TokenDim(0, _IMAGE), TokenDim(0, _TEXT)),
+        "encoder_hidden_states_mask": TokenDim(1, _TEXT),
+        "modulate_index": TokenDim(1, _IMAGE),
     },
-    inputs={"controlnet_block_samples": Along(1, _IMAGE)},
+    inputs={"controlnet_block_samples": TokenDim(1, _IMAGE)},
     gathered_before="norm_out",
 )
 
-_TENSOR = TensorPlan(
+_TENSOR = TensorParallelPlan(
     columns={**attention_columns("attn"), **feed_forward_columns("img_mlp", "txt_mlp")},
     rows={**attention_rows("attn"), **feed_forward_rows("img_mlp", "txt_mlp")},
 )

@@ -11,8 +11,14 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Modulation, Stack
-from .sequence import Along, Attends, SequencePlan
-from .tensor import TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .tensor_parallel import (
+    TensorParallelPlan,
+    attention_columns,
+    attention_rows,
+    feed_forward_columns,
+    feed_forward_rows,
+)
 
 
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
@@ -26,14 +32,17 @@ def _special_branch(arguments: Mapping[str, Any]) -> str | None:
 # Its blocks concatenate image and text in this order.
 _JOINT = ("hidden_states", "encoder_hidden_states")
 
-_SEQUENCE = SequencePlan(
+_SEQUENCE = SequenceShardingPlan(
     streams={"encoder_hidden_states": 1, "hidden_states": 1},
-    attention={"attn": Attends(_JOINT, _JOINT), "attn2": Attends(("hidden_states",), ("hidden_states",))},
-    inputs={"block_controlnet_hidden_states": Along(1, ("hidden_states",))},
+    attention={
+        "attn": AttentionStreams(_JOINT, _JOINT),
+        "attn2": AttentionStreams(("hidden_states",), ("hidden_states",)),
+    },
+    inputs={"block_controlnet_hidden_states": TokenDim(1, ("hidden_states",))},
     gathered_before="norm_out",
 )
 
-_TENSOR = TensorPlan(
+_TENSOR = TensorParallelPlan(
     columns={**attention_columns("attn", "attn2"), **feed_forward_columns("ff", "ff_context")},
     rows={**attention_rows("attn", "attn2"), **feed_forward_rows("ff", "ff_context")},
 )

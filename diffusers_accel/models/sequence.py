@@ -1,7 +1,9 @@
-"""How a denoiser's tokens may be divided among ranks: data beside each model, in its adapter.
+"""Sequence-sharding plans: the arguments of a denoiser and its blocks that are sharded by tokens, as data in its
+adapter.
 
-Tokens are divided where they enter the blocks and put together again where they leave them. Whatever else a block is
-given for every token (rotary tables, modulations of a token's own) is divided with them; everything else stays whole.
+Tokens are sharded where they enter the blocks and gathered where they leave them. Other arguments of a block with a
+token dimension (rotary tables, modulations of each token) are sharded with them; all others stay whole. It is the
+counterpart of diffusers' context-parallel plans, and covers joint streams and uneven shards too.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Along:
-    """A tensor that has something for every token.
+class TokenDim:
+    """The token dimension of a tensor.
 
     Attributes:
-        dim: The dimension its tokens lie along.
-        streams: The streams whose tokens lie there, in their order.
-        ndim: Number of dimensions of tensors that have it so; `None` for all.
+        dim: The dimension of the tokens.
+        streams: The streams whose tokens it holds, in order.
+        ndim: The number of dimensions of the tensors that this describes; `None` for any.
     """
 
     dim: int
@@ -27,44 +29,41 @@ class Along:
 
 
 @dataclass(frozen=True)
-class Attends:
-    """An attention module of a block.
+class AttentionStreams:
+    """The streams of an attention module.
 
     Attributes:
-        queries: The streams its queries are of, in their order.
-        keys: Likewise. None of them are divided if this is empty: every rank has all keys.
-        shared: Whether keys that every rank has stand in front of those.
+        queries: The streams of its queries, in order.
+        keys: The streams of its keys, in order; empty if every rank has all keys.
+        replicated_keys: Whether keys that every rank has precede those of `keys`.
     """
 
     queries: tuple[str, ...]
     keys: tuple[str, ...]
-    shared: bool = False
-
-
-# A tensor's place by its position in a tuple, alternatives by its number of dimensions, or one for all.
-Where = Along | tuple["Along | None", ...] | list[Along]
+    replicated_keys: bool = False
 
 
 @dataclass(frozen=True)
-class SequencePlan:
-    """What of a denoiser is divided, and how.
+class SequenceShardingPlan:
+    """The sharded arguments of a denoiser and its blocks.
 
     Attributes:
-        streams: Arguments of the blocks whose tokens are divided -> the dimension they lie along.
-        attention: The last part of an attention module's name -> what it attends to.
-        arguments: Other arguments of the blocks that have something for every token.
-        inputs: Such arguments of the denoiser, which reach the tokens between blocks.
-        joined: Stacks whose one stream holds several -> which, in their order.
-        gathered: Streams that are put together after the last block.
-        gathered_before: A module that is given the only stream to be gathered, where it is still changed between the
-            last block and that module.
-        refused: Arguments of the denoiser that cannot be divided -> why.
+        streams: Arguments of the blocks that are streams of tokens -> their token dimension.
+        attention: Last part of an attention module's name -> its streams.
+        arguments: Other arguments of the blocks with a token dimension -> one `TokenDim`; a tuple with one, or `None`,
+            for each item of a tuple; or a list of alternatives by number of dimensions.
+        inputs: Arguments of the denoiser that are added to the tokens between blocks -> their token dimension.
+        joined: Stacks whose only stream holds several joined ones -> their names, in order.
+        gathered: Streams that are gathered after the last block.
+        gathered_before: Path of a module in front of which the only gathered stream is gathered instead, where stock
+            code changes it after the last block; `None` otherwise.
+        refused: Arguments of the denoiser that cannot be sharded -> the reason.
     """
 
     streams: Mapping[str, int]
-    attention: Mapping[str, Attends]
+    attention: Mapping[str, AttentionStreams]
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Mapping[str, Along] = field(default_factory=dict)
+    inputs: Mapping[str, TokenDim] = field(default_factory=dict)
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gathered: tuple[str, ...] = ("hidden_states",)
     gathered_before: str | None = None

@@ -12,8 +12,15 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow
-from .sequence import Along, Attends, SequencePlan
-from .tensor import HEADS, TensorPlan, attention_columns, attention_rows, feed_forward_columns, feed_forward_rows
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .tensor_parallel import (
+    HEADS,
+    TensorParallelPlan,
+    attention_columns,
+    attention_rows,
+    feed_forward_columns,
+    feed_forward_rows,
+)
 
 _TEACACHE = "https://github.com/ali-vilab/TeaCache"
 _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
@@ -140,10 +147,10 @@ MAG_ROWS = {
 _OWN = ("hidden_states",)
 
 # A `temb` of four dimensions modulates every token by itself (Wan2.2 TI2V).
-_SEQUENCE = SequencePlan(
+_SEQUENCE = SequenceShardingPlan(
     streams={"hidden_states": 1},
-    attention={"attn1": Attends(_OWN, _OWN), "attn2": Attends(_OWN, ())},
-    arguments={"rotary_emb": Along(1, _OWN), "temb": Along(1, _OWN, ndim=4)},
+    attention={"attn1": AttentionStreams(_OWN, _OWN), "attn2": AttentionStreams(_OWN, ())},
+    arguments={"rotary_emb": TokenDim(1, _OWN), "temb": TokenDim(1, _OWN, ndim=4)},
 )
 
 # The hints of the side blocks are added after main blocks, the last one included.
@@ -151,7 +158,7 @@ _VACE_SEQUENCE = replace(
     _SEQUENCE, streams={"hidden_states": 1, "control_hidden_states": 1}, gathered_before="norm_out"
 )
 
-_TENSOR = TensorPlan(
+_TENSOR = TensorParallelPlan(
     columns={**attention_columns("attn1", "attn2"), **feed_forward_columns("ffn")},
     rows={**attention_rows("attn1", "attn2"), **feed_forward_rows("ffn")},
     norms=("norm_q", "norm_k", "norm_added_k"),

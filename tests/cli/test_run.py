@@ -208,5 +208,5 @@ def test_what_a_launcher_has_started_must_fit(refused, folders, monkeypatch, tmp
 
 def test_ways_to_divide_are_read():
     assert read_parallel("cfg=2, attn2d=2x2") == ["parallel.cfg=2", "parallel.attn2d=[2,2]"]
-    with pytest.raises(CommandError, match="write what is divided among how many"):
+    with pytest.raises(CommandError, match="write names and numbers of ranks"):
         read_parallel("ulysses")

@@ -40,7 +40,7 @@ SETS = [tuple(feature for feature in SETTINGS if number in _PLACES[feature]) for
 
 def test_every_feature_has_a_setting():
     # Several ranks, with other features too, are in tests/parallel.
-    assert set(SETTINGS) == set(FEATURES) - {"request", "parallel", "tensor parallel", "weights"}
+    assert set(SETTINGS) == set(FEATURES) - {"request", "process group", "parallel", "tensor parallel", "fsdp"}
 
 
 def test_sets_cover_every_pair():

@@ -20,9 +20,15 @@ from diffusers_accel.kernels.attention import (
     apply_rope,
     fused_qk_norm_rope_attention,
 )
+from diffusers_accel.kernels.attention.peer_writes import (
+    HeadAddresses,
+    TokenAddresses,
+    gather_heads,
+    scatter_heads,
+    scatter_tokens,
+)
 from diffusers_accel.kernels.attention.qk_norm_rope import qk_norm_rope
 from diffusers_accel.kernels.attention.record import QKNorm, Rotary
-from diffusers_accel.kernels.attention.scatter import Places, Ways, collect, hand_back, scatter
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +90,7 @@ def test_scattered_heads(dim, dtype, norm, rotation):
         (part, weight, None if rotation is None else pair)
         for part, *pair in zip(x.split(lengths, 1), *split_tables, strict=True)
     ]
-    scatter([(parts, Places.of(places, DEVICE))], eps, rotation or "interleaved")
+    scatter_heads([(parts, HeadAddresses.of(places, DEVICE))], eps, rotation or "interleaved")
     wanted = normed_rotated(x, weight, eps, None if rotation is None else angles, rotation or "interleaved")
     bound = {"atol": 2e-5, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.01}
     found = torch.cat([place[:, :length] for place in places], 2)
@@ -98,7 +104,7 @@ def test_parts_of_two_kinds():
     """One with a norm, one without."""
     x, weight = random(1, 6, 2, 16), random(16, seed=4)
     memory = torch.zeros_like(x)
-    scatter([([(x[:, :4], weight, None), (x[:, 4:], None, None)], Places.of([memory], DEVICE))], 1e-6)
+    scatter_heads([([(x[:, :4], weight, None), (x[:, 4:], None, None)], HeadAddresses.of([memory], DEVICE))], 1e-6)
     torch.testing.assert_close(memory[:, :4].double(), normed_rotated(x[:, :4], weight, 1e-6, None))
     assert torch.equal(memory[:, 4:], x[:, 4:])
 
@@ -112,7 +118,7 @@ def test_heads_that_are_handed_back(rank, dim, dtype):
     memory = [torch.full((2, length + 1, heads + 2, dim), 7.0, dtype=dtype, device=DEVICE) for length in lengths]
     own = torch.full((2, lengths[rank], heads + 2, dim), 7.0, dtype=dtype, device=DEVICE)
     places = [item[:, :length, 1 : 1 + heads] for item, length in zip(memory, lengths, strict=True)]
-    hand_back(x, own[:, :, 1 : 1 + heads], Ways.of(places, DEVICE), rank)
+    scatter_tokens(x, own[:, :, 1 : 1 + heads], TokenAddresses.of(places, DEVICE), rank)
     places[rank] = own[:, :, 1 : 1 + heads]
     for place, part in zip(places, x.split(lengths, 1), strict=True):
         assert torch.equal(place, part)
@@ -128,7 +134,7 @@ def test_collected_heads(first, count):
     wanted[:, :, first : first + count] = out[:, :, first : first + count]
     counts = [part for part in (first, count, 5 - first - count) if part]
     memory = [torch.cat([part, part], 1) for part in come.split(counts, 2)]
-    collect(out, Places.of([item[:, :7] for item in memory], DEVICE), first, count)
+    gather_heads(out, HeadAddresses.of([item[:, :7] for item in memory], DEVICE), first, count)
     assert torch.equal(out, wanted)
 
 

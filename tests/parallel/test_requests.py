@@ -132,7 +132,7 @@ def test_compiled_and_recorded(pools, name, way):
 @pytest.mark.parametrize("way", ["ulysses", "ring", "cfg", "dp"])
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_quantized_and_fused(pools, name, way):
-    """Scales of weights are by row and those of activations by token, so that a division changes none. In float64, so
+    """Scales of weights are by row and those of activations by token, so that sharding changes none. In float64, so
     that what attention sums up in another order is rounded to the same integers: one that is not makes 4% in these
     small models, of 32 channels."""
     sections = {"linear": {"algo": "int8", "smallest": 0}, "fuse": True, "attention": "sdpa"}
@@ -162,8 +162,8 @@ def test_cached(pools, name, cache, way):
 
 
 @pytest.mark.parametrize("name", ["flux-true-cfg", "ltx2-i2v-stg"])
-def test_through_windows(pools, name):
-    """Compiled and recorded too: a graph knows windows by their address."""
+def test_over_symmetric_memory(pools, name):
+    """Compiled and recorded too: a graph knows buffers by their address."""
     recorded = {"cuda_graph": True, "attention": "sdpa"}
     compiled = {"compile": {"backend": "eager"}, **recorded}
     for pool, way, sections in (
@@ -206,13 +206,13 @@ def test_products_beside_exchanges(pools, name, fuse):
 
 def test_rounded_on_their_way(pools):
     # e4m3 moves a value by 3% or so; of that 0.14% is left at the end of this request.
-    found = agrees(pools[2], "flux", {"ulysses": 2, "payload": "fp8"}, bound=5e-3)
+    found = agrees(pools[2], "flux", {"ulysses": 2, "comm_dtype": "fp8"}, bound=5e-3)
     assert all(error > 1e-4 for error, *_ in found)
 
 
-@pytest.mark.parametrize("wrong", [{"exchange": "pigeons"}, {"payload": "int2"}, {"vae_others": "sleep"}])
+@pytest.mark.parametrize("wrong", [{"comm": "pigeons"}, {"comm_dtype": "int2"}, {"vae_idle_ranks": "sleep"}])
 def test_words_that_nobody_knows(wrong):
-    with pytest.raises(ConfigError, match=r"parallel\.(exchange|payload|vae_others): expected"):
+    with pytest.raises(ConfigError, match=r"parallel\.(comm|comm_dtype|vae_idle_ranks): expected"):
         AccelConfig.from_dict({"parallel": {"ulysses": 2, **wrong}})
 
 
@@ -238,8 +238,8 @@ def test_ranks_that_differ_are_told(pools):
     [
         ("wan", {"parallel": {"cfg": 2, "ulysses": 2}}, "cfg 2 x ulysses 2 = 4, and there are 2 processes"),
         ("wan", {"parallel": {}}, "everything 1 = 1, and there are 2 processes"),
-        ("pixart", {"parallel": {"ulysses": 2}}, "no adapter says how its tokens may be divided"),
-        ("flux", {"parallel": {"ulysses": 2}, "cache": {"kind": "fbcache", "guard": 0.5}}, "ranks would part"),
+        ("pixart", {"parallel": {"ulysses": 2}}, "no adapter says how its tokens are sharded"),
+        ("flux", {"parallel": {"ulysses": 2}, "cache": {"kind": "fbcache", "guard": 0.5}}, "ranks would diverge"),
         ("flux", {"parallel": {"ring": 2}, "attention": "plain"}, "attention.backend='plain' on transformer"),
         # Its streams attend to each other, keys divided: `explain` knows of that too.
         (
@@ -252,7 +252,7 @@ def test_ranks_that_differ_are_told(pools):
             {"parallel": {"ring": 2}, "attention": {"backend": "sdpa", "layers": {"*.video_to_audio_attn": "plain"}}},
             "attention.layers['*.video_to_audio_attn']='plain'",
         ),
-        ("flux", {"parallel": {"ulysses": 2, "exchange": "windows"}}, "there are none on cpu"),
+        ("flux", {"parallel": {"ulysses": 2, "comm": "symm_mem"}}, "there is no symmetric memory on cpu"),
     ],
 )
 def test_refused(pools, name, sections, words):
@@ -269,13 +269,13 @@ def test_a_kernel_where_every_rank_has_all_keys(pools):
 @pytest.mark.parametrize("name", ["flux-img2img", "wan-i2v", "ltx2"])
 def test_pictures_that_are_received(pools, name):
     """Those that are encoded too."""
-    agrees(pools[2], name, {"ulysses": 2, "vae_others": "receive"})
-    agrees(pools[4], name, {"ulysses": 2, "cfg": 2, "vae": 2, "vae_others": "receive"})
+    agrees(pools[2], name, {"ulysses": 2, "vae_idle_ranks": "receive"})
+    agrees(pools[4], name, {"ulysses": 2, "cfg": 2, "vae": 2, "vae_idle_ranks": "receive"})
 
 
 def test_pictures_on_one_rank(pools):
     """The others have zeros, which a VAE's pictures are not."""
-    first, second = pools[2].run(requests.request, "flux", {"parallel": {"ulysses": 2, "vae_others": "idle"}})
+    first, second = pools[2].run(requests.request, "flux", {"parallel": {"ulysses": 2, "vae_idle_ranks": "idle"}})
     assert first[0] < 1e-4 and second[0] > 0.1
 
 
@@ -297,21 +297,21 @@ def test_offloading(pools, way, kind, ours_first):
     offloaded(pools, way, kind, ours_first)
 
 
-@pytest.mark.parametrize("way", ["ulysses", "ring", "cfg and vae"])  # tp changes weights: test_tensor.py
+@pytest.mark.parametrize("way", ["ulysses", "ring", "cfg and vae"])  # tp changes weights: test_tensor_parallel.py
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 def test_groups_that_are_offloaded_already(pools, way, kind):
     offloaded(pools, way, kind, False)
 
 
 def offloaded(pools, way, kind, ours_first):
-    name, division = OFFLOADED[way]
-    for errors in pools[2].run(requests.offloaded_request, name, {"parallel": division}, kind, ours_first):
+    name, sharding = OFFLOADED[way]
+    for errors in pools[2].run(requests.offloaded_request, name, {"parallel": sharding}, kind, ours_first):
         assert max(errors) < 1e-4 and errors[-1] == 0
 
 
 def test_heads_that_do_not_divide_are_refused(pools):
     for kind, text, stock in pools[4].run(requests.refusal, "wan", {"parallel": {"ulysses": 4}}):
-        assert kind == "Unsupported" and "has 2 heads, which ulysses=4 cannot divide" in text and stock
+        assert kind == "Unsupported" and "has 2 heads, which ulysses=4 cannot shard" in text and stock
 
 
 def test_without_a_launcher_it_is_refused():
@@ -325,14 +325,14 @@ def test_explained(pools):
 
 
 def test_a_pipeline_on_the_host_of_gpus(pools):
-    """What it will exchange by is said, since it is not what one would get after moving it."""
-    for way, said in (({"ulysses": 2}, True), ({"ulysses": 2, "exchange": "messages"}, False), ({"cfg": 2}, False)):
+    """The note names collectives, since a pipeline that was moved first would get symmetric memory."""
+    for way, said in (({"ulysses": 2}, True), ({"ulysses": 2, "comm": "collectives"}, False), ({"cfg": 2}, False)):
         one, _ = pools[2].run(requests.explained, "flux", {"parallel": way}, True)
-        assert ("will exchange by messages" in one) is said
+        assert ("will communicate by collectives" in one) is said
 
 
 def test_sums_that_do_not_go_as_asked(pools):
     for tp, said in ((4, True), (2, False)):
-        way = {"tp": tp, "ulysses": 4 // tp, "exchange": "windows"}
+        way = {"tp": tp, "ulysses": 4 // tp, "comm": "symm_mem"}
         one, *_ = pools[4].run(requests.explained, "flux", {"parallel": way}, False, 4)
-        assert ("more than two ranks of tp go by messages" in one) is said
+        assert ("more than two ranks of tp use collectives" in one) is said

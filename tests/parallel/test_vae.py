@@ -1,4 +1,4 @@
-"""A VAE divided among ranks decodes and encodes what the stock VAE does, and is the stock VAE again afterwards."""
+"""A VAE sharded among ranks decodes and encodes what the stock VAE does, and is the stock VAE again afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers_accel.core.comm import Group
 from diffusers_accel.core.edits import Journal
 from diffusers_accel.errors import Unsupported
 from diffusers_accel.features.parallel import vae as parallel_vae
-from diffusers_accel.features.parallel.vae import others
+from diffusers_accel.features.parallel.vae import idle_ranks
 
 # In float64, where nothing but the order of sums is different: norms over a few channels that are nearly zero here and
 # there multiply it. LTX's stock VAE rounds to float32 in between.
@@ -34,7 +34,7 @@ def test_same_as_stock(pools, name, dim, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", ["deep kl", "wan", "ltx2", "cosmos"])
-def test_through_windows(pools, name, size):
+def test_over_symmetric_memory(pools, name, size):
     for found, restored in pools[size].run(decode.errors, name, "height", True):
         assert restored and max(found.values()) < CLOSE, found
 
@@ -61,7 +61,7 @@ def test_bfloat16(pools):
 @pytest.mark.parametrize("name", ["kl", "wan", "cosmos"])
 def test_ranks_that_do_not_compute(pools, name, computing, idle):
     """They receive everything, or zeros for what is decoded, in whatever way the VAE is called."""
-    for rank, (found, computed, left) in enumerate(pools[4].run(decode.by_others, name, computing, idle)):
+    for rank, (found, computed, left) in enumerate(pools[4].run(decode.on_idle_ranks, name, computing, idle)):
         assert computed == (rank < computing) and not left
         for what, error in found.items():
             if idle and "decode" in what and rank >= computing:
@@ -72,11 +72,11 @@ def test_ranks_that_do_not_compute(pools, name, computing, idle):
 
 def test_latents_that_are_received(pools):
     """Of a VAE of another kind, which names them otherwise."""
-    assert all(max(errors) == 0 for errors in pools[2].run(decode.others_latents))
+    assert all(max(errors) == 0 for errors in pools[2].run(decode.idle_ranks_latents))
 
 
 def test_who_waits_hears_of_an_error(pools):
-    first, *rest = pools[4].run(decode.others_error)
+    first, *rest = pools[4].run(decode.idle_ranks_error)
     assert first == "ValueError: no"
     assert all("RuntimeError" in other and "rank 0: ValueError: no" in other for other in rest)
 
@@ -84,11 +84,11 @@ def test_who_waits_hears_of_an_error(pools):
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("deaf", [False, True])
 def test_it_is_told_and_raised_again(kind, deaf):
-    """Ctrl-C too, and whether or not the others can be told."""
+    """Ctrl-C too, and whether or not idle ranks can be told."""
     told = []
 
     class Everyone(Group):
-        def objects(self, value):
+        def all_gather_object(self, value):
             told.append(value)
             if deaf:
                 raise RuntimeError("the connection is closed")
@@ -101,7 +101,7 @@ def test_it_is_told_and_raised_again(kind, deaf):
         encode = decode
 
     vae, journal = Vae(), Journal()
-    journal.apply(others.edits(vae, Everyone(None, (0, 1), 0), 1, False, 1))
+    journal.apply(idle_ranks.edits(vae, Everyone(None, (0, 1), 0), 1, False, 1))
     with pytest.raises(kind, match="no"):
         vae.decode(torch.zeros(1))
     assert told == [f"{kind.__name__}: no"]
@@ -140,7 +140,7 @@ def foreign(vae):
         (tiling, "tiling is on"),
         (processor, "AttnProcessor"),
         (circular, "decoder.conv_in pads"),
-        (shrinking, "decoder.conv_in makes a picture of another size"),
+        (shrinking, "decoder.conv_in changes the picture's size"),
         (foreign, "decoder.conv_act is a Softmax2d"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Processes that work together over Gloo, for tests of what several ranks do.
+"""Processes that communicate over Gloo, for tests of several ranks.
 
 A pool of ranks is started once and asked many times: `pool.run(function, ...)` calls the function in each with the same
 arguments and returns what each gave. Functions are found by name, so they stand in a module beside this one. A rank
@@ -10,17 +10,18 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from diffusers_accel.core.mesh import free_port, rank_environment
+
 SECONDS = 240
 
 
 class RankFailed(AssertionError):
-    """What a rank raised."""
+    """The error of a rank."""
 
 
 class Pool:
@@ -35,26 +36,24 @@ class Pool:
         # The server that ranks are forked from looks for modules where a new process does.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks.beforehand"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        context.set_forkserver_preload(["ranks.preload"])
+        port = free_port()
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank_environment(rank, self.size, port), there), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `function(*args)` returns in each rank."""
+        """The results of `function(*args)`, one for each rank."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
         found: list[Any] = [None] * self.size
-        # Whoever has an error has it first; the others may be waiting for it in vain.
+        # A rank that fails answers first; other ranks may wait for it in vain.
         waiting = dict(enumerate(self._pipes))
         while waiting:
             ready = multiprocessing.connection.wait(list(waiting.values()), timeout=SECONDS)
@@ -80,13 +79,11 @@ class Pool:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+def _serve(environment: dict[str, str], pipe: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(environment)
     while True:
         try:
             function, args = pipe.recv()

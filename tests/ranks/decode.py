@@ -1,4 +1,4 @@
-"""What a rank does in tests of `features/parallel/vae`."""
+"""Functions that ranks run in tests of `features/parallel/vae`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from tiny import components, cosmos, flux2, ltx2, others, qwen
 
 from diffusers_accel.core.edits import Journal
-from diffusers_accel.core.mesh import Mesh, begin
-from diffusers_accel.core.windows import Windows
+from diffusers_accel.core.mesh import Mesh, init_process_group
+from diffusers_accel.core.symm_mem import SymmetricMemory
 from diffusers_accel.errors import Unsupported
 from diffusers_accel.features.parallel import vae as parallel_vae
-from diffusers_accel.features.parallel.vae import others as vae_others
+from diffusers_accel.features.parallel.vae import idle_ranks
 from diffusers_accel.features.parallel.vae.strips import Strips
 
-from .shared import SharedFiles
+from .shared_memory import SharedFiles
 
 # Channels of the latents.
 VAES = {
@@ -86,16 +86,16 @@ def latents(name, rows, columns, batch=1, frames=3):
 
 def group():
     """All ranks as one group."""
-    begin("cpu")
+    init_process_group("cpu")
     return Mesh({"ulysses": torch.distributed.get_world_size()}, "cpu").group("ulysses")
 
 
 @contextmanager
-def divided(vae, dim="height", windows=False):
-    """Within it, a VAE's work is divided among all ranks; afterwards nothing may be left of that."""
+def sharded(vae, dim="height", symm_memory=False):
+    """Within it, a VAE's work is sharded among all ranks; afterwards nothing may be left of that."""
     journal, everyone = Journal(), group()
-    if windows:
-        everyone.windows = Windows(everyone, SharedFiles)
+    if symm_memory:
+        everyone.symm_mem = SymmetricMemory(everyone, SharedFiles)
     journal.apply(parallel_vae.edits(vae, everyone, dim, 0))
     try:
         yield vae
@@ -106,14 +106,14 @@ def divided(vae, dim="height", windows=False):
 
 
 def parameters(vae, x):
-    """What the distribution of encoded pictures is made of."""
+    """The parameters of the distribution of encoded pictures."""
     return vae.encode(x).latent_dist.parameters
 
 
 @torch.no_grad()
-def errors(name, dim, windows=False):
-    """Relative errors of what a divided VAE decodes and encodes, against the stock VAE, by call; and whether the stock
-    VAE is the same bit for bit afterwards. `windows`: rows are exchanged through shared memory."""
+def errors(name, dim, symm_memory=False):
+    """Relative errors of what a sharded VAE decodes and encodes, against the stock VAE, by call; and whether the stock
+    VAE is the same bit for bit afterwards. `symm_memory`: rows are exchanged through shared memory."""
     vae, ranks, found = build(name), group().size, {}
     # Sizes that do not divide, that leave each rank as little as there can be, and that divide.
     for length in (2 * ranks + 1, ranks, 2 * ranks)[: 3 if ranks == 2 else 2]:
@@ -121,7 +121,7 @@ def errors(name, dim, windows=False):
         z = latents(name, *size, batch=1 + length % 2)
         sample = vae.decode(z).sample
         moments = parameters(vae, sample)
-        with divided(vae, dim, windows):
+        with sharded(vae, dim, symm_memory):
             found[f"decode {size}"] = relative(vae.decode(z).sample, sample)
             found[f"encode {size}"] = relative(parameters(vae, sample), moments)
     return found, torch.equal(vae.decode(z).sample, sample) and torch.equal(parameters(vae, sample), moments)
@@ -149,7 +149,7 @@ def ways():
     z = latents("kl", 5, 4, batch=2)
     sample, part = vae.decode(z).sample, vae.decoder(z[:1])
     whole = vae(sample, sample_posterior=True, generator=torch.Generator().manual_seed(0)).sample
-    with divided(vae):
+    with sharded(vae):
         found["tuple"] = relative(vae.decode(z, return_dict=False)[0], sample)
         found["by name"] = relative(vae.decode(z=z).sample, sample)
         again = vae(sample, sample_posterior=True, generator=torch.Generator().manual_seed(0))
@@ -158,13 +158,13 @@ def ways():
         vae.enable_slicing()
         found["sliced"] = relative(vae.decode(z).sample, sample)
         found["encoded in slices"] = relative(vae.encode(x=sample).latent_dist.mode(), moments)
-        # A part of the VAE called by itself is not divided.
+        # A part of the VAE called by itself is not sharded.
         found["decoder"] = relative(vae.decoder(z[:1]), part)
     return found
 
 
 @torch.no_grad()
-def by_others(name, computing, idle):
+def on_idle_ranks(name, computing, idle):
     """Relative errors by call where the first ranks alone compute, whether this one did, and what is left of it."""
     vae, found, computed, everyone = build(name), {}, [], group()
     mesh = Mesh({"ulysses": everyone.size}, "cpu")
@@ -174,7 +174,7 @@ def by_others(name, computing, idle):
     hook = vae.decoder.register_forward_pre_hook(lambda *_: computed.append(True))
     journal = Journal()
     journal.apply(parallel_vae.edits(vae, mesh.neighbours(computing), "height", 0))
-    journal.apply(vae_others.edits(vae, everyone, computing, idle, 1))
+    journal.apply(idle_ranks.edits(vae, everyone, computing, idle, 1))
     found["decode"] = relative(vae.decode(z).sample, sample)
     found["decode, tuple"] = relative(vae.decode(z, return_dict=False)[0], sample)
     found["decode, by name"] = relative(vae.decode(z=z).sample, sample)
@@ -186,7 +186,7 @@ def by_others(name, computing, idle):
 
 
 @torch.no_grad()
-def others_latents():
+def idle_ranks_latents():
     """Relative errors where the first rank alone computes, of a VAE whose encoder gives latents and no distribution."""
     from diffusers import AutoencoderTiny
 
@@ -197,14 +197,14 @@ def others_latents():
     encoded = vae.encode(x).latents
     sample = vae.decode(encoded).sample
     journal = Journal()
-    journal.apply(vae_others.edits(vae, everyone, 1, False, 1))
+    journal.apply(idle_ranks.edits(vae, everyone, 1, False, 1))
     found = relative(vae.encode(x).latents, encoded), relative(vae.decode(encoded).sample, sample)
     journal.undo()
     return found
 
 
-def others_error():
-    """What each rank raises where the first one fails."""
+def idle_ranks_error():
+    """The error of each rank where the first one fails."""
     vae, everyone = build("kl"), group()
     if everyone.rank == 0:
 
@@ -213,7 +213,7 @@ def others_error():
 
         vae.decode = decode
     journal = Journal()
-    journal.apply(vae_others.edits(vae, everyone, 1, False, 1))
+    journal.apply(idle_ranks.edits(vae, everyone, 1, False, 1))
     try:
         vae.decode(latents("kl", 5, 4))
     except Exception as error:
@@ -224,12 +224,12 @@ def others_error():
 
 @torch.no_grad()
 def halves():
-    """Relative errors in bfloat16 against float64: of the stock VAE, and of the divided one."""
+    """Relative errors in bfloat16 against float64: of the stock VAE, and of the sharded one."""
     vae, z = build("deep kl"), latents("deep kl", 6, 6)
     exact = vae.decode(z).sample
     vae, z = vae.to(torch.bfloat16), z.to(torch.bfloat16)
     stock = vae.decode(z).sample
-    with divided(vae):
+    with sharded(vae):
         found = vae.decode(z).sample
     assert found.dtype == torch.bfloat16
     return relative(stock.double(), exact), relative(found.double(), exact)
@@ -237,7 +237,7 @@ def halves():
 
 @torch.no_grad()
 def refused():
-    """What calls are refused with: too few rows, no whole latents, tiling switched on since."""
+    """Messages of refused calls: too few rows, no whole latents, tiling switched on since."""
     vae, found = build("kl"), []
     few, tall = latents("kl", 1, 4), torch.zeros(1, 3, 9, 8)
 
@@ -247,7 +247,7 @@ def refused():
         except Unsupported as error:
             found.append(str(error))
 
-    with divided(vae):
+    with sharded(vae):
         refusal(vae.decode, few)
         refusal(vae.encode, tall)
         vae.enable_tiling()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+
+from diffusers_accel.core.mesh import free_port
 
 # Of a rendezvous, in which launchers find out who is the first.
 FOUND = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}")
@@ -15,10 +16,8 @@ NUMBERED = ("--master-addr", "127.0.0.1", "--master-port", "{port}", "--node-ran
 
 
 def two(options: Sequence[str], processes: int, *command: object) -> list[subprocess.CompletedProcess[str]]:
-    """What has become of a command (`-m module ...`) that each of two launchers starts in so many processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """The completed processes of a command (`-m module ...`) that each of two launchers starts in `processes` ranks."""
+    port = free_port()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     started = []
     for node in range(2):

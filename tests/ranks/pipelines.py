@@ -1,4 +1,4 @@
-"""What workers of `launch` are made with: functions that they can import."""
+"""Functions that workers of `launch` import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank does in tests of whole requests."""
+"""Functions that ranks run in tests of whole requests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tiny import TINY, build, same, tensors
 from tiny.heads import with_heads
 
 from diffusers_accel import accelerate, demo, explain, register_attention, restore, stats
-from diffusers_accel.core import windowed, windows
+from diffusers_accel.core import symm_collectives, symm_mem
 from diffusers_accel.core.graphs import GRAPH_BACKENDS
-from diffusers_accel.core.windows import MAKERS
-from diffusers_accel.features.parallel import guidance
+from diffusers_accel.core.symm_mem import ALLOCATORS
+from diffusers_accel.features.parallel import cfg_parallel
 from diffusers_accel.kernels.attention import KERNELS
 
-from .shared import SharedFiles
+from .shared_memory import SharedFiles
 
 # Of stock pipelines, and of one rank: found once for all ways to divide the same request.
 _EXPECTED = {}
@@ -58,29 +58,29 @@ def offloaded_request(name, configuration, kind, ours_first):
     return [max(relative(one, other) for one, other in zip(out, expected, strict=True)) for out in outs]
 
 
-def request(name, configuration, steps=2, calls=None, recorded=False, heads=None, windows=False, double=False):
+def request(name, configuration, steps=2, calls=None, recorded=False, heads=None, symm_memory=False, double=False):
     """How far a tiny pipeline's outputs under a configuration are from those in this process alone, in relative terms,
     and what `stats` says.
 
     Args:
         name: The pipeline.
-        configuration: Sections. What loses nothing is compared with stock, the rest with itself on one rank.
+        configuration: Sections. Lossless ones are compared with stock, others with the same on one rank.
         steps: Of the request.
         calls: Other arguments of the call.
         recorded: Whether graphs are recorded by a stand-in for CUDA's.
-        windows: Whether heads are exchanged through shared memory.
+        symm_memory: Whether heads are exchanged through shared memory.
         heads: How many the denoisers have, if not as many as usual.
         double: Whether all is in float64, so that sums in another order do not move what is rounded to 8 bits.
     """
-    if windows:
-        MAKERS["cpu"] = SharedFiles
-        summed, windowed.SUMMED = windowed.SUMMED, 0
+    if symm_memory:
+        ALLOCATORS["cpu"] = SharedFiles
+        summed, symm_collectives.ALL_REDUCE_MIN_BYTES = symm_collectives.ALL_REDUCE_MIN_BYTES, 0
         try:
-            division = {**configuration["parallel"], "exchange": "windows"}
-            return request(name, {**configuration, "parallel": division}, steps, calls, recorded, heads, double=double)
+            sharding = {**configuration["parallel"], "comm": "symm_mem"}
+            return request(name, {**configuration, "parallel": sharding}, steps, calls, recorded, heads, double=double)
         finally:
-            del MAKERS["cpu"]
-            windowed.SUMMED = summed
+            del ALLOCATORS["cpu"]
+            symm_collectives.ALL_REDUCE_MIN_BYTES = summed
     if recorded:
         GRAPH_BACKENDS["cpu"] = TapeBackend
     pipe, entry, calls = _pipeline(name, heads, double), TINY[name], calls or {}
@@ -108,9 +108,9 @@ def broken_off(name, way):
     a window."""
     pipe, entry, calls = _pipeline(name, None, False), TINY[name], 0
     expected = tensors(entry.run(pipe, steps=2))
-    stock = windows.Windows.following
+    stock = symm_mem.SymmetricMemory.next_buffer
 
-    def following(self, nbytes):
+    def next_buffer(self, nbytes):
         nonlocal calls
         calls += 1
         if calls == 4 and self._group.rank < self._group.size - 1:
@@ -120,19 +120,19 @@ def broken_off(name, way):
             raise ValueError("no more")
         return window
 
-    MAKERS["cpu"] = SharedFiles
+    ALLOCATORS["cpu"] = SharedFiles
     try:
-        accelerate(pipe, attention="sdpa", parallel={**way, "exchange": "windows"})
-        windows.Windows.following = following
+        accelerate(pipe, attention="sdpa", parallel={**way, "comm": "symm_mem"})
+        symm_mem.SymmetricMemory.next_buffer = next_buffer
         try:
             entry.run(pipe, steps=2)
         except ValueError as error:
             broken = str(error)
         finally:
-            windows.Windows.following = stock
+            symm_mem.SymmetricMemory.next_buffer = stock
         out = tensors(entry.run(pipe, steps=2))
     finally:
-        del MAKERS["cpu"]
+        del ALLOCATORS["cpu"]
         restore(pipe)
     return broken, max(relative(one, other) for one, other in zip(out, expected, strict=True))
 
@@ -163,7 +163,7 @@ def overlapped(name, fuse):
     try:
         compiled = {"backend": "watched", "rewrites": True}
         sections = {"compile": compiled, "parallel": {"ulysses": 2}, "attention": "sdpa", "fuse": fuse}
-        found = request(name, sections, windows=True)
+        found = request(name, sections, symm_memory=True)
     finally:
         rewrites.graph.KINDS, context.REWRITTEN_ON, overlap._WORTH = before
         torch._dynamo.backends.registry._COMPILER_FNS.pop("watched")
@@ -178,14 +178,14 @@ def rounds(name, configuration):
     pipe, entry, found = build(name), TINY[name], []
     calls = [{"steps": 3}, {"steps": 3}, {"steps": 1, "guidance_scale": 1.0}]
     expected = [tensors(entry.run(pipe, **call)) for call in calls]
-    resolve = guidance.Guidance._resolve
+    resolve = cfg_parallel.CFGParallel._resolve
 
     def counted(self, call):
         if not call.found:
             found[-1].append(len(self._open) if call in self._open else 1)
         return resolve(self, call)
 
-    guidance.Guidance._resolve = counted
+    cfg_parallel.CFGParallel._resolve = counted
     errors = []
     try:
         accelerate(pipe, **configuration)
@@ -195,7 +195,7 @@ def rounds(name, configuration):
             errors.append(max(relative(one, other) for one, other in zip(out, stock, strict=True)))
         restore(pipe)
     finally:
-        guidance.Guidance._resolve = resolve
+        cfg_parallel.CFGParallel._resolve = resolve
     return found, errors
 
 
@@ -239,7 +239,7 @@ def twice(name, configuration, steps=2):
 
 
 def refusal(name, configuration, offloaded=False):
-    """What `accelerate` raises, and whether the pipeline is stock afterwards. There is an attention kernel `plain`."""
+    """The error of `accelerate`, and whether the pipeline is stock afterwards. There is an attention kernel `plain`."""
     if "plain" not in KERNELS:
         register_attention("plain", lambda query, key, value, **_: query)
     pipe = build(name)
@@ -255,7 +255,7 @@ def refusal(name, configuration, offloaded=False):
 
 
 def explained(name, configuration, gpus=False, heads=None):
-    """What would be done, on a machine that has GPUs or has none."""
+    """The text of `explain`, on a machine with GPUs or without."""
     pipe = with_heads(name, heads)
     explain(pipe, **configuration)  # what is imported looks for GPUs too
     available, torch.cuda.is_available = torch.cuda.is_available, lambda: gpus

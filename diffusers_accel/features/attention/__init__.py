@@ -123,7 +123,7 @@ def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
             by_block = {layer.block: choices[name] for layer, name in zip(role.layers, role.backends, strict=True)}
             # The key of a module outside the blocks is None.
             select = _selector(context, config, running, by_block, dense)
-            context_parallel = context.outputs.attention_carriers.get((denoiser.name, role.name.rpartition(".")[2]))
+            context_parallel = context.outputs.context_parallel.get((denoiser.name, role.name.rpartition(".")[2]))
             dispatcher = AttentionDispatcher(select, context.stats.attention_calls, context_parallel)
             backend_name, registrations = registered_backend(dispatcher)
             if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):

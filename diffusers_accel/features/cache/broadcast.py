@@ -15,7 +15,7 @@ from torch import nn
 
 from ...config import PABConfig
 from ...core.edits import AddLayer, Edit
-from ...core.noise import noise_shares
+from ...core.noise import noise_fractions
 from ...core.tree import tensors_in
 from ...errors import Unsupported
 from ...policies import Broadcast
@@ -128,7 +128,7 @@ class _BroadcastState:
         if step is None or step.repeated:
             return inner(*args, **kwargs)
         if self._noise[0] != step.request:
-            self._noise = (step.request, noise_shares(self.context.clock.scheduler))
+            self._noise = (step.request, noise_fractions(self.context.clock.scheduler))
         self.active = self._noise[1] is not None
         try:
             return inner(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 A signal is measured before the denoiser runs (`before_denoiser`), or before its first skippable block. A change is read
 back to the host once per step at most. Ranks that share a sequence each have a part of the values between blocks, so
-`FeatureOutputs.reduce` sums over ranks and all of them get one change.
+`FeatureOutputs.all_reduce` sums over ranks and all of them get one change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...core.noise import noise_shares
+from ...core.noise import noise_fractions
 from ...core.step import StepState
 from ...core.tree import tensors_in
 from ...policies import change_ratio, estimated_change, wiener_gain
@@ -23,7 +23,7 @@ from .state import BranchState, Streams, relative
 Arguments = Mapping[str, Any]
 # (signal, relative change): the signal is kept for the next comparison; the change is None without a comparison.
 Measurement = tuple[Any, float | None]
-# `FeatureOutputs.reduce`.
+# `FeatureOutputs.all_reduce`.
 Reduce = Callable[[torch.Tensor], torch.Tensor] | None
 # Makes the signal of one denoiser.
 SignalFactory = Callable[[PipelineContext, Denoiser], "ChangeSignal"]
@@ -83,9 +83,9 @@ class ModulatedInput(ChangeSignal):
     ) -> Measurement:
         """See `ChangeSignal.measure`."""
         assert self.denoiser.adapter.block_signal is not None and block is not None
-        with self.context.outputs.gathered(block):
+        with self.context.outputs.unsharded(block):
             signal = self.conditional(self.denoiser.adapter.block_signal(block, arguments), step)
-        return signal, change(signal, state.signal, self.context.outputs.reduce)
+        return signal, change(signal, state.signal, self.context.outputs.all_reduce)
 
 
 class TimestepSignal(ChangeSignal):
@@ -140,7 +140,7 @@ class FirstResidual(ChangeSignal):
         if stream is None or first_input is None or stream.shape != first_input.shape:
             return None, None
         signal = self.conditional(stream - first_input, step)
-        return signal, change(signal, state.signal, self.context.outputs.reduce)
+        return signal, change(signal, state.signal, self.context.outputs.all_reduce)
 
 
 class FilteredLatents(ChangeSignal):
@@ -167,7 +167,7 @@ class FilteredLatents(ChangeSignal):
         """See `ChangeSignal.measure`."""
         adapter = self.denoiser.adapter
         if self._noise[0] != step.request:
-            self._noise = (step.request, noise_shares(self.context.clock.scheduler))
+            self._noise = (step.request, noise_fractions(self.context.clock.scheduler))
             self._grid = (step.request, adapter.grid(arguments))
         noise = self._noise[1]
         if noise is None or step.step is None:
@@ -180,7 +180,7 @@ class FilteredLatents(ChangeSignal):
         if any(one.shape != other.shape for one, other in zip(signal, before, strict=True)):
             return signal, None
         changes = [relative(one, other) for one, other in zip(signal, before, strict=True)]
-        return signal, _mean_of_ranks(torch.stack(changes).mean(), self.context.outputs.reduce)
+        return signal, _mean_of_ranks(torch.stack(changes).mean(), self.context.outputs.all_reduce)
 
     def filtered(self, latents: torch.Tensor, noise: float) -> torch.Tensor:
         """Latents after a Wiener-like filter; see `policies/seacache.py`.
@@ -219,7 +219,7 @@ class EstimatedOutput(ChangeSignal):
         moved = _mean_difference(signal, before)
         if moved is None or outputs is None or k is None:
             return signal, None
-        return signal, _mean_of_ranks(estimated_change(k, moved, _mean_size(outputs)), self.context.outputs.reduce)
+        return signal, _mean_of_ranks(estimated_change(k, moved, _mean_size(outputs)), self.context.outputs.all_reduce)
 
     def record_outputs(self, state: BranchState, outputs: list[torch.Tensor]) -> None:
         """Updates k, the ratio of the output's to the input's change, between two computed steps."""

@@ -96,7 +96,7 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
             yield AddLayer(
                 block,
                 context.rank("compile"),
-                _compiled(block, config, shared, rewrites, bool(context.outputs.attention_carriers), hooked.blocks),
+                _compiled(block, config, shared, rewrites, bool(context.outputs.context_parallel), hooked.blocks),
             )
             if denoiser.adapter.static_arguments:
                 # A layer of equal rank that is added later runs outside the compiled forward.
@@ -109,7 +109,7 @@ def _precomputes_modulations(context: PipelineContext, denoiser: Denoiser) -> bo
     They need the weights of many blocks at once, and are found by the weights' addresses. Neither holds for weights
     that ranks share, whose blocks share memory.
     """
-    return denoiser.adapter.modulation is not None and context.rewrites(denoiser) and not context.shares_weights
+    return denoiser.adapter.modulation is not None and context.rewrites(denoiser) and not context.fsdp
 
 
 def _raise_recompile_limit(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -47,7 +47,7 @@ def check(context: PipelineContext, config: CudaGraphConfig) -> Plan:
         Unsupported: A denoiser is not on a CUDA device, has no adapter or has offloaded weights; ranks share weights;
             or inductor captures graphs itself.
     """
-    if context.shares_weights:
+    if context.fsdp:
         raise Unsupported(
             "cuda_graph",
             "a graph covers many blocks, and ranks that share weights hold those of two blocks at a time.",

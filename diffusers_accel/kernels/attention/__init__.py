@@ -7,8 +7,8 @@ Importing this package registers the records and imports no kernel package. The 
 - Records: `torch_native.py`, `flash.py`, `packages.py` (optional packages), `sage.py` (the kernels of this package).
 - `deferred.py`: query and key whose QK-norm and rotary embedding a kernel applies itself. `fused_qk_norm_rope.py`: the
   same idea as operators of compiled graphs. `qk_norm_rope.py`: norm and rotation alone, in Triton.
-- `transport.py`: attention over a sequence that several ranks share. `shipping.py`: the exchange of heads between
-  ranks; `scatter.py`: its Triton kernels.
+- `context_parallel.py`: attention over a sequence that is sharded among ranks. `ulysses.py`: its all-to-all over
+  symmetric memory; `peer_writes.py`: the Triton kernels of that.
 - `recipe.py`: the rounding of 8-bit attention, with plain references. Its Triton kernels, which only loaders import:
   `rows.py`, `norm.py`, `quantize.py`, `low_bit.py`.
 """
@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from . import flash, packages, sage, torch_native  # noqa: F401  (each registers its records)
 from .choice import Choice, Fastest, Fixed, Timings, candidates, margin
+from .context_parallel import ContextParallelAttention, Layout
 from .deferred import DeferredQK
 from .dispatch import DISPATCHERS, AttentionDispatcher, dispatch
 from .fused_qk_norm_rope import apply_rope, fused_qk_norm_rope_attention
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
-from .shipping import Operand, Shipping
-from .transport import Layout, Transport
+from .ulysses import Operand, UlyssesAllToAll
 
 __all__ = [
     "DISPATCHERS",
@@ -39,9 +39,9 @@ __all__ = [
     "Inputs",
     "Layout",
     "Operand",
-    "Shipping",
+    "ContextParallelAttention",
     "Timings",
-    "Transport",
+    "UlyssesAllToAll",
     "apply_rope",
     "candidates",
     "dispatch",

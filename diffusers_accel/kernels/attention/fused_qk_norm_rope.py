@@ -21,8 +21,7 @@ from ...core.operators import operator
 from .deferred import DeferredQK
 from .dispatch import DISPATCHERS, AttentionDispatcher
 from .record import Inputs, QKNorm, Rotary, Tables
-from .shipping import KEY, QUERY, VALUE, Operand, plain
-from .shipping import rotate as rotate_torch
+from .ulysses import KEY, QUERY, VALUE, Operand, apply_rotary, norm_and_rotate
 
 
 def _apply_rope_fake(
@@ -47,7 +46,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope_style
     cos, sin, found = cos.float(), sin.float(), x.float()
     if heads and x.ndim == 3:
         cos, sin, found = (item.unflatten(-1, (heads, -1)) for item in (cos, sin, found))
-    return rotate_torch(found, cos, sin, rope_style).to(x.dtype).reshape(x.shape).contiguous()
+    return apply_rotary(found, cos, sin, rope_style).to(x.dtype).reshape(x.shape).contiguous()
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class _QueryKey:
                 qk_norm_rope(parts[0], parts[1], outs[0], outs[1], norm, rotary)
             else:
                 for part, out, weight, table in zip(parts, outs, norms, tables, strict=True):
-                    out.copy_(plain(part, weight, self.eps, table, self.rope_style))
+                    out.copy_(norm_and_rotate(part, weight, self.eps, table, self.rope_style))
         return query, key
 
     def deferred(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,8 +179,8 @@ def fused_qk_norm_rope_attention(
     operands = _operands(query, key, [value], norms, eps, query_tables, key_tables, rope_style)
     found, heads = DISPATCHERS[dispatcher], (query[0].shape[2], key[0].shape[2])
     if _sends_to_ranks(found, heads, is_causal, *operands.values()):
-        found.context_parallel.ship(operands, heads, False)
-        out: torch.Tensor = found.context_parallel.arrived(heads[0], attn_mask, scale, found.run_local)
+        found.context_parallel.send(operands, heads, False)
+        out: torch.Tensor = found.context_parallel.wait_and_attend(heads[0], attn_mask, scale, found.run_local)
         return out.contiguous()
     return _attention_of_operands(found, operands, attn_mask, is_causal, scale)
 
@@ -228,7 +227,10 @@ def _sends_to_ranks(
     """Whether `context_parallel` takes query, key and value one by one."""
     alike = len({(item.parts[0].shape[3], item.parts[0].dtype) for item in operands}) == 1
     return (
-        dispatcher.context_parallel is not None and alike and not is_causal and dispatcher.context_parallel.ships(heads)
+        dispatcher.context_parallel is not None
+        and alike
+        and not is_causal
+        and dispatcher.context_parallel.can_send(heads)
     )
 
 
@@ -281,7 +283,7 @@ def ulysses_send(
     found = DISPATCHERS[dispatcher]
     operands = _operands(query, key, value, norms, eps, query_tables, key_tables, rope_style)
     if _sends_to_ranks(found, (heads[0], heads[1]), is_causal, *operands.values()):
-        found.context_parallel.ship(operands, (heads[0], heads[1]), True)
+        found.context_parallel.send(operands, (heads[0], heads[1]), True)
     else:
         found.operands |= operands
     return (value + query + key)[0].new_empty(0)
@@ -322,5 +324,5 @@ def ulysses_attention(
     if found.operands:
         operands, found.operands = found.operands, {}
         return _attention_of_operands(found, operands, attn_mask, is_causal, scale)
-    out: torch.Tensor = found.context_parallel.arrived(query[0].shape[2], attn_mask, scale, found.run_local)
+    out: torch.Tensor = found.context_parallel.wait_and_attend(query[0].shape[2], attn_mask, scale, found.run_local)
     return out.contiguous()

@@ -19,7 +19,7 @@ from . import eight_bit, four_bit, third_party  # noqa: F401  (each registers it
 from .module import STOCK, ActivationCache, CannotPack, LinearProxy, QuantizedLinear
 from .packed import LinearSlice, PackedLinear, release_tensors, restore_tensors, stock_modules
 from .record import LINEARS, LinearKernel, kind_of, register_linear
-from .sharded import is_divided, stock_of, whole_of
+from .sharded import is_sharded, stock_of, unsharded_layer
 
 __all__ = [
     "LINEARS",
@@ -32,11 +32,11 @@ __all__ = [
     "PackedLinear",
     "LinearProxy",
     "release_tensors",
-    "is_divided",
+    "is_sharded",
     "kind_of",
     "stock_modules",
     "register_linear",
     "stock_of",
     "restore_tensors",
-    "whole_of",
+    "unsharded_layer",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph
 
 from ....kernels.attention import DISPATCHERS
-from ....kernels.attention.shipping import KEY, QUERY, VALUE
+from ....kernels.attention.ulysses import KEY, QUERY, VALUE
 from . import graph as graphs
 from .graph import is_call, put, value
 from .linear import LINEAR
@@ -47,7 +47,7 @@ def _split(graph: Graph, node: Any, overlapped: set[Any]) -> None:
     kinds = {(value(item).shape[-1], value(item).dtype) for item in (query[0], key[0], value_)}
     if context_parallel is None or not context_parallel.overlaps or causal or len(kinds) > 1:
         return
-    if not context_parallel.ships((heads[0], heads[1])):
+    if not context_parallel.can_send((heads[0], heads[1])):
         return
     before = _before(graph, node)
     count = len(query)

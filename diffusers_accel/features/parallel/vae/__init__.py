@@ -1,17 +1,18 @@
-"""A VAE's decoder and encoder divided among ranks, each with a strip of the picture's rows or columns.
+"""VAE parallelism: a VAE's decoder and encoder are sharded among ranks, each with a strip of the picture's rows or
+columns.
 
 All ranks begin with the same whole latents (or pictures), compute a strip each, and end with the same whole result. It
-is what one rank computes, borders included, because what looks beyond a strip is given what it would see there:
+equals that of one rank, borders included, because layers that look beyond a strip get the values there:
 
-- A convolution gets its halo, the neighbours' nearest rows, and stock padding at the picture's own borders only: one
-  exchange each, with both neighbours at once. A convolution that keeps frames from chunk to chunk keeps those of the
-  strip; their halo comes with that of the new frames.
+- A convolution gets its halo, the neighbours' nearest rows, by one exchange with both neighbours; it pads at the
+  picture's own borders only. A convolution that caches frames between chunks caches those of the strip, and their halo
+  comes with that of the new frames.
 - A group norm gets mean and variance of the whole picture, merged from those of the strips as in Chan, Golub and
-  LeVeque (1979): as precise as computed at once.
-- Attention over the picture gets everybody's keys and values; each rank has only its own queries.
+  LeVeque (1979), with the precision of a single pass.
+- Attention over the picture gathers keys and values; each rank keeps its own queries.
 
-Everything else in these VAEs acts on one pixel, on one place over time, or on patches that lie within one strip.
-`others.py` is for ranks that do not take part.
+All other layers of these VAEs act on one pixel, on one place over time, or on patches within one strip. `kinds.py`
+lists them; a VAE with unknown layers is refused. `idle_ranks.py` is for ranks that do not take part.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ....core.comm import Group, shares
+from ....core.comm import Group, shard_sizes
 from ....core.edits import AddLayer, Edit
 from ....errors import Unsupported
 from . import kinds, layers
@@ -31,25 +32,25 @@ from .kinds import kind
 from .strips import Strips
 
 FEATURE = "parallel.vae"
-# Where they are in (batch, channels, height, width) and in (batch, channels, frames, height, width).
+# Dimensions of (batch, channels, height, width) and of (batch, channels, frames, height, width).
 AXES = {"height": -2, "width": -1}
 
 
 def refuse(vae: Any, dim: str = "height") -> str | None:
-    """Why a VAE cannot be divided along `"height"` or `"width"`; `None` if it can. Pure."""
+    """The reason why a VAE cannot be sharded along `"height"` or `"width"`; `None` if it can. Changes nothing."""
     if kind(vae) not in kinds.VAES:
-        return f"only {', '.join(kinds.VAES)} are known to divide into strips."
+        return f"only {', '.join(kinds.VAES)} can be sharded into strips."
     if getattr(vae, "use_tiling", False):
-        return "tiling is on, and tiles are not divided among ranks."
-    return kinds.undivided(vae, AXES[dim])
+        return "tiling is on, and tiles are not sharded among ranks."
+    return kinds.unshardable(vae, AXES[dim])
 
 
 def edits(vae: Any, group: Group, dim: str, rank: int) -> Iterator[Edit]:
-    """Divides a VAE's `decode` and `encode`; nothing in a group of one.
+    """Shards a VAE's `decode` and `encode`; does nothing in a group of one.
 
     From then on all ranks of the group must call them together, with the same tensors. A call raises `Unsupported`, on
-    every rank and before anything is computed, if there are fewer rows (or columns) than ranks need, if a picture's do
-    not make whole latents, or if tiling has been switched on.
+    every rank and before it computes, in three cases: there are fewer rows (or columns) than ranks need, a picture's
+    rows are no whole rows of latents, or tiling has been switched on.
 
     Args:
         vae: The stock VAE.
@@ -73,15 +74,15 @@ def edits(vae: Any, group: Group, dim: str, rank: int) -> Iterator[Edit]:
             yield AddLayer(module, rank, partial(layers.group_norm, strips, module))
         elif kind(module) in kinds.ATTENTIONS and kind(getattr(module, "processor", None)) not in kinds.TEMPORAL:
             yield AddLayer(module, rank, partial(layers.attention, strips))
-    # A strip must have what a neighbour needs of it where the picture is smallest, which is at the latents' size.
+    # A strip must be as long as its neighbours' halos where the picture is smallest, which is at the latents' size.
     least = max((max(halo.before, halo.after) for halo in halos.values()), default=1)
-    methods = _Methods(vae, strips, dim, least)
+    methods = _DecodeEncode(vae, strips, dim, least)
     yield AddLayer(vae, rank, methods.decode, "decode")
     yield AddLayer(vae, rank, methods.encode, "encode")
 
 
-class _Methods:
-    """The layers around a VAE's own methods."""
+class _DecodeEncode:
+    """The layers around a VAE's `decode` and `encode`."""
 
     def __init__(self, vae: Any, strips: Strips, dim: str, least: int):
         self.vae, self.strips, self.dim, self.least = vae, strips, dim, least
@@ -90,16 +91,16 @@ class _Methods:
     def decode(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Decodes a strip of the latents and gathers the samples."""
         z, args = (args[0], args[1:]) if args else (kwargs.pop("z"), ())
-        with self.strips.dividing(z, self._counts(z, "latent ", 1)) as strip:
+        with self.strips.sharding(z, self._counts(z, "latent ", 1)) as strip:
             result = inner(strip, *args, **kwargs)
             if isinstance(result, tuple):
                 return (self._whole(result[0]), *result[1:])
             return dataclasses.replace(result, sample=self._whole(result.sample))
 
     def encode(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Encodes a strip of the pictures and gathers what their distribution is made of."""
+        """Encodes a strip of the pictures and gathers the parameters of their distribution."""
         x, args = (args[0], args[1:]) if args else (kwargs.pop("x"), ())
-        with self.strips.dividing(x, self._counts(x, "", self.stride)) as strip:
+        with self.strips.sharding(x, self._counts(x, "", self.stride)) as strip:
             result = inner(strip, *args, **kwargs)
             plain = isinstance(result, tuple)
             found = result[0] if plain else result.latent_dist
@@ -110,11 +111,17 @@ class _Methods:
         return self.strips.whole(x, self.strips.axis)
 
     def _counts(self, x: torch.Tensor, what: str, unit: int) -> list[int]:
-        """Of how many rows each rank's strip consists, in whole units."""
+        """Number of rows of each rank's strip, in whole units.
+
+        Args:
+            x: The latents or pictures.
+            what: A word before the dimension's name in messages.
+            unit: Rows that make one row of latents.
+        """
         if getattr(self.vae, "use_tiling", False):
             _refuse(self.vae, refuse(self.vae, self.dim))
         length, ranks = x.shape[self.strips.axis], self.strips.group.size
-        counts = [unit * share for share in shares(length // unit, ranks)]
+        counts = [unit * share for share in shard_sizes(length // unit, ranks)]
         reason = None
         if length % unit:
             reason = f"a {what}{self.dim} of {length} is no multiple of {unit}, which make one of the latents."
@@ -124,7 +131,7 @@ class _Methods:
             )
         if reason is not None:
             other = next(name for name in AXES if name != self.dim)
-            raise Unsupported(FEATURE, reason, f"another size, {other} divided, or fewer ranks.", kind(self.vae))
+            raise Unsupported(FEATURE, reason, f"another size, {other} sharded, or fewer ranks.", kind(self.vae))
         return counts
 
 

@@ -1,7 +1,7 @@
-"""What is known of the modules that VAEs consist of: which of them look across strips, and how far.
+"""The modules of VAEs: the ones that look across strips, and how far.
 
-Types are told apart by name, as the classes of several families are copies of each other. A module of a kind that is
-not written down here makes its VAE one that cannot be divided: that is found out before anything is computed.
+Classes are told apart by name, since those of several families are copies of each other. A VAE with a module of an
+unknown class cannot be sharded, which is known before anything is computed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-# VAEs whose `decode` and `encode` hand strips on to the modules below without looking across them.
+# VAEs whose `decode` and `encode` pass strips on to the modules below without looking across them.
 VAES = (
     "AutoencoderKL",
     "AutoencoderKLFlux2",
@@ -29,7 +29,7 @@ def _of(family: str, kinds: str) -> Iterable[str]:
     return (family + kind for kind in kinds.split())
 
 
-# Modules that do not look across strips themselves; what they consist of may.
+# Modules that do not look across strips themselves; their submodules may.
 LOCAL = {
     *_of("", "ModuleList Sequential Identity Dropout SiLU Linear LayerNorm BatchNorm2d ZeroPad2d"),
     *_of("", "Encoder Decoder DownEncoderBlock2D UpDecoderBlock2D UNetMidBlock2D ResnetBlock2D"),
@@ -52,13 +52,13 @@ CONVOLUTIONS = {
 }
 NORMS = {"GroupNorm"}
 ATTENTIONS = {"Attention", "WanAttentionBlock", "QwenImageAttentionBlock", "CosmosCausalAttention"}
-# Processors of the attentions that have one: those that attend over the picture, by `scaled_dot_product_attention`,
-# and those that attend over time only.
+# Processors of attention modules that have one: over the picture, by `scaled_dot_product_attention`, and over time
+# alone.
 SPATIAL = {"AttnProcessor2_0", "FusedAttnProcessor2_0", "CosmosSpatialAttentionProcessor2_0"}
 TEMPORAL = {"CosmosTemporalAttentionProcessor2_0"}
 
-# Stock code that pads with zeros, into a tensor of its own, before it calls a convolution: which convolution that is,
-# and the padding in front.
+# Modules whose stock code pads with zeros, into a tensor of its own, before it calls a convolution -> that convolution
+# and the rows of padding in front.
 AHEAD: dict[str, Callable[[Any, int], tuple[nn.Module, int] | None]] = {
     "WanCausalConv3d": lambda conv, axis: (conv, conv.kernel_size[axis] // 2),
     "QwenImageCausalConv3d": lambda conv, axis: (conv, conv.kernel_size[axis] // 2),
@@ -68,7 +68,7 @@ AHEAD: dict[str, Callable[[Any, int], tuple[nn.Module, int] | None]] = {
     "Downsample2D": lambda module, axis: (module.conv, 0) if module.use_conv and module.padding == 0 else None,
     "CogVideoXDownsample3D": lambda module, axis: (module.conv, 0),
 }
-# By how much modules of an encoder divide rows and columns otherwise than by a convolution's stride.
+# Modules of an encoder that reduce rows and columns without a convolution's stride -> the factor.
 STRIDES: dict[str, Callable[[Any, int], int]] = {
     "AutoencoderKLWan": lambda vae, axis: vae.config.patch_size or 1,
     "LTXVideoEncoder3d": lambda encoder, axis: encoder.patch_size,
@@ -81,12 +81,12 @@ STRIDES: dict[str, Callable[[Any, int], int]] = {
 
 @dataclass(frozen=True)
 class Halo:
-    """What a convolution needs of its neighbours.
+    """The halo of a convolution: the rows of its neighbours' strips that it reads.
 
     Attributes:
-        before: Rows before the strip.
-        after: Rows after it.
-        ahead: Whether its input comes with room for them, zeros where the picture ends.
+        before: Number of rows before the strip.
+        after: Number of rows after the strip.
+        ahead: Whether stock code has padded the input with that many rows of zeros already.
     """
 
     before: int
@@ -95,21 +95,21 @@ class Halo:
 
 
 def kind(module: Any) -> str:
-    """The name by which the tables know a module."""
+    """The name of a module's class, by which the tables list it."""
     return type(module).__name__
 
 
-def undivided(vae: nn.Module, axis: int) -> str | None:
-    """Why the modules of a VAE cannot be divided along a dimension; `None` if they can."""
+def unshardable(vae: nn.Module, axis: int) -> str | None:
+    """The reason why a VAE's modules cannot be sharded along a dimension; `None` if they can."""
     known = LOCAL | CONVOLUTIONS | NORMS | ATTENTIONS | set(VAES)
     for path, module in vae.named_modules():
         if kind(module) not in known:
-            return f"{path} is a {kind(module)}, of which is not known how far it looks."
+            return f"{path} is a {kind(module)}, and it is unknown how far it looks across strips."
         processor = getattr(module, "processor", None)
         if kind(module) in ATTENTIONS and processor is not None and kind(processor) not in SPATIAL | TEMPORAL:
-            return f"{path} attends by {kind(processor)}, where keys cannot be gathered."
+            return f"{path} attends by {kind(processor)}, whose keys cannot be gathered."
         if getattr(module, "per_channel_scale1", None) is not None:
-            return f"{path} adds noise, which would be another in every strip."
+            return f"{path} adds noise, which would differ in every strip."
     try:
         halos(vae, axis)
     except ValueError as error:
@@ -118,10 +118,10 @@ def undivided(vae: nn.Module, axis: int) -> str | None:
 
 
 def halos(vae: nn.Module, axis: int) -> dict[nn.Module, Halo]:
-    """What those convolutions of a VAE need that look beyond a strip.
+    """The halos of a VAE's convolutions that look beyond a strip.
 
     Raises:
-        ValueError: One of them cannot be divided.
+        ValueError: A convolution cannot be sharded.
     """
     pairs = (AHEAD[kind(module)](module, axis) for module in vae.modules() if kind(module) in AHEAD)
     ahead = dict(pair for pair in pairs if pair is not None)
@@ -131,11 +131,11 @@ def halos(vae: nn.Module, axis: int) -> dict[nn.Module, Halo]:
             continue
         conv: Any = module
         if getattr(conv, "pad_mode", "constant") != "constant" or conv.padding_mode == "circular":
-            raise ValueError(f"{path} pads with what lies beyond its neighbours.")
+            raise ValueError(f"{path} pads with rows beyond its neighbours' strips.")
         reach, stride = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1, conv.stride[axis]
         before = ahead.get(conv, conv.padding[axis])
         if conv not in ahead and not 0 < reach - 2 * before <= stride:
-            raise ValueError(f"{path} makes a picture of another size than its stride says.")
+            raise ValueError(f"{path} changes the picture's size by another factor than its stride.")
         halo = Halo(before, max(reach - stride - before, 0), conv in ahead)
         if halo.before or halo.after:
             found[module] = halo
@@ -143,7 +143,7 @@ def halos(vae: nn.Module, axis: int) -> dict[nn.Module, Halo]:
 
 
 def stride(vae: Any, axis: int) -> int:
-    """How many rows (or columns) of a picture make one of the latents."""
+    """The number of a picture's rows (or columns) that make one row (or column) of latents."""
     found = 1
     for module in (vae, *vae.encoder.modules()):
         if kind(module) in CONVOLUTIONS:

@@ -1,4 +1,7 @@
-"""The layers around the modules that look beyond a strip: each makes up for what the strip does not show."""
+"""The layers around modules that look beyond a strip: each gets the values that the strip does not hold.
+
+Outside `Strips.sharding`, that is when a part of the VAE is called by itself, they run the stock forward.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +25,35 @@ def convolution(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Around `_conv_forward`, which all convolutions pass once what they cache is joined and padded."""
-    if not strips.divided:
+    """The layer around `_conv_forward`, which a convolution calls once its input is joined with cached frames and
+    padded.
+
+    Args:
+        strips: The strips.
+        conv: The convolution.
+        halo: Its halo.
+        inner: The stock `_conv_forward`.
+        x: This rank's strip, with room for the halo if `halo.ahead`.
+        weight: The convolution's weight.
+        bias: The convolution's bias; `None` without one.
+    """
+    if not strips.sharded:
         return inner(x, weight, bias)
     axis = strips.axis
     if halo.ahead:
         length = x.shape[axis] - halo.before - halo.after
-        before, after = strips.neighbours(x.narrow(axis, halo.before, length), halo)
-        # Stock code has just made this tensor, with room for these.
+        before, after = strips.exchange_halos(x.narrow(axis, halo.before, length), halo)
+        # Stock code has just made this tensor, padded with zeros, so it may be written to.
         x.narrow(axis, 0, halo.before).copy_(before)
         x.narrow(axis, halo.before + length, halo.after).copy_(after)
         return inner(x, weight, bias)
     zeros = conv.padding_mode == "zeros"
-    before, after = strips.neighbours(x, halo, zeros)
+    before, after = strips.exchange_halos(x, halo, zeros)
     x = torch.cat([before, x, after], axis)
     padding = list(conv.padding)
     padding[axis] = 0
     if not zeros:
-        # With the halo in place already: a strip of one row is reflected in its neighbour's.
+        # After the halo: a strip of one row is reflected by its neighbour's rows.
         sides = [(size, size) for size in padding]
         sides[axis] = (halo.before * strips.first, halo.after * strips.last)
         x = F.pad(x, [size for pair in reversed(sides) for size in pair], conv.padding_mode)
@@ -49,36 +63,36 @@ def convolution(
 
 
 def group_norm(strips: Strips, norm: Any, inner: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Around a group norm: mean and variance of everybody's strips, merged."""
-    if not strips.divided:
+    """The layer around a group norm: mean and variance of all strips, merged."""
+    if not strips.sharded:
         return inner(x)
     batch, channels = x.shape[:2]
     values = x.reshape(batch, norm.num_groups, -1)
     variance, mean = torch.var_mean(values.to(torch.promote_types(x.dtype, torch.float32)), -1, correction=0)
-    found = torch.cat(strips.group.gather(torch.stack([mean, variance])[None], 0, passing=True))
+    found = torch.cat(strips.group.all_gather(torch.stack([mean, variance])[None], 0, transient=True))
     means, variances = found.unbind(1)
     mean = (strips.weights * means).sum(0)
     variance = (strips.weights * (variances + (means - mean).square())).sum(0)
-    # Of each channel, once the groups are spread: a batch norm with known statistics is this arithmetic in one kernel.
+    # Statistics of each channel: a batch norm with given statistics is this arithmetic in one kernel.
     mean, variance = (item.repeat_interleave(channels // norm.num_groups, 1).flatten() for item in (mean, variance))
     weight, bias = (None if item is None else item.to(mean.dtype).repeat(batch) for item in (norm.weight, norm.bias))
     return F.batch_norm(x.reshape(1, batch * channels, -1), mean, variance, weight, bias, eps=norm.eps).view(x.shape)
 
 
 def attention(strips: Strips, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Around attention over the picture: this rank's queries, everybody's keys and values."""
-    if not strips.divided:
+    """The layer around attention over the picture: this rank's queries, all ranks' keys and values."""
+    if not strips.sharded:
         return inner(*args, **kwargs)
-    with _EverybodysKeys(strips) as keys:
+    with _AllGatherKeys(strips) as keys:
         result = inner(*args, **kwargs)
-    assert keys.calls, "attention passed by scaled_dot_product_attention, and so saw this rank's keys only"
+    assert keys.calls, "attention did not call scaled_dot_product_attention, so it had this rank's keys only"
     return result
 
 
-class _EverybodysKeys(TorchFunctionMode):
-    """Within it, `scaled_dot_product_attention` attends to the keys of all ranks.
+class _AllGatherKeys(TorchFunctionMode):
+    """A mode in which `scaled_dot_product_attention` attends to the keys of all ranks, in the order of ranks.
 
-    Their order, which is the ranks', is of no account: there is no mask.
+    There is no mask, so the order does not matter.
     """
 
     def __init__(self, strips: Strips):

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import exact
 import pytest
 import torch
-from ranks import attend
+from ranks import context_parallel
 
-from diffusers_accel.kernels.attention.shipping import KEY, QUERY, VALUE, Shipping
+from diffusers_accel.kernels.attention.ulysses import KEY, QUERY, VALUE, UlyssesAllToAll
 
 WAYS = {
     "ulysses": (2, {"ulysses": 2}),
@@ -24,7 +24,7 @@ WAYS = {
 }
 
 
-def check(pools, way, queries, keys, mask=None, heads=6, kv_heads=6, shared=0, local_mask=False, windows=False):
+def check(pools, way, queries, keys, mask=None, heads=6, kv_heads=6, shared=0, local_mask=False, symm_mem=False):
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(queries), heads), (shared + sum(keys), kv_heads), (shared + sum(keys), kv_heads)]
     query, key, value = (torch.randn(2, length, count, 16, generator=generator) for length, count in shapes)
@@ -32,7 +32,7 @@ def check(pools, way, queries, keys, mask=None, heads=6, kv_heads=6, shared=0, l
     size, sizes = WAYS[way]
     found = torch.full_like(query, float("nan"))
     for rows, out in pools[size].run(
-        attend.attend, sizes, query, key, value, mask, (queries, keys), shared, local_mask, windows
+        context_parallel.attend, sizes, query, key, value, mask, (queries, keys), shared, local_mask, symm_mem
     ):
         found[:, rows] = out
     # float32 against float64: sums of some sixty terms.
@@ -76,14 +76,14 @@ def test_fewer_keys_than_ranks(pools, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kv_heads", [5, 1])
-def test_through_windows(pools, way, kv_heads):
+def test_over_symmetric_memory(pools, way, kv_heads):
     """Of which some ranks have more keys, or more queries, than others."""
-    check(pools, way, [13, 30], [7, 22], heads=5, kv_heads=kv_heads, shared=3 if kv_heads == 1 else 0, windows=True)
+    check(pools, way, [13, 30], [7, 22], heads=5, kv_heads=kv_heads, shared=3 if kv_heads == 1 else 0, symm_mem=True)
 
 
-@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("symm_mem", [False, True])
 @pytest.mark.parametrize("way", ["ulysses of 4", "ulysses in a ring"])
-def test_rounded_on_their_way(pools, way, windows):
+def test_rounded_on_their_way(pools, way, symm_mem):
     """As attention of rounded tensors, itself rounded, where it makes sense to say so; the few that a last place moves
     are rounded to another number."""
     generator = torch.Generator().manual_seed(0)
@@ -96,21 +96,23 @@ def test_rounded_on_their_way(pools, way, windows):
 
     expected = rounded(exact.attention(*map(rounded, given))[0])
     found = torch.full_like(given[0], float("nan"))
-    for rows, out in pools[size].run(attend.attend, sizes, *given, None, ([29], [29]), 0, False, windows, True):
+    for rows, out in pools[size].run(
+        context_parallel.attend, sizes, *given, None, ([29], [29]), 0, False, symm_mem, True
+    ):
         found[:, rows] = out
     assert exact.relative(found, expected) < 2e-3
     assert 5e-3 < exact.relative(found, exact.attention(*given)[0]) < 0.06
 
 
 @pytest.mark.parametrize(
-    ("aside", "together"),
+    ("async_op", "together"),
     [(False, [[VALUE, QUERY, KEY]]), (True, [[VALUE], [QUERY], [KEY]]), (True, [[VALUE, KEY], [QUERY]])],
     ids=["together", "one by one", "two at once"],
 )
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kv_heads", [8, 4])
 @pytest.mark.parametrize("way", ["ulysses of 4", "ulysses in a ring"])
-def test_before_norm_and_rotation(pools, way, kv_heads, masked, aside, together):
+def test_before_norm_and_rotation(pools, way, kv_heads, masked, async_op, together):
     """Query, key and value that are normed and rotated as they are sent."""
     generator = torch.Generator().manual_seed(0)
     streams, (size, sizes) = [13, 30], WAYS[way]
@@ -123,7 +125,7 @@ def test_before_norm_and_rotation(pools, way, kv_heads, masked, aside, together)
     tables = [item.repeat_interleave(2, -1).float() for item in (angles.cos(), angles.sin())]
     found = torch.full_like(query, float("nan"))
     for rows, out in pools[size].run(
-        attend.shipped, sizes, query, key, value, mask, streams, weights, tables, aside, together
+        context_parallel.sent, sizes, query, key, value, mask, streams, weights, tables, async_op, together
     ):
         found[:, rows] = out
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
@@ -139,15 +141,15 @@ def test_ranks_that_see_no_key(pools, way):
 
 def test_sizes_share_what_they_leave_from():
     """A server sees many sizes: memory that copies leave from is that of the largest, twice at most."""
-    group = SimpleNamespace(windows=SimpleNamespace(), rank=0, size=2)
-    shipping, largest = Shipping(group), 0
+    group = SimpleNamespace(symm_mem=SimpleNamespace(), rank=0, size=2)
+    all_to_all, largest = UlyssesAllToAll(group), 0
     for tokens in (7, 50, 13, 400, 399, 401, 7, 1600):
         place = torch.empty(1, tokens, 2, 8)
         largest = max(largest, place.numel() * 4)
-        there = shipping._here(("size", tokens), 0, [place, place])
+        there = all_to_all._staging_views(("size", tokens), 0, [place, place])
         assert there[1].shape == place.shape and there[1].is_contiguous()
         there[1].fill_(tokens)
-    held = {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for key in shipping._places
-            for item in shipping._places[key]}  # fmt: skip
+    held = {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for key in all_to_all._views
+            for item in all_to_all._views[key]}  # fmt: skip
     # Of both places, powers of two.
     assert sum(held.values()) <= 2 * 4 * largest

@@ -1,4 +1,4 @@
-"""What a rank does in tests of tensor parallelism, where it has a part of each weight."""
+"""Functions that ranks run in tests of tensor parallelism."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from diffusers_accel import accelerate, restore, save_quantized, stats
 from diffusers_accel.core.comm import Group
-from diffusers_accel.kernels.linear import sharded, whole_of
+from diffusers_accel.kernels.linear import sharded, unsharded_layer
 
 
 def quietly(pipe, **configuration):
@@ -82,7 +82,7 @@ def held(name, configuration, heads=None):
     for denoiser in TINY[name].denoisers:
         model = getattr(pipe, denoiser)
         for path, module in model.named_modules():
-            whole = whole_of(module)
+            whole = unsharded_layer(module)
             if whole is not module and not path.endswith("base_layer"):
                 weight = getattr(module, "base_layer", module).weight
                 found[f"{denoiser}.{path}"] = (tuple(whole.weight.shape), tuple(weight.shape))
@@ -153,7 +153,7 @@ def copied(name, configuration):
 
 
 def prepared_refusal(name, configuration, how):
-    """What `accelerate` raises on a pipeline to which something was done, and whether it is as it was."""
+    """The error of `accelerate` on a pipeline to which something was done, and whether it is as it was."""
     pipe = build(name)
     _HOW[how](pipe)
     known = _snapshot(pipe, ("transformer",))
@@ -238,11 +238,11 @@ def summed_compiled(values):
     afterwards."""
     from torch.distributed import get_rank, get_world_size
 
-    from diffusers_accel.core.mesh import Mesh, begin
+    from diffusers_accel.core.mesh import Mesh, init_process_group
 
-    begin("cpu")
+    init_process_group("cpu")
     group: Group = Mesh({"tp": get_world_size()}, "cpu").group("tp")
-    number = sharded.free_number()
+    number = sharded.free_group_number()
     sharded.GROUPS[number] = group
     mine = torch.tensor(values) * (get_rank() + 1)
     graphs = []
@@ -252,16 +252,16 @@ def summed_compiled(values):
         return graph.forward
 
     kept = mine.clone()
-    compiled = torch.compile(lambda x: sharded.summed(x, number) * 2, backend=backend, fullgraph=True)
+    compiled = torch.compile(lambda x: sharded.all_reduced(x, number) * 2, backend=backend, fullgraph=True)
     with torch.no_grad():
         first = compiled(mine)
         untouched = torch.equal(mine, kept)
-        second = sharded.summed(mine.clone(), number)
-    third = sharded.summed(mine.clone().requires_grad_(), number)
+        second = sharded.all_reduced(mine.clone(), number)
+    third = sharded.all_reduced(mine.clone().requires_grad_(), number)
     try:
         third.sum().backward()
         refused = ""
     except RuntimeError as error:
         refused = str(error)
     sharded.GROUPS.pop(number)
-    return first, second, third.detach(), untouched, len(graphs), "sum_over_ranks" in graphs[0], refused
+    return first, second, third.detach(), untouched, len(graphs), "all_reduce" in graphs[0], refused

@@ -1,4 +1,4 @@
-"""Windows for ranks on CPUs: files that all of them have mapped into their memory."""
+"""Symmetric memory for ranks on CPUs: files that all of them have mapped into their memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 
 class SharedFiles:
-    """A window of a group: a file of each rank's, which the others map too. Fresh ones hold nothing that was meant."""
+    """A symmetric buffer: a file of each rank, which its peers map too. It begins with random bytes."""
 
     def __init__(self, group, nbytes):
         self.nbytes, self._group = nbytes, group
-        folder = group.objects(tempfile.mkdtemp() if group.rank == 0 else None)[0]
+        folder = group.all_gather_object(tempfile.mkdtemp() if group.rank == 0 else None)[0]
         paths = [str(Path(folder) / str(rank)) for rank in range(group.size)]
         Path(paths[group.rank]).write_bytes(os.urandom(64) * (nbytes // 64 + 1))
         torch.distributed.barrier(group.handle)
@@ -24,7 +24,7 @@ class SharedFiles:
         # Mapped memory needs no name.
         Path(paths[group.rank]).unlink()
 
-    def part(self, rank, offset, shape, dtype):
+    def peer_view(self, rank, offset, shape, dtype):
         end = offset + math.prod(shape) * dtype.itemsize
         return self._memory[rank][offset:end].view(dtype).view(*shape)
 

@@ -13,45 +13,45 @@ from torch._subclasses import FakeTensorMode
 
 from diffusers_accel import AccelConfig, Unsupported, api
 from diffusers_accel.core.edits import Journal, MoveTensors
-from diffusers_accel.features.parallel import gpus
-from diffusers_accel.features.parallel.gpus import Seat, moving
+from diffusers_accel.features.parallel import rank_device
+from diffusers_accel.features.parallel.rank_device import RankDevice, ranks_to_move
 
 FIRST, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
 
 
-def seats(*places, bound=None):
+def devices(*places, pinned=None):
     """(GPU, GPU of the launcher's number) of each rank."""
-    return [Seat("cuda:0", gpu, own, bound) for gpu, own in places]
+    return [RankDevice("cuda:0", gpu, own, pinned) for gpu, own in places]
 
 
 def test_those_who_share_a_gpu_go_to_their_own():
     # An unchanged script on a machine of four, and the same on two machines of two.
-    assert moving(seats(*(("a", own) for own in "abcd"))) == (1, 2, 3)
-    assert moving(seats(("a", "a"), ("a", "b"), ("c", "c"), ("c", "d"))) == (1, 3)
+    assert ranks_to_move(devices(*(("a", own) for own in "abcd"))) == (1, 2, 3)
+    assert ranks_to_move(devices(("a", "a"), ("a", "b"), ("c", "c"), ("c", "d"))) == (1, 3)
 
 
 def test_those_who_have_one_stay():
-    assert moving(seats(("b", "a"), ("a", "b"))) == ()
+    assert ranks_to_move(devices(("b", "a"), ("a", "b"))) == ()
     # --virtual-local-rank: nobody has a choice.
-    assert moving(seats(("a", None), ("b", None))) == ()
+    assert ranks_to_move(devices(("a", None), ("b", None))) == ()
     # Rank 2 was placed by its script; the others were not.
-    assert moving(seats(("a", "a"), ("a", "b"), ("d", "c"))) == (1,)
+    assert ranks_to_move(devices(("a", "a"), ("a", "b"), ("d", "c"))) == (1,)
 
 
 def test_too_few_gpus_are_refused():
     with pytest.raises(Unsupported, match=r"ranks \[0, 2\] have one GPU, cuda:0.*no more processes than GPUs"):
-        moving(seats(("a", "a"), ("a", "b"), ("a", None)))
+        ranks_to_move(devices(("a", "a"), ("a", "b"), ("a", None)))
     # Where one goes another was put.
     with pytest.raises(Unsupported, match=r"ranks \[1, 2\] have one GPU"):
-        moving(seats(("a", "a"), ("a", "b"), ("b", "c")))
+        ranks_to_move(devices(("a", "a"), ("a", "b"), ("b", "c")))
     with pytest.raises(Unsupported, match=r"ranks \[0, 1\] have one GPU"):
-        moving(seats(("a", None), ("a", None)))
+        ranks_to_move(devices(("a", None), ("a", None)))
 
 
 def test_what_cannot_be_moved_is_refused_by_all():
     with pytest.raises(Unsupported, match=r"ranks \[0, 1\] are on one GPU, and rank 1's cannot be moved.*: hooks\."):
-        moving(seats(("a", "a"), ("a", "b"), bound="hooks"))
-    assert moving(seats(("a", "a"), ("b", "b"), bound="hooks")) == ()
+        ranks_to_move(devices(("a", "a"), ("a", "b"), pinned="hooks"))
+    assert ranks_to_move(devices(("a", "a"), ("b", "b"), pinned="hooks")) == ()
 
 
 class OnGPU(nn.Module):
@@ -90,9 +90,9 @@ class Ranks:
     rank = 1
 
     def __init__(self, first="GPU-0"):
-        self.first, self.asked = Seat("cuda:0", first, first, None), []
+        self.first, self.asked = RankDevice("cuda:0", first, first, None), []
 
-    def objects(self, value):
+    def all_gather_object(self, value):
         self.asked.append(value)
         return [self.first, value]
 
@@ -111,13 +111,13 @@ def places(*modules):
 def test_a_pipeline_is_moved_and_moved_back(fake):
     transformer, encoder, on_host = OnGPU(FIRST), OnGPU(FIRST), OnGPU("cpu")
     pipeline = context_of(transformer=transformer, text_encoder=encoder, vae=on_host, tokenizer=object())
-    assert "goes from cuda:0 to cuda:1" in gpus.notes(pipeline)[0]
+    assert "goes from cuda:0 to cuda:1" in rank_device.notes(pipeline)[0]
     journal, ranks = Journal(), Ranks()
     with pytest.warns(UserWarning, match=r"those of ranks \[1\] have been moved"):
-        journal.apply(gpus.edits(pipeline, ranks))
+        journal.apply(rank_device.edits(pipeline, ranks))
     assert places(transformer, encoder, on_host) == [SECOND, SECOND, torch.device("cpu")]
     assert fake.current == [1] and fake.freed and ranks.asked[-1] is None
-    # What the script made before is brought along, and nothing else.
+    # Tensors that the script made before are moved too, and nothing else.
     x, other = torch.empty(2, device=FIRST), torch.empty(2)
     assert transformer(x, others=[x, other]) == (SECOND, [SECOND, torch.device("cpu")])
     journal.undo()
@@ -126,18 +126,18 @@ def test_a_pipeline_is_moved_and_moved_back(fake):
 
 
 def test_one_on_its_own_gpu_is_offloaded_to_it(fake):
-    """By whoever says `enable_model_cpu_offload()` afterwards, without a number."""
+    """By `enable_model_cpu_offload()` afterwards, without a number."""
     pipeline, journal = context_of(transformer=OnGPU(SECOND)), Journal()
-    journal.apply(gpus.edits(pipeline, Ranks()))
+    journal.apply(rank_device.edits(pipeline, Ranks()))
     assert pipeline.pipe._offload_gpu_id == 1
     journal.undo()
     assert "_offload_gpu_id" not in vars(pipeline.pipe)
 
 
 def test_one_on_the_host_is_offloaded_to_its_ranks_gpu(fake):
-    """By whoever moves or offloads it afterwards."""
+    """By a script that moves or offloads it afterwards."""
     pipeline, journal = context_of(transformer=OnGPU("cpu")), Journal()
-    journal.apply(gpus.beforehand(pipeline))
+    journal.apply(rank_device.edits_on_host(pipeline))
     assert pipeline.pipe._offload_gpu_id == 1 and fake.current == [1]
     journal.undo()
     assert "_offload_gpu_id" not in vars(pipeline.pipe)
@@ -146,7 +146,7 @@ def test_one_on_the_host_is_offloaded_to_its_ranks_gpu(fake):
 def test_one_that_is_alone_stays(fake):
     transformer = OnGPU(FIRST)
     journal = Journal()
-    journal.apply(gpus.edits(context_of(transformer=transformer), Ranks("GPU-1")))
+    journal.apply(rank_device.edits(context_of(transformer=transformer), Ranks("GPU-1")))
     assert places(transformer) == [FIRST] and fake.current == [0] and not len(journal)
 
 
@@ -154,17 +154,17 @@ def test_without_a_choice_nothing_is_said(fake, monkeypatch):
     pipeline = context_of(transformer=OnGPU(FIRST))
     for name, value in (("LOCAL_RANK", "0"), ("LOCAL_RANK", "2"), ("LOCAL_RANK", None)):
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name)
-        assert gpus.notes(pipeline) == []
+        assert rank_device.notes(pipeline) == []
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert gpus.notes(pipeline)
+    assert rank_device.notes(pipeline)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert gpus.notes(pipeline) == []
+    assert rank_device.notes(pipeline) == []
 
 
 def test_hooks_two_gpus_and_another_kind_bind_it(fake):
     def refused(words, **components):
         with pytest.raises(Unsupported, match=words):
-            Journal().apply(gpus.edits(context_of(**components), Ranks()))
+            Journal().apply(rank_device.edits(context_of(**components), Ranks()))
 
     hooked = OnGPU(FIRST)
     hooked._hf_hook = object()
@@ -192,10 +192,10 @@ def test_models_that_wait_on_the_host_go_to_the_ranks_gpu(fake, device):
     pipeline.pipe._offload_gpu_id, pipeline.pipe._offload_device = 0, FIRST
     journal = Journal()
     with pytest.warns(UserWarning, match=r"those of ranks \[1\] have been moved"):
-        journal.apply(gpus.edits(pipeline, Ranks()))
+        journal.apply(rank_device.edits(pipeline, Ranks()))
     assert transformer._hf_hook.execution_device == inside.execution_device == SECOND
     assert (pipeline.pipe._offload_gpu_id, pipeline.pipe._offload_device) == (1, SECOND)
-    # What is renewed after a request is found by `restore` all the same.
+    # `restore` finds hooks that diffusers has renewed after a request.
     transformer._hf_hook = CpuOffload(SECOND)
     journal.undo()
     assert transformer._hf_hook.execution_device == inside.execution_device == FIRST
@@ -218,9 +218,8 @@ def test_a_move_that_fails_is_taken_back(fake):
 
 def test_it_is_moved_before_anything_is_done_to_weights(monkeypatch):
     order = []
-    monkeypatch.setattr(api.parallel, "settle", lambda context: order.append("settle") or ())
     for name, entry in api.FEATURES.items():
         monkeypatch.setattr(entry.feature, "edits", lambda context, section, name=name: order.append(name) or ())
     config = AccelConfig.from_dict({"linear": "int8", "fuse": True, "parallel": {"ulysses": 2, "tp": 2}})
     assert not list(api._edits(None, config))
-    assert order == ["settle", "tensor parallel", "linear", "fuse", "parallel", "request"]
+    assert order == ["process group", "tensor parallel", "linear", "fuse", "parallel", "request"]

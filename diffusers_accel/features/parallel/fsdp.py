@@ -1,10 +1,11 @@
-"""Weights that ranks share (FSDP, ZeRO stage 3: https://arxiv.org/abs/1910.02054, section 5.3): each rank holds a part
-of every block of the denoisers and of the text encoders, and a block is put together while it runs.
+"""FSDP: the weights of blocks are sharded among ranks, and a block is gathered while it runs (ZeRO stage 3:
+https://arxiv.org/abs/1910.02054, section 5.3).
 
-Its section is `parallel`, and it is a feature of its own: everything that changes weights or reads them comes first.
-Ranks that share weights go through the same blocks in the same order, or wait for each other for ever. So caches decide
-by what all of them see together, and where ranks share branches of guidance, those that have none to compute compute
-another's (`guidance.py`). What would read or write weights between two forwards is refused until `restore`.
+Owns the choice of what is sharded: the blocks of the denoisers and of the text encoders; `fsdp_shards.py` shards and
+gathers them. Its section is `parallel`, and it is a feature of its own, since all features that change or read weights
+come before it. Ranks must run the same blocks in the same order, or they wait for each other for ever. So caches decide
+by sums over all ranks, and CFG parallelism has ranks without a branch compute another's (`cfg_parallel.py`). Methods
+that read or write whole weights are refused until `restore`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from torch import nn
 
 from ...config import ParallelConfig
 from ...core.edits import AddLayer, Edit
-from ...core.mesh import Mesh, begin, everyone, launched
+from ...core.mesh import Mesh, world_group, world_size
 from ...errors import Unsupported
 from ...kernels.linear import LinearProxy
 from ...models.adapter import default_adapter
 from ..context import Denoiser, PipelineContext
 from ..feature import Plan, refuse_offloaded
-from .shards import Divided, Memory, Opened, Settled, Weight, dense
+from .fsdp_shards import AllocateBuffers, GatherBuffers, MoveToDevice, ShardBlock, Weight, dense
 
 _FEATURE = "parallel.fsdp"
 # inductor modes that record graphs of their own.
 _OWN_GRAPHS = ("reduce-overhead", "max-autotune")
-# What reads weights, writes to them, moves them or puts others beside them: of a block, a model and a pipeline.
+# Methods of a block, a model and a pipeline that read, write, move or extend weights.
 _BLOCK = ("state_dict",)
 _MODEL = (
     "save_pretrained", "load_state_dict", "load_lora_adapter", "load_adapter", "add_adapter", "fuse_lora",
@@ -45,7 +46,14 @@ _PIPELINE = (
 
 @dataclass(eq=False)
 class _Block:
-    """A block: its place, as messages name it, the component it is part of, and the weights that ranks share."""
+    """A sharded block.
+
+    Attributes:
+        name: The block's path, for messages.
+        component: The pipeline's name for its model.
+        module: The block.
+        weights: The tensors that are sharded.
+    """
 
     name: str
     component: str
@@ -59,23 +67,28 @@ class _Block:
 
 @dataclass
 class _Weights:
-    """What becomes of a pipeline's weights: blocks that ranks share, and tensors that stay whole."""
+    """A pipeline's tensors.
+
+    Attributes:
+        blocks: Blocks with the tensors that are sharded.
+        rest: Tensors that stay whole on every rank.
+    """
 
     blocks: list[_Block]
     rest: list[Weight]
 
 
 def check(context: PipelineContext, config: ParallelConfig) -> Plan:
-    """How much of which model a rank would hold.
+    """The bytes of each model that a rank would hold.
 
     Raises:
-        Unsupported: Blocks are not known, weights are offloaded or of a package that hides them, or something is asked
-            for beside it that is recorded with the weights' places, or lets ranks go different ways.
+        Unsupported: A denoiser has no known blocks, weights are offloaded or of a package that hides their bytes, or
+            another feature records addresses of weights or would make ranks diverge.
     """
-    _refuse_neighbours(context)
+    _refuse_graphs_and_guard(context)
     for component in _components(context):
         _refuse(component, component in context.denoisers)
-    found, world = _weights(context), launched() or 1
+    found, world = _weights(context), world_size() or 1
     bytes_of: dict[str, int] = defaultdict(int)
     for block in found.blocks:
         bytes_of[block.component] += block.bytes
@@ -85,66 +98,74 @@ def check(context: PipelineContext, config: ParallelConfig) -> Plan:
         for name, size in bytes_of.items()
     ]
     most = max((block.bytes for block in found.blocks), default=0)
-    notes.append(f"Blocks are put together in twice {most / 2**20:.1f} MiB; the rest is on every rank.")
+    notes.append(f"Blocks are gathered in twice {most / 2**20:.1f} MiB; the rest is on every rank.")
     notes.append("Until restore(pipe), weights cannot be saved, and no LoRA can be loaded.")
     return Plan(f"the weights of blocks on {world}", len(found.blocks), tuple(notes))
 
 
 def edits(context: PipelineContext, config: ParallelConfig) -> Iterator[Edit]:
-    """Every block divided, with a layer that puts it together; and all that stays whole on the rank's device."""
+    """Shards every block, adds the layer that gathers it, and moves all other weights to the rank's device."""
     device = context.device.type
-    begin(device)
-    mesh = Mesh(config.axes(launched() or 1), device)
-    found, memory = _weights(context), Memory(mesh.beside(), context.home)
+    mesh = Mesh(config.axes(world_size() or 1), device)
+    found, memory = _weights(context), GatherBuffers(mesh.fsdp_group(), context.home)
     if memory.group.size == 1:
         found = _Weights([], [*found.rest, *(weight for block in found.blocks for weight in block.weights)])
-    rank, shards = context.rank("weights"), {}
+    rank, shards = context.rank("fsdp"), {}
     for block in found.blocks:
         shard = shards[id(block.module)] = memory.shard(block.name, block.weights)
-        yield Divided(shard)
-        yield AddLayer(block.module, rank, memory.around(shard))
+        yield ShardBlock(shard)
+        yield AddLayer(block.module, rank, memory.layer(shard))
         yield from _refused(block.module, _BLOCK, block.name, rank)
         context.outputs.sharded_bytes[block.component] = (
             context.outputs.sharded_bytes.get(block.component, 0) + shard.length
         )
     for weight in found.rest:
         if weight.tensor.device != context.home and weight.tensor.device.type == "cpu":
-            yield Settled(weight, memory.device)
+            yield MoveToDevice(weight, memory.device)
     if not shards:
         return
     for component in _components(context):
         if component.name in context.outputs.sharded_bytes:
             yield from _refused(component.module, _MODEL, str(component), rank)
     yield from _refused(context.pipe, _PIPELINE, type(context.pipe).__name__, rank)
-    yield Opened(memory)
-    # Ranks that skip other steps would wait for each other for ever.
-    context.outputs.reduce = everyone().sum
-    context.outputs.gathered = lambda block: (
-        memory.gathered(shards[id(block)]) if id(block) in shards else nullcontext()
+    yield AllocateBuffers(memory)
+    # Ranks that skipped different steps would wait for each other for ever.
+    context.outputs.all_reduce = world_group().all_reduce
+    context.outputs.unsharded = lambda block: (
+        memory.unsharded(shards[id(block)]) if id(block) in shards else nullcontext()
     )
 
 
 def _refused(owner: Any, methods: tuple[str, ...], name: str, rank: int) -> Iterator[Edit]:
-    """Layers in whose place methods say why they cannot be called."""
+    """Layers that refuse methods.
+
+    Args:
+        owner: The block, model or pipeline.
+        methods: Names of methods; missing ones are passed over.
+        name: The owner's name in messages.
+        rank: Place of the layers among others around the same method.
+    """
     for method in methods:
         if hasattr(owner, method):
             yield AddLayer(owner, rank, _refusing(method, name), method)
 
 
 def _refusing(method: str, name: str) -> Callable[..., Any]:
-    """A layer in whose place a method says why it cannot be called."""
+    """A layer that raises `Unsupported` instead of calling its method."""
 
     def refused(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        raise Unsupported(_FEATURE, f"{method} needs whole weights, which ranks share.", "restore(pipe) first.", name)
+        raise Unsupported(
+            _FEATURE, f"{method} needs whole weights, which are sharded among ranks.", "restore(pipe) first.", name
+        )
 
     return refused
 
 
-# --- what is shared --------------------------------------------------------------------------------------------------
+# --- what is sharded --------------------------------------------------------------------------------------------------
 
 
 def _components(context: PipelineContext) -> list[Denoiser]:
-    """The pipeline's models whose blocks are looked for, the VAEs left out; each as its adapter describes it."""
+    """The pipeline's models but its VAEs, each with the adapter that names its blocks."""
     known = {denoiser.name: denoiser for denoiser in context.denoisers}
     found = []
     for name, module in context.pipe.components.items():
@@ -156,13 +177,13 @@ def _components(context: PipelineContext) -> list[Denoiser]:
 
 
 def _weights(context: PipelineContext) -> _Weights:
-    """Divides all tensors of the pipeline into those of single blocks, and the rest."""
+    """Sorts the pipeline's tensors: those of a single block are sharded, all others stay whole."""
     blocks: list[_Block] = []
     owner: dict[int, _Block] = {}
     for component in _components(context):
         paths = {id(module): path for path, module in component.module.named_modules()}
         for module in component.adapter.blocks(component.module):
-            # A block within a block comes with it.
+            # A block within a block belongs to the outer one.
             if id(module) not in owner:
                 blocks.append(_Block(f"{component.name}.{paths[id(module)]}", component.name, module, []))
                 owner |= {id(part): blocks[-1] for part in module.modules()}
@@ -178,8 +199,14 @@ def _weights(context: PipelineContext) -> _Weights:
 
 @dataclass
 class _Entry:
-    """A tensor of the pipeline: the blocks it is in, `None` for outside, whether it is a weight that no forward writes
-    to, and whether another tensor lies in the same memory, or its own in pieces."""
+    """A tensor of the pipeline.
+
+    Attributes:
+        weight: The tensor and its places.
+        owners: The blocks that hold it; `None` for modules outside of blocks.
+        stored: Whether it is a weight, to which no forward writes.
+        aliased: Whether it shares memory with another tensor, is empty, or is not dense.
+    """
 
     weight: Weight
     owners: dict[_Block | None, None]
@@ -213,7 +240,7 @@ def _plain(tensor: torch.Tensor) -> bool:
 
 
 def _kind(tensor: torch.Tensor) -> str:
-    """The name of a tensor's own class; a parameter may hide it."""
+    """The name of a tensor's class; of a parameter, that of its data."""
     kind = type(tensor) if type(tensor) is not nn.Parameter else type(tensor.data)
     return kind.__name__
 
@@ -221,23 +248,28 @@ def _kind(tensor: torch.Tensor) -> str:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def _refuse_neighbours(context: PipelineContext) -> None:
-    """Refuses features that keep the places of weights, or would let ranks go different ways."""
+def _refuse_graphs_and_guard(context: PipelineContext) -> None:
+    """Refuses modes of torch.compile that record addresses of weights, and a cache whose guard differs among ranks."""
     others = context.config
     if others is not None and others.compile is not None and others.compile.mode in _OWN_GRAPHS:
         raise Unsupported(
             _FEATURE,
-            f"torch.compile records graphs in mode {others.compile.mode!r}, which are played on weights of their own.",
+            f"torch.compile records graphs in mode {others.compile.mode!r}, which replay on copies of the weights.",
             f"compile='default' or {others.compile.mode + '-no-cudagraphs'!r}.",
         )
     if others is not None and getattr(others.cache, "guard", False):
         raise Unsupported(
-            _FEATURE, "a cache's guard looks at what one rank has found, so ranks would part.", "cache.guard=0."
+            _FEATURE, "a cache's guard looks at one rank's result, so ranks would diverge.", "cache.guard=0."
         )
 
 
 def _refuse(component: Denoiser, denoises: bool) -> None:
-    """Refuses a model whose weights cannot be divided."""
+    """Refuses a model whose weights cannot be sharded.
+
+    Args:
+        component: The model.
+        denoises: Whether it is a denoiser, which must have blocks.
+    """
     refuse_offloaded(_FEATURE, component)
     blocks = component.adapter.blocks(component.module)
     if denoises and not blocks:
@@ -259,6 +291,6 @@ def _refuse(component: Denoiser, denoises: bool) -> None:
                 )
         if any(not tensor.numel() for tensor in block.parameters()):
             raise Unsupported(
-                _FEATURE, "weights of a block are not there: another pipeline that shares it may have divided them.",
+                _FEATURE, "weights of a block are not there: another pipeline that shares it may have sharded them.",
                 "restore(...) that pipeline first.", str(component),
             )  # fmt: skip

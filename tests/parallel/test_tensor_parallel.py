@@ -4,7 +4,7 @@ refused."""
 from __future__ import annotations
 
 import pytest
-from ranks import parts, requests
+from ranks import requests, tensor_parallel
 
 FAMILIES = (
     "flux", "flux-true-cfg", "flux-kontext", "flux-controlnet", "flux2", "flux2-image", "flux2-klein", "wan", "wan22",
@@ -32,9 +32,9 @@ def heads_of(name, most=None):
     return most
 
 
-def agrees(pool, name, way, sections=None, steps=2, rest=(), heads=None, bound=1e-4, windows=False):
+def agrees(pool, name, way, sections=None, steps=2, rest=(), heads=None, bound=1e-4, symm_memory=False):
     """The bound is for float32: sums over ranks are in another order."""
-    call = (*rest, *(None, False)[len(rest) :], heads_of(name, heads), windows)
+    call = (*rest, *(None, False)[len(rest) :], heads_of(name, heads), symm_memory)
     found = pool.run(requests.request, name, {"parallel": way, **(sections or {})}, steps, *call)
     for error, *_ in found:
         assert error < bound, error
@@ -48,14 +48,14 @@ def test_two_ranks(pools, name):
 
 
 @pytest.mark.parametrize("way", [way for way in ON_4 if ON_4[way]["tp"] == 2])
-def test_sums_through_windows(pools, way):
+def test_sums_over_symmetric_memory(pools, way):
     """And norms across heads. Sums of more than two ranks do not go there."""
-    agrees(pools[4], "wan", ON_4[way], heads=6, windows=True)
+    agrees(pools[4], "wan", ON_4[way], heads=6, symm_memory=True)
 
 
-def test_recorded_sums_through_windows(pools):
+def test_recorded_sums_over_symmetric_memory(pools):
     sections = {"compile": {"backend": "eager"}, "cuda_graph": True}
-    for *_, replays in agrees(pools[2], "flux", {"tp": 2}, sections, 4, (None, True), windows=True):
+    for *_, replays in agrees(pools[2], "flux", {"tp": 2}, sections, 4, (None, True), symm_memory=True):
         assert replays > 0
 
 
@@ -71,12 +71,12 @@ def test_rotary_tables_of_heads(pools, kind):
     heads, and of its tokens where those are divided too."""
     for way in ({"tp": 4}, {"tp": 2, "ulysses": 2}):
         call = ("ltx2", {"parallel": way}, {"parallel": way}, 6, {"rope_type": kind})
-        for errors, same in pools[4].run(parts.one_after_the_other, *call):
+        for errors, same in pools[4].run(tensor_parallel.one_after_the_other, *call):
             assert max(errors) < 1e-4 and same
 
 
 def test_attention_to_a_picture_beside_the_text(pools):
-    assert max(pools[4].run(parts.attending_to_a_picture, 6, {"parallel": {"tp": 4}})) < 1e-5
+    assert max(pools[4].run(tensor_parallel.attending_to_a_picture, 6, {"parallel": {"tp": 4}})) < 1e-5
 
 
 @pytest.mark.parametrize("way", [{"tp": 2, "attn2d": (2, 1)}, {"tp": 2, "dp": 2}, {"tp": 4, "vae": 4}])
@@ -122,12 +122,12 @@ def test_cached(pools, name, cache):
 @pytest.mark.parametrize("sections", [{}, {"linear": {"algo": "int8", "smallest": 0}, "fuse": True}])
 @pytest.mark.parametrize("name", ["flux", "flux2", "wan22", "ltx23-stg", "qwen", "sd35"])
 def test_restored_bit_for_bit(pools, name, sections):
-    assert pools[2].run(parts.restored, name, {**TP, **sections}) == [(True, True, True, 0)] * 2
+    assert pools[2].run(tensor_parallel.restored, name, {**TP, **sections}) == [(True, True, True, 0)] * 2
 
 
 @pytest.mark.parametrize("sections", [{}, {"linear": {"algo": "int8", "smallest": 0}, "fuse": True}])
 def test_a_cast_meanwhile_is_kept(pools, sections):
-    assert pools[2].run(parts.cast, "flux", {**TP, **sections}) == [{"torch.float64"}] * 2
+    assert pools[2].run(tensor_parallel.cast, "flux", {**TP, **sections}) == [{"torch.float64"}] * 2
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_a_cast_meanwhile_is_kept(pools, sections):
     ],
 )
 def test_a_second_accelerate_replaces_the_first(pools, first, second):
-    for errors, same in pools[2].run(parts.one_after_the_other, "wan", first, second):
+    for errors, same in pools[2].run(tensor_parallel.one_after_the_other, "wan", first, second):
         assert max(errors) < 1e-4 and same
 
 
 def test_a_second_accelerate_sees_stock_layers(pools):
-    """Of six heads a rank has three; the check of the next division must count six again."""
+    """Of six heads a rank has three; the check of the next sharding must count six again."""
     first = {**TP, "linear": {"algo": "int8", "smallest": 0}, "fuse": True}
-    for (_, error), same in pools[2].run(parts.one_after_the_other, "flux", first, TP, 6):
+    for (_, error), same in pools[2].run(tensor_parallel.one_after_the_other, "flux", first, TP, 6):
         assert error < 1e-4 and same
 
 
@@ -158,7 +158,7 @@ def test_a_second_accelerate_sees_stock_layers(pools):
 def test_every_layer_of_attention_and_feed_forward_is_divided(pools, name):
     # Modulations, and what is between VACE's blocks, stay whole.
     whole = ("norm1.linear", "norm1_context.linear", "norm.linear", "_mod.1", ".linear_1", ".linear_2", ".proj_in")
-    for found, left, _, before, after in pools[2].run(parts.held, name, TP, heads_of(name)):
+    for found, left, _, before, after in pools[2].run(tensor_parallel.held, name, TP, heads_of(name)):
         assert found and not [path for path in left if not path.endswith(whole) and not path.startswith("vace_blocks")]
         for stock, own in found.values():
             share = _size(own) / _size(stock)
@@ -176,7 +176,7 @@ def _size(shape):
 
 def test_uneven_shares(pools):
     """Six heads of 16 channels on four ranks, and 4 x 96 features in granules of 64: ranks 0 and 1 have more."""
-    found = pools[4].run(parts.held, "flux", {"parallel": {"tp": 4}}, 6)
+    found = pools[4].run(tensor_parallel.held, "flux", {"parallel": {"tp": 4}}, 6)
     prefix = "transformer.single_transformer_blocks.1."
     for rank, (shapes, *_) in enumerate(found):
         heads, features = (32, 128) if rank < 2 else (16, 64)
@@ -189,22 +189,24 @@ def test_what_stays_wide_does_not_depend_on_ranks(pools):
     """Layers of 96 channels: whole, they are wider than 60, and a rank's part is not."""
     sections = {"linear": {"algo": "int8", "smallest": 60, "ignore": ["*.attn.to_k"]}}
     alone, divided = (
-        pools[4].run(parts.held, "flux", {"parallel": {way: 4}, **sections}, 6)[3][2] for way in ("cfg", "tp")
+        pools[4].run(tensor_parallel.held, "flux", {"parallel": {way: 4}, **sections}, 6)[3][2] for way in ("cfg", "tp")
     )
     assert alone == divided and alone["int8"] > 10
 
 
 def test_state_dict_speaks_of_stock_weights(pools):
     for sections in ({}, {"linear": {"algo": "int8", "smallest": 0}, "fuse": True}):
-        assert pools[2].run(parts.shown, "flux", {**TP, **sections}) == [(True, True, 2, 0)] * 2
+        assert pools[2].run(tensor_parallel.shown, "flux", {**TP, **sections}) == [(True, True, 2, 0)] * 2
 
 
 def test_a_copy_computes_the_same(pools):
-    assert pools[2].run(parts.copied, "flux", TP) == [True, True]
+    assert pools[2].run(tensor_parallel.copied, "flux", TP) == [True, True]
 
 
 def test_the_sum_is_an_operator_in_compiled_graphs(pools):
-    for first, second, third, untouched, graphs, inside, refused in pools[2].run(parts.summed_compiled, [1.0, 2.0]):
+    for first, second, third, untouched, graphs, inside, refused in pools[2].run(
+        tensor_parallel.summed_compiled, [1.0, 2.0]
+    ):
         assert first.tolist() == [6.0, 12.0] and second.tolist() == third.tolist() == [3.0, 6.0]
         assert untouched and graphs == 1 and inside and "for inference" in refused
 
@@ -215,11 +217,11 @@ def test_the_sum_is_an_operator_in_compiled_graphs(pools):
 @pytest.mark.parametrize(
     ("name", "sections", "words"),
     [
-        ("pixart", TP, "no adapter says how its weights may be divided"),
+        ("pixart", TP, "no adapter says how its weights are sharded"),
         ("cosmos3", TP, "layers.0.self_attn.to_q has 1 key head, and tp=2 ranks. Instead: tp=1 or less"),
         ("wan", {"parallel": {"tp": 4}}, "blocks.0.attn1.to_q has 2 heads, and tp=4 ranks. Instead: tp=2 or less"),
         ("wan", {"parallel": {"tp": 2, "cfg": 2}}, "cfg 2 x tp 2 = 4, and there are 2 processes"),
-        ("flux", {**TP, "cache": {"kind": "fbcache", "guard": 0.5}}, "ranks would part"),
+        ("flux", {**TP, "cache": {"kind": "fbcache", "guard": 0.5}}, "ranks would diverge"),
         ("flux", {"parallel": {"tp": 0}}, "parallel.tp: expected a whole number of at least 1, got 0"),
     ],
 )
@@ -230,7 +232,7 @@ def test_refused(pools, name, sections, words):
 
 def test_too_few_heads_for_ulysses_are_refused(pools):
     for kind, text, stock in pools[4].run(requests.refusal, "wan", {"parallel": {"tp": 2, "ulysses": 2}}):
-        assert kind == "Unsupported" and "has 1 head on a rank of tp=2, which ulysses=2 cannot divide" in text and stock
+        assert kind == "Unsupported" and "has 1 head on a rank of tp=2, which ulysses=2 cannot shard" in text and stock
 
 
 def test_offloaded_weights_are_refused(pools):
@@ -251,13 +253,13 @@ def test_offloaded_weights_are_refused(pools):
     ],
 )
 def test_what_has_been_done_to_layers_is_refused(pools, how, words):
-    for kind, text, stock in pools[2].run(parts.prepared_refusal, "flux", TP, how):
+    for kind, text, stock in pools[2].run(tensor_parallel.prepared_refusal, "flux", TP, how):
         assert kind == "Unsupported" and words in text and stock
 
 
 def test_what_is_made_for_whole_layers_is_refused_meanwhile(pools):
     sections = {"linear": {"algo": "fp8-tensor", "smallest": 0}}
-    for found, same, open_again in pools[2].run(parts.closed, "flux", {**TP, **sections}):
+    for found, same, open_again in pools[2].run(tensor_parallel.closed, "flux", {**TP, **sections}):
         assert same and open_again
         for method, text in found.items():
             assert text is not None and text.startswith(f"Unsupported: {method}"), (method, text)

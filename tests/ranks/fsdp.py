@@ -1,4 +1,4 @@
-"""What a rank does in tests of weights that ranks share."""
+"""Functions that ranks run in tests of FSDP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import TINY, build, tensors
 from diffusers_accel import accelerate, explain, restore, stats
 from diffusers_accel.api import resolve
 from diffusers_accel.core.graphs import GRAPH_BACKENDS
-from diffusers_accel.features.parallel.shards import Memory
+from diffusers_accel.features.parallel.fsdp_shards import GatherBuffers
 
 FSDP = {"parallel": {"fsdp": True}}
 
@@ -106,7 +106,7 @@ def _context(pipe):
 
 
 def refused_calls(name):
-    """What calls say that need whole weights; and of others, whether they leave something behind."""
+    """Messages of calls that need whole weights, and of others that are refused."""
     pipe = build(name)
     pipe.transformer.requires_grad_(True)
     accelerate(pipe, **FSDP)
@@ -168,26 +168,26 @@ def sends(name, configuration, steps=3):
         warnings.simplefilter("ignore")
         accelerate(pipe, **configuration)
     counts = {"loaded": 0, "beside": 0, "entered": 0, "late": 0}
-    load, enter = Memory._load, Memory._enter
+    load, enter = GatherBuffers._all_gather, GatherBuffers._unshard
 
-    def _load(self, shard):
-        fresh = self._held[shard.place] is not shard
+    def _all_gather(self, shard):
+        fresh = self._held[shard.slot] is not shard
         counts["loaded"] += fresh
         counts["beside"] += fresh and any(self._running)
         return load(self, shard)
 
-    def _enter(self, shard):
+    def _unshard(self, shard):
         counts["entered"] += 1
-        counts["late"] += self._held[shard.place] is not shard
+        counts["late"] += self._held[shard.slot] is not shard
         return enter(self, shard)
 
-    Memory._load, Memory._enter = _load, _enter
+    GatherBuffers._all_gather, GatherBuffers._unshard = _all_gather, _unshard
     try:
         entry.run(pipe, steps=1)
         counts.update(dict.fromkeys(counts, 0))
         entry.run(pipe, steps=steps)
     finally:
-        Memory._load, Memory._enter = load, enter
+        GatherBuffers._all_gather, GatherBuffers._unshard = load, enter
     addresses = set(map(len, _addresses(pipe, entry).values()))
     restore(pipe)
     return counts, addresses
@@ -196,18 +196,18 @@ def sends(name, configuration, steps=3):
 def _addresses(pipe, entry):
     """Where blocks' weights were seen in further requests."""
     found = {}
-    show = Memory._enter
+    show = GatherBuffers._unshard
 
-    def _enter(self, shard):
+    def _unshard(self, shard):
         show(self, shard)
         found.setdefault(shard.name, set()).add(tuple(weight.now().data_ptr() for weight in shard.weights))
 
-    Memory._enter = _enter
+    GatherBuffers._unshard = _unshard
     try:
         for _ in range(2):
             entry.run(pipe, steps=2)
     finally:
-        Memory._enter = show
+        GatherBuffers._unshard = show
     return found
 
 

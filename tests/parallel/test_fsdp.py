@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import requests, weights
+from ranks import fsdp, requests
 
 from diffusers_accel import Unsupported, launch
 from diffusers_accel.cli.common import CommandError
 from diffusers_accel.cli.launch import in_workers
 from diffusers_accel.config import AccelConfig, ParallelConfig
-from diffusers_accel.features.parallel.shards import _run, dense
+from diffusers_accel.features.parallel.fsdp_shards import _run, dense
 
 # One of each kind of denoiser.
 KINDS = ("flux-true-cfg", "flux2-klein", "wan", "wan-vace", "ltx2-i2v-stg", "qwen", "cosmos", "cosmos3", "sd35")
@@ -56,14 +56,14 @@ def test_beside_divisions_of_four(pools, name, way):
      ("sd35", "text_encoder_2"), ("qwen", "text_encoder")],
 )  # fmt: skip
 def test_text_encoders(pools, name, component):
-    for error, held in pools[2].run(weights.encoded, name, component):
+    for error, held in pools[2].run(fsdp.encoded, name, component):
         assert error < ALONE and held > 0
 
 
 @pytest.mark.parametrize("way", [{}, {"ulysses": 2}, {"cfg": 2}])
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_quantized_and_fused(pools, name, way):
-    """See test_requests.py for what a division does to integers."""
+    """See test_requests.py for what sharding does to integers."""
     sections = {"linear": {"algo": "int8", "smallest": 0}, "fuse": True, "attention": "sdpa"}
     agrees(pools[2], name, way, sections, rest=(None, False, None, False, True))
 
@@ -91,7 +91,7 @@ def test_cached(pools, name, cache, way):
 
 def test_the_next_block_comes_while_one_computes(pools):
     """Wan's three blocks, twice three steps under guidance: all but the encoder's first are foreseen."""
-    for counts, addresses in pools[2].run(weights.sends, "wan", weights.FSDP):
+    for counts, addresses in pools[2].run(fsdp.sends, "wan", fsdp.FSDP):
         assert counts["entered"] == 2 * 3 * 3 + 2 * 2, counts
         assert counts["late"] <= 4, counts
         # Of three, the second one stays where it is, the third comes while it computes, and the first takes the third's
@@ -101,8 +101,8 @@ def test_the_next_block_comes_while_one_computes(pools):
 
 
 def test_a_skipped_block_is_not_sent(pools):
-    skipping = {**weights.FSDP, "cache": {"kind": "mask", "mask": (1, 0, 0, 1)}}
-    ((counts, _), _) = pools[2].run(weights.sends, "wan", skipping, 4)
+    skipping = {**fsdp.FSDP, "cache": {"kind": "mask", "mask": (1, 0, 0, 1)}}
+    ((counts, _), _) = pools[2].run(fsdp.sends, "wan", skipping, 4)
     assert counts["entered"] == 2 * 2 * 3 + 2 * 2 and counts["loaded"] <= counts["entered"] + 2, counts
 
 
@@ -111,14 +111,14 @@ def test_a_skipped_block_is_not_sent(pools):
 )
 @pytest.mark.parametrize("name", ["flux", "wan-vace", "sd3"])
 def test_restored_by_one_rank_alone(pools, name, sections):
-    assert pools[2].run(weights.restored, name, {**weights.FSDP, **sections}) == [True, True]
+    assert pools[2].run(fsdp.restored, name, {**fsdp.FSDP, **sections}) == [True, True]
 
 
 @pytest.mark.parametrize("sections", [{}, {"linear": {"algo": "int8", "smallest": 0}, "fuse": True}])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_holds_its_part(pools, ranks, sections):
     """The rest is what tensors are rounded up to, 256 bytes each: much, where blocks are of 32 channels."""
-    for whole, mine, left, counted in pools[ranks].run(weights.held, "flux", {**weights.FSDP, **sections}):
+    for whole, mine, left, counted in pools[ranks].run(fsdp.held, "flux", {**fsdp.FSDP, **sections}):
         assert whole / ranks <= mine < 1.35 * whole / ranks
         # Buffers other than quantized weights stay.
         assert left < 0.01 * whole
@@ -126,7 +126,7 @@ def test_each_holds_its_part(pools, ranks, sections):
 
 
 def test_calls_that_need_whole_weights_are_refused(pools):
-    for found in pools[2].run(weights.refused_calls, "flux"):
+    for found in pools[2].run(fsdp.refused_calls, "flux"):
         others = {key: found.pop(key) for key in ("again", "gradients", "cast")}
         for key, said in found.items():
             assert said.startswith("Unsupported: ") and "restore(pipe) first" in said, (key, said)
@@ -138,12 +138,12 @@ def test_calls_that_need_whole_weights_are_refused(pools):
 
 def test_a_pipeline_that_is_moved(pools):
     """A quantized layer's tensors become others then, which lie where they lay."""
-    for error, stock in pools[2].run(weights.moved, "flux"):
+    for error, stock in pools[2].run(fsdp.moved, "flux"):
         assert error < 1e-5 and stock
 
 
 def test_tensors_of_two_blocks_stay_whole(pools):
-    for same, (tied, aliased, own) in pools[2].run(weights.tied, "flux"):
+    for same, (tied, aliased, own) in pools[2].run(fsdp.tied, "flux"):
         assert same and tied > 0 and aliased > 0 and own == 0
 
 
@@ -151,9 +151,9 @@ def test_tensors_of_two_blocks_stay_whole(pools):
     ("name", "sections", "words"),
     [
         ("wan", {"parallel": {"fsdp": True, "cfg": 2, "ulysses": 2}}, "= 4, and there are 2 processes"),
-        ("wan", {**weights.FSDP, "cuda_graph": True}, "a graph covers many blocks"),
-        ("wan", {**weights.FSDP, "compile": {"mode": "reduce-overhead"}}, "torch.compile records graphs"),
-        ("flux", {**weights.FSDP, "cache": {"kind": "fbcache", "guard": 0.5}}, "ranks would part"),
+        ("wan", {**fsdp.FSDP, "cuda_graph": True}, "a graph covers many blocks"),
+        ("wan", {**fsdp.FSDP, "compile": {"mode": "reduce-overhead"}}, "torch.compile records graphs"),
+        ("flux", {**fsdp.FSDP, "cache": {"kind": "fbcache", "guard": 0.5}}, "ranks would diverge"),
     ],
 )
 def test_refused(pools, name, sections, words):
@@ -162,23 +162,23 @@ def test_refused(pools, name, sections, words):
 
 
 def test_offloaded_weights_are_refused(pools):
-    for kind, text, stock in pools[2].run(requests.refusal, "wan", weights.FSDP, True):
+    for kind, text, stock in pools[2].run(requests.refusal, "wan", fsdp.FSDP, True):
         assert kind == "Unsupported" and "offloaded" in text and stock
 
 
 def test_weights_of_other_packages_are_refused(pools):
-    for kind, text in pools[2].run(weights.foreign, "wan"):
+    for kind, text in pools[2].run(fsdp.foreign, "wan"):
         assert kind == "Unsupported" and "Foreign" in text
 
 
 def test_explained(pools):
-    (one, _) = pools[2].run(weights.explained, "flux", weights.FSDP)
+    (one, _) = pools[2].run(fsdp.explained, "flux", fsdp.FSDP)
     assert "the weights of blocks on 2" in one and "transformer: each of 2 ranks holds" in one
     assert "text_encoder_2: each of 2 ranks holds" in one and "vae: each" not in one
 
 
 def test_a_preset_leaves_out_what_cannot_be_had(pools):
-    for graphs in pools[2].run(weights.preset, "wan"):
+    for graphs in pools[2].run(fsdp.preset, "wan"):
         assert graphs is None
 
 

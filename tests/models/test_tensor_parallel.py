@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from diffusers_accel.models import ADAPTERS, adapter_for
-from diffusers_accel.models.tensor import FEATURES, HEADS, KEY_HEADS, Heads, TooFew, feature_shares, places, ranges
+from diffusers_accel.models.tensor_parallel import (
+    FEATURES,
+    HEADS,
+    KEY_HEADS,
+    Heads,
+    TooFewUnits,
+    feature_shard_sizes,
+    ranges,
+    sharded_layers,
+)
 
 
 def widths(parts):
@@ -28,17 +37,17 @@ def widths(parts):
     ],
 )
 def test_features_go_in_granules(features, ranks, expected):
-    assert feature_shares(features, ranks) == expected and sum(expected) == features
+    assert feature_shard_sizes(features, ranks) == expected and sum(expected) == features
 
 
 def test_heads_go_whole_and_queries_with_their_key_head():
-    assert Heads(6, 6).shares(4) == [(2, 2), (2, 2), (1, 1), (1, 1)]
-    assert Heads(32, 8).shares(4) == [(8, 2)] * 4
-    assert Heads(12, 6).shares(4) == [(4, 2), (4, 2), (2, 1), (2, 1)]
-    with pytest.raises(TooFew, match="2 key heads, and tp=4 ranks"):
-        Heads(8, 2).shares(4)
-    with pytest.raises(TooFew, match="3 features, and tp=4 ranks"):
-        feature_shares(3, 4)
+    assert Heads(6, 6).shard_sizes(4) == [(2, 2), (2, 2), (1, 1), (1, 1)]
+    assert Heads(32, 8).shard_sizes(4) == [(8, 2)] * 4
+    assert Heads(12, 6).shard_sizes(4) == [(4, 2), (4, 2), (2, 1), (2, 1)]
+    with pytest.raises(TooFewUnits, match="2 key heads, and tp=4 ranks"):
+        Heads(8, 2).shard_sizes(4)
+    with pytest.raises(TooFewUnits, match="3 features, and tp=4 ranks"):
+        feature_shard_sizes(3, 4)
 
 
 def test_segments_are_divided_each():
@@ -92,7 +101,7 @@ def test_shares_of_published_shapes_suit_low_bit_formats(model, options, ranks):
     gates by head."""
     denoiser = real(model, **options)
     adapter = adapter_for(denoiser)
-    found = list(places(adapter.named_blocks(denoiser), adapter.tensor))
+    found = list(sharded_layers(adapter.named_blocks(denoiser), adapter.tensor))
     assert len(found) > 5
     for place in found:
         layer = place.parent._modules[place.name]

@@ -8,7 +8,8 @@ from tiny import build
 from diffusers_accel.api import _context
 from diffusers_accel.core.comm import Group
 from diffusers_accel.core.later import Later
-from diffusers_accel.features.parallel.guidance import _PUT_OFF, Guidance, _Call, _Form, _samples
+from diffusers_accel.features.parallel.cfg_parallel import _MAX_DEFERRED, CFGParallel, _Call, _TensorMeta
+from diffusers_accel.features.parallel.data_parallel import select_samples
 
 
 def test_samples_of_what_has_them():
@@ -26,7 +27,7 @@ def test_samples_of_what_has_them():
         "one_for_all": latents[:1],
         "numbers": [3, 4],
     }
-    found = _samples(denoiser, given, 2, 1, 1)
+    found = select_samples(denoiser, given, 2, 1, 1)
     assert torch.equal(found["hidden_states"], latents[1:]) and found["timestep"].tolist() == [2.0]
     assert torch.equal(found["encoder_hidden_states"][0], latents[1:]) and found["encoder_hidden_states"][1] is None
     assert found["img_shapes"] == [[(1, 4, 6)]] and found["return_dict"] is False
@@ -40,11 +41,11 @@ def test_samples_of_what_has_them():
 def test_what_waits_for_a_branch_that_does_not_come():
     """Some operations are put off, and not a whole VAE."""
     context = _context(build("wan"))
-    branches = Guidance(context, context.denoisers[0], Group(None, (0,), 0))
+    branches = CFGParallel(context, context.denoisers[0], Group(None, (0,), 0))
     branches._calls, branches._expected = 1, 2
-    x = branches._later(_Call([(0, 1)], [torch.ones(3)], _Form((3,), torch.float32)))
-    for _ in range(_PUT_OFF):
+    x = branches._later(_Call([(0, 1)], [torch.ones(3)], _TensorMeta((3,), torch.float32)))
+    for _ in range(_MAX_DEFERRED):
         assert type(x) is Later
         x = x + 1
     x = x + 1
-    assert type(x) is torch.Tensor and x.tolist() == [_PUT_OFF + 2.0] * 3
+    assert type(x) is torch.Tensor and x.tolist() == [_MAX_DEFERRED + 2.0] * 3

@@ -1,15 +1,14 @@
-"""Each rank on a GPU of its own.
+"""Rank devices: each rank's pipeline gets a GPU of its own.
 
-Where a script says `pipe.to("cuda")` every rank's pipeline is on the first GPU, unless the launcher shows each process
-one GPU alone. Ranks that are on one GPU are therefore moved: each to the GPU that has its number on this machine, which
-the launcher has told it (LOCAL_RANK). Which ranks move is decided by all alike, from what all have said, so a script
-that has placed its pipelines otherwise is left alone, and whatever is wrong is raised by all.
+After `pipe.to("cuda")` every rank's pipeline is on the first GPU, unless the launcher shows each process one GPU alone.
+Ranks on a shared GPU are therefore moved to the GPU numbered LOCAL_RANK, which the launcher has set. All ranks decide
+together, from the devices of all, so a script that has placed its pipelines otherwise is left alone, and all ranks
+raise the same error.
 
-That GPU becomes the process's current one, and stays it, as the process group stays: generators and tensors that a
-script makes on "cuda" from then on are there. A generator made before may be on the first GPU, since torch draws the
-same numbers from it on any; tensors made before are brought along where a denoiser is given them. Models that wait on
-the host for their turn (`enable_model_cpu_offload`, `enable_sequential_cpu_offload`, before or after) go to the rank's
-GPU too.
+The rank's GPU becomes the process's current one and stays so: generators and tensors that a script makes on "cuda" from
+then on are there. A generator made before may be on the first GPU, since torch draws the same numbers on any. Tensors
+made before are moved where a denoiser is given them. Models that wait on the host (`enable_model_cpu_offload`,
+`enable_sequential_cpu_offload`, before or after) go to the rank's GPU too.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from ...core.comm import Group
 from ...core.edits import AddLayer, Edit, MoveTensors, SetAttr
-from ...core.mesh import own_gpu
+from ...core.mesh import rank_device
 from ...core.submodules import submodules
 from ...errors import Unsupported
 from ..context import PipelineContext
@@ -39,48 +38,56 @@ _INSTEAD = (
 
 
 @dataclass(frozen=True)
-class Seat:
-    """Where one rank's pipeline is, and where it could be.
+class RankDevice:
+    """The device of one rank's pipeline, and the device that the launcher means for it.
 
     Attributes:
-        name: The GPU it is on, e.g. `"cuda:0"`.
-        gpu: What tells that GPU from all others, also of other machines.
-        own: The same of the GPU that the launcher's number means; `None` if there is no number, or no choice.
-        bound: Why the pipeline cannot be moved, if it cannot.
+        name: The device that the pipeline is on, e.g. `"cuda:0"`.
+        uuid: The UUID of that GPU, unique among machines.
+        local_uuid: The UUID of the GPU numbered LOCAL_RANK; `None` without the variable, or with a single GPU.
+        pinned: The reason why the pipeline cannot be moved; `None` if it can.
     """
 
     name: str
-    gpu: str
-    own: str | None
-    bound: str | None
+    uuid: str
+    local_uuid: str | None
+    pinned: str | None
 
 
 def notes(context: PipelineContext) -> list[str]:
-    """What `explain` says of it. Whether others are on the same GPU is not known until they are asked."""
+    """Notes for `explain`. Other ranks' devices are known only when edits are applied."""
     if context.device.type != "cuda":
         return []
-    here, own = _gpu(context), _own()
+    here, own = _current_device(context), _local_rank_device()
     if own is None or own == here:
         return []
-    return [f"The pipeline goes from {here} to {own}, this rank's GPU by LOCAL_RANK, if others are on {here} too."]
+    return [f"The pipeline goes from {here} to {own}, this rank's GPU by LOCAL_RANK, if other ranks are on {here} too."]
 
 
-def beforehand(context: PipelineContext) -> Iterator[Edit]:
-    """Has a pipeline on the host go to this rank's GPU, should it be moved or offloaded afterwards: that is the
-    process's current one from now on."""
-    if _own() is not None:
-        torch.cuda.set_device(own_gpu())
+def edits_on_host(context: PipelineContext) -> Iterator[Edit]:
+    """Makes this rank's GPU the current one, so that a pipeline on the host goes there if it is moved or offloaded
+    afterwards."""
+    if _local_rank_device() is not None:
+        torch.cuda.set_device(rank_device())
         yield from _offloading(context)
 
 
 def edits(context: PipelineContext, ranks: Group) -> Iterator[Edit]:
-    """Moves this rank's pipeline if it has to be."""
-    here, own = _gpu(context), _own()
+    """Moves this rank's pipeline to the rank's GPU, if it shares one.
+
+    Args:
+        context: The pipeline, on a GPU.
+        ranks: All ranks.
+
+    Raises:
+        Unsupported: A pipeline that shares a GPU cannot be moved, or there are fewer GPUs than ranks.
+    """
+    here, own = _current_device(context), _local_rank_device()
     modules = [module for module in context.pipe.components.values() if isinstance(module, nn.Module)]
-    # A process group that knows no other way than NCCL's asks through the current GPU, which must not be everybody's.
+    # NCCL gathers objects over the current GPU, which must differ among ranks.
     torch.cuda.set_device(here if own is None else own)
-    seats = ranks.objects(_seat(modules, here, own))
-    moved = moving(seats)
+    devices = ranks.all_gather_object(_rank_device(modules, here, own))
+    moved = ranks_to_move(devices)
     if ranks.rank not in moved:
         torch.cuda.set_device(here)
     else:
@@ -96,53 +103,55 @@ def edits(context: PipelineContext, ranks: Group) -> Iterator[Edit]:
         if "_offload_device" in vars(context.pipe):
             yield SetAttr(context.pipe, "_offload_device", own)
         for denoiser in context.denoisers:
-            yield AddLayer(denoiser.module, context.rank("gpu"), brought(here, own))
+            yield AddLayer(denoiser.module, context.rank("rank device"), move_inputs(here, own))
     yield from _offloading(context)
     if moved:
-        # Whoever stays has the GPU to itself before it goes on.
-        ranks.objects(None)
+        # Ranks that stay wait until the GPU is theirs alone.
+        ranks.all_gather_object(None)
 
 
 def _offloading(context: PipelineContext) -> Iterator[Edit]:
-    """Models that are offloaded from now on, or whose hooks are renewed, as after every request, go to the current
-    GPU."""
+    """Sets the current GPU as the target of offloading, also of hooks that diffusers renews after a request."""
     index = torch.cuda.current_device()
     if index != vars(context.pipe).get("_offload_gpu_id", 0):
         yield SetAttr(context.pipe, "_offload_gpu_id", index)
 
 
-def moving(seats: Sequence[Seat]) -> tuple[int, ...]:
-    """The ranks that go to the GPU the launcher means for them: those that are on one GPU with others.
+def ranks_to_move(devices: Sequence[RankDevice]) -> tuple[int, ...]:
+    """The ranks whose pipelines move to the GPU numbered LOCAL_RANK: all that share a GPU.
+
+    Args:
+        devices: The devices of all ranks, in order.
 
     Raises:
-        Unsupported: One of them cannot be moved, or some are on one GPU even so.
+        Unsupported: A pipeline that shares a GPU cannot be moved, or two ranks would share one afterwards.
     """
-    shared = [rank for rank, seat in enumerate(seats) if sum(other.gpu == seat.gpu for other in seats) > 1]
-    moved = tuple(rank for rank in shared if seats[rank].own not in (None, seats[rank].gpu))
+    shared = [rank for rank, device in enumerate(devices) if sum(other.uuid == device.uuid for other in devices) > 1]
+    moved = tuple(rank for rank in shared if devices[rank].local_uuid not in (None, devices[rank].uuid))
     for rank in moved:
-        if seats[rank].bound is not None:
+        if devices[rank].pinned is not None:
             raise Unsupported(
                 "parallel",
                 f"the pipelines of ranks {shared} are on one GPU, and rank {rank}'s cannot be moved to its own: "
-                f"{seats[rank].bound}.",
+                f"{devices[rank].pinned}.",
                 _INSTEAD,
             )
-    then = [seat.own if rank in moved else seat.gpu for rank, seat in enumerate(seats)]
+    then = [device.local_uuid if rank in moved else device.uuid for rank, device in enumerate(devices)]
     for gpu in then:
         twins = [rank for rank, other in enumerate(then) if other == gpu]
         if len(twins) > 1:
-            raise Unsupported("parallel", f"ranks {twins} have one GPU, {seats[twins[0]].name}.", _INSTEAD)
+            raise Unsupported("parallel", f"ranks {twins} have one GPU, {devices[twins[0]].name}.", _INSTEAD)
     return moved
 
 
 @dataclass(eq=False)
 class _MoveHooks:
-    """Has accelerate's hooks bring models to another GPU than they would.
+    """Changes the execution device of accelerate's hooks.
 
     Args:
         modules: The models.
-        here: The GPU that they bring them to.
-        there: The one that they are to.
+        here: The present execution device; hooks with another one stay.
+        there: The new execution device.
     """
 
     modules: Sequence[nn.Module]
@@ -158,12 +167,12 @@ class _MoveHooks:
     def _turn(self, here: torch.device, there: torch.device) -> None:
         for module in self.modules:
             for hook in _hooks(module):
-                if _brings_to(hook) == here:
+                if _execution_device(hook) == here:
                     hook.execution_device = there
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """Hooks of accelerate's, on a model and all that is in it."""
+    """The hooks of the package accelerate on a model and its submodules."""
     found: list[Any] = []
     waiting = [vars(part)["_hf_hook"] for part in submodules(module) if "_hf_hook" in vars(part)]
     while waiting:
@@ -174,18 +183,18 @@ def _hooks(module: nn.Module) -> list[Any]:
     return found
 
 
-def _brings_to(hook: Any) -> torch.device | None:
-    """The device that a hook brings weights to."""
+def _execution_device(hook: Any) -> torch.device | None:
+    """The device to which a hook moves weights; `None` if it moves none."""
     device = getattr(hook, "execution_device", None)
     if isinstance(device, int):
         return torch.device("cuda", device)
     return None if device is None else torch.device(device)
 
 
-def _bound_by(module: nn.Module) -> str | None:
-    """What keeps a model on a GPU of its own."""
+def _pinned_module(module: nn.Module) -> str | None:
+    """The reason why hooks keep a model on one GPU; `None` if it can be moved."""
     name = type(module).__name__
-    # One whose device is nobody's only puts outputs where inputs were, as sequential offloading has them.
+    # A hook without an execution device only moves outputs to the inputs' device, as in sequential offloading.
     if not all(hasattr(hook, "execution_device") for hook in _hooks(module)):
         return f"hooks of its {name} move tensors to a device of their own"
     for part in submodules(module):
@@ -200,8 +209,13 @@ def _bound_by(module: nn.Module) -> str | None:
     return None
 
 
-def brought(here: torch.device, there: torch.device) -> Callable[..., Any]:
-    """The layer around a moved denoiser's forward: what the script has made on the first GPU is brought along."""
+def move_inputs(here: torch.device, there: torch.device) -> Callable[..., Any]:
+    """The layer around a moved denoiser's forward: tensors on the first GPU are moved to the rank's.
+
+    Args:
+        here: The GPU on which the script has made tensors.
+        there: The rank's GPU.
+    """
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, torch.Tensor) and leaf.device == here for leaf in pytree.tree_leaves((args, kwargs))):
@@ -213,39 +227,40 @@ def brought(here: torch.device, there: torch.device) -> Callable[..., Any]:
     return forward
 
 
-def _own() -> torch.device | None:
-    """The GPU that has this process's number on its machine, if it was given one and has a choice."""
+def _local_rank_device() -> torch.device | None:
+    """The GPU numbered LOCAL_RANK; `None` without the variable, or where this process sees one GPU alone."""
     number, gpus = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
     return torch.device("cuda", int(number)) if number is not None and gpus > 1 and int(number) < gpus else None
 
 
-def _gpu(context: PipelineContext) -> torch.device:
+def _current_device(context: PipelineContext) -> torch.device:
+    """The GPU that a pipeline is on, or to which its hooks move it."""
     module = context.denoisers[0].module
-    found = [next(module.parameters()).device, *filter(None, map(_brings_to, _hooks(module)))]
+    found = [next(module.parameters()).device, *filter(None, map(_execution_device, _hooks(module)))]
     gpus = [device for device in found if device.type == "cuda"]
-    # A model that waits on the host for anything else goes to its rank's own GPU.
-    return gpus[0] if gpus else own_gpu()
+    # Other models that wait on the host go to the rank's GPU.
+    return gpus[0] if gpus else rank_device()
 
 
-def _seat(modules: Sequence[nn.Module], here: torch.device, own: torch.device | None) -> Seat:
+def _rank_device(modules: Sequence[nn.Module], here: torch.device, own: torch.device | None) -> RankDevice:
     properties = torch.cuda.get_device_properties
-    return Seat(
+    return RankDevice(
         str(here),
         str(properties(here).uuid),
         None if own is None else str(properties(own).uuid),
-        None if own is None else _bound(modules, here, own),
+        None if own is None else _pinned(modules, here, own),
     )
 
 
-def _bound(modules: Sequence[nn.Module], here: torch.device, own: torch.device) -> str | None:
-    """Why a pipeline cannot be moved."""
+def _pinned(modules: Sequence[nn.Module], here: torch.device, own: torch.device) -> str | None:
+    """The reason why a pipeline cannot be moved from one GPU to another; `None` if it can."""
     for module in modules:
-        bound = _bound_by(module)
-        if bound is not None:
-            return bound
+        pinned = _pinned_module(module)
+        if pinned is not None:
+            return pinned
         for tensor in itertools.chain(module.parameters(), module.buffers()):
             if tensor.device.type == "cuda" and tensor.device != here:
                 return f"its {type(module).__name__} is on {tensor.device} and not on {here}"
     names = [torch.cuda.get_device_name(device) for device in (here, own)]
-    # What can run was judged by the first.
+    # All checks have judged the first GPU.
     return None if names[0] == names[1] else f"{own} ({names[1]}) is another kind of GPU than {here} ({names[0]})"

@@ -1,11 +1,13 @@
-"""Tensor parallelism: every rank has a part of the blocks' weights, and works with some heads and features.
+"""Tensor parallelism: every rank has a shard of the blocks' weights, and computes some heads and features.
 
-It comes before everything else that touches weights, so that what is quantized, or joined, is a rank's part, an
-ordinary linear layer (`kernels/linear/sharded.py`). What is divided is the adapter's data (`models/tensor.py`).
-Processors are stock: they count heads by attributes of their module, which are set to a rank's.
+It comes before all other features that touch weights, so that a quantized or fused layer is a rank's shard, an ordinary
+linear layer (`kernels/linear/sharded.py`). The plan of the sharded layers is the adapter's data
+(`models/tensor_parallel.py`). Processors are stock: they count heads by attributes of their module, which are set to a
+rank's.
 
-The stock weights go to the host's memory, so that `restore` needs no other rank, and `state_dict` and `save_pretrained`
-speak of them. What would write a whole model's numbers into parts (a LoRA, say) is refused meanwhile.
+The stock weights go to host memory, so that `restore` needs no other rank, and `state_dict` and `save_pretrained`
+return them. Methods that would write a whole model's tensors into shards (loading a LoRA, for instance) are refused
+meanwhile.
 """
 
 from __future__ import annotations
@@ -19,45 +21,44 @@ from torch import nn
 
 from ...config import ParallelConfig
 from ...core.edits import AddLayer, Edit, OffloadWeight, SetAttr, SetItem, SwapModule
-from ...core.mesh import Mesh, begin
+from ...core.mesh import Mesh
 from ...errors import Unsupported
 from ...kernels.linear import sharded, stock_of
-from ...models.tensor import (
+from ...models.tensor_parallel import (
+    GLOBAL_COUNTS,
     HEADS,
-    WHOLE_COUNTS,
     Heads,
-    Place,
     Range,
-    TooFew,
-    own_count,
-    places,
+    ShardedLayer,
+    TooFewUnits,
+    global_count,
+    local_count,
     ranges,
-    whole_count,
+    sharded_layers,
 )
 from ..context import Denoiser, PipelineContext
 from ..feature import Plan, refuse_offloaded
-from .opening import open_for
+from .symm_mem_setup import set_up_symm_mem
 
 _FEATURE = "parallel.tp"
-_INSTEAD = "parallel without tp (ulysses, ring and cfg divide the work, and leave the weights whole)."
-# Methods that would put a whole model's numbers, or layers made for them, beside parts.
-_CLOSED_OF_PIPE = ("load_lora_weights", "load_ip_adapter")
-_CLOSED = ("load_lora_adapter", "add_adapter", "fuse_qkv_projections", "load_state_dict", "enable_parallelism")
+_INSTEAD = "parallel without tp (ulysses, ring and cfg share the work, and leave the weights whole)."
+# Methods that would put a whole model's tensors, or layers made for them, beside shards.
+_REFUSED_OF_PIPE = ("load_lora_weights", "load_ip_adapter")
+_REFUSED = ("load_lora_adapter", "add_adapter", "fuse_qkv_projections", "load_state_dict", "enable_parallelism")
 
 
 def check(context: PipelineContext, config: ParallelConfig) -> Plan:
-    """How many layers would be divided, and what that leaves on a rank.
+    """The number of sharded layers, and the bytes that they leave on a rank.
 
     Raises:
-        Unsupported: No adapter says how, there are fewer heads than ranks, or the weights are not stock ones that are
-            there as a whole.
+        Unsupported: No adapter has a plan, there are fewer heads than ranks, or weights are not whole stock ones.
     """
     actions, notes, modules = [], [], 0
     for denoiser in context.denoisers:
         refuse_offloaded(_FEATURE, denoiser)
         if denoiser.adapter.tensor is None:
-            raise Unsupported(_FEATURE, "no adapter says how its weights may be divided.", _INSTEAD, str(denoiser))
-        _refuse_neighbours(denoiser)
+            raise Unsupported(_FEATURE, "no adapter says how its weights are sharded.", _INSTEAD, str(denoiser))
+        _refuse_adapters(denoiser)
         found = _layers(denoiser, config.tp)
         modules += len(found)
         actions.append(f"{denoiser.name}: {len(found)} layers on {config.tp} ranks")
@@ -72,35 +73,33 @@ def check(context: PipelineContext, config: ParallelConfig) -> Plan:
         )
     linear = context.config.linear if context.config is not None else None
     if linear is not None and linear.keep_original == "drop":
-        notes.append("Whole weights stay in every rank's host memory, whatever linear drops.")
+        notes.append("Whole weights stay in every rank's host memory, although linear drops its originals.")
     left = []
-    if config.exchange == "windows" and config.tp > 2:
-        left.append("parallel.exchange='windows': sums of more than two ranks of tp go by messages, which is faster.")
+    if config.comm == "symm_mem" and config.tp > 2:
+        left.append("parallel.comm='symm_mem': sums of more than two ranks of tp use collectives, which are faster.")
     return Plan("; ".join(actions), modules, tuple(notes), tuple(left))
 
 
 def edits(context: PipelineContext, config: ParallelConfig) -> Iterator[Edit]:
-    """The process group and mesh; then, layer by layer, a swap and the stock weight put aside; and what processors
-    count."""
+    """For each layer a swap and the move of its stock weight to the host, then the counts that processors read."""
     device = context.device.type
-    begin(device)
     group = Mesh(config.sizes, device).group("tp")
-    if group.size == 2:  # sums of more are NCCL's: core/windowed.py
-        open_for(context, group, device, config)
-    number = sharded.free_number()
+    if group.size == 2:  # NCCL sums more ranks: core/symm_collectives.py
+        set_up_symm_mem(context, group, device, config)
+    number = sharded.free_group_number()
     yield SetItem(sharded.GROUPS, number, group)
-    for name in _CLOSED_OF_PIPE:
-        yield from _closed(context, context.pipe, name, type(context.pipe).__name__)
+    for name in _REFUSED_OF_PIPE:
+        yield from _refuse_method(context, context.pipe, name, type(context.pipe).__name__)
     for denoiser in context.denoisers:
-        for name in _CLOSED:
-            yield from _closed(context, denoiser.module, name, str(denoiser))
+        for name in _REFUSED:
+            yield from _refuse_method(context, denoiser.module, name, str(denoiser))
         layers = _layers(denoiser, config.tp)
-        yield _ShowWhole(denoiser.module, layers)
-        yield from _tables(context, denoiser, config.tp, group.rank)
+        yield _StockStateDict(denoiser.module, layers)
+        yield from _shard_tables(context, denoiser, config.tp, group.rank)
         for layer in layers:
-            yield from _divided(layer, group.rank, number)
+            yield from _shard_layer(layer, group.rank, number)
         for attention in _attention(layers):
-            yield from _counted(attention, denoiser, config.tp, group.rank)
+            yield from _set_counts(attention, denoiser, config.tp, group.rank)
 
 
 # --- which layers ----------------------------------------------------------------------------------------------------
@@ -108,15 +107,15 @@ def edits(context: PipelineContext, config: ParallelConfig) -> Iterator[Edit]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer or norm that is divided.
+    """A sharded layer or norm.
 
     Attributes:
-        place: Where it is.
-        stock: The stock layer, wherever it is now.
-        parts: Each rank's outputs, inputs or channels.
+        place: The layer's place in the denoiser.
+        stock: The stock layer, which another module may have replaced.
+        parts: Ranges of each rank's outputs, inputs or channels.
     """
 
-    place: Place
+    place: ShardedLayer
     stock: Any
     parts: list[list[Range]]
 
@@ -125,16 +124,16 @@ class _Layer:
         return isinstance(self.stock, nn.RMSNorm)
 
     def share(self, rank: int) -> float:
-        """How much of it a rank has."""
+        """The fraction of the layer that a rank has."""
         counts = [sum(last - first for first, last in parts) for parts in self.parts]
         return counts[rank] / sum(counts)
 
 
 def _layers(denoiser: Denoiser, ranks: int) -> list[_Layer]:
-    """The layers and norms of a denoiser that its plan divides; raises `Unsupported`."""
+    """The layers and norms of a denoiser that its plan shards. Raises `Unsupported` if one cannot be."""
     found = []
     assert denoiser.adapter.tensor is not None
-    for place in places(denoiser.adapter.named_blocks(denoiser.module), denoiser.adapter.tensor):
+    for place in sharded_layers(denoiser.adapter.named_blocks(denoiser.module), denoiser.adapter.tensor):
         stock = stock_of(place.parent._modules[place.name])
         reason = _refusal(stock)
         if reason is not None:
@@ -147,7 +146,7 @@ def _layers(denoiser: Denoiser, ranks: int) -> list[_Layer]:
         for name in plan.norms:
             if attention._modules.get(name) is None:
                 continue
-            place = Place(f"{paths[id(attention)]}.{name}", attention, name, (HEADS,), False, attention)
+            place = ShardedLayer(f"{paths[id(attention)]}.{name}", attention, name, (HEADS,), False, attention)
             stock = stock_of(attention._modules[name])
             if not isinstance(stock, nn.RMSNorm):
                 raise Unsupported(
@@ -157,11 +156,11 @@ def _layers(denoiser: Denoiser, ranks: int) -> list[_Layer]:
     return found
 
 
-def _parts(denoiser: Denoiser, place: Place, size: int, ranks: int) -> list[list[Range]]:
+def _parts(denoiser: Denoiser, place: ShardedLayer, size: int, ranks: int) -> list[list[Range]]:
     heads = Heads.of(place.attention) if place.attention is not None else None
     try:
         return ranges(place.segments, size, heads, ranks)
-    except TooFew as error:
+    except TooFewUnits as error:
         most = min(item for item in (heads and heads.key, size) if item)
         raise Unsupported(
             _FEATURE, f"{place.path} has {error}.", f"tp={most} or less, with ulysses, ring or cfg for the rest.",
@@ -170,7 +169,7 @@ def _parts(denoiser: Denoiser, place: Place, size: int, ranks: int) -> list[list
 
 
 def _attention(layers: list[_Layer]) -> list[nn.Module]:
-    """The attention modules whose heads are divided."""
+    """The attention modules whose heads are sharded."""
     found = {id(layer.place.attention): layer.place.attention for layer in layers}
     return [module for module in found.values() if module is not None]
 
@@ -180,7 +179,7 @@ def _bytes(x: torch.Tensor | None) -> int:
 
 
 def _refusal(module: Any) -> str | None:
-    """Why a layer cannot be divided, or `None` if it can."""
+    """The reason why a layer cannot be sharded; `None` if it can."""
     if module is None:
         return "it is quantized already, and its original weight is gone"
     if type(module) is not nn.Linear:
@@ -193,8 +192,8 @@ def _refusal(module: Any) -> str | None:
     return None
 
 
-def _refuse_neighbours(denoiser: Denoiser) -> None:
-    """Refuses what others have put around layers or processors."""
+def _refuse_adapters(denoiser: Denoiser) -> None:
+    """Refuses diffusers' parallelism, LoRAs, IP-Adapters and fused projections, which are made for whole layers."""
     module: Any = denoiser.module
     if getattr(module, "_parallel_config", None) is not None:
         raise Unsupported(
@@ -202,7 +201,7 @@ def _refuse_neighbours(denoiser: Denoiser) -> None:
             str(denoiser),
         )  # fmt: skip
     for path, part in module.named_modules():
-        if isinstance(getattr(part, "base_layer", None), nn.Module) and not isinstance(part, sharded.SummedLinear):
+        if isinstance(getattr(part, "base_layer", None), nn.Module) and not isinstance(part, sharded.RowParallelLinear):
             raise Unsupported(
                 _FEATURE,
                 f"{path} has a LoRA, made for a whole layer.",
@@ -217,7 +216,7 @@ def _refuse_neighbours(denoiser: Denoiser) -> None:
             raise Unsupported(
                 _FEATURE,
                 f"{path} has diffusers' fused projections.",
-                f"pipe.{denoiser.name}.unfuse_qkv_projections(); fuse=True joins a rank's part.",
+                f"pipe.{denoiser.name}.unfuse_qkv_projections(); fuse=True fuses a rank's shard.",
                 str(denoiser),
             )
 
@@ -225,18 +224,24 @@ def _refuse_neighbours(denoiser: Denoiser) -> None:
 # --- the edits -------------------------------------------------------------------------------------------------------
 
 
-def _divided(layer: _Layer, rank: int, number: int) -> Iterator[Edit]:
-    """This rank's part in a layer's place."""
+def _shard_layer(layer: _Layer, rank: int, number: int) -> Iterator[Edit]:
+    """Puts this rank's shard in a layer's place.
+
+    Args:
+        layer: The layer.
+        rank: This rank along the axis `tp`.
+        number: The number of the ranks' group in `sharded.GROUPS`.
+    """
     place, stock, parts = layer.place, layer.stock, layer.parts[rank]
     made: nn.Module
     holder: nn.Module
     if layer.norm:
-        made = holder = sharded.norm_across_heads(stock, parts, number)
+        made = holder = sharded.rms_norm_across_heads(stock, parts, number)
     elif place.rows:
-        made = sharded.rows(stock, parts, number)
+        made = sharded.row_parallel(stock, parts, number)
         holder = made.base_layer
     else:
-        made = holder = sharded.columns(stock, parts)
+        made = holder = sharded.column_parallel(stock, parts)
     yield SwapModule(place.parent, place.name, made)
     if stock.weight is not None:
         yield OffloadWeight(stock, holder, keep=True)
@@ -244,33 +249,42 @@ def _divided(layer: _Layer, rank: int, number: int) -> Iterator[Edit]:
         yield OffloadWeight(stock, holder, keep=True, tensor="bias")
 
 
-def _counted(attention: nn.Module, denoiser: Denoiser, ranks: int, rank: int) -> Iterator[Edit]:
-    """What an attention module counts, as this rank has it."""
+def _set_counts(attention: nn.Module, denoiser: Denoiser, ranks: int, rank: int) -> Iterator[Edit]:
+    """Sets an attention module's counts to this rank's heads."""
     assert denoiser.adapter.tensor is not None
     counts = {
         name: unit
         for name, unit in denoiser.adapter.tensor.counts.items()
-        if isinstance(whole_count(attention, name), int)
+        if isinstance(global_count(attention, name), int)
     }
-    own = {name: own_count(attention, name, unit, ranks, rank) for name, unit in counts.items()}
-    yield SetAttr(attention, WHOLE_COUNTS, {name: whole_count(attention, name) for name in counts})
+    own = {name: local_count(attention, name, unit, ranks, rank) for name, unit in counts.items()}
+    yield SetAttr(attention, GLOBAL_COUNTS, {name: global_count(attention, name) for name in counts})
     for name, value in own.items():
         yield SetAttr(attention, name, value)
 
 
-def _tables(context: PipelineContext, denoiser: Denoiser, ranks: int, rank: int) -> Iterator[Edit]:
-    """Layers around what makes rotary tables of heads: divided once in a call, where they are made."""
+def _shard_tables(context: PipelineContext, denoiser: Denoiser, ranks: int, rank: int) -> Iterator[Edit]:
+    """Layers around the modules that make rotary tables of heads: tables are sharded once in a call, where they are
+    made."""
     assert denoiser.adapter.tensor is not None
     for path, name in denoiser.adapter.tensor.tables.items():
         block = denoiser.adapter.blocks(denoiser.module)[0]
         heads = Heads.of(block.get_submodule(name))
         assert heads is not None
-        counts = [queries for queries, _ in heads.shares(ranks)]
-        own = _of_heads(heads.query, sum(counts[:rank]), counts[rank])
-        yield AddLayer(denoiser.module.get_submodule(path), context.rank("division"), own)
+        counts = [queries for queries, _ in heads.shard_sizes(ranks)]
+        own = _slice_heads(heads.query, sum(counts[:rank]), counts[rank])
+        yield AddLayer(denoiser.module.get_submodule(path), context.rank("sequence sharding"), own)
 
 
-def _of_heads(heads: int, first: int, count: int) -> Callable[..., Any]:
+def _slice_heads(heads: int, first: int, count: int) -> Callable[..., Any]:
+    """The layer that keeps some heads of rotary tables.
+
+    Args:
+        heads: Heads of the tables.
+        first: The first head that is kept.
+        count: The number of heads that are kept.
+    """
+
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found = []
         for table in inner(*args, **kwargs):
@@ -286,14 +300,14 @@ def _of_heads(heads: int, first: int, count: int) -> Callable[..., Any]:
     return forward
 
 
-def _closed(context: PipelineContext, owner: Any, name: str, who: str) -> Iterator[Edit]:
-    """Refuses a method while weights are divided."""
+def _refuse_method(context: PipelineContext, owner: Any, name: str, who: str) -> Iterator[Edit]:
+    """Refuses a method while weights are sharded."""
     if not callable(getattr(owner, name, None)):
         return
 
     def refuse(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise Unsupported(
-            name, "tensor parallelism has divided its weights, and this is made for whole ones.",
+            name, "tensor parallelism has sharded its weights, and the method needs whole ones.",
             "restore(pipe) first, and accelerate it again afterwards.", who,
         )  # fmt: skip
 
@@ -301,8 +315,8 @@ def _closed(context: PipelineContext, owner: Any, name: str, who: str) -> Iterat
 
 
 @dataclass(eq=False)
-class _ShowWhole:
-    """Has a model's `state_dict`, and so `save_pretrained`, speak of the stock weights."""
+class _StockStateDict:
+    """Makes a model's `state_dict`, and so `save_pretrained`, return the stock weights."""
 
     module: nn.Module
     layers: list[_Layer]
@@ -314,7 +328,7 @@ class _ShowWhole:
         def show(module: nn.Module, found: dict[str, Any], prefix: str, metadata: Any) -> None:
             held = list(found.items())
             found.clear()
-            # In the stock order, whatever order parts have theirs in.
+            # In the order of the stock model, which shards may not have.
             for key, item in held:
                 path = key.rpartition(".")[0].removesuffix(".base_layer")
                 stock = layers.get(path.removeprefix(prefix))
