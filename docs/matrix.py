@@ -66,18 +66,18 @@ FEATURES: dict[str, tuple[dict[str, Any], ...]] = {
 }  # fmt: skip
 # Rows whose rule needs constants: the adapter's rows of them.
 PUBLISHED: dict[str, Callable[[Any], Any]] = {
-    "TeaCache": lambda adapter: adapter.rows,
-    "MagCache": lambda adapter: adapter.mag_rows,
+    "TeaCache": lambda adapter: adapter.teacache_rows,
+    "MagCache": lambda adapter: adapter.magcache_rows,
 }
 
 
 @contextmanager
 def two_ranks() -> Iterator[None]:
     """As a check sees one of two processes; graphs are asked about as on CUDA."""
-    from diffusers_accel.core.graphs import RECORDERS
+    from diffusers_accel.core.graphs import GRAPH_BACKENDS
 
     launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    with mock.patch.dict(os.environ, launcher), mock.patch.dict(RECORDERS, {"cpu": RECORDERS["cuda"]}):
+    with mock.patch.dict(os.environ, launcher), mock.patch.dict(GRAPH_BACKENDS, {"cpu": GRAPH_BACKENDS["cuda"]}):
         yield
 
 

@@ -131,7 +131,7 @@ def test_different_formats_are_not_packed():
     assert same(TINY["flux"].run(pipe, steps=2), stock)
 
 
-@pytest.mark.parametrize("name", ["flux", "wan", "ltx2-stg", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "wan", "ltx2", "sd3"])
 def test_compiled(name):
     """As many graphs as without packing, and no more GEMMs in them than in eager."""
     entry, pipe = TINY[name], build(name)

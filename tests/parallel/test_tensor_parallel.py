@@ -59,8 +59,16 @@ def test_recorded_sums_over_symmetric_memory(pools):
         assert replays > 0
 
 
-@pytest.mark.parametrize("way", ON_4)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    # Every way on one kind, and two of them on each of the others, which have had two ranks.
+    [
+        (name, way)
+        for place, name in enumerate(KINDS)
+        for number, way in enumerate(ON_4)
+        if name == "wan" or (place + number) % 2 == 0
+    ],
+)
 def test_four_ranks_and_six_heads(pools, name, way):
     agrees(pools[4], name, ON_4[way], heads=6)
 
@@ -85,7 +93,7 @@ def test_other_ways_on_four_ranks(pools, name, way):
     agrees(pools[4], name, way, heads=6)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["flux-true-cfg", "flux2-klein", "wan", "ltx2", "qwen", "cosmos3"])
 def test_compiled_and_recorded(pools, name):
     sections = {"compile": {"backend": "eager", "fullgraph": True}, "cuda_graph": True, "attention": "sdpa"}
     found = agrees(pools[2], name, {"tp": 2}, sections=sections, steps=4, rest=(None, True))

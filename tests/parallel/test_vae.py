@@ -23,8 +23,7 @@ def close(name):
     return ROUNDED if name == "ltx" else CLOSE
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("dim", ["height", "width"])
+@pytest.mark.parametrize(("size", "dim"), [(2, "height"), (2, "width"), (4, "height")])
 @pytest.mark.parametrize("name", decode.VAES)
 def test_same_as_stock(pools, name, dim, size):
     for found, restored in pools[size].run(decode.errors, name, dim):
