@@ -1,7 +1,7 @@
 """The five functions a user calls, the table of features, and the one order in which everything is applied.
 
-`accelerate` builds a context, runs every feature's check, and only then lets the journal apply their edits. What it did
-is kept in a session (`session.py`) on the components that it changes; nothing is kept anywhere else.
+`accelerate` resolves its arguments to a context, runs every feature's check, and only then has the journal apply their
+edits. A session (`session.py`) keeps the edits on the components that they change; nothing is kept anywhere else.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Entry:
     Attributes:
         feature: The feature's module.
         section: Name of its section in AccelConfig; `None` for one that is always on.
-        asked: Whether a section that is there asks for it.
+        enabled: Whether a section that is there turns it on.
     """
 
     feature: ModuleType
     section: str | None
-    asked: Callable[[Any], bool] = lambda section: True
+    enabled: Callable[[Any], bool] = lambda section: True
 
 
 # The features, in the order their edits are applied. Weights are sharded among ranks before they are quantized.
@@ -129,12 +129,13 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         for reason in earlier.irreversible:
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
         earlier.context.clock.wait_idle()
-    words, sections = copy.deepcopy((config, sections))  # what the caller does to them later is no wish
+    # A copy: the caller may change its own objects later.
+    arguments = copy.deepcopy((config, sections))
     left = [note for plan in plans for note in plan.left]
-    if torch.cuda.is_available() and all(denoiser.device.type == "cpu" for denoiser in context.denoisers):
+    if context.denoisers and torch.cuda.is_available() and context.device.type == "cpu":
         left.append("the pipeline is on the CPU, for which all was chosen. On a GPU it is chosen again.")
-    _begin(pipe, context, (words, sections), notes, wanted, earlier)
-    # What was left off or stays as it was is said here too, not only to those who ask `explain`.
+    _begin(pipe, context, arguments, notes, wanted, earlier)
+    # Deviations from the request are warnings too, since not every user calls `explain`.
     for note in (*notes, *left):
         warnings.warn(f"accelerate: {note}", stacklevel=2)
     return pipe
@@ -143,7 +144,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
 def _begin(
     pipe: Any,
     context: PipelineContext,
-    asked: tuple[Any, Mapping[str, Any]],
+    arguments: tuple[Any, Mapping[str, Any]],
     notes: tuple[str, ...],
     wanted: Wanted,
     earlier: Session | None = None,
@@ -153,10 +154,10 @@ def _begin(
     Args:
         pipe: The pipeline.
         context: The same as features see it.
-        asked: What the user wrote.
+        arguments: The arguments of `accelerate`.
         notes: Sentences about it.
-        wanted: What is to be changed besides the denoisers.
-        earlier: What was in force before, and is taken back.
+        wanted: Components to change besides the denoisers, with the sections that do.
+        earlier: The session that was in force before, which is taken back.
     """
     config = context.config
     assert config is not None
@@ -165,7 +166,7 @@ def _begin(
     try:
         if earlier is not None:
             earlier.end()
-        session = Session(config, context, notes, asked, _weight_bytes(context), wanted)
+        session = Session(config, context, notes, arguments, _weight_bytes(context), wanted)
         context.outputs.request_hooks.append(lambda pipe: _look(session, pipe))
         session.begin(_edits(context, config, doing), pipes)
     except BaseException as error:
@@ -187,7 +188,7 @@ def _again(pipe: Any, earlier: Session, error: BaseException) -> None:
     try:
         context = replace(_context(pipe), config=earlier.config)
         context = replace(context, shared=shared_components(context, earlier.wanted, None))
-        _begin(pipe, context, earlier.asked, earlier.notes, earlier.wanted)
+        _begin(pipe, context, earlier.arguments, earlier.notes, earlier.wanted)
     except Exception as other:  # the error that is reported is the first one
         error.add_note(f"The earlier configuration could not be put back ({other}); the pipeline is stock.")
 
@@ -216,7 +217,7 @@ def restore(pipe: Pipe) -> Pipe:
 def explain(
     pipe: Any, config: str | AccelConfig | Mapping[str, Any] | Path | None = None, **sections: Any
 ) -> Explanation:
-    """What `accelerate` with the same arguments would do, in which order, and what it would refuse. Changes nothing.
+    """The plan and the refusals of `accelerate` with the same arguments, in their order. Changes nothing.
 
     Raises:
         ConfigError: The configuration cannot be read.
@@ -239,7 +240,7 @@ def explain(
 
 
 def stats(pipe: Any) -> Stats:
-    """What the last request really did. Prints itself as a table.
+    """Counters of the last request, which print themselves as a table.
 
     Raises:
         NotAccelerated: The pipeline is not accelerated.
@@ -310,7 +311,7 @@ def warmup(
     """Runs short requests over the product of sizes, so that later ones of these sizes compile and record nothing.
 
     Without a prompt of yours, the first size is run with a long one too: some models take prompts at their own length.
-    What is not given here is taken from the configuration's section `warmup`, if it has one.
+    Arguments that are not given come from the configuration's section `warmup`, if it has one.
 
     Args:
         pipe: An accelerated pipeline.
@@ -400,7 +401,7 @@ def _session(pipe: Any, what: str) -> Session:
 def _active(config: AccelConfig | None) -> Iterable[tuple[str, Feature, Any]]:
     for name, entry in FEATURES.items():
         section = getattr(config, entry.section) if entry.section is not None else None
-        if entry.section is None or (section is not None and entry.asked(section)):
+        if entry.section is None or (section is not None and entry.enabled(section)):
             yield name, entry.feature, section  # type: ignore[misc]
 
 
@@ -467,8 +468,8 @@ def _look(session: Session, pipe: Any) -> None:
 
 def _renew(session: Session, pipe: Any) -> None:
     """Does anew what a session was asked for, with a pipeline as it is now."""
-    asked, sections = session.asked
-    accelerate(pipe, asked, **sections)
+    config, sections = session.arguments
+    accelerate(pipe, config, **sections)
 
 
 def _once(session: Session, message: str) -> None:

@@ -5,7 +5,7 @@
 - `fast`: the same with more than 60% of the steps skipped.
 
 Each section has candidates in the order of preference, and the first that the pipeline, its device and the installed
-packages can have is taken. A preset chooses; it never refuses. What is left off for want of a candidate is noted.
+packages can have is taken. A preset chooses; it never refuses. A section without a candidate is left off and noted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .features.context import PipelineContext
 
 @dataclass(frozen=True)
 class Choice:
-    """What a preset says of one section.
+    """A preset's candidates for one section.
 
     Attributes:
         candidates: Values of the section, the best first.
@@ -30,7 +30,7 @@ class Choice:
         guided: The same for models under classifier-free guidance, which multiplies what two calls differ in, errors
             included; `None` if there is no difference.
         gpu: Whether it is meant for CUDA devices alone.
-        otherwise: What is noted if the pipeline can have none of them; nothing if empty.
+        otherwise: The note for a pipeline that can have none of them; empty for no note.
     """
 
     candidates: tuple[Any, ...]
@@ -98,7 +98,7 @@ PRESETS: dict[str, dict[str, Choice]] = {
     },
 }
 
-# What can say whether a pipeline can have a section.
+# Section -> the feature whose check decides whether a pipeline can have it.
 _FEATURES: dict[str, Any] = {
     "attention": attention, "linear": linear, "compile": compile, "cuda_graph": graphs, "cache": cache,
 }  # fmt: skip
@@ -139,7 +139,7 @@ def resolve(
 
 
 def _fits(context: PipelineContext, section: str, value: Any, overrides: Mapping[str, Any]) -> bool:
-    """Whether a pipeline can have a section, beside those that the user names."""
+    """Whether a pipeline can have a section, beside the sections that the user names."""
     config = AccelConfig.from_dict({**overrides, section: value})
     judged = replace(context, config=config)
     try:

@@ -1,4 +1,4 @@
-"""What `stats` and `explain` return: plain data that prints itself as a table, in a terminal and in a notebook."""
+"""Results of `stats` and `explain`: plain data that prints itself as a table, in a terminal and in a notebook."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Row:
 
     Attributes:
         feature: The feature's name.
-        action: What it does, or would do.
+        action: Its work, in a few words.
         modules: On how many modules.
         refused: Why it cannot be done, or `None`.
-        notes: What else a user should know.
+        notes: Consequences for the user, one sentence each.
     """
 
     feature: str
@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `accelerate` would do, in the order it would do it."""
+    """The rows of a configuration's features, in the order in which `accelerate` applies them."""
 
     pipeline: str
     device: str
@@ -59,7 +59,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Stats:
-    """What the last request really did.
+    """Counters of the last request.
 
     Attributes:
         requests: Requests seen since `accelerate`.

@@ -1,4 +1,4 @@
-"""Sessions: what is in force on which components, and on whose behalf.
+"""Sessions: the edits in force on components, and the pipelines that asked for them.
 
 An edit belongs to the component that it changes, since pipelines share components (`from_pipe`, a pipeline per request
 in a server, one text encoder for many). A `Session` is what one `accelerate` did. It is kept on the denoisers
@@ -45,15 +45,15 @@ Wanted = Mapping[str, Mapping[str, Any]]
 
 @dataclass(eq=False)
 class Session:
-    """What is in force on one pipeline's components.
+    """The edits of one `accelerate` on a pipeline's components.
 
     Args:
         config: The configuration.
         context: The pipeline as its features see it.
         notes: Sentences about it, as `explain` prints them.
-        asked: A user's own words for it, to be understood anew where the pipeline has moved.
+        arguments: Those of `accelerate`, to be resolved again for a pipeline that has moved.
         weight_bytes_before: Bytes of the denoisers' weights in stock.
-        wanted: What it changes besides the denoisers.
+        wanted: Components that it changes besides the denoisers, with the sections that do.
 
     Attributes:
         journal: Its edits, but for those of the components in `besides`.
@@ -66,7 +66,7 @@ class Session:
     config: AccelConfig
     context: PipelineContext
     notes: tuple[str, ...]
-    asked: tuple[Any, Mapping[str, Any]]
+    arguments: tuple[Any, Mapping[str, Any]]
     weight_bytes_before: int
     wanted: Wanted = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)
@@ -82,7 +82,7 @@ class Session:
         """Applies edits, all or none of them.
 
         Args:
-            edits: What features yield.
+            edits: The edits that features yield.
             pipes: The pipelines that it is asked for.
         """
         components = self.context.pipe.components
@@ -142,7 +142,7 @@ class Session:
         """A context within which the components are stock.
 
         Args:
-            what: What it is for, as an error says it.
+            what: The purpose, as an error names it.
 
         Raises:
             Unsupported: The stock weights are gone, or divided among ranks.
@@ -173,7 +173,7 @@ class Session:
 
     @property
     def edits(self) -> Iterator[Edit]:
-        """What is in force on its components."""
+        """The edits in force on its components."""
         yield from self.journal
         for held in self._helds:
             yield from held.journal
@@ -197,7 +197,7 @@ class Session:
         yield from edits
 
     def _around(self, pipe: Any) -> Iterator[Edit]:
-        """What a pipeline itself needs."""
+        """The edits of a pipeline itself."""
         context = self.context
         if hasattr(pipe, "check_inputs"):
             yield AddLayer(pipe, context.rank("request"), _arriving(self, weakref.ref(pipe)), "check_inputs")
@@ -238,7 +238,7 @@ class Held:
 
     Attributes:
         journal: Its edits.
-        sessions: Those that want it so, while they exist.
+        sessions: The sessions that want it so, while they exist.
     """
 
     module: weakref.ref[nn.Module]
@@ -365,7 +365,7 @@ def shared_components(context: PipelineContext, wanted: Wanted, own: Session | N
 
     Args:
         context: The pipeline.
-        wanted: What is to be changed besides the denoisers.
+        wanted: Components to change besides the denoisers, with the sections that do.
         own: The pipeline's own session, which makes way.
 
     Raises:
@@ -398,7 +398,7 @@ def _arriving(session: Session, pipe: Any) -> Callable[..., Any]:
         session.context.clock.acquire()
         for look in list(session.context.outputs.request_hooks):
             look(pipe())
-        # What it was chosen for may have changed: the layers around this call are not those of before.
+        # The session may have been replaced meanwhile. Then the layers around this call are other ones.
         found = vars(pipe()).get("check_inputs")
         if session.over and callable(found):
             return found(*args, **kwargs)
@@ -423,7 +423,8 @@ def _deepcopy(owner: Any, memo: Any = None) -> Any:
 
 def _reduce(owner: Any, protocol: Any = 4) -> Any:
     with _stock(owner, "pickle"):
-        # What is pickled of it is asked for later, so it is given a copy of the structure, on the same tensors.
+        # Pickle reads the state later, when edits are in force again. So it gets a copy of the structure, on the same
+        # tensors.
         modules = [owner] if isinstance(owner, nn.Module) else _components(owner)
         tensors = [
             item

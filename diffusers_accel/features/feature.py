@@ -1,4 +1,4 @@
-"""What a feature is: a pure check and a generator of edits over one pipeline.
+"""The interface of a feature: a pure check and a generator of edits over one pipeline.
 
 `accelerate` runs the check of every feature that is on before the first edit of any, so a refusal changes nothing. A
 check returns what the feature would do, which is what `explain` prints. Features never import each other and never
@@ -20,13 +20,13 @@ from .context import Denoiser, PipelineContext
 
 @dataclass(frozen=True)
 class Plan:
-    """What a feature would do.
+    """The work of a feature, as its check plans it.
 
     Attributes:
         action: In a few words.
         modules: On how many modules; 0 if it leaves everything as it is.
-        notes: What a user should know of it, one sentence each.
-        left: What stays undone or is done otherwise than asked; `accelerate` warns of it.
+        notes: Consequences for the user, one sentence each.
+        left: Parts of the request that are not done, or done otherwise; `accelerate` warns of each.
     """
 
     action: str
@@ -48,7 +48,7 @@ class Feature(Protocol):
 
 
 def refuse_offloaded(feature: str, denoiser: Denoiser) -> None:
-    """Group and sequential offloading hold on to the weights they know: whoever changes weights must come first.
+    """Refuses a feature that replaces weights which group or sequential offloading already manages.
 
     Raises:
         Unsupported: The denoiser is offloaded so.
