@@ -151,7 +151,7 @@ def overlapped(name, fuse):
             [
                 "*" if overlap._is_product(node) else node.target.__name__.split(".")[0]
                 for node in module.graph.nodes
-                if overlap._is_product(node) or overlap._is_site(node)
+                if overlap._is_product(node) or overlap._is_attention(node)
             ]
         )
         return module.forward
