@@ -130,16 +130,16 @@ def errors(name, dim, symm_memory=False):
 @torch.no_grad()
 def broken(name):
     """Relative errors where neighbours' rows never come."""
-    stock = Strips.neighbours
+    stock = Strips.exchange_halos
 
-    def neighbours(self, x, halo, zeros=True):
+    def exchange_halos(self, x, halo, zeros=True):
         return tuple(torch.zeros_like(rows) for rows in stock(self, x, halo, zeros))
 
-    Strips.neighbours = neighbours
+    Strips.exchange_halos = exchange_halos
     try:
         return errors(name, "height")[0]
     finally:
-        Strips.neighbours = stock
+        Strips.exchange_halos = stock
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def on_idle_ranks(name, computing, idle):
     moments = parameters(vae, sample)
     hook = vae.decoder.register_forward_pre_hook(lambda *_: computed.append(True))
     journal = Journal()
-    journal.apply(parallel_vae.edits(vae, mesh.neighbours(computing), "height", 0))
+    journal.apply(parallel_vae.edits(vae, mesh.consecutive(computing), "height", 0))
     journal.apply(idle_ranks.edits(vae, everyone, computing, idle, 1))
     found["decode"] = relative(vae.decode(z).sample, sample)
     found["decode, tuple"] = relative(vae.decode(z, return_dict=False)[0], sample)
