@@ -243,7 +243,7 @@ def test_globs_that_match_nothing():
     text = refusal(built("wan"), linear={"algo": "fp8", "ignore": ["*"], "targets": ["vae"]})
     assert "the model has no linear layer" in text and "linear.targets with a model" in text
     text = refusal(built("wan"), linear={"algo": "fp8", "targets": ["tokenizer"]})
-    assert text.endswith("Instead: linear.targets of vae, text_encoder, transformer.")
+    assert text.endswith("Instead: linear.targets with names of vae, text_encoder, transformer.")
 
 
 def test_a_recipe_that_no_layer_uses():
