@@ -42,7 +42,7 @@ def test_what_is_meant_for_a_gpu_is_marked():
     """Ranks, whose processes are forked, never run beside CUDA; kernels' tests do run on it."""
     texts = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)}
     marked = {path.name for path, text in texts.items() if "mark.gpu" in text}
-    assert {"test_low_bit.py", "test_elementwise.py", "test_linear_kernels.py", "test_pending.py"} <= marked
+    assert {"test_low_bit.py", "test_elementwise.py", "test_linear_kernels.py", "test_deferred.py"} <= marked
     forked = {path.name for path, text in texts.items() if "(pools" in text}
     assert len(forked) > 5 and not marked & forked
 
@@ -57,7 +57,7 @@ def test_processes_by_default(monkeypatch):
 
 
 def test_pieces():
-    ranks = {piece(f"tests/parallel/{name}.py::test_x[a::b]") for name in ("test_requests", "test_tensor")}
+    ranks = {piece(f"tests/parallel/{name}.py::test_x[a::b]") for name in ("test_requests", "test_vae")}
     assert ranks == {"ranks"} and place("ranks") < 0
     assert piece("tests/demo/test_checkpoints.py::test_x") == "tests/demo/test_checkpoints.py"
     one, other = (piece(f"tests/core/test_step.py::{name}") for name in ("test_a[1]", "test_b"))
