@@ -111,17 +111,18 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     resolved = context.config
     assert resolved is not None
     earlier = shared_with(pipe, context)
-    if earlier is not None and (others := earlier.others(pipe)):
-        if earlier.config != resolved:
+    if earlier is not None and any(each is not pipe for each in earlier.pipes):
+        if earlier.config == resolved:
+            if pipe not in earlier.pipes:
+                earlier.join(pipe)
+            return pipe
+        if others := earlier.others(pipe):
             raise Unsupported(
                 "accelerate",
                 f"another pipeline that shares it ({', '.join(others)}) is accelerated otherwise.",
                 "the same configuration, or restore(pipe), which takes it back for all that share it.",
                 str(context),
             )
-        if pipe not in earlier.pipes:
-            earlier.join(pipe)
-        return pipe
     plans = [feature.check(context, section) for _, feature, section in _active(resolved)]
     wanted = _wanted(context, resolved)
     context = replace(context, shared=shared_components(context, wanted, earlier))
