@@ -294,6 +294,8 @@ def let_go(module: Any) -> bool:
 def abandoned(pipe: Any) -> bool:
     """Takes back what pipelines that were dropped without `restore` have left on components of this one; whether there
     was anything."""
+    if not hasattr(pipe, "components"):
+        return False  # no pipeline: the caller says so
     found = [let_go(module) for module in _components(pipe)]  # of each, whatever was on the one before
     return any(found)
 

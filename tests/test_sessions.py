@@ -150,6 +150,10 @@ class TestShared:
             dropped = build("flux", seed=1)
             dropped.vae, dropped.text_encoder_2 = kept.vae, kept.text_encoder_2
 
+    def test_something_that_is_no_pipeline(self):
+        with pytest.raises(NotAccelerated, match="restore: this Linear is not accelerated"):
+            restore(torch.nn.Linear(1, 1))
+
     def test_after_one_that_was_dropped(self):
         """Settings of a pipeline that is gone are joined where they are the same, and make way where they are not."""
         kept = build("flux")
@@ -166,7 +170,7 @@ class TestShared:
             assert fingerprint(kept) == before and torch.equal(run(kept), stock)
 
     def test_weights_dropped_with_their_pipeline(self):
-        """What cannot be taken back is refused by name, and stays as it was."""
+        """Dropped weights cannot be taken back: `restore` refuses by name, and the encoder stays as it was."""
         kept, gone = build("flux"), build("flux", seed=1)
         gone.text_encoder_2 = kept.text_encoder_2
         linear = {"algo": "int8", "smallest": 0, "targets": ("text_encoder_2",), "keep_original": "drop"}
