@@ -1,6 +1,6 @@
 """A hook of the site's generator: tables of the configuration's fields, from their declarations in the code.
 
-`{{ fields: TeaCacheConfig }}` on a line of its own becomes a table of that class's fields. What a field takes, its
+`{{ fields: TeaCacheConfig }}` on a line of its own becomes a table of that class's fields. Its values, its
 default and its meaning are read from the class, so a page cannot say otherwise. `{{ rows }}` becomes the lines of a
 table of published constants.
 """
@@ -16,7 +16,7 @@ _ROWS = "{{ rows }}"
 
 
 def takes(field: dataclasses.Field[Any], annotation: str) -> str:
-    """What a field takes, in a few words."""
+    """The values that a field takes, in a few words."""
     from diffusers_accel.config.fields import spec_of
 
     spec = spec_of(field)

@@ -108,7 +108,7 @@ def pipelines() -> dict[str, list[Any]]:
 
 
 def cell(feature: str, pipes: list[Any]) -> str:
-    """What stands in the matrix for a feature and the pipelines of a family."""
+    """The mark of the matrix for a feature and the pipelines of a family."""
     from diffusers_accel import explain
     from diffusers_accel.models import adapter_for
 
