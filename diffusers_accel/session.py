@@ -211,9 +211,11 @@ class Session:
         if not isinstance(held, Held) or self not in held.sessions:
             return
         others = [each for each in held.sessions if each is not self]
-        held.sessions.discard(self)
         if not others:
             held.let_go()
+        # Last: interrupted before, `end` comes here again.
+        held.sessions.discard(self)
+        if not others:
             return
         kinds = ", ".join(sorted({type(pipe).__name__ for each in others for pipe in each.pipes}))
         warnings.warn(

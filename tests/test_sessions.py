@@ -150,6 +150,21 @@ class TestShared:
             dropped = build("flux", seed=1)
             dropped.vae, dropped.text_encoder_2 = kept.vae, kept.text_encoder_2
 
+    def test_interrupted_while_a_component_is_given_back(self, monkeypatch):
+        from diffusers_accel.session import Held
+
+        pipe, stock = build("flux"), Held.let_go
+
+        def interrupted(held):
+            monkeypatch.setattr(Held, "let_go", stock)
+            raise KeyboardInterrupt
+
+        accelerate(pipe, vae={"slicing": True})
+        monkeypatch.setattr(Held, "let_go", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            restore(pipe)
+        assert not pipe.vae.use_slicing and not [key for key in vars(pipe.vae) if "diffusers_accel" in key]
+
     def test_something_that_is_no_pipeline(self):
         with pytest.raises(NotAccelerated, match="restore: this Linear is not accelerated"):
             restore(torch.nn.Linear(1, 1))
