@@ -106,9 +106,9 @@ def _capturing() -> bool:
 class SymmetricMemory:
     """The symmetric memory of one group: two buffers, used in turn.
 
-    A collective writes to one buffer and ends with a barrier. When it is that buffer's turn again, all ranks have
-    passed the other buffer's barrier since, and so have read its contents: no rank waits before it writes. A result in
-    a buffer must therefore be read before the collective after the next one begins.
+    A collective writes to one buffer and ends with a barrier. Before the buffer's next turn all ranks pass the other
+    buffer's barrier, so no rank waits before it writes. A result in a buffer must therefore be read, on the current
+    stream, before the next collective's barrier.
 
     A collective that an error interrupts may have taken a buffer, or passed a barrier, on some ranks only. Each request
     therefore begins with `resynchronize`.
