@@ -57,8 +57,8 @@ class _TorchSymmetricBuffer:
     def __init__(self, group: Any, nbytes: int):
         from torch.distributed import _symmetric_memory as symmetric
 
-        # Multicast is not used. Processes that each see one GPU alone all number it 0, and torch would take them for
-        # one device; features/parallel/rank_device.py has made sure that no two share one.
+        # Multicast is not used. If each process sees one GPU alone, all number it 0, and torch takes these GPUs for one
+        # device. features/parallel/rank_device.py has checked that no two ranks share a GPU.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         self.nbytes = nbytes
@@ -84,7 +84,7 @@ class _CountedBuffer:
 
     Attributes:
         nbytes: Size in bytes on each rank.
-        barriers: Barriers passed so far, without the ones that a CUDA graph recorded.
+        barriers: Number of passed barriers. Barriers in CUDA graphs are not counted.
     """
 
     def __init__(self, buffer: SymmetricBuffer):
@@ -174,8 +174,8 @@ class SymmetricMemory:
     def rewind(self) -> None:
         """Makes the next collective begin with the first buffer; all results must have been read.
 
-        A recorded graph uses the same buffers at every replay, whatever ran before. So every operation that a graph may
-        record begins with the first buffer. After an odd number of collectives this takes one more barrier.
+        A recorded graph uses the same buffers at every replay. So every operation that a graph may record begins with
+        the first buffer. After an odd number of collectives this takes one more barrier.
         """
         if self._next:
             self.next_buffer(0).barrier()
