@@ -360,7 +360,7 @@ def _rewritten(name: str) -> tuple[dict[str, Any], list[str]]:
                 bound = relative(expected, wide)
             accelerate(pipe, attention="sdpa", compile=True, **layers)
             difference = relative(tensors(entry.run(pipe, **arguments)), expected)
-            known = stats(pipe).modulations_ahead, stats(pipe).modulations_missed
+            known = stats(pipe).modulations_precomputed, stats(pipe).modulations_recomputed
         except Unsupported as error:
             found[label] = {"refused": str(error)}
             continue

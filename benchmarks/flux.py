@@ -283,7 +283,10 @@ def main() -> None:
         note(name, measure.seconds(generate, options.repeats, warm=0))
         seen = stats(pipe)
         kernels[name] = seen.attention_kernels
-        modulations[name] = {"layers, all steps at once": seen.modulations_ahead, "missed": seen.modulations_missed}
+        modulations[name] = {
+            "layers, all steps at once": seen.modulations_precomputed,
+            "missed": seen.modulations_recomputed,
+        }
         restore(pipe)
         torch.compiler.reset()
         write(options, size, steps, dtype, figures, cold, differences, kernels, modulations)

@@ -1,7 +1,7 @@
 """The five functions a user calls, the table of features, and the one order in which everything is applied.
 
 `accelerate` resolves its arguments to a context, runs every feature's check, and only then has the journal apply their
-edits. A session (`session.py`) keeps the edits on the components that they change; nothing is kept anywhere else.
+edits. A session (`sessions/`) keeps the edits on the components that they change; nothing is kept anywhere else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .config import AccelConfig
-from .core.edits import Edit, Journal, SetAttr
+from .core.edits import Edit, Journal
 from .core.step import Mode, StepState
 from .core.timestamps import seconds_between
 from .errors import AccelError, NotAccelerated, Unsupported
@@ -34,7 +34,16 @@ from .features.parallel import fsdp, process_group, tensor_parallel
 from .kernels.linear import kind_of, stock_modules
 from .reporting import Explanation, Row, Stats
 from .resolve import DENOISERS, pipeline_context, resolve_config
-from .session import Session, Wanted, abandoned, dropped, session_of, shared_components, shared_with
+from .sessions import (
+    ComponentSections,
+    Session,
+    forget_ended_session,
+    session_of,
+    session_of_denoisers,
+    shared_components,
+    undo_abandoned,
+)
+from .sessions.changes import check_changes
 
 Pipe = TypeVar("Pipe")
 
@@ -110,7 +119,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     context, notes = _resolved(pipe, config, sections)
     resolved = context.config
     assert resolved is not None
-    earlier = shared_with(pipe, context)
+    earlier = session_of_denoisers(pipe, context)
     if earlier is not None and any(each is not pipe for each in earlier.pipes):
         if earlier.config == resolved:
             if pipe not in earlier.pipes:
@@ -124,8 +133,8 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
                 str(context),
             )
     plans = [feature.check(context, section) for _, feature, section in _active(resolved)]
-    wanted = _wanted(context, resolved)
-    context = replace(context, shared=shared_components(context, wanted, earlier))
+    component_sections = _component_sections(context, resolved)
+    context = replace(context, shared=shared_components(context, component_sections, earlier))
     if earlier is not None:
         for reason in earlier.irreversible:
             raise Unsupported("accelerate", f"{reason}.", "load the pipeline again.", type(pipe).__name__)
@@ -135,7 +144,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     left = [note for plan in plans for note in plan.left]
     if context.denoisers and torch.cuda.is_available() and context.device.type == "cpu":
         left.append("the pipeline is on the CPU, for which all was chosen. On a GPU it is chosen again.")
-    _begin(pipe, context, arguments, notes, wanted, earlier)
+    _begin(pipe, context, arguments, notes, component_sections, earlier)
     # Deviations from the request are warnings too, since not every user calls `explain`.
     for note in (*notes, *left):
         warnings.warn(f"accelerate: {note}", stacklevel=2)
@@ -147,7 +156,7 @@ def _begin(
     context: PipelineContext,
     arguments: tuple[Any, Mapping[str, Any]],
     notes: tuple[str, ...],
-    wanted: Wanted,
+    component_sections: ComponentSections,
     earlier: Session | None = None,
 ) -> None:
     """Puts the context's configuration in force. A failure puts the earlier session's configuration in force again.
@@ -157,7 +166,7 @@ def _begin(
         context: The pipeline as features see it, with the configuration.
         arguments: The arguments of `accelerate`.
         notes: Sentences about the configuration, as `explain` prints them.
-        wanted: Components to change besides the denoisers -> feature -> section.
+        component_sections: Components to change besides the denoisers -> feature -> section.
         earlier: The session in force until now, which ends; `None` without one.
     """
     config = context.config
@@ -167,8 +176,12 @@ def _begin(
     try:
         if earlier is not None:
             earlier.end()
-        session = Session(config, context, notes, arguments, _weight_bytes(context), wanted)
-        context.outputs.request_hooks.append(lambda pipe: _look(session, pipe))
+        session = Session(config, context, notes, arguments, _weight_bytes(context), component_sections)
+
+        def accelerate_again(pipe: Any) -> None:
+            accelerate(pipe, arguments[0], **arguments[1])
+
+        context.outputs.request_hooks.append(lambda pipe: check_changes(session, pipe, DENOISERS, accelerate_again))
         session.begin(_edits(context, config, doing), pipes)
     except BaseException as error:
         if earlier is not None:
@@ -188,8 +201,8 @@ def _again(pipe: Any, earlier: Session, error: BaseException) -> None:
     """Puts back what was in force before something failed."""
     try:
         context = replace(_context(pipe), config=earlier.config)
-        context = replace(context, shared=shared_components(context, earlier.wanted, None))
-        _begin(pipe, context, earlier.arguments, earlier.notes, earlier.wanted)
+        context = replace(context, shared=shared_components(context, earlier.component_sections, None))
+        _begin(pipe, context, earlier.arguments, earlier.notes, earlier.component_sections)
     except Exception as other:  # the error that is reported is the first one
         error.add_note(f"The earlier configuration could not be put back ({other}); the pipeline is stock.")
 
@@ -202,7 +215,7 @@ def restore(pipe: Pipe) -> Pipe:
         NotAccelerated: It was never accelerated, or is restored already.
         Unsupported: The stock weights are gone, as the configuration asked; nothing was changed.
     """
-    if session_of(pipe) is None and any([dropped(pipe), abandoned(pipe)]):
+    if session_of(pipe) is None and any([forget_ended_session(pipe), undo_abandoned(pipe)]):
         return pipe  # taken back through another pipeline that shares its denoisers, or left by one that is gone
     session = _session(pipe, "restore")
     for reason in session.irreversible:
@@ -211,7 +224,7 @@ def restore(pipe: Pipe) -> Pipe:
     try:
         session.end()
     finally:
-        dropped(pipe)
+        forget_ended_session(pipe)
     return pipe
 
 
@@ -281,8 +294,8 @@ def stats(pipe: Any) -> Stats:
         weight_bytes_after=_weight_bytes(session.context),
         graphs_captured=sum(graphs.captured for graphs in session.context.outputs.graphs),
         graph_replays=sum(graphs.replays for graphs in session.context.outputs.graphs),
-        modulations_ahead=sum(each.layers for each in session.context.outputs.modulations),
-        modulations_missed=sum(each.missed for each in session.context.outputs.modulations),
+        modulations_precomputed=sum(each.layers for each in session.context.outputs.modulations),
+        modulations_recomputed=sum(each.missed for each in session.context.outputs.modulations),
     )
 
 
@@ -351,10 +364,6 @@ def warmup(
     return pipe
 
 
-# Devices on which weights wait for their turn elsewhere.
-_WAITING = ("cpu", "meta")
-
-
 @contextmanager
 def recorded(pipe: Any, use_ret_steps: bool = False) -> Iterator[PipelineContext]:
     """Records changes of signal and residual from step to step in the context's `cache_records`, for every request
@@ -413,7 +422,7 @@ def _edits(context: PipelineContext, config: AccelConfig, doing: list[str] | Non
         yield from feature.edits(context, section)
 
 
-def _wanted(context: PipelineContext, config: AccelConfig) -> Wanted:
+def _component_sections(context: PipelineContext, config: AccelConfig) -> ComponentSections:
     """The components besides the denoisers that a configuration changes, with the sections that do."""
     found: dict[str, dict[str, Any]] = {}
     for name, feature, section in _active(config):
@@ -421,62 +430,6 @@ def _wanted(context: PipelineContext, config: AccelConfig) -> Wanted:
         for component in components(context, section) if components is not None else ():
             found.setdefault(component, {})[name] = section
     return found
-
-
-def _look(session: Session, pipe: Any) -> None:
-    """Says what has come in the way of a session since it began, as a request begins.
-
-    Args:
-        session: The session.
-        pipe: The pipeline, where nothing of the request has been done; `None` where a denoiser is about to run.
-
-    Raises:
-        Unsupported: The request would be wrong.
-    """
-    context, config = session.context, session.config
-    if pipe is not None and not context.denoisers and any(getattr(pipe, name, None) is not None for name in DENOISERS):
-        warnings.warn("accelerate: a denoiser was loaded since: everything is chosen again.", stacklevel=2)
-        _renew(session, pipe)
-        return
-    for denoiser in context.denoisers:
-        if config.cache is not None and getattr(denoiser.module, "is_cache_enabled", False):
-            raise Unsupported(
-                "cache",
-                "one of diffusers' own caches has been enabled since, and two would skip each other's steps.",
-                f"{denoiser.name}.disable_cache(), or accelerate(pipe, cache=None, ...).",
-                str(denoiser),
-            )
-        now = next(denoiser.module.parameters()).device.type
-        if now not in (*_WAITING, denoiser.device.type) and not context.outputs.rank_device:
-            moved = f"accelerate: {denoiser} has moved from {denoiser.device.type} to {now}"
-            if pipe is not None:
-                warnings.warn(f"{moved}: everything is chosen again.", stacklevel=2)
-                _renew(session, pipe)
-                return
-            _once(session, f"{moved}, for which nothing was chosen. Instead: accelerate(pipe, ...) again.")
-    replaced: Counter[str] = Counter()
-    for edit in session.edits:
-        if isinstance(edit, SetAttr) and edit.replaced:
-            replaced[f"{edit.name} of {type(edit.owner).__name__}"] += 1
-    for name, count in replaced.items():
-        _once(
-            session,
-            f"accelerate: {name} was set by somebody else since ({count} of them), and stays as it is now. Instead: "
-            "accelerate(pipe, ...) again, which takes it along.",
-        )
-
-
-def _renew(session: Session, pipe: Any) -> None:
-    """Does anew what a session was asked for, with a pipeline as it is now."""
-    config, sections = session.arguments
-    accelerate(pipe, config, **sections)
-
-
-def _once(session: Session, message: str) -> None:
-    """Warns of something unless this session has."""
-    if message not in session.said:
-        session.said.add(message)
-        warnings.warn(message, stacklevel=2)
 
 
 def _context(pipe: Any, config: Any = None, sections: Mapping[str, Any] | None = None) -> PipelineContext:

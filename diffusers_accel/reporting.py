@@ -81,8 +81,8 @@ class Stats:
         weight_bytes_after: Bytes of the denoisers' parameters and buffers now.
         graphs_captured: CUDA graphs held.
         graph_replays: CUDA graphs replayed in the last request.
-        modulations_ahead: Number of layers with precomputed modulations in the last request.
-        modulations_missed: Number of products of these layers that were computed again, because their input differed.
+        modulations_precomputed: Number of layers with precomputed modulations in the last request.
+        modulations_recomputed: Number of these layers' products that were computed again, since their input differed.
     """
 
     requests: int = 0
@@ -101,8 +101,8 @@ class Stats:
     weight_bytes_after: int = 0
     graphs_captured: int = 0
     graph_replays: int = 0
-    modulations_ahead: int = 0
-    modulations_missed: int = 0
+    modulations_precomputed: int = 0
+    modulations_recomputed: int = 0
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         rows = [
@@ -130,9 +130,9 @@ class Stats:
         rows.append(["denoiser weights", f"{before:.1f} MiB before, {after:.1f} MiB now"])
         if self.graphs_captured:
             rows.append(["CUDA graphs", f"{self.graphs_captured} captured, {self.graph_replays} replays"])
-        if self.modulations_ahead:
-            missed = f", {self.modulations_missed} products made anew" if self.modulations_missed else ""
-            rows.append(["modulations", f"{self.modulations_ahead} layers, all steps at once{missed}"])
+        if self.modulations_precomputed:
+            missed = f", {self.modulations_recomputed} products made anew" if self.modulations_recomputed else ""
+            rows.append(["modulations", f"{self.modulations_precomputed} layers, all steps at once{missed}"])
         return ["last request", ""], rows
 
     def __str__(self) -> str:

@@ -22,7 +22,7 @@ from .core.step import StepClock
 from .errors import ConfigError, Unsupported, shown
 from .features.context import Denoiser, PipelineContext
 from .models import adapter_for
-from .session import session_of
+from .sessions import session_of
 
 # Where pipelines keep their denoisers.
 DENOISERS = ("transformer", "transformer_2", "unet", "prior")

@@ -13,7 +13,7 @@ FLOORS = [
     {"core"},
     {"kernels", "models", "policies"},
     {"checkpoints", "features"},
-    {"names", "presets", "reporting", "session"},
+    {"names", "presets", "reporting", "sessions"},
     {"resolve"},
     {"api"},
     {"demo", "workers"},

@@ -187,6 +187,19 @@ class TestHooks:
         handle.remove()
         assert "run without compilation" not in heard(pipe)
 
+    def test_a_block_with_hooks_inside_and_a_wrapper_around(self):
+        """The hook is called, though the wrapper has the block compiled by itself."""
+        pipe, calls = build("flux"), []
+        block = pipe.transformer.transformer_blocks[1]
+        own = block.forward
+        block.forward = lambda *args, **kwargs: own(*args, **kwargs)
+        accelerate(pipe, **COMPILE)
+        run(pipe)
+        block.attn.to_k.register_forward_hook(lambda *_: calls.append(None))
+        assert "1 blocks of transformer" in heard(pipe)
+        assert len(calls) == 2
+        restore(pipe)
+
     @pytest.mark.parametrize("first", [True, False])
     def test_a_cache_that_hooks_attention(self, first):
         """diffusers' FasterCache, within blocks that are to be compiled."""
@@ -357,6 +370,7 @@ class TestPlace:
         import dataclasses
 
         from diffusers_accel import api
+        from diffusers_accel.sessions import changes
 
         pipe = build("flux")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -368,7 +382,7 @@ class TestPlace:
         elsewhere = dataclasses.replace(first, device=dataclasses.replace(first.device, type="xpu"))
         session.context = dataclasses.replace(session.context, denoisers=(elsewhere,))
         assert "has moved" not in heard(pipe), "weights that wait on the host are on their way"
-        monkeypatch.setattr(api, "_WAITING", ("meta",))
+        monkeypatch.setattr(changes, "_OFFLOADED", ("meta",))
         assert "has moved from xpu to cpu: everything is chosen again" in heard(pipe)
         assert api.session_of(pipe) is not session and stats(pipe).requests == 1
         assert "has moved" not in heard(pipe)

@@ -151,16 +151,16 @@ class TestShared:
             dropped.vae, dropped.text_encoder_2 = kept.vae, kept.text_encoder_2
 
     def test_interrupted_while_a_component_is_given_back(self, monkeypatch):
-        from diffusers_accel.session import Held
+        from diffusers_accel.sessions.shared_components import SharedComponent
 
-        pipe, stock = build("flux"), Held.let_go
+        pipe, stock = build("flux"), SharedComponent.undo
 
         def interrupted(held):
-            monkeypatch.setattr(Held, "let_go", stock)
+            monkeypatch.setattr(SharedComponent, "undo", stock)
             raise KeyboardInterrupt
 
         accelerate(pipe, vae={"slicing": True})
-        monkeypatch.setattr(Held, "let_go", interrupted)
+        monkeypatch.setattr(SharedComponent, "undo", interrupted)
         with pytest.raises(KeyboardInterrupt):
             restore(pipe)
         assert not pipe.vae.use_slicing and not [key for key in vars(pipe.vae) if "diffusers_accel" in key]

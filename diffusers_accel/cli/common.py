@@ -93,7 +93,7 @@ class RequestedConfig:
     assignments: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def ranks(self) -> ParallelConfig | None:
+    def parallel(self) -> ParallelConfig | None:
         """The section `parallel`, which no preset has; `None` for a single rank."""
         base = self.base if isinstance(self.base, AccelConfig) else AccelConfig()
         assignments = [(key, value) for key, value in self.assignments if key.partition(".")[0] == "parallel"]
@@ -108,7 +108,7 @@ class RequestedConfig:
         if not self.assignments:
             return self.base, ()
         # A preset leaves out sections that conflict with weights that ranks share.
-        sections = {"parallel": self.ranks} if self.ranks is not None and self.ranks.fsdp else {}
+        sections = {"parallel": self.parallel} if self.parallel is not None and self.parallel.fsdp else {}
         base, notes = api.resolve(pipe, self.base, **sections)
         return assign(base, self.assignments), notes
 

@@ -126,6 +126,9 @@ def run(
         settings = [*(settings or ()), *ways]
     requested = read_requested(config, preset, settings)
     extra = dict(key_value(text, "--call", "true_cfg_scale=4.0") for text in call or ())
+    for name, instead in (("generator", "--seed"), ("output_type", "--output")):
+        if name in extra:
+            raise CommandError(f"--call {name}: the command sets it. Give {instead}.")
     # Other ranks save nothing, and their machine may lack the folder.
     if first():
         check_output(output)
@@ -145,7 +148,7 @@ def run(
     given["generator"] = torch.Generator("cpu").manual_seed(seed)
 
     # Under FSDP the whole weights may exceed one GPU's memory, so they are sharded on the host.
-    pipe = load_model(model, where, dtype, keep_on_host=requested.ranks is not None and requested.ranks.fsdp)
+    pipe = load_model(model, where, dtype, keep_on_host=requested.parallel is not None and requested.parallel.fsdp)
     defaults = demo.call_arguments(model) if model in demo.CHECKPOINTS else {}
     arguments = call_arguments(pipe, {**defaults, **given})
     target = output or default_output(prompt[0], "num_frames" in _parameters(pipe))
@@ -248,9 +251,8 @@ def check_output(file: Path | None, video: bool | None = None) -> None:
     ending = file.suffix.lower()
     if ending not in endings:
         output = {None: "An output", True: "A video", False: "A picture"}[video]
-        raise CommandError(
-            f"--output {file}: {output} is saved as {', '.join(endings)}, not {ending or 'without one'!r}."
-        )
+        instead = repr(ending) if ending else "without an ending"
+        raise CommandError(f"--output {file}: {output} is saved as {', '.join(endings)}, not {instead}.")
     if not file.parent.is_dir():
         raise CommandError(f"--output {file}: there is no folder {str(file.parent)!r}.")
     if ending == ".mp4" and not has_ffmpeg():

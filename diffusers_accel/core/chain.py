@@ -37,6 +37,12 @@ class Layer:
 _MARK = "_diffusers_accel_chain_{}"
 
 
+def _slot(owner: Any, method: str) -> str:
+    """The key of the owner's `__dict__` that a chain around the method takes: inside of accelerate's hook."""
+    slots = vars(owner)
+    return "_old_forward" if method == "forward" and "_hf_hook" in slots and "_old_forward" in slots else method
+
+
 class Chain:
     """Layers around a method of one instance. `around` and `find` make and find chains.
 
@@ -47,11 +53,12 @@ class Chain:
     def __init__(self, owner: Any, method: str):
         self.method = method
         self._owner = weakref.ref(owner)
-        slots = vars(owner)
-        hooked = method == "forward" and "_hf_hook" in slots and "_old_forward" in slots
-        self._slot = "_old_forward" if hooked else method
+        slots, self._slot = vars(owner), _slot(owner, method)
         self._was_absent = self._slot not in slots
         self.inner: Callable[..., Any] = getattr(owner, self._slot)
+        if isinstance(self.inner, Chain):
+            # A removed chain, which a removed hook has put back.
+            self._was_absent, self.inner = self.inner._was_absent, self.inner.inner
         self._layers: list[Layer] = []
         self._call: Callable[..., Any] = self.inner
         # The mark comes first: after an interruption `find` finds the chain, and it can be removed.
@@ -69,10 +76,15 @@ class Chain:
         """The chain around `owner.method`, made if there is none."""
         return cls.find(owner, method) or cls(owner, method)
 
-    @property
-    def stock(self) -> bool:
-        """Whether the owner had no wrapper when the chain was made: `inner` is its class's method."""
-        return self._was_absent
+    @classmethod
+    def is_stock(cls, owner: Any, method: str = "forward") -> bool:
+        """Whether a chain around the method has, or would have, the method of the owner's class inside. Hooks that were
+        removed may have left that method in the owner's `__dict__`, or a chain without layers."""
+        inner: Any = cls.find(owner, method) or vars(owner).get(_slot(owner, method))
+        while isinstance(inner, Chain):
+            inner = inner.inner
+        own = getattr(type(owner), method)
+        return inner is None or (getattr(inner, "__func__", None) is own and inner.__self__ is owner)
 
     def add(self, layer: Layer) -> None:
         """Adds a layer at its rank."""

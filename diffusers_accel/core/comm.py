@@ -168,13 +168,16 @@ class Group:
         return [found[rank * longest : rank * longest + size].movedim(0, dim) for rank, size in enumerate(sizes)]
 
     def all_gather_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Concatenates equally long shards of all ranks into `out`. The group has two ranks or more.
+        """Concatenates equally long shards of all ranks into `out`.
 
         Args:
             out: (ranks * length,), contiguous; overwritten.
             x: This rank's shard, (length,), contiguous.
         """
-        _all_gather(out, x, group=self.handle)
+        if self.size > 1:
+            _all_gather(out, x, group=self.handle)
+        else:
+            out.copy_(x)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' tensors, which have one shape. `x` may be overwritten, and may be the result."""

@@ -93,13 +93,16 @@ def versions() -> dict[str, str]:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on another device; the tensor itself if it is there. Between host and GPU a contiguous copy goes through
-    page-locked memory, which torch reuses: this is several times as fast. Results on the host are pageable."""
+    """A tensor on another device; the tensor itself if it is there. Strides of a dense tensor are kept.
+
+    Between host and GPU the copy goes through page-locked memory, which torch reuses: this is several times as fast.
+    Results on the host are pageable.
+    """
     if x.device == device:
         return x
     if "cuda" not in (x.device.type, device.type) or "cpu" not in (x.device.type, device.type):
         return x.to(device)
-    staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    staged = torch.empty_like(x, device="cpu", pin_memory=True)
     staged.copy_(x)
     return staged.clone() if device.type == "cpu" else staged.to(device)
 
@@ -122,22 +125,23 @@ def offload_to_host(x: torch.Tensor) -> Future[None]:
     """
     _PENDING.acquire()
     try:
-        staged = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        staged = torch.empty_like(x.data, device="cpu", pin_memory=True)
         staged.copy_(x.data, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(x.device))
         x.data = staged
+        return _OFFLOADING.submit(_make_pageable, x, staged, arrived)
     except BaseException:
         _PENDING.release()
         raise
 
-    def move() -> None:
-        try:
-            arrived.synchronize()
-            # An interrupted caller may have put the data back already.
-            if x.data.data_ptr() == staged.data_ptr():
-                x.data = staged.clone()
-        finally:
-            _PENDING.release()
 
-    return _OFFLOADING.submit(move)
+def _make_pageable(x: torch.Tensor, staged: torch.Tensor, arrived: torch.cuda.Event) -> None:
+    """The background half of `offload_to_host`, which ends by giving its permit back."""
+    try:
+        arrived.synchronize()
+        # An interrupted caller may have put the data back already.
+        if x.data.data_ptr() == staged.data_ptr():
+            x.data = staged.clone()
+    finally:
+        _PENDING.release()

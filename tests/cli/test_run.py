@@ -112,6 +112,8 @@ def test_arguments_the_pipeline_does_not_take(refused, folders, tmp_path):
     message = refused(*model, "--num-frames", 5, "--call", "fps=3")
     assert "FluxPipeline does not take --num-frames, --call fps" in message
     assert "num_inference_steps" in message
+    assert "Give --seed" in refused(*model, "--call", "generator=1")
+    assert "Give --output" in refused(*model, "--call", "output_type=pil")
     message = refused(*model, "--width", 33, "--call", "prompt_2=[a, b, c]", "--call", "prompt_embeds=3")
     assert message.startswith("error: FluxPipeline: ")
     assert not list(tmp_path.iterdir())

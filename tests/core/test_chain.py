@@ -109,6 +109,36 @@ def test_diffusers_hook_in_either_order(hook_first):
     assert module(1) == 102
 
 
+def test_a_hook_that_outlives_a_chain_leaves_a_stock_module():
+    """The hook puts back the chain that it found. The module is stock all the same; the next chain takes both away."""
+    module = Double()
+    assert Chain.is_stock(module)
+    edit, registry = AddLayer(module, 1, plus(1)), HookRegistry.check_if_exists_or_initialize(module)
+    edit.apply()
+    registry.register_hook(AddHundred(), "hundred")
+    assert Chain.is_stock(module), "a hook around a chain"
+    edit.undo()
+    assert not Chain.is_stock(module), "a hook that a chain would lie around"
+    registry.remove_hook("hundred")
+    assert Chain.is_stock(module) and module(1) == 2
+    edit = AddLayer(module, 1, plus(1))
+    edit.apply()
+    assert Chain.is_stock(module) and module(1) == 3
+    edit.undo()
+    assert "forward" not in vars(module) and module(1) == 2
+
+
+def test_a_hook_that_was_removed_leaves_a_stock_module():
+    module = Double()
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(AddHundred(), "hundred")
+    assert not Chain.is_stock(module)
+    registry.remove_hook("hundred")
+    assert Chain.is_stock(module) and Chain.is_stock(copy.deepcopy(module))
+    module.forward = lambda x: x
+    assert not Chain.is_stock(module)
+
+
 def test_other_methods_and_a_new_chain_after_the_old():
     module = Double()
     module_train = AddLayer(module, 1, lambda inner, mode=True: inner(mode), method="train")
@@ -125,5 +155,6 @@ def test_copy_of_a_wrapped_module_is_stock():
     x = torch.ones(1, 2)
     assert torch.equal(twin(x), torch.nn.functional.linear(x, module[0].weight, module[0].bias))
     assert torch.equal(module(x), twin(x) + 1)
+    assert Chain.is_stock(twin[0])
     twin[0].weight.data.zero_()
     assert torch.equal(twin(x)[0], twin[0].bias), "the copy runs its own weights"

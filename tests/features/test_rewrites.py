@@ -329,12 +329,36 @@ def test_what_is_written_to_in_place(seen):
         x.add_(1.0)
         return found, F.gelu(gelu, approximate="tanh")
 
-    for function in (norm, spelled_out, from_the_sum, product):
+    def by_an_activation(x, y):
+        found = F.layer_norm(x, (8,))
+        F.silu(x, inplace=True)
+        F.relu(y, True)
+        return found * (1 + scale) + shift, F.layer_norm(x + y, (8,))
+
+    for function in (norm, spelled_out, from_the_sum, product, by_an_activation):
         x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
         expected = function(x.clone(), y)
         with torch.no_grad():
             found = torch.compile(function, backend=rewrites.rewritten(COUNTED.backend))(x, y)
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("write", [lambda y: y.add_(1.0), lambda y: F.silu(y, inplace=True), lambda y: F.relu(y, True)])
+def test_an_activation_of_what_is_written_to_in_place(seen, write):
+    """A GEMM of a few rows reads its input anew, so it takes no SiLU's input that has changed since."""
+    weight = torch.randn(1024, 1024)
+
+    def function(y):
+        hidden = F.silu(y).reshape(2, 1024)
+        write(y)
+        return F.linear(hidden, weight), y
+
+    y = torch.randn(2, 1024)
+    expected = function(y.clone())
+    with torch.no_grad():
+        found = torch.compile(function, backend=rewrites.rewritten(COUNTED.backend))(y)
+    assert counted(seen, "skinny_linear") == (0,)
+    torch.testing.assert_close(found, expected)
 
 
 def test_operators():

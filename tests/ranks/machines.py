@@ -59,7 +59,7 @@ def _machine(rendezvous: str, processes: int, node: int, port: int, paths: Any, 
     for path, stream in zip(paths, (1, 2), strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     # The streams of Python's that ranks inherit, whatever a test runner had made of them.
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     config = LaunchConfig(
         min_nodes=2, max_nodes=2, nproc_per_node=processes, run_id="machines", start_method="fork", max_restarts=0,
         monitor_interval=0.2, rdzv_backend=rendezvous, rdzv_endpoint=f"127.0.0.1:{port}",

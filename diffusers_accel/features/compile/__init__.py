@@ -48,11 +48,9 @@ def check(context: PipelineContext, config: CompileConfig) -> Plan:
             raise Unsupported(
                 "compile", "no repeated blocks were found in it.", "compile=None, or torch.compile it.", str(denoiser)
             )
-    kinds = {type(block) for denoiser in context.denoisers for block in denoiser.adapter.blocks(denoiser.module)}
-    names = ", ".join(sorted(kind.__name__ for kind in kinds))
-    wrapped = sum(
-        not _is_stock(block) for denoiser in context.denoisers for block in denoiser.adapter.blocks(denoiser.module)
-    )
+    blocks = [block for denoiser in context.denoisers for block in denoiser.adapter.blocks(denoiser.module)]
+    names = ", ".join(sorted({type(block).__name__ for block in blocks}))
+    wrapped = sum(not Chain.is_stock(block) for block in blocks)
     left = (
         f"{wrapped} blocks have a foreign forward wrapper: each is compiled with it, and graph breaks are allowed.",
     )
@@ -75,7 +73,7 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
         for name in ("torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
             with suppress(Exception):
                 importlib.import_module(name)
-    shared: dict[type, Callable[..., Any]] = {}
+    shared: dict[tuple[type, bool], Callable[..., Any]] = {}
     for denoiser in context.denoisers:
         yield AddLayer(denoiser.module, context.rank("compile"), _raise_recompile_limit)
         modulation = denoiser.adapter.modulation
@@ -169,7 +167,7 @@ class _HookedBlocks:
 def _compiled(
     module: nn.Module,
     config: CompileConfig,
-    shared: dict[type, Callable[..., Any]],
+    shared: dict[tuple[type, bool], Callable[..., Any]],
     rewrites: bool,
     collectives: bool,
     hooked: set[int],
@@ -206,16 +204,18 @@ def _compiled(
         own = torch._inductor.list_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
         own = {**(_FIXED_ORDER if collectives else {}), **own}
         options |= {"mode": None, "options": {**own, "pre_grad_custom_pass": REWRITES}}
-    if _is_stock(module):
+    if Chain.is_stock(module):
         kind = type(module)
-        if kind not in shared:
-            shared[kind] = torch.compile(kind.forward, **options)
+        # Two denoisers of one class may differ in whether they are rewritten.
+        key = kind, rewrites
+        if key not in shared:
+            shared[key] = torch.compile(kind.forward, **options)
 
         def compiled(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if id(module) in hooked:
                 return inner(*args, **kwargs)
             try:
-                return shared[kind](module, *args, **kwargs)
+                return shared[key](module, *args, **kwargs)
             except torch._dynamo.exc.Unsupported as error:
                 # Tracing raises before any kernel has run, so the call can be repeated.
                 if not options["fullgraph"]:
@@ -226,25 +226,21 @@ def _compiled(
                     "allowed in it.",
                     stacklevel=2,
                 )
-                shared[kind] = torch.compile(kind.forward, **options)
-                return shared[kind](module, *args, **kwargs)
+                shared[key] = torch.compile(kind.forward, **options)
+                return shared[key](module, *args, **kwargs)
 
         return compiled
     # A foreign wrapper (e.g. an offload hook) is compiled together with the forward.
     around: list[Callable[..., Any]] = []
 
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if id(module) in hooked:
+            return inner(*args, **kwargs)
         if not around:
             around.append(torch.compile(inner, **{**options, "fullgraph": False}))
         return around[0](*args, **kwargs)
 
     return forward
-
-
-def _is_stock(module: nn.Module) -> bool:
-    """Whether the module's forward has no foreign wrapper."""
-    chain = Chain.find(module)
-    return chain.stock if chain is not None else "forward" not in vars(module)
 
 
 def _mode(config: CompileConfig) -> str | None:

@@ -63,6 +63,11 @@ def refuse_options(config: CompileConfig) -> None:
                 f"compile.options: unknown option {shown(name)}. "
                 f"{f'{close} ' if close.startswith('Did') else ''}{listed}"
             )
+        if own == "pre_grad_custom_pass":
+            raise ConfigError(
+                f"compile.options[{name!r}]: the rewrites of this package are that pass. Give yours to another option, "
+                "such as 'joint_custom_pre_pass', or to a backend of your own."
+            )
         kind = inductor.get_type(own)  # type: ignore[attr-defined]
         if not _of_type(value, kind):
             words = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "")

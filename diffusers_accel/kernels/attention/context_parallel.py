@@ -13,41 +13,20 @@ shard holds tokens of two streams, this is not the order of the whole sequence. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from ...core.comm import Group, shard_sizes
 from ...errors import Unsupported
+from .partial_outputs import Kernel, Merger, partial_output
 from .record import Inputs
+from .token_layout import Layout, ShardedMask
 from .ulysses import AllToAllShape, Operand, UlyssesAllToAll
 
-_INSTEAD = "parallel without ulysses, ring and attn2d."
-# A kernel: it returns the output, or the output and its logsumexp with `Inputs.return_lse`.
-Kernel = Callable[[Inputs], Any]
-_OutputLSE = tuple[torch.Tensor, torch.Tensor]
+_CAUSAL_INSTEAD = "parallel with ulysses alone, or without ring and attn2d."
 _KeyValue = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The tokens of one attention call, over all ranks.
-
-    Attributes:
-        queries: Lengths, over all ranks, of the streams of the queries, in their order in a shard.
-        keys: Lengths, over all ranks, of the streams of the sharded keys, in their order in a shard.
-        replicated_keys: Number of keys that every rank has, in front of the sharded ones.
-    """
-
-    queries: tuple[int, ...]
-    keys: tuple[int, ...]
-    replicated_keys: int = 0
-
-    def lengths(self, streams: Sequence[int], ranks: int) -> list[int]:
-        """Each rank's number of tokens, from the streams' lengths over all ranks."""
-        return [sum(parts) for parts in zip(*(shard_sizes(length, ranks) for length in streams), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -84,7 +63,7 @@ class ContextParallelAttention:
 
         Args:
             inputs: This rank's shards, normed and rotated. A mask covers this rank's keys, all keys, or all queries and
-                all keys. `is_causal` is right for one stream without Ring and Attention2D.
+                all keys.
             layout: The tokens of all ranks.
             kernel: The attention kernel.
 
@@ -92,8 +71,13 @@ class ContextParallelAttention:
             (batch, this rank's queries, heads, value_dim), in the query's dtype.
 
         Raises:
-            Unsupported: A mask has another number of keys or dimensions, or some keys are replicated.
+            Unsupported: A mask has other numbers of queries, keys or dimensions, or some keys are replicated. Or
+                `is_causal` is asked for where a rank has some of the keys, or several streams.
         """
+        if inputs.is_causal and (self.partial or len(layout.queries) > 1 or layout.replicated_keys):
+            raise Unsupported(
+                "parallel", "a causal mask is known for one stream, whose ranks have all its keys.", _CAUSAL_INSTEAD
+            )
         inputs = _divisible(inputs, self.ulysses.size)
         heads = inputs.query.shape[2], inputs.key.shape[2]
         mask = inputs.attn_mask
@@ -120,7 +104,7 @@ class ContextParallelAttention:
             kernel: The attention kernel.
         """
         query_lengths, key_lengths = self._lengths(layout)
-        mask = _Mask.over(attn_mask, layout, self.sequence, query_lengths, key_lengths)
+        mask = ShardedMask.over(attn_mask, layout, self.sequence, query_lengths, key_lengths)
         counts = shard_sizes(heads, self.ulysses.size)
         mask = mask.of_heads(counts, self.ulysses.rank)
         out = self._attend_tokens(inputs, replicated, mask, kernel)
@@ -235,7 +219,7 @@ class ContextParallelAttention:
         self,
         x: Inputs,
         replicated: _KeyValue | None,
-        mask: _Mask,
+        mask: ShardedMask,
         kernel: Kernel,
     ) -> torch.Tensor:
         """The attention of this rank's heads: local, or sharded further by Ring or Attention2D."""
@@ -255,13 +239,13 @@ class ContextParallelAttention:
         x: Inputs,
         replicated: _KeyValue | None,
         groups: list[list[int]],
-        mask: _Mask,
+        mask: ShardedMask,
         kernel: Kernel,
     ) -> torch.Tensor:
         """Ring attention: this rank's keys and values first, then each previous rank's."""
         group, own = self.ring, groups[self.ring.rank]
         longest = max(sum(mask.keys[rank] for rank in ranks) for ranks in groups)
-        merger = _Merger(x.query.dtype)
+        merger = Merger(x.query.dtype)
         key, value = x.key, x.value
         for turn in range(group.size):
             source = (group.rank - turn) % group.size
@@ -272,7 +256,7 @@ class ContextParallelAttention:
                 max_shapes = [(item.shape[0], longest, *item.shape[2:]) for item in (key, value)]
                 received, wait = group.ring_rotate([key, value], shapes, max_shapes)
             part = replace(x, key=key, value=value, attn_mask=mask.of(own, groups[source]), return_lse=True)
-            merger.add(_partial(_with_replicated(part, replicated if turn == 0 else None), kernel))
+            merger.add(partial_output(_with_replicated(part, replicated if turn == 0 else None), kernel))
             if received is not None and wait is not None:
                 wait()
                 key, value = received
@@ -284,7 +268,7 @@ class ContextParallelAttention:
         x: Inputs,
         replicated: _KeyValue | None,
         groups: list[list[int]],
-        mask: _Mask,
+        mask: ShardedMask,
         kernel: Kernel,
     ) -> torch.Tensor:
         """Attention2D: the row's queries with the column's keys, then an exchange of partial outputs in the row."""
@@ -303,7 +287,7 @@ class ContextParallelAttention:
             attn_mask=mask.of([rank for ranks in row for rank in ranks], [rank for ranks in column for rank in ranks]),
         )  # fmt: skip
         # The first column alone attends to replicated keys, so that they count once.
-        out, lse = _partial(_with_replicated(part, replicated if self.row.rank == 0 else None), kernel)
+        out, lse = partial_output(_with_replicated(part, replicated if self.row.rank == 0 else None), kernel)
         batch, _, heads, dim = out.shape
         # The LSE is sent in the output's dtype: as two 16-bit values, as one of 32 bits, or widened to 64 bits.
         lse = lse.to(torch.promote_types(lse.dtype, out.dtype))
@@ -315,7 +299,7 @@ class ContextParallelAttention:
         recv_shapes = [[(batch, mine, heads, dim), (batch, heads, mine * wide)] for _ in row]
         longest = max(queries)
         max_shapes = [(batch, longest, heads, dim), (batch, heads, longest * wide)]
-        merger = _Merger(x.query.dtype)
+        merger = Merger(x.query.dtype)
         for piece, sums in self.row.all_to_all(sends, recv_shapes, max_shapes):
             # The view may not have the alignment that float32 needs.
             merger.add((piece, sums.clone().view(lse.dtype)))
@@ -334,20 +318,6 @@ def _with_replicated(x: Inputs, replicated: _KeyValue | None) -> Inputs:
     return replace(x, key=torch.cat([replicated[0], x.key], 1), value=torch.cat([replicated[1], x.value], 1))
 
 
-def _partial(x: Inputs, kernel: Kernel) -> _OutputLSE:
-    """The kernel's output and LSE. Without queries or keys: zeros and -inf."""
-    batch, length, heads, _ = x.query.shape
-    if 0 in (length, x.key.shape[1]):
-        out = x.query.new_zeros((batch, length, heads, x.value.shape[3]))
-        return out, torch.full((batch, heads, length), float("-inf"), device=out.device)
-    out, lse = kernel(x)
-    if x.attn_mask is not None:
-        # Kernels differ in the LSE of a row whose keys are all masked.
-        hidden = ~x.attn_mask if x.attn_mask.dtype == torch.bool else x.attn_mask == float("-inf")
-        lse = lse.masked_fill(hidden.all(-1), float("-inf"))
-    return out, lse
-
-
 def to_fp8(x: torch.Tensor) -> torch.Tensor:
     """Quantizes rows (..., channels) to e4m3 with a float32 scale each: uint8 (..., channels + 4)."""
     wide = x.float()
@@ -360,115 +330,3 @@ def from_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Dequantizes the result of `to_fp8` to a dtype."""
     rows, scale = x[..., :-4].view(torch.float8_e4m3fn), x[..., -4:].contiguous().view(torch.float32)
     return (rows.float() * scale).to(dtype)
-
-
-class _Merger:
-    """Merges partial outputs of the same queries by their LSE, in float32, or in float64 for float64 outputs."""
-
-    def __init__(self, dtype: torch.dtype):
-        self._dtype = dtype
-        self._sum: torch.Tensor | None = None
-        self._lse: torch.Tensor | None = None
-
-    def add(self, part: _OutputLSE) -> None:
-        """Adds an output (batch, sequence, heads, head_dim) with its LSE (batch, heads, sequence)."""
-        wide = torch.promote_types(part[0].dtype, torch.float32)
-        out, lse = part[0].to(wide), part[1].to(wide).transpose(1, 2).unsqueeze(-1)
-        # Rows without keys have no weight, and their output may be NaN.
-        out = out.masked_fill(lse == float("-inf"), 0.0)
-        if self._sum is None or self._lse is None:
-            self._sum, self._lse = out, lse
-            return
-        both = torch.logaddexp(self._lse, lse)
-        before, now = ((item - both).exp().nan_to_num(0.0) for item in (self._lse, lse))
-        self._sum, self._lse = self._sum * before + out * now, both
-
-    @property
-    def out(self) -> torch.Tensor:
-        """The merged output, in the dtype of the queries."""
-        assert self._sum is not None
-        return self._sum.to(self._dtype)
-
-
-@dataclass(frozen=True)
-class _Mask:
-    """A mask over all queries and keys in the order of ranks.
-
-    Attributes:
-        whole: (batch or 1, heads or 1, all queries or 1, all keys); `None` without a mask.
-        queries: Each rank's number of queries.
-        keys: Each rank's number of keys.
-    """
-
-    whole: torch.Tensor | None
-    queries: list[int]
-    keys: list[int]
-
-    @classmethod
-    def over(
-        cls,
-        mask: torch.Tensor | None,
-        layout: Layout,
-        sequence: Group,
-        query_lengths: list[int],
-        key_lengths: list[int],
-    ) -> _Mask:
-        """The mask of `attend`, whole and in the order of ranks. A collective if it covers this rank's keys alone."""
-        if mask is None:
-            return cls(None, query_lengths, key_lengths)
-        if layout.replicated_keys or mask.ndim != 4:
-            raise Unsupported(
-                "parallel", f"a mask of shape {tuple(mask.shape)} cannot be sharded with its sequence.", _INSTEAD
-            )
-        columns, rows = mask.shape[3], mask.shape[2]
-        if columns == sum(key_lengths):
-            mask = _by_rank(mask, 3, layout.keys, sequence.size)
-        elif columns == key_lengths[sequence.rank] and rows == 1:
-            mask = torch.cat(sequence.all_gather(mask, 3, key_lengths), 3)
-        else:
-            raise Unsupported(
-                "parallel",
-                f"a mask of shape {tuple(mask.shape)} is neither over all {sum(key_lengths)} keys nor over this rank's "
-                f"{key_lengths[sequence.rank]} alone.",
-                _INSTEAD,
-            )
-        if rows != 1:
-            mask = _by_rank(mask, 2, layout.queries, sequence.size)
-        return cls(mask, query_lengths, key_lengths)
-
-    def of_heads(self, heads: list[int], rank: int) -> _Mask:
-        """The mask of one rank's heads.
-
-        Args:
-            heads: Each rank's number of heads.
-            rank: The rank in the Ulysses group.
-        """
-        if self.whole is None or self.whole.shape[1] == 1:
-            return self
-        return replace(self, whole=self.whole.split(heads, 1)[rank])
-
-    def of(self, query_ranks: list[int], key_ranks: list[int]) -> torch.Tensor | None:
-        """The mask of some ranks' queries and some ranks' keys, in the order given; `None` without a mask."""
-        found = self.whole
-        if found is None:
-            return None
-        for dim, lengths, ranks in ((2, self.queries, query_ranks), (3, self.keys, key_ranks)):
-            if found.shape[dim] > 1 and ranks != list(range(len(lengths))):
-                parts = found.split(lengths, dim)
-                found = torch.cat([parts[rank] for rank in ranks], dim)
-        return found
-
-
-def _by_rank(mask: torch.Tensor, dim: int, streams: Sequence[int], ranks: int) -> torch.Tensor:
-    """Reorders `dim` of a mask from stream by stream to rank by rank.
-
-    Args:
-        mask: The mask, four dimensions.
-        dim: The dimension, whole.
-        streams: Whole lengths of the streams along it.
-        ranks: Number of ranks.
-    """
-    if len(streams) == 1:
-        return mask
-    parts = [whole.tensor_split(ranks, dim) for whole in mask.split(list(streams), dim)]
-    return torch.cat([part for each in zip(*parts, strict=True) for part in each], dim)

@@ -109,9 +109,7 @@ class AttentionDispatcher:
         scale: float | None = None,
     ) -> torch.Tensor:
         """Attention on (batch, sequence, heads, head_dim) tensors, in eager or compiled code."""
-        if torch.compiler.is_compiling():
-            return _attention(query, key, value, attn_mask, is_causal, scale, self.number)
-        return self.run(Inputs(query, key, value, attn_mask, is_causal, scale))
+        return dispatch(self.number, query, key, value, attn_mask, is_causal, scale)
 
 
 # Dispatchers by number; a pipeline's layers own them. The number is a constant in compiled graphs. A freed number is

@@ -86,6 +86,9 @@ def _fuse(graph: Graph, node: Any, changed: set[Any]) -> None:
         for part in operand.parts:
             if part.norm is not None and value(part.norm[0]).numel() not in (dim, count * dim):
                 return
+    # One norm over each head or over all heads, for query and key alike.
+    if len({value(part.norm[0]).numel() == dim for part in parts if part.norm is not None}) > 1:
+        return
     sources, tables = [], []
     for operand, count in zip((one, other), heads, strict=True):
         sources.append([_by_token(graph, node, part.source, part.heads_first, count) for part in operand.parts])

@@ -97,16 +97,26 @@ def root(node: Any) -> Any:
     return node
 
 
+# Activations of `torch.nn.functional` whose last argument says that they overwrite their input.
+_INPLACE_LAST = {
+    "silu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "mish", "hardtanh", "hardswish", "hardsigmoid",
+    "threshold", "rrelu", "dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
+}  # fmt: skip
+
+
 def written(graph: Graph) -> set[Any]:
     """The roots of tensors that the graph changes in place; no node that reads one of them may be moved."""
     found = set()
     for node in graph.nodes:
-        if node.op not in ("call_function", "call_method") or not node.args:
+        if node.op not in ("call_function", "call_method") or not (node.args or node.kwargs):
             continue
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         in_place = name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul")
-        if in_place or (name.endswith("_") and not name.endswith("__")):
+        if node.args and (in_place or (name.endswith("_") and not name.endswith("__"))):
             found.add(root(node.args[0]))
+        # `inplace` stands last where activations take it by place.
+        if node.kwargs.get("inplace") is True or (name in _INPLACE_LAST and node.args[-1] is True):
+            found.add(root(node.args[0] if node.args else node.kwargs.get("input")))
         if "out" in node.kwargs:
             found.add(root(node.kwargs["out"]))
     return found

@@ -40,7 +40,7 @@ def rewrite(graph: Graph) -> None:
     for node in filter(is_unchanged, graph.find_nodes(op="call_function", target=GELU)):
         _fuse_gelu(graph, node)
     for node in filter(is_unchanged, graph.find_nodes(op="call_function", target=LINEAR)):
-        if not _use_skinny(graph, node):
+        if not _use_skinny(graph, node, changed):
             _split_concat(graph, node)
     for target in (torch._scaled_mm, torch.ops.diffusers_accel.int8_linear.default):
         for node in graph.find_nodes(op="call_function", target=target):
@@ -57,7 +57,7 @@ def _fuse_gelu(graph: Graph, node: Any) -> None:
         replace(node, put(graph, node, torch.ops.diffusers_accel.linear_gelu.default, (x, weight, bias), node))
 
 
-def _use_skinny(graph: Graph, node: Any) -> bool:
+def _use_skinny(graph: Graph, node: Any, changed: set[Any]) -> bool:
     """Replaces linear(silu(x)) or linear(x) of a few rows by `skinny_linear`.
 
     Returns:
@@ -67,6 +67,8 @@ def _use_skinny(graph: Graph, node: Any) -> bool:
     if not _few(x) or not _is_16_bit(node) or not _large(weight) or value(weight).dtype != value(x).dtype:
         return False
     source, silu = _before_silu(x)
+    if root(source) in changed:
+        return False
     replace(
         node,
         put(graph, node, torch.ops.diffusers_accel.skinny_linear.default, (source, weight, None, bias, silu), node),
