@@ -7,6 +7,7 @@ which a process that uses CUDA cannot be. `--gpu` runs the tests that are meant 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Mapping
@@ -57,10 +58,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     """What imports have made stays, so no collection of garbage need look at it: a quarter of the tests' time."""
-    import torch._dynamo
-    from tiny import TINY
-
-    assert TINY
+    for name in ("torch._dynamo", "tiny"):
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()
 

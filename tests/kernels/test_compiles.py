@@ -135,6 +135,7 @@ def main() -> None:
 
 def test_every_kernel_compiles(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     found = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stdout + found.stderr[-3000:]
     assert found.stdout.count("compiled") == sum(map(len, FORMS.values()))

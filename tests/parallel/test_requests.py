@@ -166,11 +166,11 @@ def test_cached(pools, name, cache, way):
 
 @pytest.mark.parametrize("name", ["flux-true-cfg", "ltx2-i2v-stg"])
 def test_over_symmetric_memory(pools, name):
-    """Compiled and recorded too: a graph knows buffers by their address."""
+    """Recorded too, and one of them compiled: a graph knows buffers by their address."""
     recorded = {"cuda_graph": True, "attention": "sdpa"}
-    compiled = {"compile": {"backend": "eager"}, **recorded}
+    compiled = {"compile": {"backend": "eager"}} if name == "flux-true-cfg" else {}
     for pool, way, sections in (
-        (pools[2], ON_2["ulysses"], compiled),
+        (pools[2], ON_2["ulysses"], {**recorded, **compiled}),
         (pools[4], ON_4["ulysses and ring"], recorded),
         (pools[4], ON_4["grid"], recorded),
     ):
