@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compat.torch_private import buffers_of, parameters_of
 from .config import AccelConfig
 from .core.edits import AddLayer, Edit, Journal, SetAttr
 from .errors import Unsupported
@@ -434,7 +435,7 @@ def _reduce(owner: Any, protocol: Any = 4) -> Any:
             item
             for module in modules
             for part in module.modules()
-            for item in (*part._parameters.values(), *part._buffers.values())
+            for item in (*parameters_of(part).values(), *buffers_of(part).values())
             if item is not None
         ]
         return copy.deepcopy(owner, {id(item): _apart(item) for item in tensors}).__reduce_ex__(protocol)

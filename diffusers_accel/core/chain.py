@@ -4,7 +4,7 @@ Ranks decide the nesting, not the order of calls: a cache layer ends up outside 
 before compilation or after. The chain lies in the instance's `__dict__`, so no class and no `state_dict` changes. It
 disappears with its last layer.
 
-Hooks of other packages may wrap `forward` too. accelerate's hooks keep the wrapped function in `_old_forward` and put
+Hooks of other packages may wrap `forward` too. accelerate's hooks keep the wrapped function in an attribute and put
 it back when they are removed, so the chain goes there under such a hook. A hook that was added after the chain holds
 the chain as its wrapped function. There an empty chain stays behind, transparent, until that hook is removed.
 """
@@ -17,6 +17,8 @@ import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
+
+from ..compat.accelerate_private import ACCELERATE_HOOK, WRAPPED_FORWARD
 
 
 class Layer:
@@ -48,8 +50,8 @@ class Chain:
         self.method = method
         self._owner = weakref.ref(owner)
         slots = vars(owner)
-        hooked = method == "forward" and "_hf_hook" in slots and "_old_forward" in slots
-        self._slot = "_old_forward" if hooked else method
+        hooked = method == "forward" and ACCELERATE_HOOK in slots and WRAPPED_FORWARD in slots
+        self._slot = WRAPPED_FORWARD if hooked else method
         self._was_absent = self._slot not in slots
         self.inner: Callable[..., Any] = getattr(owner, self._slot)
         self._layers: list[Layer] = []
@@ -99,7 +101,7 @@ class Chain:
             return
         slots = vars(owner)
         # A hook that was added or removed since may have moved the chain between the two slots.
-        for slot in (self.method, "_old_forward"):
+        for slot in (self.method, WRAPPED_FORWARD):
             if slots.get(slot) is self:
                 if self._was_absent and slot == self.method:
                     del slots[slot]

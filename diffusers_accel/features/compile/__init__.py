@@ -18,6 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...compat.torch_private import (
+    COMPILER_MODULES,
+    PRE_GRAD_PASS,
+    REORDERINGS,
+    graph_break_error,
+    inductor_mode_options,
+    recompile_limit_at_least,
+)
 from ...config import CompileConfig
 from ...core.chain import Chain
 from ...core.edits import AddLayer, Edit
@@ -32,7 +40,7 @@ from .options import options_of
 _RECOMPILE_LIMIT = 64
 # Inductor's options for blocks with collectives: operators keep the order of the traced graph. All ranks have the same
 # order, and it overlaps collectives with the computation beside them.
-_FIXED_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+_FIXED_ORDER = dict.fromkeys(REORDERINGS, False)
 
 
 def check(context: PipelineContext, config: CompileConfig) -> Plan:
@@ -72,7 +80,7 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
         # Imports of the compiler take seconds, which a first request would wait for. Quantization takes long enough
         # already, so `accelerate` with it does not import them. The modules are private to torch: an import error here
         # is ignored, and is raised again by the compilation if it matters.
-        for name in ("torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
+        for name in COMPILER_MODULES:
             with suppress(Exception):
                 importlib.import_module(name)
     shared: dict[type, Callable[..., Any]] = {}
@@ -115,7 +123,7 @@ def _precomputes_modulations(context: PipelineContext, denoiser: Denoiser) -> bo
 def _raise_recompile_limit(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A layer that raises dynamo's recompile limit. The default of eight counts all pipelines of a process, whose sizes
     and configurations each need a compilation."""
-    with torch._dynamo.config.patch(recompile_limit=max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)):
+    with recompile_limit_at_least(_RECOMPILE_LIMIT):
         return inner(*args, **kwargs)
 
 
@@ -202,9 +210,9 @@ def _compiled(
         from .rewrites import REWRITES
 
         # torch takes a mode or options, so a mode is replaced by its options.
-        own = torch._inductor.list_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
+        own = inductor_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
         own = {**(_FIXED_ORDER if collectives else {}), **own}
-        options |= {"mode": None, "options": {**own, "pre_grad_custom_pass": REWRITES}}
+        options |= {"mode": None, "options": {**own, PRE_GRAD_PASS: REWRITES}}
     if _is_stock(module):
         kind = type(module)
         if kind not in shared:
@@ -215,7 +223,7 @@ def _compiled(
                 return inner(*args, **kwargs)
             try:
                 return shared[kind](module, *args, **kwargs)
-            except torch._dynamo.exc.Unsupported as error:
+            except graph_break_error() as error:
                 # Tracing raises before any kernel runs.
                 if not options["fullgraph"]:
                     raise
