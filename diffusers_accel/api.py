@@ -70,7 +70,7 @@ FEATURES: dict[str, Entry] = {
     "request": Entry(request, None),
 }
 
-# Layers from the inside to the outside; a layer's rank is its place here, whatever order the edits come in.
+# Layers from the inside to the outside. A layer's rank is its index here; the order of the edits does not matter.
 ORDER = (
     "compile",
     "attention layer",
@@ -98,9 +98,9 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
     Args:
         pipe: A diffusers pipeline.
         config: A preset's name (`"lossless"`, `"balanced"`, `"fast"`), the path of a YAML file, an `AccelConfig` or a
-            mapping of its fields. Nothing at all means the preset `"lossless"`.
-        sections: Fields of `AccelConfig`, which override those of `config`. With sections alone, what is not named is
-            off.
+            mapping of its fields. Without `config` and sections, the preset `"lossless"`.
+        sections: Fields of `AccelConfig`, which override the fields of `config`. With sections alone, all other
+            sections are off.
 
     Raises:
         Unsupported: Something asked for cannot be done; nothing was changed.
@@ -150,15 +150,15 @@ def _begin(
     wanted: Wanted,
     earlier: Session | None = None,
 ) -> None:
-    """Puts a configuration in force, that of the context. A failure puts back the one that was in force before.
+    """Puts the context's configuration in force. A failure puts the earlier session's configuration in force again.
 
     Args:
         pipe: The pipeline.
-        context: The same as features see it.
+        context: The pipeline as features see it, with the configuration.
         arguments: The arguments of `accelerate`.
-        notes: Sentences about it.
-        wanted: Components to change besides the denoisers, with the sections that do.
-        earlier: The session that was in force before, which is taken back.
+        notes: Sentences about the configuration, as `explain` prints them.
+        wanted: Components to change besides the denoisers -> feature -> section.
+        earlier: The session in force until now, which ends; `None` without one.
     """
     config = context.config
     assert config is not None
@@ -287,7 +287,7 @@ def stats(pipe: Any) -> Stats:
 
 
 def _seconds(context: PipelineContext) -> dict[str, float | None]:
-    """Seconds of a step of the last request, and how many times as fast skipping has made it."""
+    """`Stats.seconds_per_step` and `Stats.speed_up` of the last request."""
     steps: dict[int | None, list[tuple[StepState, float]]] = {}
     for state, begin, end in context.stats.call_times:
         steps.setdefault(state.step, []).append((state, seconds_between(begin, end)))
@@ -311,16 +311,15 @@ def warmup(
 ) -> Pipe:
     """Runs short requests over the product of sizes, so that later ones of these sizes compile and record nothing.
 
-    Without a prompt of yours, the first size is run with a long one too: some models take prompts at their own length.
-    Arguments that are not given come from the configuration's section `warmup`, if it has one.
+    Without a given prompt, the first size also runs with a long one, because some models do not pad prompts. Arguments
+    that are not given come from the configuration's section `warmup`, if it has one.
 
     Args:
         pipe: An accelerated pipeline.
         resolutions: (height, width) in pixels; `None` takes the pipeline's default size.
         num_frames: Numbers of frames, for video.
         num_inference_steps: Steps per request; `None` takes 2, and 4 with CUDA graphs.
-        call: Whatever else the pipeline needs to be called (an image, say). `prompt` and `negative_prompt` have
-            defaults.
+        call: Other arguments of the pipeline's call (e.g. an image). `prompt` and `negative_prompt` have defaults.
 
     Raises:
         NotAccelerated: The pipeline is not accelerated.

@@ -1,8 +1,8 @@
-"""Names that a configuration may hold and that only registries know: of kernels, formats, policies, published
-constants, backends of `torch.compile`.
+"""Names in a configuration that only registries know: kernels, formats, policies, published constants, backends and
+modes of `torch.compile`.
 
-They are looked up when a configuration is to be applied, since a user may register a name after writing it; and all of
-them, also in fields that the pipeline at hand makes no use of.
+The check is made as a configuration is applied, because a user may register a name after writing it. All names are
+checked, also in fields that do not affect the pipeline.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _NAMES: dict[str, Callable[[], Iterable[str]]] = {
 
 
 def refuse_unknown(config: AccelConfig) -> None:
-    """Refuses a configuration with a name that nobody knows.
+    """Refuses a configuration with an unregistered name.
 
     Raises:
         UnknownName: Nothing of that name is registered; it is a `ConfigError` and an `Unsupported`.
-        ConfigError: An option of `torch.compile` is not known, or of another type, or has no effect.
+        ConfigError: An option of `torch.compile` is unknown, has a wrong type or would have no effect.
     """
     for field, what, name, besides in config.registry_names():
         if what in _REGISTRIES:

@@ -1,11 +1,11 @@
-"""Presets: named configurations, as plain data with the reason beside each choice, filled in for the pipeline at hand.
+"""Presets: named configurations, as plain data with the reason beside each choice, filled in for a given pipeline.
 
 - `lossless`: the same arithmetic up to rounding.
 - `balanced`: on a GPU 8-bit weights and attention, and nearly half of the steps skipped.
-- `fast`: the same with more than 60% of the steps skipped.
+- `fast`: `balanced` with more than 60% of the steps skipped.
 
-Each section has candidates in the order of preference, and the first that the pipeline, its device and the installed
-packages can have is taken. A preset chooses; it never refuses. A section without a candidate is left off and noted.
+Each section has candidates in the order of preference. The first candidate that the pipeline, its device and the
+installed packages support is taken. A section without such a candidate is left off and noted; a preset never refuses.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ _LINEAR = Choice(
     guided=("int8", "fp8"),
     gpu=True,
 )
-# Steps of 28 that `fast` computes, in runs, and those skipped between them. Found on training captions (39.3 and 31.0
-# dB) among masks that skip more than 60% at 24 steps too, which the published one of that name does not. Predicting
-# what is skipped gains 8 dB on flux-shapes and loses 22 on wan-shapes.
+# Of 28 steps: lengths of the runs that `fast` computes, and of the runs between them that it skips. Found on training
+# captions (39.3 and 31.0 dB) among masks that also skip more than 60% of 24 steps; the published mask `fast` does not.
+# Predicting the skipped residuals gains 8 dB on flux-shapes and loses 22 dB on wan-shapes.
 FAST = ((4, 1, 1, 1, 1, 1, 1), (1, 2, 3, 3, 4, 5))
 _NO_BLOCKS = "caching is off: no blocks of this model are known."
 PRESETS: dict[str, dict[str, Choice]] = {

@@ -17,7 +17,7 @@ class Row:
         feature: The feature's name.
         action: Its work, in a few words.
         modules: On how many modules.
-        refused: Why it cannot be done, or `None`.
+        refused: The reason why the feature refuses, or `None`.
         notes: Consequences for the user, one sentence each.
     """
 
@@ -66,23 +66,23 @@ class Stats:
         steps_computed: Steps of the last request at which some branch was computed in full.
         steps_skipped: Steps at which every branch was skipped.
         branches: `"denoiser/branch"` -> calls computed and skipped.
-        seconds_per_step: Of the last request, from the first call of a denoiser to the end of the last one; `None`
-            before there was one.
-        speed_up: How many times as fast skipping has made the denoisers, by the median of its computed steps; `None`
-            where nothing was skipped.
+        seconds_per_step: Seconds from the start of the first denoiser call to the end of the last one, divided by the
+            steps; `None` without a request.
+        speed_up: Factor by which skipping has made the denoisers faster: the median computed step times the number of
+            steps, over the time of all calls. `None` if nothing was skipped.
         attention_kernels: Kernel name -> calls.
-        attention_timings: Class of shapes -> kernel -> measured seconds of one call, where `"auto"` had a choice.
+        attention_timings: Class of shapes -> kernel -> measured seconds of one call, if `"auto"` chose among several.
         attention_broadcasts: Under PAB, attention outputs `"computed"` and `"reused"`.
         cache_bytes: Bytes that step caching kept between steps, over denoisers and branches.
-        cache_guarded: `"denoiser/branch"` -> what the cache's guard found: steps `checked`, the `worst` relative error,
-            and the step after which it `stopped` skipping, if it did.
+        cache_guarded: `"denoiser/branch"` -> findings of the cache's guard: number of steps `checked`, `worst` relative
+            error, and `stopped`, the step after which nothing was skipped, or `None`.
         linear_layers: Kind -> count, over the denoisers.
         weight_bytes_before: Bytes of the denoisers' parameters and buffers before `accelerate`.
-        weight_bytes_after: The same now.
+        weight_bytes_after: Bytes of the denoisers' parameters and buffers now.
         graphs_captured: CUDA graphs held.
         graph_replays: CUDA graphs replayed in the last request.
-        modulations_ahead: Layers whose products of all steps were made before the last request's first.
-        modulations_missed: Products of those layers that were made all the same, their input being another.
+        modulations_ahead: Number of layers with precomputed modulations in the last request.
+        modulations_missed: Number of products of these layers that were computed again, because their input differed.
     """
 
     requests: int = 0

@@ -33,7 +33,7 @@ DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 def pipeline_context(
     pipe: Any, rank: Callable[[str], int], config: Any = None, sections: Mapping[str, Any] | None = None
 ) -> PipelineContext:
-    """A pipeline as features see it. Under `parallel.fsdp`, weights on the host are meant for a GPU.
+    """A pipeline as features see it. Under `parallel.fsdp`, weights on the host are taken as weights for a GPU.
 
     Args:
         pipe: A stock pipeline.
@@ -43,7 +43,7 @@ def pipeline_context(
 
     Raises:
         TypeError: `pipe` is not a diffusers pipeline.
-        Unsupported: Its class has no denoiser, or its denoiser is compiled or divided among ranks.
+        Unsupported: The pipeline's class has no denoiser, or a denoiser is compiled or sharded among ranks.
     """
     import diffusers
 
@@ -75,7 +75,7 @@ def pipeline_context(
 
 
 def _clock(pipe: Any, modules: list[nn.Module]) -> StepClock:
-    """The clock that places calls of denoisers. It does not keep the pipeline alive: others may share its denoisers."""
+    """The clock that places calls of denoisers. The clock holds the pipeline weakly: others may share its denoisers."""
     import diffusers
 
     known, here = {id(module) for module in modules}, weakref.ref(pipe)
@@ -94,7 +94,7 @@ def _clock(pipe: Any, modules: list[nn.Module]) -> StepClock:
 def _device(pipe: Any, module: nn.Module, ranks: ParallelConfig | None) -> torch.device:
     device = next(module.parameters()).device
     if device.type == "cpu" and ranks is not None and ranks.fsdp and torch.cuda.is_available():
-        # A model that is larger than a GPU waits on the host until it is divided.
+        # A model that is larger than a GPU waits on the host until it is sharded.
         return rank_device()
     # Under an offload hook the weights wait on the CPU (or on meta), and the pipeline knows where they will run.
     return device if device.type not in ("cpu", "meta") else execution_device(pipe)

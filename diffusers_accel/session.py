@@ -1,15 +1,15 @@
 """Sessions: the edits in force on components, and the pipelines that asked for them.
 
-An edit belongs to the component that it changes, since pipelines share components (`from_pipe`, a pipeline per request
-in a server, one text encoder for many). A `Session` is what one `accelerate` did. It is kept on the denoisers
-themselves and on the pipelines it was asked for, nowhere else, so it is freed with them. Edits of another component
-(a VAE, a text encoder) are kept on that component, in a `Held`, which knows sessions only while others keep them.
+Pipelines share components (`from_pipe`, a pipeline per request in a server, one text encoder for many), so an edit
+belongs to the component that it changes. A `Session` has the edits of one `accelerate`. Its denoisers and pipelines
+alone refer to the session, so it is freed with them. Edits of another component (a VAE, a text encoder) are kept on
+that component, in a `Held`, which refers to its sessions weakly.
 
-- A pipeline that has an accelerated denoiser runs through its session, which reports of it and restores it, whether it
-  was named in `accelerate` or not. Asked for the same configuration it joins; another is refused while it is shared.
-- Another component that several sessions want alike is changed once, and stays so until the last of them ends. Where
-  all were dropped without `restore`, the next `accelerate` or `restore` of a pipeline that has it finds it so.
-- A copy, deep or pickled, is stock and whole: edits are undone while it is made.
+- A pipeline with an accelerated denoiser runs through the denoiser's session, even if `accelerate` was not called with
+  the pipeline. A second configuration joins the session if it is equal, and is refused while the denoiser is shared.
+- Another component that several sessions change in the same way is changed once, until the last of these sessions ends.
+  If all were dropped without `restore`, the next `accelerate` of a pipeline with it reuses or undoes the edits.
+- A copy, deep or pickled, is stock and whole: edits are undone while the copy is made.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from .core.edits import AddLayer, Edit, Journal, SetAttr
 from .errors import Unsupported
 from .features.context import PipelineContext
 
-# Where a denoiser keeps its session, and a pipeline the one it was asked for in.
+# The attribute in which a denoiser or a pipeline keeps its session.
 SESSION = "_diffusers_accel_session"
-# Where a pipeline keeps the edits of itself.
+# The attribute in which a pipeline keeps the edits of the pipeline object.
 _OWN = "_diffusers_accel_edits"
-# Where another component keeps its edits and the sessions that want them.
+# The attribute in which another component keeps its `Held`.
 _HELD = "_diffusers_accel_held"
 
 # Component -> feature -> its section, of components besides the denoisers.
@@ -51,17 +51,17 @@ class Session:
     Args:
         config: The configuration.
         context: The pipeline as its features see it.
-        notes: Sentences about it, as `explain` prints them.
-        arguments: Those of `accelerate`, to be resolved again for a pipeline that has moved.
-        weight_bytes_before: Bytes of the denoisers' weights in stock.
-        wanted: Components that it changes besides the denoisers, with the sections that do.
+        notes: Sentences about the configuration, as `explain` prints them.
+        arguments: The arguments of `accelerate`, resolved again for a pipeline that was moved to another device.
+        weight_bytes_before: Bytes of the denoisers' stock weights.
+        wanted: Components to change besides the denoisers -> feature -> section.
 
     Attributes:
-        journal: Its edits, but for those of the components in `besides`.
-        besides: Components that it has changed besides the denoisers, by name.
-        pipes: The pipelines it was asked for, while they exist.
-        over: Whether it has been taken back.
-        said: Warnings that need not be given again.
+        journal: The session's edits, except edits of the components in `besides`.
+        besides: Name -> changed component besides the denoisers.
+        pipes: The pipelines that `accelerate` was called with, held weakly.
+        over: Whether the session has ended.
+        said: Warnings that were given already.
     """
 
     config: AccelConfig
@@ -77,14 +77,14 @@ class Session:
     said: set[str] = field(default_factory=set)
 
     def __reduce__(self) -> Any:
-        return (type(None), ())  # a copy of what has one has none
+        return (type(None), ())  # a copied component or pipeline has no session
 
     def begin(self, edits: Iterable[Edit], pipes: Iterable[Any]) -> None:
         """Applies edits, all or none of them.
 
         Args:
             edits: The edits that features yield.
-            pipes: The pipelines that it is asked for.
+            pipes: The pipelines that join the session.
         """
         components = self.context.pipe.components
         self.besides = {name: components[name] for name in self.wanted}
@@ -104,15 +104,15 @@ class Session:
             raise
 
     def join(self, pipe: Any) -> None:
-        """Is asked for by a pipeline that has its denoisers."""
-        # Named first: `end` looks at the pipelines that are, should this be interrupted.
+        """Adds a pipeline that has the session's denoisers, and applies the edits of the pipeline object."""
+        # Added first: after an interruption `end` undoes the edits of every pipeline in `pipes`.
         self.pipes.add(pipe)
         own = vars(pipe)[_OWN] = Journal()
         vars(pipe)[SESSION] = self
         own.apply(self._around(pipe))
 
     def end(self) -> None:
-        """Takes everything back, for all pipelines that have its denoisers. Ctrl-C is raised when that is done."""
+        """Undoes all edits, for all pipelines with the session's denoisers. Ctrl-C is raised after the last undo."""
         try:
             self._end()
         except KeyboardInterrupt:
@@ -133,9 +133,9 @@ class Session:
                     vars(pipe).pop(_OWN, None)
 
     def others(self, pipe: Any) -> list[str]:
-        """Names of pipelines' classes that it was asked for, this pipeline left out."""
+        """Class names of the session's pipelines except this one."""
         if any(each is not pipe for each in self.pipes):
-            gc.collect()  # one that nobody has any more is no reason for anything
+            gc.collect()  # removes pipelines that only reference cycles keep
         return sorted(type(each).__name__ for each in self.pipes if each is not pipe)
 
     @contextmanager
@@ -146,7 +146,7 @@ class Session:
             what: The purpose, as an error names it.
 
         Raises:
-            Unsupported: The stock weights are gone, or divided among ranks.
+            Unsupported: The stock weights were freed, or are sharded among ranks.
         """
         reasons = [
             *self.journal.irreversible,
@@ -168,13 +168,13 @@ class Session:
 
     @property
     def irreversible(self) -> list[str]:
-        """Why `end` could not take everything back."""
+        """The reasons why `end` could not undo all edits; empty if it can."""
         alone = (held for held in self._helds if not [each for each in held.sessions if each is not self])
         return [*self.journal.irreversible, *(reason for held in alone for reason in held.journal.irreversible)]
 
     @property
     def edits(self) -> Iterator[Edit]:
-        """The edits in force on its components."""
+        """The edits in force on the session's components."""
         yield from self.journal
         for held in self._helds:
             yield from held.journal
@@ -198,23 +198,23 @@ class Session:
         yield from edits
 
     def _around(self, pipe: Any) -> Iterator[Edit]:
-        """The edits of a pipeline itself."""
+        """The edits of a pipeline object."""
         context = self.context
         if hasattr(pipe, "check_inputs"):
             yield AddLayer(pipe, context.rank("request"), _arriving(self, weakref.ref(pipe)), "check_inputs")
         yield from _copies(pipe)
-        # Notebooks ask an instance; a pipeline's own text is a page long.
+        # Notebooks call this method of an instance. The stock text of a pipeline is a page long.
         yield SetAttr(pipe, "_repr_mimebundle_", functools.partial(_one_line, self, type(pipe).__name__))
 
     def _release(self, name: str, module: nn.Module) -> None:
-        """Wants a component changed no more; where others do, it stays so."""
+        """Leaves a component's `Held`. The last session that leaves undoes the component's edits."""
         held = vars(module).get(_HELD)
         if not isinstance(held, Held) or self not in held.sessions:
             return
         others = [each for each in held.sessions if each is not self]
         if not others:
             held.let_go()
-        # Last: interrupted before, `end` comes here again.
+        # Last: after an interruption before this line, `end` repeats the release.
         held.sessions.discard(self)
         if not others:
             return
@@ -225,7 +225,7 @@ class Session:
 
 
 def _one_line(session: Session, name: str, include: Any = None, exclude: Any = None) -> dict[str, str]:
-    """A pipeline in a notebook: what it is, where, and what is in force on it."""
+    """A pipeline's text in a notebook: its class, its device and the sections in force."""
     on = [entry.name for entry in fields(session.config) if getattr(session.config, entry.name) is not None]
     where = session.context.device
     return {"text/plain": f"{name} on {where}, accelerated: {', '.join(on) or 'nothing'}. stats(pipe) tells more."}
@@ -233,15 +233,15 @@ def _one_line(session: Session, name: str, include: Any = None, exclude: Any = N
 
 @dataclass(eq=False)
 class Held:
-    """A component besides the denoisers that is changed.
+    """The edits of a component besides the denoisers, and the sessions that share them.
 
     Args:
-        module: The component.
-        key: How it is changed: feature -> its section.
+        module: The component, held weakly.
+        key: Feature -> section, of the features that change the component.
 
     Attributes:
-        journal: Its edits.
-        sessions: The sessions that want it so, while they exist.
+        journal: The component's edits.
+        sessions: The sessions with this `key` for the component, held weakly.
     """
 
     module: weakref.ref[nn.Module]
@@ -253,7 +253,7 @@ class Held:
         return (type(None), ())
 
     def adopt(self, session: Session) -> None:
-        """Takes over what a session has changed of the component."""
+        """Adds a session, and moves the session's edits of the component to this journal."""
         self.sessions.add(session)
         module = self.module()
         assert module is not None
@@ -261,16 +261,16 @@ class Held:
         session.journal.transfer(self.journal, lambda edit: id(getattr(edit, "target", None)) in inside)
 
     def let_go(self) -> None:
-        """Takes everything back."""
+        """Undoes the component's edits, and removes this object from the component."""
         self.journal.undo()
         module = self.module()
         if module is not None:
             vars(module).pop(_HELD, None)
 
     def others(self, session: Session | None) -> list[Session]:
-        """The sessions besides one that want it so."""
+        """The sessions in `sessions` except one."""
         if any(each is not session for each in self.sessions):
-            gc.collect()  # one that nobody has any more wants nothing
+            gc.collect()  # removes sessions that only reference cycles keep
         return [each for each in self.sessions if each is not session]
 
 
@@ -280,10 +280,10 @@ def _held(module: nn.Module, key: Mapping[str, Any]) -> Held:
 
 
 def let_go(module: Any) -> bool:
-    """Takes back what is in force on a component that no session wants any more; whether there was anything.
+    """Undoes a component's edits if all of its sessions were dropped without `restore`. Returns whether it had edits.
 
     Raises:
-        Unsupported: Its stock weights are gone; nothing was changed.
+        Unsupported: The component's stock weights were freed; nothing was changed.
     """
     held = vars(module).get(_HELD)
     if not isinstance(held, Held) or held.others(None):
@@ -295,11 +295,11 @@ def let_go(module: Any) -> bool:
 
 
 def abandoned(pipe: Any) -> bool:
-    """Takes back what pipelines that were dropped without `restore` have left on components of this one; whether there
-    was anything."""
+    """Undoes edits on this pipeline's components whose pipelines were all dropped without `restore`. Returns whether
+    there were any."""
     if not hasattr(pipe, "components"):
         return False  # no pipeline: the caller says so
-    found = [let_go(module) for module in _components(pipe)]  # of each, whatever was on the one before
+    found = [let_go(module) for module in _components(pipe)]  # a list, so that `any` skips no component
     return any(found)
 
 
@@ -318,7 +318,7 @@ def _suspended(module: nn.Module) -> Iterator[None]:
 
 
 def session_of(pipe: Any) -> Session | None:
-    """The session that is in force on a pipeline: its own, or that of a denoiser it shares."""
+    """The session in force on a pipeline: the pipeline's own, or a session of one of its denoisers."""
     own = vars(pipe).get(SESSION)
     if isinstance(own, Session) and not own.over:
         return own
@@ -337,7 +337,7 @@ def _sessions(pipe: Any) -> list[Session]:
 
 
 def dropped(pipe: Any) -> bool:
-    """Whether a pipeline's session has been taken back through another one; forgets that it ever had it."""
+    """Whether a pipeline's session has ended through another pipeline. The pipeline's reference to it is removed."""
     session = vars(pipe).pop(SESSION, None)
     return session is not None and session.over
 
@@ -346,7 +346,7 @@ def shared_with(pipe: Any, context: PipelineContext) -> Session | None:
     """The session that is in force on a pipeline's denoisers.
 
     Raises:
-        Unsupported: Its denoisers are of several sessions, or some of none.
+        Unsupported: The denoisers have several sessions, or some have none.
     """
     session = session_of(pipe)
     if session is None:
@@ -371,10 +371,10 @@ def shared_components(context: PipelineContext, wanted: Wanted, own: Session | N
     Args:
         context: The pipeline.
         wanted: Components to change besides the denoisers, with the sections that do.
-        own: The pipeline's own session, which makes way.
+        own: The pipeline's own session, which ends first.
 
     Raises:
-        Unsupported: Another session has changed one in another way.
+        Unsupported: Another session has changed such a component in another way.
     """
     found = set()
     for name, key in wanted.items():
@@ -397,13 +397,13 @@ def shared_components(context: PipelineContext, wanted: Wanted, own: Session | N
 
 
 def _arriving(session: Session, pipe: Any) -> Callable[..., Any]:
-    """A layer around the first thing a pipeline does in a request: waits for its turn, before anything is set."""
+    """A layer around `check_inputs`, a request's first method: waits in the request queue before the request begins."""
 
     def check_inputs(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         session.context.clock.acquire()
         for look in list(session.context.outputs.request_hooks):
             look(pipe())
-        # The session may have been replaced meanwhile. Then the layers around this call are other ones.
+        # Another session may have replaced this one during the wait. Then this call needs the other session's layers.
         found = vars(pipe()).get("check_inputs")
         if session.over and callable(found):
             return found(*args, **kwargs)
@@ -416,7 +416,7 @@ def _arriving(session: Session, pipe: Any) -> Callable[..., Any]:
 
 
 def _copies(owner: Any) -> Iterator[Edit]:
-    """Has copies of a component or pipeline be stock. `copy` and `pickle` ask an instance before its class."""
+    """Edits that make copies of a component or pipeline stock. `copy` and `pickle` prefer an instance's method."""
     yield SetAttr(owner, "__deepcopy__", functools.partial(_deepcopy, owner))
     yield SetAttr(owner, "__reduce_ex__", functools.partial(_reduce, owner))
 
@@ -428,8 +428,8 @@ def _deepcopy(owner: Any, memo: Any = None) -> Any:
 
 def _reduce(owner: Any, protocol: Any = 4) -> Any:
     with _stock(owner, "pickle"):
-        # Pickle reads the state later, when edits are in force again. So it gets a copy of the structure, on the same
-        # tensors.
+        # Pickle reads the state later, when edits are in force again. It therefore gets a copy of the structure with
+        # the same tensors.
         modules = [owner] if isinstance(owner, nn.Module) else _components(owner)
         tensors = [
             item
@@ -442,7 +442,7 @@ def _reduce(owner: Any, protocol: Any = 4) -> Any:
 
 
 def _apart(item: torch.Tensor) -> torch.Tensor:
-    """A tensor on the same memory that stays there when the first one's data is moved."""
+    """A second tensor on the same memory, which keeps the memory when the first tensor's data is moved."""
     if isinstance(item, nn.Parameter):
         return nn.Parameter(item.data, requires_grad=item.requires_grad)
     return item.detach()

@@ -145,7 +145,7 @@ def launch(
         config: A configuration with the section `parallel`, in any form that `accelerate` takes.
         load: Arguments of `from_pretrained`, or of the function. Without a `dtype`, a folder or id is loaded in
             bfloat16 on GPUs, and in float32 elsewhere.
-        sections: Fields of `AccelConfig`, which override those of `config`.
+        sections: Fields of `AccelConfig`, which override the fields of `config`.
 
     Returns:
         An object that is called as the pipeline is.

@@ -181,8 +181,8 @@ def check_file(file: Path) -> None:
         begin = opened.read(32)
     if not begin:
         raise CheckpointError(f"{str(file)!r} is empty.{_INCOMPLETE}")
-    # A safetensors file begins with the length of its header, which may look like another format's first bytes. It is
-    # recognized first, by the brace after the length and by a file that long.
+    # A safetensors file begins with the length of its header, which may look like another format's first bytes. So a
+    # safetensors file is recognized first: by a brace after the length, and by a file of at least this length.
     if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") + 8 <= file.stat().st_size:
         return
     found = next((each for key, each in _BYTES.items() if begin.startswith(key)), None) or _NAMES.get(
@@ -248,8 +248,8 @@ _MARKERS = ("scaled_fp8", "comfy_quant")
 
 
 def is_scaled(names: Iterable[str]) -> bool:
-    """Whether tensors are in ComfyUI's first layout of scaled fp8: e4m3 weights, each with a `scale_weight` that
-    multiplies it, and optionally a `scale_input` that divides its activations."""
+    """Whether tensors are in ComfyUI's first layout of scaled fp8: e4m3 weights, each with a factor `scale_weight`, and
+    optionally a divisor `scale_input` of the layer's activations."""
     return any(name.rpartition(".")[2] in ("scaled_fp8", "scale_weight") for name in names)
 
 

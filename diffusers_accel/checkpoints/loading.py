@@ -1,7 +1,7 @@
 """Loading of stock pipelines from quantized checkpoints.
 
-A quantized model is built on the meta device and filled from the files: a quantized layer takes each stock layer's
-place, so that the stock weights are never in memory. The other components are loaded by diffusers. All checks of the
+A quantized model is built on the meta device, with quantized layers in place of stock layers, and filled from the
+files. So the stock weights are never in memory. The other components are loaded by diffusers. All checks of the
 configuration and the tensors come before a model is built.
 """
 
@@ -42,12 +42,12 @@ def from_pretrained(
         dtype: Dtype of all tensors that are not quantized, or a mapping from component names to dtypes, with the key
             `"default"`, as in diffusers.
         dynamic: `True` computes the scales of activations at every call, `False` uses the calibrated scales of the
-            checkpoint. `None` does as the checkpoint's configuration says.
-        arguments: Arguments of `DiffusionPipeline.from_pretrained`, with those for the hub (`revision`, `token`,
-            `cache_dir`, `local_files_only`, `variant`, ...). `subfolder` is the pipeline's path in the folder or
-            repository. A model may be the path of a single quantized file, `transformer="model.safetensors"`, with
-            diffusers' names of layers; its configuration is read from the pipeline's folder. ComfyUI's scaled fp8 is
-            read as ModelOpt's FP8.
+            checkpoint. `None` follows the checkpoint's configuration.
+        arguments: Arguments of `DiffusionPipeline.from_pretrained`, including arguments for the hub (`revision`,
+            `token`, `cache_dir`, `local_files_only`, `variant`, ...). `subfolder` is the pipeline's path in the folder
+            or repository. A model may be given as a single quantized file, `transformer="model.safetensors"`, with
+            diffusers' names of layers. The pipeline's folder then has the model's configuration. ComfyUI's scaled fp8
+            is read as ModelOpt's FP8.
 
     Returns:
         The stock pipeline, on the host, with quantized linear layers. `accelerate` takes it like any other pipeline.

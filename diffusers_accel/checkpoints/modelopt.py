@@ -221,7 +221,7 @@ def read_file_quantization(file: Path) -> Quantization | None:
 def split(
     tensors: Mapping[str, torch.Tensor], quantization: Quantization
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Splits a checkpoint's tensors into those of quantized layers and all others.
+    """Splits a checkpoint's tensors into tensors of quantized layers and all others.
 
     Args:
         tensors: Name -> tensor.

@@ -288,7 +288,7 @@ def accelerate_pipeline(pipe: Any, requested: RequestedConfig) -> tuple[str, ...
         Notes of a preset that was resolved here.
 
     Raises:
-        CommandError: The object is no pipeline that can be accelerate_pipeline.
+        CommandError: The object is no pipeline that can be accelerated.
     """
     config, notes = requested.resolve(pipe)
     try:

@@ -1,7 +1,7 @@
 """`diffusers-accel demo`: a comparison of stock and accelerated pipelines on the shipped checkpoints.
 
-Both sides run the same captions with the same seeds in float32: one timed request per caption, after a short request
-for warm-up. The demo fails if the PSNR is below its bound.
+Both sides run the same captions with the same seeds in float32. Each caption is one timed request; a short request for
+warm-up precedes them. The demo fails if the PSNR is below its bound.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Comparison:
         return BOUNDS[self.record.kind]
 
     def psnr(self, index: int | slice = slice(None)) -> float:
-        """PSNR in dB of one caption's picture, or of all together. A picture with values that are not finite has 0."""
+        """PSNR in dB of one caption's picture, or of all by default; 0 if an accelerated value is not finite."""
         if not np.isfinite(self.accelerated.pictures[index]).all():
             return 0.0
         return psnr(self.stock.pictures[index], self.accelerated.pictures[index])
@@ -213,7 +213,7 @@ def _side(
 
 
 def _request(pipe: Any, record: Checkpoint, caption: str, seed: int, **call: Any) -> Pictures:
-    """The picture ([frames,] height, width, 3) of one request, in [0, 1]. It is on the host, so a GPU has finished."""
+    """The picture ([frames,] height, width, 3) of one request, in [0, 1], on the host: the GPU has finished."""
     arguments = {**record.arguments, "prompt": caption, "generator": torch.Generator("cpu").manual_seed(seed), **call}
     result = pipe(**arguments, output_type="np")
     pictures: Pictures = (result.images if record.kind == "image" else result.frames)[0]
@@ -274,7 +274,7 @@ def _note(item: Comparison, index: int) -> str:
 
 
 def draw(item: Comparison, folder: Path) -> list[Path]:
-    """Writes a comparison's pictures.
+    """Writes a comparison's pictures: a PNG sheet, and for a video an animated GIF too.
 
     Args:
         item: The comparison.

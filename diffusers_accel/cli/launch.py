@@ -1,7 +1,7 @@
 """Ranks of the command line: a command with `--parallel` runs again in workers of torch's elastic launcher.
 
 Every rank runs the whole command; rank 0 alone prints and saves. A process that a launcher has started is a rank
-already, and goes on.
+already, and starts no workers.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ def read_parallel(text: str) -> list[str]:
 
 
 def in_workers(config: AccelConfig, device: torch.device) -> None:
-    """Runs the command in workers and exits with their result; in a worker, returns at once.
+    """Runs the command in workers on this machine and exits. In a worker, selects the rank's GPU and returns.
 
-    A worker is a process of ours, or of a launcher that has started the command on every machine. A worker on GPUs
-    selects the one with its LOCAL_RANK.
+    A process that a launcher has started, here or on several machines, is a worker. Its GPU is the one numbered
+    LOCAL_RANK.
 
     Args:
         config: The configuration; without `parallel` nothing is done.
-        device: The device of the work.
+        device: The pipeline's device, of which the type alone is read.
 
     Raises:
-        CommandError: This machine has fewer GPUs than `parallel` needs, or a launcher has started another number of
-            ranks.
+        typer.Exit: The workers have ended, with status 0, or 2 if one has failed.
+        CommandError: This machine has fewer GPUs than ranks, a launcher has started another number of ranks, or `fsdp`
+            alone leaves the number open.
     """
     if config.parallel is None:
         return
@@ -88,5 +89,5 @@ def in_workers(config: AccelConfig, device: torch.device) -> None:
 
 
 def first() -> bool:
-    """Whether this process prints and saves: rank 0, or one without a launcher."""
+    """Whether this process prints and saves: rank 0, or a process without a launcher."""
     return int(os.environ.get("RANK", "0")) == 0 or world_size() is None

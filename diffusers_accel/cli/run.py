@@ -1,6 +1,6 @@
 """`diffusers-accel run`: one or more prompts through any diffusers checkpoint, accelerated, into files.
 
-The pipeline's signature decides about its arguments. An option that the pipeline's call does not take is an error.
+The signature of the pipeline's `__call__` lists its arguments. An option that the call does not take is an error.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def run(
     given = {"prompt": prompt[0] if len(prompt) == 1 else prompt, **given, **extra}
     given["generator"] = torch.Generator("cpu").manual_seed(seed)
 
-    # Weights that ranks share may exceed one GPU's memory, so they are divided on the host.
+    # Under FSDP the whole weights may exceed one GPU's memory, so they are sharded on the host.
     pipe = load_model(model, where, dtype, keep_on_host=requested.ranks is not None and requested.ranks.fsdp)
     defaults = demo.call_arguments(model) if model in demo.CHECKPOINTS else {}
     arguments = call_arguments(pipe, {**defaults, **given})
@@ -187,7 +187,7 @@ def call_arguments(pipe: Any, given: dict[str, Any]) -> dict[str, Any]:
         given: Name -> argument, from options.
 
     Raises:
-        CommandError: The pipeline does not take a given argument, or needs another one.
+        CommandError: The pipeline does not take a given argument, or a required argument is missing.
     """
     parameters = _parameters(pipe)
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -236,7 +236,7 @@ def check_output(file: Path | None, video: bool | None = None) -> None:
     """Refuses an output file that could not be written after the run.
 
     Args:
-        file: The output file, or `None`.
+        file: The output file; `None` is not checked.
         video: Whether the output is a video; `None` before the model is loaded.
 
     Raises:
@@ -269,8 +269,8 @@ def save(result: Any, target: Path, fps: int) -> list[Path]:
     """Saves every picture or video of a pipeline's result, with numbers in the names of several.
 
     Args:
-        result: A pipeline's output with `images` (batch, height, width, channels) or `frames` (batch, frames, height,
-            width, channels), as arrays in [0, 1] or lists of PIL images.
+        result: A pipeline's output: arrays in [0, 1] or lists of PIL images. `images` are (batch, height, width,
+            channels), `frames` are (batch, frames, height, width, channels).
         target: The output file. Its ending decides the format.
         fps: Frames per second of a video.
 

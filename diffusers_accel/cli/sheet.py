@@ -60,7 +60,7 @@ def draw(rows: Sequence[Row], headings: Sequence[str], tile: int = 256) -> Image
     heading_lines = [_wrapped(text, heading_font, tile_width) for text in headings]
     heading_line = round(HEADING * 1.3)
     top = MARGIN + max(map(len, heading_lines)) * heading_line + GAP
-    # a caption begins a new group, with more space above it
+    # A caption begins a new group, with more space above it.
     spaces = [GAP * (1 + bool(lines)) * (index > 0) for index, lines in enumerate(texts)]
     bottom = top + sum(len(lines) * line + bool(lines) * GAP // 2 + tile_height for lines in texts) + sum(spaces)
 

@@ -26,7 +26,7 @@ from .sections import (
 
 @dataclass(frozen=True, kw_only=True)
 class AccelConfig:
-    """A configuration of all features. Every section is off (`None`) by default; each section's class documents it.
+    """A configuration of all features. Every section is off (`None`) by default; its class documents the fields.
 
     Raises:
         ConfigError: A value has another type than its field or is out of its range, or a section has an unknown key.
@@ -75,7 +75,7 @@ class AccelConfig:
         return result
 
     def registry_names(self) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
-        """(field with section, kind of registry, name, extra choices) of every name that a registry must know."""
+        """(dotted field, kind of registry, name, extra choices) of every name that must be registered."""
         for entry in fields(self):
             section = getattr(self, entry.name)
             if section is not None:

@@ -1,6 +1,6 @@
 """The cache section: one class per caching rule. `policies/` documents each rule and its source.
 
-`kind` names the class in YAML, and is its shorthand string. A user's registered policy has its own name as its kind.
+A class's `kind` selects it in YAML, and so does the string `kind` alone. The kind of a registered policy is its name.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class TeaCacheConfig(CacheConfig):
     coefficients: tuple[float, ...] | str | None = option(
         None,
         """The rescaling polynomial's coefficients, highest degree first; or the name of a published row (see
-        `diffusers_accel.models.adapter.TEACACHE_ROWS`). `None` finds the row from the model's configuration.""",
+        `diffusers_accel.models.TEACACHE_ROWS`). `None` finds the row from the model's configuration.""",
         **_COEFFICIENTS,
     )
     coefficients_2: tuple[float, ...] | str | None = option(
@@ -196,7 +196,7 @@ class StepMaskConfig(CacheConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalConfig(CacheConfig):
-    """A fixed interval: one step of each interval is computed; the others reuse its residual, or predict theirs.
+    """A fixed interval: one step of each interval is computed; the others reuse its residual or predict their own.
 
     Raises:
         ConfigError: A value has another type than its field, or is out of its range.
@@ -244,7 +244,7 @@ class TaylorSeerConfig(IntervalConfig):
 class MagCacheConfig(CacheConfig):
     """MagCache: a step is skipped while the error estimated from a table of magnitude ratios stays small.
 
-    It measures no tensor, so nothing is read from the device.
+    The rule measures no tensor, so nothing is read from the device.
 
     Raises:
         ConfigError: A value has another type than its field, or is out of its range.
@@ -274,7 +274,7 @@ class MagCacheConfig(CacheConfig):
 class EasyCacheConfig(CacheConfig):
     """EasyCache: the whole denoiser is skipped while the estimated change of its output stays small.
 
-    The estimate comes from the change of its input.
+    The change of the denoiser's input gives the estimate.
 
     Raises:
         ConfigError: A value has another type than its field, or is out of its range.
@@ -294,8 +294,8 @@ class EasyCacheConfig(CacheConfig):
 class SeaCacheConfig(CacheConfig):
     """SeaCache: a step is skipped while the accumulated change of the latents' signal stays small.
 
-    A filter separates signal from noise by its spectrum. The rule needs no coefficients. Names and defaults are those
-    of diffusers' implementation.
+    A filter separates signal from noise by their spectra. The rule needs no coefficients. The fields have the names
+    and defaults of diffusers' implementation.
 
     Raises:
         ConfigError: A value has another type than its field, or is out of its range.
@@ -327,7 +327,7 @@ def _in_order(window: Sequence[float]) -> bool:
 class PABConfig(Section):
     """Pyramid Attention Broadcast: within a window of timesteps, attention is computed every few steps.
 
-    Its output is reused in between, for each attention module and guidance branch separately.
+    In between, each attention module reuses its last output, separately for each guidance branch.
 
     Raises:
         ConfigError: A value has another type than its field, or is out of its range.

@@ -1,8 +1,9 @@
 """Fields of configuration sections: each field's meaning and range beside its default, and the validation by them.
 
 A field's annotation states its type, and `option` its meaning and range. A section validates itself when it is made, so
-an existing section is valid: numbers are finite, lists have become tuples, mappings are read-only copies, and nothing
-is shared with the caller. An invalid value raises `ConfigError` with section, field, value and the nearest valid value.
+an existing section is valid. Its numbers are finite, lists have become tuples, mappings are read-only copies, and no
+value is shared with the caller. An invalid value raises `ConfigError` with section, field, value and the nearest valid
+value.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class _Invalid(Exception):
 
 
 def validated(where: str, annotation: Any, value: Any, spec: FieldSpec) -> Any:
-    """A field's value after validation and conversion. It shares nothing with the caller's value.
+    """A field's value after validation and conversion. The result shares nothing with the caller's value.
 
     Args:
         where: Section and field, for the message.
@@ -346,7 +347,7 @@ def _describe_type(kind: Any, spec: FieldSpec, plural: bool = False) -> str:
 
 
 def range_text(spec: FieldSpec) -> str:
-    """The range of numbers in words, to follow a noun: `" between 0 and 1"`. It is empty without a range."""
+    """The range of numbers in words, to follow a noun: `" between 0 and 1"`. Empty without a range."""
     if spec.minimum is not None and spec.maximum is not None:
         return f" between {spec.minimum:g} and {spec.maximum:g}"
     if spec.exclusive_minimum is not None:

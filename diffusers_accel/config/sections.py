@@ -1,4 +1,4 @@
-"""Sections of the configuration, one class per feature. `cache.py` and `parallel.py` have the classes of theirs."""
+"""Sections of the configuration, one class per feature. The sections `cache` and `parallel` are in their own files."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class ModelOptLayer(Section):
         """Refuses another group size than the algorithm's.
 
         Raises:
-            ConfigError: `group_size` differs from it.
+            ConfigError: `group_size` is given and differs from the algorithm's.
         """
         own = 16 if self.quant_algo.startswith("NVFP4") else 128 if self.quant_algo == "FP8_BLOCK_SCALES" else None
         if self.group_size not in (None, own):
@@ -142,7 +142,7 @@ class ModelOptConfig(Section):
         """Globs of layers -> formats; `None` without settings by layer.
 
         Raises:
-            ConfigError: A layer's settings are no mapping or have unknown keys.
+            ConfigError: A layer's settings are no mapping, lack a `quant_algo` or have unknown keys.
         """
         found = {}
         for glob, values in (self.quantized_layers or {}).items():
@@ -253,8 +253,8 @@ class LinearConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class FuseConfig(Section):
-    """Linear layers with the same input (e.g. query, key and value) are multiplied as one layer. `True` is its
-    shorthand."""
+    """Packing: linear layers with the same input (e.g. query, key and value) are multiplied as one layer. `True` stands
+    for the section."""
 
     ignore: tuple[str, ...] | None = option(None, "Globs of layers that are not packed.")
 
@@ -267,8 +267,8 @@ class CompileConfig(Section):
     """Regional compilation of the denoiser's repeated blocks with `torch.compile`.
 
     Raises:
-        ConfigError: A value has another type than its field, both a mode and options are given, or a backend without
-            modes is given a mode.
+        ConfigError: A value has another type than its field, or a mode is given with options or for a backend without
+            modes.
     """
 
     mode: str = option(
@@ -332,9 +332,9 @@ class CompileConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CudaGraphConfig(Section):
-    """CUDA graphs: runs of blocks are launched in one call each. `True` is its shorthand.
+    """CUDA graphs: runs of blocks are launched in one call each. `True` stands for the section.
 
-    A graph's activations stay in the GPU's memory, for each graph variant.
+    The activations of each graph variant stay in the GPU's memory.
 
     Raises:
         ConfigError: A value has another type than its field, or the limit is below 1.

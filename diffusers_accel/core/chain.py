@@ -1,12 +1,13 @@
 """The chain: one wrapper around a method of one instance, with layers of functions sorted by rank.
 
-Ranks decide the nesting, not the order of calls: a cache layer ends up outside the compiled block whether it is added
-before compilation or after. The chain lies in the instance's `__dict__`, so no class and no `state_dict` changes. It
-disappears with its last layer.
+Ranks alone decide the nesting. A cache layer ends up outside the compiled block, whether it is added before compilation
+or after. The chain lies in the instance's `__dict__`, so no class and no `state_dict` changes. The chain disappears
+with its last layer.
 
-Hooks of other packages may wrap `forward` too. accelerate's hooks keep the wrapped function in an attribute and put
-it back when they are removed, so the chain goes there under such a hook. A hook that was added after the chain holds
-the chain as its wrapped function. There an empty chain stays behind, transparent, until that hook is removed.
+Hooks of other packages may wrap `forward` too. accelerate's hook keeps the wrapped function in an attribute of the
+module (`WRAPPED_FORWARD`) and restores it on removal. Under such a hook the chain is put into that attribute, and taken
+out of it. Any other hook that was added after the chain holds the chain itself: an empty chain stays behind in the hook
+and passes calls on.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Layer:
         self.rank, self.function = rank, function
 
 
-# Key of the chain in the owner's __dict__: it finds a chain again that a hook of another package has wrapped.
+# Key of the chain in the owner's `__dict__`: `find` needs it once another package's hook has wrapped the chain.
 _MARK = "_diffusers_accel_chain_{}"
 
 
@@ -56,7 +57,7 @@ class Chain:
         self.inner: Callable[..., Any] = getattr(owner, self._slot)
         self._layers: list[Layer] = []
         self._call: Callable[..., Any] = self.inner
-        # The mark comes first: an interrupted chain is found by its mark, and undone.
+        # The mark comes first: after an interruption `find` finds the chain, and it can be removed.
         slots[_MARK.format(method)] = self
         slots[self._slot] = self
 
@@ -73,7 +74,7 @@ class Chain:
 
     @property
     def stock(self) -> bool:
-        """Whether `inner` is the method of the owner's class, with no other wrapper."""
+        """Whether the owner had no wrapper when the chain was made: `inner` is its class's method."""
         return self._was_absent
 
     def add(self, layer: Layer) -> None:
@@ -82,7 +83,7 @@ class Chain:
         self._compose()
 
     def remove(self, layer: Layer) -> None:
-        """Removes a layer, if it is in the chain; without layers the chain is removed from its owner."""
+        """Removes a layer, if it is in the chain. A chain without layers is removed from its owner."""
         if layer in self._layers:
             self._layers.remove(layer)
         self._compose()
@@ -107,7 +108,7 @@ class Chain:
                     del slots[slot]
                 else:
                     slots[slot] = self.inner
-        # The mark goes last: an interrupted removal is found by it, and finished.
+        # The mark goes last: after an interruption `find` finds the chain, and its removal can be finished.
         slots.pop(_MARK.format(self.method), None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,12 @@
-"""Collectives among the ranks of one group. Shards may differ in length, and none is padded.
+"""Collectives among the ranks of one group. Shards may differ in length; results have no padding.
 
-Owns `Group`, a process group together with this process's rank in it, and hands it on to everything that communicates.
-Where symmetric memory is allocated for a group, data goes through it (`symm_collectives.py`); otherwise it goes through
-torch's collectives, NCCL's on GPUs and Gloo's on CPUs. A collective that not all ranks of the group call waits until
-the process group's timeout.
+Owns `Group`, a process group with this process's rank in it, which all features that communicate take. If a group has
+symmetric memory, its data goes through that (`symm_collectives.py`). Otherwise the data goes through torch's
+collectives, by NCCL on GPUs and by Gloo on CPUs. If a rank does not call a collective, the others wait in it until the
+process group's timeout.
 
-A length is sharded as `torch.tensor_split` does it: the first ranks have one more where it does not divide. So every
-rank knows the sizes of all shards without asking.
+Lengths are sharded as by `torch.tensor_split`: if a length does not divide evenly, the first shards are one longer. So
+every rank knows the sizes of all shards without communication.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from . import symm_collectives
 from .symm_mem import SymmetricMemory
 
-# Newer torch has another name for it, and warns of the old one.
+# Newer torch has renamed this function, and warns of the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -66,14 +66,14 @@ class Group:
         """Sends the n-th item of `sends` to the n-th rank, in one message from each rank to each.
 
         Args:
-            sends: A list of tensors for each rank, all of one dtype.
-            recv_shapes: For each rank, the shapes of the tensors that it sends to this one.
-            max_shapes: Shapes at least as large as those of any message between two ranks, the same on all ranks. They
-                allow symmetric memory to be used.
+            sends: The tensors for each rank, all of one dtype, with any strides.
+            recv_shapes: The shapes of the tensors from each rank.
+            max_shapes: Upper bounds of the shapes in a message between any two ranks, the same on all ranks. With these
+                bounds the message may go through symmetric memory.
 
         Returns:
-            A list of tensors from each rank, views of one buffer. With `max_shapes` the buffer may be symmetric memory:
-            then they must be read before this group's collective after the next one begins, and before `rewind`.
+            The tensors from each rank; this rank's own may be the ones in `sends`. With `max_shapes` the others may lie
+            in symmetric memory. They must be read before this group's next collective ends, and before `rewind`.
         """
         if self.size == 1:
             return [list(sends[0])]
@@ -81,7 +81,7 @@ class Group:
             return symm_collectives.all_to_all(self, sends, recv_shapes, max_shapes)
         counts = [[item.numel() for item in items] for items in sends]
         flat = sends[0][0].new_empty(sum(map(sum, counts)))
-        # Straight into the buffer, whatever the strides: one pass.
+        # One copy of each tensor, from any strides, straight into the buffer.
         for place, item in zip(
             flat.split([count for each in counts for count in each]), (item for items in sends for item in items),
             strict=True,
@@ -110,8 +110,8 @@ class Group:
             scatter_sizes: For each tensor, the size of `scatter_dim` on each rank afterwards.
             gather_dim: The dimension that is sharded now and whole afterwards.
             gather_sizes: For each tensor, the size of `gather_dim` on each rank now.
-            transient: Whether the results are read before this group's next collective begins. They may lie in
-                symmetric memory then, which the collective after it overwrites.
+            transient: Whether the results are read before this group's next collective begins. Then they may lie in
+                symmetric memory, which later collectives overwrite.
         """
         if self.size == 1:
             return list(tensors)
@@ -135,14 +135,14 @@ class Group:
     def all_gather(
         self, x: torch.Tensor, dim: int, sizes: Sequence[int] | None = None, transient: bool = False
     ) -> list[torch.Tensor]:
-        """The shards of all ranks, in the order of ranks.
+        """The shards of all ranks, in the order of ranks. This rank's own may be `x` itself.
 
         Args:
-            x: This rank's shard.
+            x: This rank's shard, with any strides.
             dim: The dimension in which shards may differ.
-            sizes: The size of each rank's shard in that dimension; `None` if all are as long as this rank's.
-            transient: Whether the results are read before this group's next collective begins. They may lie in
-                symmetric memory then, and `rewind` must be called once they are read.
+            sizes: The size of each rank's shard in `dim`; `None` if all shards are equal in it.
+            transient: Whether the results are read before this group's next collective begins. Then they may lie in
+                symmetric memory, and the caller calls `rewind` after reading them.
         """
         if self.size == 1:
             return [x]
@@ -158,7 +158,7 @@ class Group:
             kept = [each if rank == self.rank else each.clone() for rank, (each,) in enumerate(received)]
             self.rewind()
             return kept
-        # Along the first dimension, so that each rank's shard is contiguous; all are sent as long as the longest.
+        # Gathered along the first dimension, so that each rank's shard is contiguous. Shorter shards are padded.
         moved = x.movedim(dim, 0)
         sent = moved.contiguous()
         if len(moved) < longest:
@@ -168,16 +168,16 @@ class Group:
         return [found[rank * longest : rank * longest + size].movedim(0, dim) for rank, size in enumerate(sizes)]
 
     def all_gather_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Writes the shards of all ranks, which have one length, one after another into `out`.
+        """Concatenates equally long shards of all ranks into `out`. The group has two ranks or more.
 
         Args:
             out: (ranks * length,), contiguous; overwritten.
-            x: This rank's shard, (length,).
+            x: This rank's shard, (length,), contiguous.
         """
         _all_gather(out, x, group=self.handle)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' tensors; `x` may be overwritten, and may be what is returned."""
+        """The sum of all ranks' tensors, which have one shape. `x` may be overwritten, and may be the result."""
         if self.symm_mem is not None and self._reduces_in_symm_mem(x):
             return symm_collectives.all_reduce_copy(self, x)
         if self.size > 1:
@@ -185,11 +185,11 @@ class Group:
         return x
 
     def _reduces_in_symm_mem(self, x: torch.Tensor) -> bool:
-        """Whether a tensor is summed over symmetric memory, where the group has any."""
+        """Whether a tensor is summed over symmetric memory, if the group has it."""
         return self.size == 2 and x.nbytes >= symm_collectives.ALL_REDUCE_MIN_BYTES
 
     def all_reduce_copy(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' tensors as a new contiguous tensor; `x` stays as it is."""
+        """The sum of all ranks' tensors as a new contiguous tensor; `x` is not changed."""
         if self.symm_mem is None or not self._reduces_in_symm_mem(x):
             x = x.clone(memory_format=torch.contiguous_format)
         return self.all_reduce(x)
@@ -206,17 +206,17 @@ class Group:
         recv_shapes: Sequence[Sequence[int]],
         max_shapes: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[torch.Tensor], Callable[[], None]]:
-        """Begins to send tensors to the next rank and to receive the previous rank's.
+        """Begins to send tensors to the next rank and to receive the previous rank's. The group has two ranks or more.
 
         Args:
             tensors: This rank's tensors.
             recv_shapes: The shapes of the previous rank's tensors.
-            max_shapes: Shapes at least as large as those of any rank's tensors, the same on all ranks. They allow
-                symmetric memory to be used, and results to lie in it as those of `all_to_all`.
+            max_shapes: Upper bounds of the shapes of any rank's tensors, the same on all ranks. With these bounds
+                results may lie in symmetric memory, and must be read before the next rotation is waited for.
 
         Returns:
-            The previous rank's tensors, and a function that waits. It must be called before they are read, and before
-            `tensors` are overwritten.
+            The previous rank's tensors, and a function that waits for the transfer. The caller calls the function
+            before reading these tensors, and before overwriting `tensors`.
         """
         if self.symm_mem is not None and max_shapes is not None:
             return symm_collectives.ring_rotate(self, tensors, recv_shapes, max_shapes)
@@ -232,23 +232,23 @@ class Group:
         def wait() -> None:
             for request in requests:
                 request.wait()
-            # Until here the tensors that are sent keep their memory.
+            # The sent tensors keep their memory until here.
             work.clear()
 
         return found, wait
 
     def rewind(self) -> None:
-        """Makes the next collective begin with the first symmetric buffer; all results in them must have been read.
+        """Makes the next collective use the first symmetric buffer. All results in both buffers must have been read.
 
-        Every operation that a CUDA graph may record ends with it (`SymmetricMemory.rewind`).
+        Every operation that a CUDA graph may record leaves the first buffer next (`SymmetricMemory.rewind`).
         """
         if self.symm_mem is not None:
             self.symm_mem.rewind()
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """The values of all ranks, for small objects that Python must know.
+        """Small picklable objects of all ranks, in the order of ranks.
 
-        Waits for the device where the process group sends over it alone.
+        A process group with NCCL alone sends them over the GPU, and this call waits for the GPU.
         """
         if self.size == 1:
             return [value]

@@ -224,7 +224,7 @@ class OffloadWeight:
 
     Args:
         module: The replaced module.
-        successor: The module in its place. Its device, dtype and loaded parameters decide those of the restored ones.
+        successor: The module in its place. Its device, dtype and loaded parameters are given to the restored module.
         keep: Whether to keep the weight in host memory. If not, it is freed: `undo` takes the successor's weight, and
             `irreversible` gives the reason.
         tensor: Name of the parameter.
@@ -307,7 +307,7 @@ class MoveTensors:
     """Moves the parameters and buffers of modules from one device to another. Tensors on a third device stay.
 
     Args:
-        modules: The modules. They must have no tensors on `destination`, so that `undo` moves the same tensors back.
+        modules: The modules, without tensors on `destination`, so that `undo` moves the same tensors back.
         source: The device that tensors are moved from.
         destination: The device that tensors are moved to.
     """

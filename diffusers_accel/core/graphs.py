@@ -59,7 +59,7 @@ class CudaGraphBackend:
         self._pool, self._device, self._graph = pool, device, torch.cuda.CUDAGraph()
 
     def warm_up(self, function: Callable[[], list[torch.Tensor]]) -> None:
-        """See `GraphBackend`. It runs on a side stream, as torch asks before a capture."""
+        """See `GraphBackend`. The function runs on a side stream, as torch requires before a capture."""
         stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -94,7 +94,7 @@ class CapturedGraph:
 
     Args:
         inputs: Tensors of one call. The graph keeps buffers of its own with the same layouts.
-        function: The function to capture. It is called with the buffers and returns tensors.
+        function: The function to capture; called with the buffers, it returns tensors.
         backend: The backend that captures it.
     """
 
@@ -108,8 +108,8 @@ class CapturedGraph:
         self._backend = backend
         self._copy(inputs)
         backend.warm_up(lambda: function(self._inputs))
-        # The second copy raises the buffers' version. A layer that memoized its input during warm-up (a shared rounded
-        # activation) sees a new version and computes again, so that its work is part of the graph.
+        # The second copy raises the buffers' version. An activation cache that was filled during warm-up then sees a
+        # new version, so that the layer computes again and its work is part of the graph.
         self._copy(inputs)
         self._outputs = backend.capture(lambda: function(self._inputs))
 
@@ -117,7 +117,7 @@ class CapturedGraph:
         """Replays the graph over these tensors.
 
         Returns:
-            The graph's output buffers. They are valid until the next call.
+            The graph's output buffers, valid until the next call.
         """
         self._copy(inputs)
         self._backend.replay()

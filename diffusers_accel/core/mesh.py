@@ -1,13 +1,13 @@
 """The process group, and the mesh of its ranks.
 
 Owns the start of the process group, the device of this rank, and `Mesh`, which hands on one `comm.Group` for each axis.
-The axes are, from the outside, where ranks communicate least, to the inside, where they communicate most: data
-parallelism, CFG parallelism, tensor parallelism, ring or the rows and columns of Attention2D, Ulysses. So neighbouring
-ranks, which share a machine and its fast links, are those of Ulysses, and a ring crosses machines before Ulysses does.
-Tensor parallelism is outside the axes of a sequence, whose ranks are neighbours and hold one shard of the weights.
+Communication grows from the outer axes to the inner ones: data parallelism, CFG parallelism, tensor parallelism, ring
+or the rows and columns of Attention2D, Ulysses. So Ulysses runs among neighbouring ranks, which share a machine and its
+fast links, and a ring crosses machines before Ulysses does. Tensor parallelism is outside the axes of a sequence: the
+ranks that share a sequence are neighbours, and hold one shard of the weights.
 
-The process group is the process's own: where a launcher has set its variables and the script has not started one, it is
-started here, and it stays. All ranks must make the same meshes in the same order, or they wait for each other.
+If a launcher has set its variables and the script has started no process group, it is started here. It stays until the
+process ends. All ranks must make the same meshes in the same order, or they wait for each other.
 """
 
 from __future__ import annotations
@@ -108,7 +108,10 @@ class Mesh:
         self._groups: dict[str, Group] = {}
 
     def group(self, axis: str) -> Group:
-        """The group of this rank along one axis; every call returns the same object."""
+        """The ranks with this rank's coordinates on all other axes; every call returns the same object.
+
+        A group along `"column"` is therefore one row of Attention2D's grid.
+        """
         if axis not in self._groups:
             alone = self.sizes[axis] == 1
             handle = None if alone else self.device_mesh.get_group(axis)
@@ -134,7 +137,7 @@ class Mesh:
     def fsdp_group(self) -> Group:
         """The group of the ranks that have the same tensor-parallel shard of each weight, for FSDP.
 
-        It has connections of its own, so that weights on their way do not wait for activations.
+        The group has connections of its own, so that weights in transfer do not wait for activations.
         """
         rank, inside = dist.get_rank(), 1
         for axis in AXES[AXES.index("tp") + 1 :]:

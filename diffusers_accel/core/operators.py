@@ -1,8 +1,8 @@
 """Custom operators of torch's dispatcher: opaque nodes in compiled graphs, cheap to call in eager.
 
 `torch.library.custom_op` costs nearly twice as much per call: it checks for mutation and aliasing, and passes through
-the dispatcher twice. That shows where the GPU is faster than the host. Operators made here neither mutate nor return
-their arguments, which tests check with `torch.library.opcheck`.
+the dispatcher twice. Where the host bounds the speed, this costs time. Operators made here neither mutate nor return
+their arguments; tests check this with `torch.library.opcheck`.
 
 The operators are for inference. A result may be computed while gradients are recorded; a backward pass through it
 raises.
@@ -37,8 +37,8 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         overload = getattr(torch.ops.diffusers_accel, name).default
 
         def with_gradients(*args: Any) -> Any:
-            """The operator's autograd kernel. It usually calls the function itself, which saves a second pass through
-            the dispatcher."""
+            """The operator's autograd kernel. As a rule the kernel calls `function` directly, which saves a second pass
+            through the dispatcher."""
             plain, recorded = True, False
             for item in _tensors(args):
                 plain = plain and type(item) in _PLAIN

@@ -17,11 +17,11 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """A device, as records of kernels see it.
+    """A device, as kernel records compare it with their limits.
 
     Attributes:
         type: Type of the device, as `torch.device.type`.
-        name: Name of the GPU, or of the host's architecture.
+        name: Name of the GPU, or of the host's CPU architecture.
         arch: CUDA compute capability, e.g. (9, 0); `None` on other devices.
     """
 
@@ -93,8 +93,8 @@ def versions() -> dict[str, str]:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on another device. Between host and GPU it is staged in page-locked memory, which torch reuses: several
-    times as fast as a copy between pageable memory and the GPU. On the host the result lies in pageable memory."""
+    """A tensor on another device; the tensor itself if it is there. Between host and GPU a contiguous copy goes through
+    page-locked memory, which torch reuses: this is several times as fast. Results on the host are pageable."""
     if x.device == device:
         return x
     if "cuda" not in (x.device.type, device.type) or "cpu" not in (x.device.type, device.type):
@@ -104,21 +104,21 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return staged.clone() if device.type == "cpu" else staged.to(device)
 
 
-# The thread that copies from page-locked to pageable memory, in parallel with transfers from the GPU; and a bound on
-# the tensors that wait for it in page-locked memory.
+# One thread copies from page-locked to pageable memory, in parallel with transfers from the GPU. The semaphore bounds
+# the number of tensors in page-locked memory.
 _OFFLOADING = ThreadPoolExecutor(1, "diffusers_accel-offloading")
 _PENDING = threading.BoundedSemaphore(4)
 
 
 def offload_to_host(x: torch.Tensor) -> Future[None]:
-    """Moves a tensor's data from a GPU to pageable host memory, in the background. Its two copies overlap with those of
-    other tensors. Until the end the tensor keeps its shape, and its values must not be read.
+    """Moves a tensor's data from a GPU to pageable host memory, in the background. The copies of up to four tensors
+    overlap; a further call waits.
 
     Args:
-        x: A tensor on a GPU, whose `data` is replaced.
+        x: A tensor on a GPU. Its `data` is replaced; its values must not be read until the future is done.
 
     Returns:
-        A future that is done when the data has arrived.
+        A future that is done when the data has arrived, or has the copy's error.
     """
     _PENDING.acquire()
     try:

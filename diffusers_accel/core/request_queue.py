@@ -1,13 +1,13 @@
 """The queue of requests on shared denoisers: which pipeline call a denoiser runs for, and which request runs next.
 
 A request is one call of a pipeline's `__call__`. Pipelines that share a denoiser are made at any time (`from_pipe`, one
-per request in a server), and none of them tells the denoiser which of them is calling. The call is therefore found on
-the Python stack: the nearest `__call__` of a pipeline that has this denoiser among its components. A marker among that
-frame's local variables lives as long as the frame, so the request ends with it, whether it returned or raised.
+per request in a server), and do not tell the denoiser which of them is calling. The call is therefore found on the
+Python stack: the nearest `__call__` of a pipeline that has this denoiser among its components. A marker among that
+frame's local variables lives as long as the frame. So the request ends when the frame returns or raises.
 
 A denoiser with state between steps (a cache) serves one request at a time. Requests of other threads wait in the order
-of arrival, or are refused. A request inside another one's step callback is in the same thread and cannot wait for it:
-the outer request pauses, and each has a state of its own.
+of arrival, or are refused. A request inside another request's step callback cannot wait for it, because both are in one
+thread. The outer request pauses, and each request has a state of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PipelineCall:
     """One call of a pipeline.
 
     Args:
-        pipe: The pipeline that is called. It is held weakly.
+        pipe: The called pipeline, held weakly.
         frame: The frame of its `__call__`.
 
     Attributes:
@@ -143,11 +143,11 @@ class RequestQueue:
         return call
 
     def acquire(self, call: PipelineCall) -> None:
-        """Waits until this request may run. It keeps the denoisers until it ends.
+        """Waits until this request may run. The request then keeps the denoisers until it ends.
 
         Raises:
-            Busy: Another request runs, and waiting is switched off (`busy="raise"`) or impossible (the other request is
-                in the middle of a step of the same thread).
+            Busy: Another request runs, and `busy="raise"` forbids waiting, or that request is in the middle of a step
+                in this thread.
         """
         if self._running[-1:] == [call]:
             return

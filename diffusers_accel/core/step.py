@@ -2,8 +2,8 @@
 
 The calling pipeline's scheduler already has the answer. Every stock pipeline calls `scheduler.set_timesteps` once per
 request, and each such call makes a new `timesteps` tensor. The identity of that tensor is therefore the identity of the
-request, and the scheduler's `step_index` is the step. Reading both needs no patch on the pipeline. It stays right after
-an exception, an interrupt, another size or another scheduler, because no calls are counted over a pipeline's life.
+request, and the scheduler's `step_index` is the step. Reading both needs no patch on the pipeline. No calls are counted
+over a pipeline's life, so the answer stays right after an exception, an interrupt, another size or another scheduler.
 Pipelines that share a denoiser have requests of their own (`request_queue.py`), each with its scheduler.
 
 The guidance branch comes from `cache_context` where the pipeline sets one. Elsewhere it is the order of the calls

@@ -1,7 +1,7 @@
 """Collectives of a group over its symmetric memory; `comm.Group` documents each and has it over the process group too.
 
 Every function takes the group, whose `symm_mem` must be allocated. Results that lie in a buffer must be read before the
-collective after the next one begins (`symm_mem.SymmetricMemory`).
+next collective's barrier (`symm_mem.SymmetricMemory`).
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ class _TorchSymmetricBuffer:
     """A buffer of torch's symmetric memory."""
 
     def __init__(self, group: Any, nbytes: int):
-        # Multicast is not used. Processes that each see one GPU alone all number it 0, and torch would take them for
-        # one device; features/parallel/rank_device.py has made sure that no two share one.
+        # Multicast is not used. If each process sees one GPU alone, all number it 0, and torch takes these GPUs for one
+        # device. features/parallel/rank_device.py has checked that no two ranks share a GPU.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         self.nbytes = nbytes
@@ -83,7 +83,7 @@ class _CountedBuffer:
 
     Attributes:
         nbytes: Size in bytes on each rank.
-        barriers: Barriers passed so far, without the ones that a CUDA graph recorded.
+        barriers: Number of passed barriers. Barriers in CUDA graphs are not counted.
     """
 
     def __init__(self, buffer: SymmetricBuffer):
@@ -105,9 +105,9 @@ def _capturing() -> bool:
 class SymmetricMemory:
     """The symmetric memory of one group: two buffers, used in turn.
 
-    A collective writes to one buffer and ends with a barrier. When it is that buffer's turn again, all ranks have
-    passed the other buffer's barrier since, and so have read its contents: no rank waits before it writes. A result in
-    a buffer must therefore be read before the collective after the next one begins.
+    A collective writes to one buffer and ends with a barrier. Before the buffer's next turn all ranks pass the other
+    buffer's barrier, so no rank waits before it writes. A result in a buffer must therefore be read, on the current
+    stream, before the next collective's barrier.
 
     A collective that an error interrupts may have taken a buffer, or passed a barrier, on some ranks only. Each request
     therefore begins with `resynchronize`.
@@ -173,8 +173,8 @@ class SymmetricMemory:
     def rewind(self) -> None:
         """Makes the next collective begin with the first buffer; all results must have been read.
 
-        A recorded graph uses the same buffers at every replay, whatever ran before. So every operation that a graph may
-        record begins with the first buffer. After an odd number of collectives this takes one more barrier.
+        A recorded graph uses the same buffers at every replay. So every operation that a graph may record begins with
+        the first buffer. After an odd number of collectives this takes one more barrier.
         """
         if self._next:
             self.next_buffer(0).barrier()

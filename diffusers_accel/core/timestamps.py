@@ -1,4 +1,4 @@
-"""Timestamps of denoiser calls: taken on the device that computes them, without waiting for it."""
+"""Timestamps of denoiser calls, taken on the computing device without waiting for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def timestamp(device: torch.device) -> Any:
-    """The present moment in a device's queue of work.
+    """A timestamp of a device: on a GPU, of the end of the work queued so far.
 
     Returns:
         A CUDA event on the current stream of a GPU; `time.perf_counter()` in seconds for any other device.

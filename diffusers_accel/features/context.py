@@ -1,7 +1,7 @@
 """A pipeline as features see it, the values that features hand to each other, and the counters of a request.
 
-Three objects with different lifetimes. A `PipelineContext` says which pipeline, which denoisers and which
-configuration; it never changes. `FeatureOutputs` is filled while edits are applied: each field names the feature that
+Three objects with different lifetimes. A `PipelineContext` names the pipeline, its denoisers and the configuration, and
+never changes. `FeatureOutputs` is filled while edits are applied: each field names the feature that
 writes it. `RunStats` is filled by requests and emptied as the next one begins.
 """
 
@@ -102,8 +102,8 @@ class FeatureOutputs:
     """Values that a feature hands to the features applied after it and to the request.
 
     Attributes:
-        request_hooks: From any feature to `request`. Called with the pipeline before it does anything in a request, and
-            with `None` before its denoiser first runs.
+        request_hooks: From any feature to `request`. Each is called twice in a request: with the pipeline as the
+            request begins, and with `None` just before the first denoiser call.
         observed_blocks: From `cache` to `cuda_graph`. (denoiser, id of a block) whose input is read from outside the
             block, besides each stack's first.
         graph_keys: From `attention` and `compile` to `cuda_graph`. Functions whose values tell graph variants apart.
@@ -115,7 +115,7 @@ class FeatureOutputs:
         unsharded: From `fsdp` to `cache`. A context within which a block's weights are whole; all ranks that shard them
             must enter it together.
         rank_device: From the process group to the session's check of a request. Whether the launcher decides this
-            rank's device, so that a move to another device is no reason to choose again.
+            rank's device, so that a move to another device does not resolve the configuration again.
         sharded_bytes: From `fsdp` to `stats`. Component -> bytes of its blocks' weights on this rank.
         graphs: From `cuda_graph` to `stats`. Objects with `captured`, and with `replays` of the last request.
         modulations: From `compile` to `stats`. Objects with the number of `layers`, and with `missed` of the last
@@ -142,7 +142,7 @@ class PipelineContext:
     """One pipeline as features see it.
 
     Attributes:
-        reference: The stock pipeline, weakly: layers that outlive it hold the context.
+        reference: The stock pipeline, held weakly, because layers that outlive the pipeline hold the context.
         denoisers: Its loaded denoisers.
         rank: Place of a named layer in the one order that `api.py` holds.
         clock: Places every call of a denoiser.
@@ -163,7 +163,7 @@ class PipelineContext:
 
     @property
     def pipe(self) -> Any:
-        """The stock pipeline; `None` once nobody has it any more."""
+        """The stock pipeline; `None` once it is freed."""
         return self.reference()
 
     @property

@@ -2,8 +2,8 @@
 
 Such layers are an attention's query, key and value, and the feed-forward's first layer in FLUX's single-stream blocks.
 Stock code still calls each layer: a slice of the packed layer (`kernels/linear/packed.py`) takes its place. Models
-therefore need no support for it. It works with quantized layers, with a LoRA around a layer, and with the shards of
-tensor parallelism.
+therefore need no support for packing. Quantized layers, layers with a LoRA and the shards of tensor parallelism can be
+packed too.
 
 The weights lie in one tensor, and the separate weights are freed. `restore` slices them out of it again.
 """
@@ -26,8 +26,8 @@ from ..kernels.linear import STOCK, CannotPack, LinearSlice, PackedLinear, relea
 from .context import Denoiser, PipelineContext
 from .feature import Plan, refuse_offloaded
 
-# Names of attention projections by the tensor that they read: the module's own stream, the encoder's states in cross
-# attention, and the added streams of joint attention and of image conditioning.
+# Names of attention projections, grouped by the tensor that they read: the module's own stream, the encoder's states
+# in cross attention, and the added streams of joint attention and of image conditioning.
 _SELF_ATTENTION = ("to_q", "to_k", "to_v")
 _CROSS_ATTENTION = ("to_k", "to_v")
 _ADDED = (("add_q_proj", "add_k_proj", "add_v_proj"), ("k_img", "v_img"))
@@ -222,8 +222,8 @@ def _fused_by_diffusers(denoiser: Denoiser) -> list[str]:
 
 
 def _groups(denoiser: Denoiser) -> list[_Group]:
-    """Groups of layers that read one tensor: the adapter's `projections` first, then those of attention modules. A
-    layer is in one group at most."""
+    """Groups of layers that read one tensor: the adapter's `projections` first, then projections of attention modules.
+    A layer is in one group at most."""
     adapter = denoiser.adapter
     groups: list[_Group] = []
     taken: set[str] = set()

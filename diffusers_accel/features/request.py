@@ -1,7 +1,7 @@
 """Request scope: the clock gets the place (request, step, branch) of every denoiser call before other layers run.
 
-It is always on. One layer is around each denoiser's forward. If the class has a `cache_context`, a second layer is
-around that method, and sets the branch's name for its duration. Both layers wait in the request queue, which all
+The feature is always on. One layer is around each denoiser's forward. If the class has a `cache_context`, a second
+layer around that method sets the branch's name for its duration. Both layers wait in the request queue, which all
 pipelines with this denoiser share.
 """
 

@@ -1,8 +1,8 @@
 """The launch of Triton kernels on the GPU of their tensors.
 
-Triton launches on the current device, whichever device its pointers belong to, and a pipeline may be on another device
+Triton launches on the current device, even if the pointers belong to another one, and a pipeline may be on any device
 (`cuda:1`). Every kernel with a launch of its own is therefore decorated with `on_its_device`. A test reads the sources
-and reports kernels without it.
+and reports kernels without the decorator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..core.platform import device_guard
 
 
 class on_its_device:
-    """A Triton kernel that is launched on the device of its first tensor argument.
+    """A Triton kernel that is launched on the device of its first positional tensor; without one, `TypeError`.
 
     Args:
         kernel: The result of `triton.jit`.

@@ -160,7 +160,7 @@ class Adapter:
     """Data about a denoiser class.
 
     Attributes:
-        classes: Names of the denoiser classes that it describes.
+        classes: Names of the described denoiser classes.
         stacks: The runs of blocks, in call order.
         guidance: `"separate"` for a call per branch, `"batched"` for one call, `"embedded"` for guidance in the model.
         branches: Names of the guidance branches in call order, for pipelines that set no `cache_context`.
@@ -172,12 +172,12 @@ class Adapter:
             nothing was published.
         magcache_rows: Published MagCache tables, by name.
         denoised: Arguments of the denoiser that hold the latents, in the order of its outputs.
-        grid: The layout of packed latents, from the denoiser's arguments, for `latents`. It may read from the device,
-            so it is called once per request.
+        grid: The layout of packed latents, from the denoiser's arguments, for `latents`. Called once per request,
+            because a read from the device is allowed.
         latents: The unpacked latents, from the denoiser, its arguments and `grid`.
         side_stacks: Runs of blocks that feed the main stacks: compiled with them, never skipped by a cache.
-        static_arguments: Arguments of a block on which stock code branches in Python, although they may be tensors of
-            one element. They are read before a compiled block, which cannot read them.
+        static_arguments: Arguments of a block on which stock code branches in Python. Tensors of one element among
+            them become numbers outside a compiled block, which cannot read tensors.
         unbatched: Arguments of the denoiser whose first dimension is not the batch.
         cross_attention: Names of a block's attention modules whose keys come from another stream.
         fusable_processors: Classes of attention processors whose QK-norm and rotation a kernel may apply: they rotate
@@ -188,10 +188,10 @@ class Adapter:
         value_only_processors: Classes of self-attention processors that may ask for the value projection alone.
         unquantized_ends: Numbers of first and of last blocks whose linear layers are not quantized. Linear layers
             outside the blocks never are. The lists of NVIDIA ModelOpt, which come from measurements, agree.
-        max_unquantized_features: Linear layers with as many input or output features, or fewer, are not quantized.
-        sequence: The sharding of its sequence among ranks; `None` if there is none.
-        tensor: The sharding of its blocks' weights among ranks; `None` if there is none.
-        default: Whether it is a default adapter.
+        max_unquantized_features: Linear layers with at most this number of input or output features are not quantized.
+        sequence: The plan for sharding tokens among ranks; `None` if they cannot be sharded.
+        tensor: The plan for sharding the blocks' weights among ranks; `None` if they cannot be sharded.
+        default: Whether this is a default adapter.
     """
 
     classes: tuple[str, ...]
@@ -241,8 +241,8 @@ class Adapter:
 def default_adapter(denoiser: nn.Module) -> Adapter:
     """An adapter for a class without one, from the attributes of the stock class.
 
-    Its stacks are the `ModuleList`s of the classes that the stock class names as its blocks. Without such names they
-    are the `ModuleList`s of two or more modules of one class. It has no cache signal.
+    The stacks are the `ModuleList`s of the classes that the stock class names as its blocks. Without such names, the
+    stacks are the `ModuleList`s of two or more modules of one class. The adapter has no cache signal.
     """
     named = block_class_names(denoiser)
     stacks: list[Stack] = []

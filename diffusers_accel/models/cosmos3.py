@@ -1,7 +1,7 @@
 """Cosmos3: understanding and generation streams in every layer, grouped heads, separate guidance calls.
 
-It has no adaLN; the timestep enters with the tokens, so the normalized input of the first layer is its cache signal. No
-TeaCache constants were ever published for it: give `coefficients`.
+The model has no adaLN: the timestep enters with the tokens, so the first layer's normalized input is the cache signal.
+No TeaCache constants are published for the model, so TeaCache needs `coefficients`.
 """
 
 from __future__ import annotations

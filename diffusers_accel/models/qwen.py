@@ -43,7 +43,7 @@ def _grid(arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[torch.Tensor]:
-    # `out_channels` are those of the latents; a token packs four values of each.
+    # The latents have `out_channels` channels; a token packs four values of each.
     return [unpacked(arguments["hidden_states"], grid, denoiser.config.out_channels)]
 
 

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: joint blocks, guidance batched in one call, an extra call for skip-layer guidance.
 
-No TeaCache constants were ever published for it: give `coefficients`.
+No TeaCache constants are published for these models, so TeaCache needs `coefficients`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _special_branch(arguments: Mapping[str, Any]) -> str | None:
     return "skip_layers" if arguments.get("skip_layers") is not None else None
 
 
-# Its blocks concatenate image and text in this order.
+# The joint attention concatenates image and text in this order.
 _JOINT = ("hidden_states", "encoder_hidden_states")
 
 _SEQUENCE = SequenceShardingPlan(

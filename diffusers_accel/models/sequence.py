@@ -2,8 +2,8 @@
 adapter.
 
 Tokens are sharded where they enter the blocks and gathered where they leave them. Other arguments of a block with a
-token dimension (rotary tables, modulations of each token) are sharded with them; all others stay whole. It is the
-counterpart of diffusers' context-parallel plans, and covers joint streams and uneven shards too.
+token dimension (rotary tables, modulations of each token) are sharded too; all others stay whole. Such a plan
+corresponds to diffusers' context-parallel plan, and covers joint streams and uneven shards too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class TokenDim:
 
     Attributes:
         dim: The dimension of the tokens.
-        streams: The streams whose tokens it holds, in order.
-        ndim: The number of dimensions of the tensors that this describes; `None` for any.
+        streams: The streams of the tokens, in order.
+        ndim: The described tensors' number of dimensions; `None` for any.
     """
 
     dim: int
@@ -33,9 +33,9 @@ class AttentionStreams:
     """The streams of an attention module.
 
     Attributes:
-        queries: The streams of its queries, in order.
-        keys: The streams of its keys, in order; empty if every rank has all keys.
-        replicated_keys: Whether keys that every rank has precede those of `keys`.
+        queries: The streams of the queries, in order.
+        keys: The streams of the sharded keys, in order; empty if every rank has all keys.
+        replicated_keys: Whether replicated keys, which every rank has, precede the sharded keys.
     """
 
     queries: tuple[str, ...]
@@ -50,13 +50,13 @@ class SequenceShardingPlan:
     Attributes:
         streams: Arguments of the blocks that are streams of tokens -> their token dimension.
         attention: Last part of an attention module's name -> its streams.
-        arguments: Other arguments of the blocks with a token dimension -> one `TokenDim`; a tuple with one, or `None`,
-            for each item of a tuple; or a list of alternatives by number of dimensions.
+        arguments: Other arguments of the blocks with a token dimension -> its `TokenDim`. For a tuple, a tuple with a
+            `TokenDim` or `None` for each item. For tensors of several forms, a list of `TokenDim`s by `ndim`.
         inputs: Arguments of the denoiser that are added to the tokens between blocks -> their token dimension.
-        joined: Stacks whose only stream holds several joined ones -> their names, in order.
+        joined: Paths of stacks whose only stream is a concatenation -> names of the concatenated streams, in order.
         gathered: Streams that are gathered after the last block.
-        gathered_before: Path of a module in front of which the only gathered stream is gathered instead, where stock
-            code changes it after the last block; `None` otherwise.
+        gathered_before: Path of a module. The only gathered stream is gathered in front of this module instead, because
+            stock code changes the stream after the last block. `None` to gather after the last block.
         refused: Arguments of the denoiser that cannot be sharded -> the reason.
     """
 

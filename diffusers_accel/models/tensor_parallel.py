@@ -2,8 +2,8 @@
 arithmetic of their shards.
 
 Of two consecutive layers the first is column-parallel, sharded by its outputs, and the second is row-parallel, sharded
-by its inputs. The heads or features between them stay on one rank, and the products of the second are summed over ranks
-(Megatron-LM, https://arxiv.org/abs/1909.08053, whose columns and rows are those of the transposed weight). Tokens,
+by its inputs. The heads or features between them stay on one rank, and the products of the second layer are summed over
+ranks. (Megatron-LM, https://arxiv.org/abs/1909.08053; its columns and rows refer to the transposed weight.) Tokens,
 norms over channels, modulations and all modules outside the blocks stay whole on every rank.
 
 Heads and features need not divide evenly: the first ranks have one more. A head stays whole, and under grouped-query
@@ -44,14 +44,14 @@ class TensorParallelPlan:
     """The sharded layers of a denoiser's blocks. Layers that a block does not have are passed over.
 
     Attributes:
-        columns: Column-parallel layers: path in a block -> segments of the outputs, in order. A layer's heads are those
-            of the attention module that it belongs to, or of the block's only one.
+        columns: Column-parallel layers: path in a block -> segments of the outputs, in order. The layer's attention
+            module, or the block's only one, gives the number of heads.
         rows: Row-parallel layers: path in a block -> segments of the inputs, in order.
         norms: Names, in an attention module, of norms across all heads.
         counts: Attributes of attention modules that processors read -> the unit that they count, alone or times the
             channels of each.
-        tables: Modules of the denoiser that make rotary tables with a head dimension (1 of four, or in the channels, 2
-            of three) -> path in a block of the attention module that has these heads.
+        tables: Modules of the denoiser that make rotary tables with a head dimension -> path in a block of the
+            attention module with these heads. Heads are dimension 1 of four, or part of dimension 2 of three.
     """
 
     columns: Mapping[str, Segments]

@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2: text, image and video to video, two experts, per-token timesteps (TI2V-5B), and VACE.
 
-Its cache signal is the time embedding, which depends on the timestep alone, so a cache can decide a whole schedule
+The cache signal is the time embedding, which depends on the timestep alone. So a cache can decide a whole schedule
 before the first step, without reading anything back from the device.
 """
 
@@ -74,7 +74,7 @@ ROWS = {
     ),
 }
 
-# Ratios of the conditional branch; those of the unconditional branch differ in the fourth digit.
+# Ratios of the conditional branch; the unconditional branch's ratios differ in the fourth digit.
 MAG_ROWS = {
     "wan2.1-t2v-1.3b": MagCacheRow(
         (

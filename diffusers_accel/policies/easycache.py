@@ -1,9 +1,9 @@
 """EasyCache's rule (https://arxiv.org/abs/2507.02860): the output's change is estimated from the input's change.
 
 Between two computed steps the output changes k times as much as the input: k = |y - y'| / |x - x'|, with means of
-absolute values. k hardly varies from step to step. The next step's relative change of the output is therefore about
-k |x - x'| / |y|, with x' the last step's input (skipped or not) and y the last computed output. The estimates are
-summed, and while the sum is small the whole denoiser is skipped. The rule needs no table and no coefficients.
+absolute values. k hardly varies from step to step. So the output's next relative change is about k |x - x'| / |y|. Here
+x' is the last step's input (skipped or not), and y the last computed output. The estimates are summed, and while the
+sum is small the whole denoiser is skipped. The rule needs no table and no coefficients.
 """
 
 from __future__ import annotations

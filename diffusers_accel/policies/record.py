@@ -98,7 +98,7 @@ def register_policy(
 ) -> Any:
     """Registers a user's own caching policy: `accelerate(pipe, cache=name)` uses it on any model.
 
-    It is a function and a decorator:
+    Also usable as a decorator:
 
     >>> @register_policy("every-other")
     ... class EveryOther:
@@ -117,8 +117,8 @@ def register_policy(
             - `"residual"`: the first block's residual (FBCache), since the last computed step.
             - `"latents"`: the latents with filtered noise (SeaCache), since the last step.
 
-            `change` is `None` if it is unknown, or no residual is kept to skip the step with. Such a step is computed
-            for any decision.
+            `change` is `None` if it is unknown, or if no residual is kept to skip the step with. Such a step is
+            computed whatever `decide` returns.
         replace: Whether to replace a registered policy of that name.
 
     Raises:

@@ -1,9 +1,9 @@
 """TaylorSeer (https://arxiv.org/abs/2503.06923): a skipped step's value from a Taylor polynomial over computed steps.
 
-Derivatives are finite differences: with y the value at the last computed step, g steps after the one before,
-y' = (y - y_before) / g, y'' = (y' - y'_before) / g, and so on. The prediction e steps later is the sum of
+Derivatives are finite differences. Let y be the value at the last computed step, and g the steps since the computed
+step before: y' = (y - y_before) / g, y'' = (y' - y'_before) / g, and so on. The prediction e steps later is the sum of
 y^(k) e^k / k!. Order 0 is plain reuse. As in cache-dit, no difference is taken at a request's second step, because the
-first step's value differs much from later ones.
+first step's value differs much from later values.
 """
 
 from __future__ import annotations

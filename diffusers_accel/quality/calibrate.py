@@ -50,8 +50,8 @@ class Fit:
     Attributes:
         coefficients: Coefficients of TeaCache's polynomial, highest degree first; empty for MagCache.
         ratios: MagCache's ratios, one per step; empty for TeaCache.
-        r2: Share of explained variance: of the residual's change on left-out prompts (leave-one-out) for a polynomial,
-            of the ratios by their mean for a table.
+        r2: Share of explained variance. For a polynomial: of the residual's change, on left-out prompts
+            (leave-one-out). For a table: of the ratios, by their mean.
         points: (signal's change, residual's change) of every recorded step for a polynomial, (step, ratio) for a table.
     """
 

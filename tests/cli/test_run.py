@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from ranks import node
 from ranks.machines import FOUND, two
 
 from diffusers_accel.cli import run as run_module
@@ -162,20 +163,21 @@ def test_unreadable_image(refused, folders, tmp_path):
     assert "--image" in refused("run", folders / "flux-shapes", *IMAGE, "--image", tmp_path / "none.png")
 
 
-def one_machine(*command):
-    return [subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=240)]
+def one_machine(_, *command):
+    command = [sys.executable, "-m", "diffusers_accel", *command]
+    return [subprocess.run(command, capture_output=True, text=True, timeout=240)]
 
 
-def two_machines(*command):
-    return two(FOUND, 1, *command)
+def two_machines(folder, *command):
+    return two(FOUND, 1, folder, node.command, *command)
 
 
 @pytest.mark.parametrize("started", [one_machine, two_machines])
 def test_ranks_are_started_and_one_of_them_saves(run, folders, tmp_path, started):
     files = [tmp_path / "one.png", tmp_path / "two.png"]
     run("flux-shapes", *IMAGE, "--output", files[0])
-    command = ["-m", "diffusers_accel", "run", folders / "flux-shapes", "--device", "cpu", *IMAGE]
-    done = started(*command, "--parallel", "ulysses=2", "--output", files[1])
+    command = ["run", folders / "flux-shapes", "--device", "cpu", *IMAGE, "--parallel", "ulysses=2"]
+    done = started(tmp_path, *map(str, [*command, "--output", files[1]]))
     assert not any(each.returncode for each in done), "\n".join(each.stderr for each in done)
     printed = "".join(each.stdout for each in done)
     assert printed.count("saved ") == 1 and stat(printed, "steps computed") == "2"

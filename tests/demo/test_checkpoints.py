@@ -22,7 +22,7 @@ import scenes
 import score
 
 # Captions per checkpoint: all 16 of the stated measurement where a CPU has the time.
-COUNTS = {"flux-shapes": 16, "wan-shapes": 4}
+COUNTS = {"flux-shapes": 16, "wan-shapes": 2}
 BOUNDS = {"flux-shapes": 33.0, "wan-shapes": 30.0}
 NAMES = sorted(COUNTS)
 
@@ -71,8 +71,8 @@ def test_pictures_show_what_was_asked(name, made):
     found = score.judge(asked, as_judged(kind, pictures))
     shuffled = score.judge(asked.take(numpy.roll(numpy.arange(len(asked)), 1)), as_judged(kind, pictures))
     key = "right" if kind == "image" else "directions right"
-    # Over 200 captions: 99% of images, 99% of directions. One miss in so few is let pass, and no more.
-    assert found[key] >= 1 - 1.01 / COUNTS[name], found
+    # Over 200 captions: 99% of images, 99% of directions. One miss in sixteen is let pass, and no more.
+    assert (1 - found[key]) * COUNTS[name] < COUNTS[name] // 16 + 0.01, found
     assert shuffled[key] <= 0.5, "the judge must tell a wrong picture from a right one"
 
 
@@ -100,9 +100,9 @@ def test_teacache_keeps_fidelity_and_skips_forty_percent(name, made):
 def test_threshold_zero_is_stock(name, made):
     pipe, _, captions, stock = made(name)
     accelerate(pipe, cache=TeaCacheConfig(threshold=0.0, coefficients=(1.0, 0.0)))
-    found = generate(name, pipe, captions[:2])
+    found = generate(name, pipe, captions[:1])
     restore(pipe)
-    assert torch.equal(found, stock[:2])
+    assert torch.equal(found, stock[:1])
 
 
 def test_wan_needs_its_guidance(made):

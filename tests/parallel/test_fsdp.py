@@ -68,7 +68,7 @@ def test_quantized_and_fused(pools, name, way):
     agrees(pools[2], name, way, sections, rest=(None, False, None, False, True))
 
 
-@pytest.mark.parametrize("name", ["flux-true-cfg", "wan", "cosmos3"])
+@pytest.mark.parametrize("name", ["flux-true-cfg", "wan"])
 def test_compiled(pools, name):
     agrees(pools[2], name, {}, {"compile": {"backend": "eager"}, "fuse": True, "attention": "sdpa"}, bound=1e-5)
 

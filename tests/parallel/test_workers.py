@@ -10,23 +10,30 @@ import diffusers
 import pytest
 import torch
 from exact import relative
-from ranks import pipelines
+from ranks import pipelines, preloaded
 from tiny import TINY, build, tensors
 
 from diffusers_accel import Unsupported, WorkerFailed, launch, workers
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    """New processes find what the tests consist of."""
+@pytest.fixture
+def started(request, monkeypatch):
+    """How workers are started: as `launch` does it, or without their seconds of imports."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    if request.param == "forkserver":
+        context = preloaded()
+        monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: context)
 
 
 @pytest.mark.parametrize(
-    ("fails", "words", "parallel"),
-    [("raises", "rank 1 raised.*had enough", {"cfg": 2}), ("dies", "rank 1 died .*7", {"ulysses": 2})],
+    ("fails", "words", "parallel", "started"),
+    [
+        ("raises", "rank 1 raised.*had enough", {"cfg": 2}, "spawn"),
+        ("dies", "rank 1 died .*7", {"ulysses": 2}, "forkserver"),
+    ],
+    indirect=["started"],
 )
-def test_it_is_called_as_the_pipeline_until_a_rank_fails(fails, words, parallel):
+def test_it_is_called_as_the_pipeline_until_a_rank_fails(fails, words, parallel, started):
     entry, pipe = TINY["wan"], build("wan")
     expected = [tensors(entry.run(pipe, steps=2)), tensors(entry.run(pipe, steps=3))]
     load = {"name": "wan", "fails": fails, "after": 2}
@@ -44,7 +51,8 @@ def test_it_is_called_as_the_pipeline_until_a_rank_fails(fails, words, parallel)
             launched()
 
 
-def test_a_worker_that_cannot_begin_says_why():
+@pytest.mark.parametrize("started", ["forkserver"], indirect=True)
+def test_a_worker_that_cannot_begin_says_why(started):
     with pytest.raises(WorkerFailed, match="Unsupported: attention='fa4'"):
         launch(pipelines.tiny, parallel={"ulysses": 2}, attention="fa4")
 

@@ -24,6 +24,16 @@ class RankFailed(AssertionError):
     """The error of a rank."""
 
 
+def preloaded() -> Any:
+    """Where processes come from that need not import anything: a server, started once, that has loaded
+    `ranks.preload`, and is forked for each."""
+    # The server looks for modules where a new process does.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranks.preload"])
+    return context
+
+
 class Pool:
     """`size` ranks of one process group."""
 
@@ -33,11 +43,7 @@ class Pool:
         self._pipes: list[Any] = []
 
     def _start(self) -> None:
-        # The server that ranks are forked from looks for modules where a new process does.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks.preload"])
-        port = free_port()
+        context, port = preloaded(), free_port()
         for rank in range(self.size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank_environment(rank, self.size, port), there), daemon=True)

@@ -1,7 +1,4 @@
-"""A script as a user writes one, for launchers on several machines: `node.py FOLDER` leaves what each rank has there.
-
-When all have got their picture, one rank of the second machine fails in its next request.
-"""
+"""What a user's script does, on several machines that a launcher has started it on."""
 
 from __future__ import annotations
 
@@ -14,11 +11,25 @@ from tiny import TINY, build
 
 from diffusers_accel import ParallelConfig, accelerate
 
-folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-entry, pipe = TINY["wan"], build("wan")
-accelerate(pipe, parallel=ParallelConfig(cfg=2, ulysses=2))
-torch.save(entry.run(pipe, steps=2), folder / f"{rank}.pt")
-torch.distributed.barrier()
-if os.environ["GROUP_RANK"] == "1" and os.environ["LOCAL_RANK"] == "1":
-    raise ValueError("this rank has had enough")
-entry.run(pipe, steps=2)
+
+def main(folder: Path) -> None:
+    """Leaves each rank's picture in the folder. When all have got it, one rank of the second machine fails in its next
+    request."""
+    torch.set_num_threads(1)
+    rank = os.environ["RANK"]
+    entry, pipe = TINY["wan"], build("wan")
+    accelerate(pipe, parallel=ParallelConfig(cfg=2, ulysses=2))
+    torch.save(entry.run(pipe, steps=2), folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    if os.environ["GROUP_RANK"] == "1" and os.environ["LOCAL_RANK"] == "1":
+        raise ValueError("this rank has had enough")
+    entry.run(pipe, steps=2)
+
+
+def command(*arguments: str) -> None:
+    """`diffusers-accel ...`, as `torchrun -m diffusers_accel ...` starts it."""
+    from diffusers_accel.cli.main import main as command
+
+    torch.set_num_threads(1)
+    sys.argv = ["diffusers-accel", *arguments]
+    command()

@@ -24,9 +24,9 @@ from .shared_memory import SharedFiles
 _EXPECTED = {}
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)
 def _pipeline(name, heads, double):
-    """A pipeline, built once for all requests in a row: each leaves it restored."""
+    """A pipeline, built once for the requests of all tests: each leaves it restored."""
     pipe = with_heads(name, heads)
     return pipe.to(torch.float64) if double else pipe
 

@@ -3,8 +3,8 @@
 - `layers.py`: the modules that call attention, and the roles that they share.
 - `kernels.py`: the kernels that a configuration's names, globs and shares stand for on a device.
 - `backends.py`, `processors.py`: the two ways from a stock processor to a dispatcher.
-- Here: the feature's check and its edits. Layers around the blocks note the running block, so that the compiled code of
-  a block does not depend on it; they exist only if the configuration needs the block.
+- Here: the feature's check and its edits. If the configuration depends on the block, layers around the blocks note the
+  running block. The compiled code of a block then does not depend on its number.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def _notes(denoiser: Denoiser, choice: Choice, head_dims: set[int | None]) -> li
 
 
 def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
-    """A dispatcher per role, registered as a backend of diffusers while it is in use; one edit per processor; and
-    layers around the blocks if the choice of the kernel depends on the block."""
+    """A dispatcher per role, registered as an attention backend of diffusers, and one edit per processor. If the choice
+    of the kernel depends on the block, also layers around the blocks."""
     if config.dense_steps:
         context.outputs.graph_keys.append(lambda: _in_dense_steps(context, config.dense_steps))
     for denoiser in context.denoisers:

@@ -29,10 +29,10 @@ _PREFIX = "diffusers_accel"
 
 
 def registered_backend(dispatcher: AttentionDispatcher) -> tuple[Any, list[Edit]]:
-    """The backend name of a dispatcher, and the edits that register it in diffusers' tables. These edits come before
-    the one that adds the dispatcher to `DISPATCHERS`.
+    """The backend name of a dispatcher, and the edits that register the name in diffusers' tables. The edit that adds
+    the dispatcher to `DISPATCHERS` comes after these.
 
-    The tables hold no pipeline. The registration of a pipeline that is dropped without `restore` goes with it.
+    The tables hold no pipeline. If a pipeline is dropped without `restore`, its registration is removed.
     """
     weakref.finalize(dispatcher, _unregister_freed).atexit = False
     return _backend(dispatcher.number)[0], [_Register(dispatcher.number)]

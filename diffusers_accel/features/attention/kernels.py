@@ -1,5 +1,5 @@
-"""The choice that a kernel's name stands for on a denoiser: a fixed kernel, the fastest by measurement, the kernel of
-dense steps; and descriptions of choices for `explain`."""
+"""From a kernel's name in the configuration to a `Choice` on a denoiser: a fixed kernel, the fastest by measurement, or
+the kernel of dense steps. Also describes choices for `explain`."""
 
 from __future__ import annotations
 

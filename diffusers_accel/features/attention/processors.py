@@ -1,12 +1,12 @@
 """Stock attention processors whose attention calls go to a dispatcher of this package.
 
-A processor that names its backend gets one of `backends.py`. A processor that names none (of SD3, Cosmos 1 and 2, and
-most classes outside the table of models) is replaced by an instance of a subclass. The subclass runs the stock code
-with one global name, the attention function, bound to `dispatch`. No source is copied, and `restore` puts the stock
-processor back.
+A processor that names its backend gets one of `backends.py`. Another processor (of SD3, Cosmos 1 and 2, and most
+classes outside the table of models) is replaced by an instance of a subclass. The subclass runs the stock code with one
+global name, the attention function, bound to `dispatch`. No source is copied, and `restore` puts the stock processor
+back.
 
-Where a kernel norms and rotates query and key itself, the stock code also finds functions that defer both
-(`DeferredQK`), or operators that a rewrite of the compiled graph joins with attention.
+For kernels that norm and rotate query and key themselves, the names of norm and rotation are bound too. In eager code
+they defer both (`DeferredQK`). In compiled code they are operators, which a rewrite of the graph joins with attention.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def rebound_processor(stock: type, number: int, defer: bool = False, use_operato
     whole: Callable[..., Any] = _defer_norms(function) if defer else function
 
     def stock_instance(cls: type, *args: Any, **kwargs: Any) -> Any:
-        """A new instance of the class is stock: `load_ip_adapter`, say, makes processors of the class that it finds."""
+        """New instances are stock processors: `load_ip_adapter`, for example, calls the class of a processor."""
         return stock(*args, **kwargs)
 
     return type(
@@ -279,8 +279,8 @@ def _own_rope(hidden_states: Any, freqs_cos: Any, freqs_sin: Any) -> Any:
 
 
 def _import_beforehand(function: types.FunctionType, code: types.CodeType, scope: dict[str, Any]) -> types.CodeType:
-    """The code of a processor that imports its rotation inside the call, with that import done beforehand. The rotation
-    is then a global name, which can be rebound and which Dynamo follows. Without source, the code stays as it is."""
+    """The code of a processor that imports its rotation inside the call, with the import moved out of the call. The
+    rotation is then a global name that can be rebound and that Dynamo follows. Without source, `code` is returned."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError):

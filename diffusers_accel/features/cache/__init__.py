@@ -88,8 +88,8 @@ def _edits(context: PipelineContext, cache: StepCache) -> Iterator[Edit]:
     yield AddLayer(denoiser.module, context.rank("cache denoiser"), cache.around_denoiser)
     if cache.rule.whole_denoiser:
         return
-    # The signal is measured behind the first blocks, and the prediction enters the last ones: the streams there are
-    # read, so no CUDA graph may cover them.
+    # The signal is measured behind the first blocks, and the prediction enters the last blocks. The streams are read at
+    # both places, so no CUDA graph may cover them.
     stacks, first, last = denoiser.stacks, cache.rule.first, cache.rule.last
     observed = [stacks[0].blocks(denoiser.module)[first]] if first else []
     observed += [stacks[-1].blocks(denoiser.module)[-last]] if last else []

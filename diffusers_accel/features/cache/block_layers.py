@@ -1,10 +1,10 @@
 """Layers that carry out a caching rule: around the denoiser, and around every block outside its compiled forward.
 
-The layer of the first skippable block asks the policy. On a skipped step the blocks from there on return their input
-streams, and the last skippable block of each stack adds the stack's predicted residual. The stock forward's other work
+The layer of the first skippable block asks the policy. On a skipped step all skippable blocks return their input
+streams, and the last of them in each stack adds the stack's predicted residual. The stock forward's other work
 (embeddings, ControlNet's additions, final norm and projection) runs on fresh data. No stock forward is copied.
 
-A rule for the whole denoiser needs one layer. On a skipped step it returns the latents plus a predicted difference.
+A rule for the whole denoiser needs one layer, which on a skipped step returns the latents plus a predicted difference.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class StepCache:
 
     Attributes:
         signal: The signal whose change the policy reads.
-        states: (request, branch) -> state. A request may begin inside another one's callback, so there may be several.
-        others: The caches of the pipeline's other denoisers. They drop their state when this denoiser takes over.
+        states: (request, branch) -> state. There are several requests while one runs inside another's step callback.
+        others: The caches of the pipeline's other denoisers, which drop their state when this denoiser takes over.
     """
 
     def __init__(self, context: PipelineContext, denoiser: Denoiser, rule: Rule):
@@ -56,7 +56,7 @@ class StepCache:
         self._shared: tuple[tuple[int, int | None], Mode] = ((0, None), Mode.FULL)
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer around the denoiser's forward. It selects the branch's state and ends the call in all cases."""
+        """The layer around the denoiser's forward: selects the branch's state, and always ends the call."""
         step = self.context.clock.current
         # A call with an unknown place in the request is computed in full and leaves no state.
         if step is None or step.repeated:

@@ -123,7 +123,7 @@ class _BroadcastState:
         self._noise: tuple[int, list[float] | None] = (0, None)
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer around the denoiser's forward. It activates the modules' layers, and drops outputs at the end."""
+        """The layer around the denoiser's forward: activates the modules' layers, and drops outputs at the end."""
         step = self.context.clock.current
         if step is None or step.repeated:
             return inner(*args, **kwargs)

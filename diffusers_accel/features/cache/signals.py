@@ -1,8 +1,8 @@
 """Change signals: the values whose relative change a caching policy reads, measured on the device.
 
 A signal is measured before the denoiser runs (`before_denoiser`), or before its first skippable block. A change is read
-back to the host once per step at most. Ranks that share a sequence each have a part of the values between blocks, so
-`FeatureOutputs.all_reduce` sums over ranks and all of them get one change.
+back to the host once per step at most. If ranks share a sequence, each has a part of the values between blocks, and
+`FeatureOutputs.all_reduce` sums over ranks. So all ranks get one change.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The state of a step cache: one `BranchState` per denoiser, guidance branch and request.
 
-It keeps the residual of the skippable blocks: the difference between their outputs and inputs on computed steps. Values
-that are added from outside between two blocks (ControlNet's residuals, VACE's hints) are subtracted from it, because
-the stock forward adds them, fresh, on skipped steps too. State is dropped at a request's last step, at its end, and
-after an exception, so nothing passes from one request to the next.
+The state keeps the residual of the skippable blocks: the difference between their outputs and inputs on computed steps.
+The stock forward adds other values between two blocks (ControlNet's residuals, VACE's hints), on skipped steps too.
+These are therefore subtracted from the residual. State is dropped at a request's last step, at its end, and after an
+exception, so nothing passes from one request to the next.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BranchState:
         signal: The last measured signal: a tensor, a list of tensors, or `None`.
         step: Index of the step of the last decision.
         measurement: (signal, relative change) of the running call.
-        first_input: Main stream at the entry of the first stack. It is kept if the first blocks are always computed.
+        first_input: Main stream at the entry of the first stack, kept if the first blocks are always computed.
         inputs: Stack path -> streams that enter its skippable blocks, in the running call.
         outputs: Stack path -> streams that its last finished block returned, in the running call.
         injected: Stack path -> sum of the additions from outside between its blocks, in the running call.

@@ -1,7 +1,7 @@
 """Regional compilation: every repeated block's forward is compiled, and blocks of one class share a compiled function.
 
 The compiled function is the innermost layer around a block, so layers of caches and hooks stay outside the graph.
-`restore` removes it without a trace on the module, which `nn.Module.compile` would leave.
+`restore` removes the layer and leaves nothing on the module. `nn.Module.compile` would leave an attribute.
 
 - `modulation.py` precomputes modulations of all steps for rewritten graphs (`rewrites/`).
 - `options.py` knows the backends, modes and options of the installed torch.
@@ -38,8 +38,8 @@ from .modulation import PrecomputedModulations
 from .options import options_of
 
 _RECOMPILE_LIMIT = 64
-# Inductor's options for blocks with collectives: operators keep the order of the traced graph. All ranks have the same
-# order, and it overlaps collectives with the computation beside them.
+# Inductor's options for blocks with collectives: operators keep the order of the traced graph. This order is the same
+# on all ranks, and overlaps collectives with computation.
 _FIXED_ORDER = dict.fromkeys(REORDERINGS, False)
 
 
@@ -73,13 +73,13 @@ def check(context: PipelineContext, config: CompileConfig) -> Plan:
 
 
 def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
-    """One layer per block, and one around each denoiser."""
+    """A layer around each denoiser, each block, and the embedding of precomputed modulations."""
     if _is_off(context, config):
         return
     if config.backend == "inductor" and (context.config is None or context.config.linear is None):
-        # Imports of the compiler take seconds, which a first request would wait for. Quantization takes long enough
-        # already, so `accelerate` with it does not import them. The modules are private to torch: an import error here
-        # is ignored, and is raised again by the compilation if it matters.
+        # The compiler's imports take seconds, and a first request should not wait for them. With quantization
+        # `accelerate` takes long already, so the first request imports them. The modules are private to torch: an
+        # import error is ignored here, and compilation raises it again if it needs the module.
         for name in COMPILER_MODULES:
             with suppress(Exception):
                 importlib.import_module(name)
@@ -112,17 +112,17 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
 
 
 def _precomputes_modulations(context: PipelineContext, denoiser: Denoiser) -> bool:
-    """Whether modulations are computed before a request's first step.
+    """Whether modulations of all steps are computed before a request's first step.
 
-    They need the weights of many blocks at once, and are found by the weights' addresses. Neither holds for weights
-    that ranks share, whose blocks share memory.
+    The computation reads the weights of many blocks at once, and products are looked up by the weights' addresses.
+    Under FSDP blocks share memory, so neither is possible.
     """
     return denoiser.adapter.modulation is not None and context.rewrites(denoiser) and not context.fsdp
 
 
 def _raise_recompile_limit(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A layer that raises dynamo's recompile limit. The default of eight counts all pipelines of a process, whose sizes
-    and configurations each need a compilation."""
+    """A layer that raises dynamo's recompile limit. All pipelines of a process share the limit, by default eight, and
+    each of their sizes and configurations needs a compilation."""
     with recompile_limit_at_least(_RECOMPILE_LIMIT):
         return inner(*args, **kwargs)
 
@@ -140,14 +140,14 @@ def _item_layer(names: tuple[str, ...]) -> Callable[..., Any]:
 
 
 class _HookedBlocks:
-    """The blocks with hooks on inner modules, which a compiled block would skip. They run without compilation.
+    """The blocks with hooks on inner modules. A compiled block would skip the hooks, so such blocks are not compiled.
 
     Args:
         denoiser: The denoiser.
         blocks: The denoiser's blocks.
 
     Attributes:
-        blocks: Identities of blocks with hooks at the start of the last request.
+        blocks: `id` of each block that had such hooks as the last request began. The set is updated in place.
     """
 
     def __init__(self, denoiser: Denoiser, blocks: list[nn.Module]):
@@ -156,10 +156,10 @@ class _HookedBlocks:
         self._warned = False
 
     def update(self, pipe: Any) -> None:
-        """A request hook: finds the hooks that are present when a request's first denoiser call begins.
+        """A request hook: looks for hooks just before a request's first denoiser call.
 
         Args:
-            pipe: The pipeline, before a request; `None` before the denoiser's first call.
+            pipe: `None` just before that call. At the request's earlier call it is the pipeline, and nothing is done.
         """
         if pipe is not None:
             return
@@ -190,7 +190,8 @@ def _compiled(
         shared: Class of blocks -> compiled forward; this function adds to it.
         rewrites: Whether graphs are rewritten before the backend compiles them.
         collectives: Whether attention communicates with other ranks.
-        hooked: Identities of blocks that run without compilation.
+        hooked: `id` of each block to run without compilation, read at every call. A block with a foreign wrapper is
+            compiled all the same.
     """
     options: dict[str, Any] = {
         "backend": config.backend,
@@ -224,7 +225,7 @@ def _compiled(
             try:
                 return shared[kind](module, *args, **kwargs)
             except graph_break_error() as error:
-                # Tracing raises before any kernel runs.
+                # Tracing raises before any kernel has run, so the call can be repeated.
                 if not options["fullgraph"]:
                     raise
                 options["fullgraph"] = False

@@ -1,10 +1,10 @@
 """Precomputed modulations: the modulation products of all steps, computed before a request's first step.
 
 In some models (FLUX.1, Qwen-Image, SD3) every block computes its modulation from an embedding of the timestep and the
-prompt. These are products of one row each, and they read up to a third of the model's weights on every step. The first
-embedding of a request triggers those of all later steps, by the stock module, and the layers' products of all steps in
-one multiplication. Rewritten graphs look the products up (`kernels/linear/precomputed.py`) after comparing their input
-on the GPU. The weights are read at the start of a request: a write in place takes effect with the next request.
+prompt. These products have one row each, and read up to a third of the model's weights on every step. At a request's
+first embedding, the stock module computes the embeddings of all steps, and one GEMM per layer computes all products.
+Rewritten graphs look the products up (`kernels/linear/precomputed.py`) after comparing their input on the GPU. The
+weights are read at the start of a request: a write in place takes effect with the next request.
 """
 
 from __future__ import annotations

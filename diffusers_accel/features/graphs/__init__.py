@@ -2,13 +2,13 @@
 
 A graph covers a run of consecutive blocks of one stack: a *segment*. Python still runs the stock forward, so work
 before, between and after segments is unchanged. Caches' layers are around the blocks: a skipped step replays no graph,
-and a computed step replays all. Within a segment, blocks before the last return their streams without computing, and
-the last one replays the graph of the whole segment.
+and a computed step replays all. Within a segment, blocks before the last return their streams without computing. The
+last block replays the graph of the whole segment.
 
-That is right only if nothing else uses the streams on their way. The first call of a *graph variant* is therefore
+This needs streams that nothing else reads or changes within a segment. The first call of a *graph variant* is therefore
 traced. A segment ends where a block's argument is neither the previous block's output, nor an argument of the segment's
-first block, nor a constant (an example is ControlNet's addition). It also ends where a cache reads the streams, and at
-the end of a stack. The second call is captured, later ones are replayed.
+first block, nor a constant (after ControlNet's addition, for example). A segment also ends where a cache reads the
+streams, and at the end of a stack. The second call is captured, and later calls are replayed.
 
 A variant is the signature of all arguments (shapes, dtypes, strides, values of constants) together with other features'
 keys for the step (`graph_keys`). At the start of a request, a moved weight or a changed adapter drops all graphs.

@@ -64,7 +64,7 @@ class DenoiserGraphs:
     # --- layers -------------------------------------------------------------------------------------------------------
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer around the denoiser's forward. It selects the call's graph variant."""
+        """The layer around the denoiser's forward: selects the call's graph variant."""
         variant = self._variant(args, kwargs)
         if variant is None:
             return inner(*args, **kwargs)
@@ -159,7 +159,7 @@ class DenoiserGraphs:
         running.order.append(number)
 
     def _end_trace(self, variant: GraphVariant, order: list[int]) -> None:
-        """Ends a trace. It is valid if every block was called once; otherwise the next call is traced.
+        """Ends a trace. If a block was not called exactly once, the trace is invalid and the next call is traced.
 
         Args:
             variant: The call's variant.
@@ -249,7 +249,7 @@ class DenoiserGraphs:
 
         Args:
             tensors: Tensors among the first block's arguments, in the form's order.
-            unique: The same tensors without repetitions. They are the graph's inputs.
+            unique: The same tensors without repetitions: the graph's inputs.
             form: Form of the first block's arguments.
             calls: The segment's blocks.
         """

@@ -1,7 +1,7 @@
 """Parallelism: several ranks share one request, and each ends with the whole result.
 
-Every rank runs the same script with the same pipeline. Owns the mesh, and the edits of all that is neither a weight nor
-a device:
+Every rank runs the same script with the same pipeline. Owns the mesh, and all edits for parallelism except edits of
+weights and devices:
 
 - `cfg_parallel.py`, `data_parallel.py`: branches of guidance, and samples of a batch.
 - `sequence_sharding.py`: the tokens of a denoiser, with `kernels/attention/context_parallel.py` for its attention.
@@ -9,8 +9,8 @@ a device:
 - `input_consistency.py`: the scheduler and text encoders run on every rank, so all must be given the same inputs.
 - `symm_mem_setup.py`: memory that peers write to.
 
-Three features of their own have the same section: `process_group.py` comes first, `tensor_parallel.py` before all that
-touches weights, `fsdp.py` after it.
+Three other features have this section too: `process_group.py` comes first, `tensor_parallel.py` before all features
+that change weights, and `fsdp.py` after them.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ own. A call that holds several branches, or several samples, as one batch is spl
 calls a single branch gets its result from the owner.
 
 With FSDP, ranks must run the blocks together. Calls are then counted in rounds. A round ends when a rank would compute
-a second call, or when a value is needed; a rank that has computed none by then computes the last call too, and drops
-the result.
+a second call, or when a value is needed. A rank without a call in the round computes the last call too, and drops the
+result.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ...models.adapter import by_name, parameter_names
 from ..context import Denoiser, PipelineContext
 from .data_parallel import batch_size, is_tensor, latents_of, select_samples
 
-# Deferred operations on a branch until its value is resolved anyway. It is twice the most that a pipeline of the tests
-# does before it calls the next branch (LTX-2 with three branches: 22). Operations after the last step, such as the
-# VAE's, are not deferred for a branch that never comes.
+# After this number of deferred operations on a branch, its value is resolved. The number is twice the most of any
+# tested pipeline between two branches (LTX-2 with three branches: 22). So operations after the last step, such as the
+# VAE's, do not wait for a branch that never comes.
 _MAX_DEFERRED = 48
 
 
@@ -200,7 +200,7 @@ class CFGParallel:
         return pytree.tree_map(later, call.form)
 
     def _resolve(self, call: _Call) -> list[torch.Tensor]:
-        """The tensors of a call's whole output; broadcasts those of all open calls, in their order."""
+        """The tensors of a call's whole output. The tensors of all open calls are broadcast, in the calls' order."""
         if not call.found:
             self._end_round()
             pending = self._open if call in self._open else [call]

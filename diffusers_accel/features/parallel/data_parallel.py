@@ -72,7 +72,7 @@ def _select(value: Any, batch: int, start: int, count: int) -> Any:
 
 
 def latents_of(denoiser: Denoiser, arguments: dict[str, Any]) -> list[Any]:
-    """The latents among a call's arguments: the ones that the adapter names, otherwise the first argument."""
+    """The latents among a call's arguments: the arguments that the adapter names, otherwise the first argument."""
     known = [arguments[name] for name in denoiser.adapter.denoised if arguments.get(name) is not None]
     return known or [next(iter(arguments.values()))]
 

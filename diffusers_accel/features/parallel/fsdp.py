@@ -1,11 +1,11 @@
 """FSDP: the weights of blocks are sharded among ranks, and a block is gathered while it runs (ZeRO stage 3:
 https://arxiv.org/abs/1910.02054, section 5.3).
 
-Owns the choice of what is sharded: the blocks of the denoisers and of the text encoders; `fsdp_shards.py` shards and
-gathers them. Its section is `parallel`, and it is a feature of its own, since all features that change or read weights
-come before it. Ranks must run the same blocks in the same order, or they wait for each other for ever. So caches decide
-by sums over all ranks, and CFG parallelism has ranks without a branch compute another's (`cfg_parallel.py`). Methods
-that read or write whole weights are refused until `restore`.
+Owns the choice of the sharded weights: the blocks of the denoisers and of the text encoders. `fsdp_shards.py` shards
+and gathers them. FSDP has the section `parallel`, and is a feature of its own, because all features that change or read
+weights come before it. Ranks must run the same blocks in the same order, or they wait until the process group's
+timeout. So caches decide by sums over all ranks, and under CFG parallelism ranks without a branch compute another
+rank's (`cfg_parallel.py`). Methods that read or write whole weights are refused until `restore`.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _components(context: PipelineContext) -> list[Denoiser]:
 
 
 def _weights(context: PipelineContext) -> _Weights:
-    """Sorts the pipeline's tensors: those of a single block are sharded, all others stay whole."""
+    """Sorts the pipeline's tensors: tensors of a single block are sharded, all others stay whole."""
     blocks: list[_Block] = []
     owner: dict[int, _Block] = {}
     for component in _components(context):

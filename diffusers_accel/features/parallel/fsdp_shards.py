@@ -1,9 +1,9 @@
 """FSDP's shards: this rank's shard of each block's weights, and the buffers in which blocks are gathered.
 
-A block's tensors lie one after another in a flat buffer of bytes, whatever their dtypes, and each rank holds an equal
-part of it. The tensors stay in their places in the model: they are empty while the block is sharded, and views of the
-gathered bytes while it runs. Two buffers are used in turn: while one block computes, the next one's weights are
-gathered on a stream of their own. A block finds its weights at the same addresses every time, as CUDA graphs need.
+A block's tensors of all dtypes lie one after another in a flat buffer of bytes, and each rank holds an equal part of
+the buffer. The tensors stay in their places in the model: they are empty while the block is sharded, and views of the
+gathered bytes while the block runs. Two buffers are used in turn: while one block computes, the next block's weights
+are gathered on a stream of their own. A block's weights have the same addresses in every call, as CUDA graphs need.
 
 The next block is prefetched by the order of the last forward. All ranks of a group run the same blocks in the same
 order, so they prefetch the same block, right or wrong.
@@ -81,7 +81,7 @@ def dense(tensor: torch.Tensor) -> bool:
 def _run(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a dense tensor, flat and in the order of memory.
 
-    It is no view of the tensor, which would keep the memory alive when the tensor's data is elsewhere.
+    The result is no view: a view would keep the memory alive after the tensor's data was replaced.
     """
     found = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return found.set_(tensor.untyped_storage(), tensor.storage_offset(), (tensor.numel(),), (1,))
@@ -179,8 +179,8 @@ class GatherBuffers:
         self.group, self.device = group, device
         self._shards: list[BlockShard] = []
         self._buffers: list[torch.Tensor] = []
-        # For each buffer: the shard whose weights it holds, the shard whose block runs, and on a GPU the events after
-        # which it may be read and overwritten.
+        # For each buffer: the shard whose weights are in it, the shard whose block runs, and on a GPU the events after
+        # which the buffer may be read (`_ready`) and overwritten (`_done`).
         self._held: list[BlockShard | None] = [None, None]
         self._running: list[BlockShard | None] = [None, None]
         self._ready: list[Any] = [None, None]
@@ -190,7 +190,7 @@ class GatherBuffers:
         self._last: BlockShard | None = None
 
     def shard(self, name: str, weights: Sequence[Weight]) -> BlockShard:
-        """Adds a block; consecutive ones have different buffers."""
+        """Adds a block; consecutive blocks have different buffers."""
         self._shards.append(BlockShard(name, weights, self.group, self.device, len(self._shards) % 2))
         return self._shards[-1]
 

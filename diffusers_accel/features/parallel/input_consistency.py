@@ -1,8 +1,8 @@
 """Input consistency: all ranks must be given the same request.
 
-Owns two checks. Where a script draws random numbers without a generator of its own, all ranks get rank 0's random
-state. The arguments of a request's first call are compared, so that ranks with different inputs raise `RanksDiffer`,
-which names the argument, instead of mixing two pictures.
+Owns two measures. All ranks get rank 0's random state, for scripts that draw random numbers without a generator. The
+arguments of a request's first call are compared. If they differ, all ranks raise `RanksDiffer`, which names the
+argument, instead of mixing two pictures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...errors import RanksDiffer, Unsupported
 from ...models.adapter import by_name, parameter_names
 from ..context import Denoiser, PipelineContext
 
-# Tensors of up to so many values are compared whole, larger ones by so many sums.
+# Tensors of up to `_COMPARED_WHOLE` values are compared value by value, and larger tensors by `_SUMS` sums.
 _COMPARED_WHOLE, _SUMS = 64, 65
 
 

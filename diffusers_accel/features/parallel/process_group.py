@@ -1,7 +1,7 @@
 """The process group, and this rank's device: the first row of FEATURES, on which all parallelism stands.
 
-Its section is `parallel`. The process group is started, and the rank's pipeline gets a GPU of its own
-(`rank_device.py`), before any other feature's edits, which then find weights where they stay.
+The feature's section is `parallel`. The process group is started, and the rank's pipeline moves to a GPU of its own
+(`rank_device.py`), before any other feature's edits. These then find weights on their final device.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Rank devices: each rank's pipeline gets a GPU of its own.
 
 After `pipe.to("cuda")` every rank's pipeline is on the first GPU, unless the launcher shows each process one GPU alone.
-Ranks on a shared GPU are therefore moved to the GPU numbered LOCAL_RANK, which the launcher has set. All ranks decide
-together, from the devices of all, so a script that has placed its pipelines otherwise is left alone, and all ranks
-raise the same error.
+Ranks on a shared GPU are therefore moved to the GPU numbered LOCAL_RANK, which the launcher has set. All ranks compare
+the devices of all ranks, and so decide alike: pipelines on different GPUs stay there, and all ranks raise the same
+error.
 
-The rank's GPU becomes the process's current one and stays so: generators and tensors that a script makes on "cuda" from
-then on are there. A generator made before may be on the first GPU, since torch draws the same numbers on any. Tensors
-made before are moved where a denoiser is given them. Models that wait on the host (`enable_model_cpu_offload`,
+The rank's GPU becomes and stays the process's current one. Generators and tensors that a script then makes on "cuda"
+are on this GPU. An earlier generator may be on the first GPU, since torch draws the same numbers on any. An earlier
+tensor is moved when it is passed to a denoiser. Models that wait on the host (`enable_model_cpu_offload`,
 `enable_sequential_cpu_offload`, before or after) go to the rank's GPU too.
 """
 
@@ -41,7 +41,7 @@ _INSTEAD = (
 
 @dataclass(frozen=True)
 class RankDevice:
-    """The device of one rank's pipeline, and the device that the launcher means for it.
+    """The device of one rank's pipeline, and the device that the launcher intends for it.
 
     Attributes:
         name: The device that the pipeline is on, e.g. `"cuda:0"`.

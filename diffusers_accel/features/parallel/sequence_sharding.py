@@ -1,9 +1,9 @@
 """Sequence sharding: a denoiser's tokens are sharded where they enter the blocks, and gathered where they leave them.
 
-Owns one layer around each block, outside all other layers. Streams that are whole leave it as this rank's shard;
-streams that a block has returned are shards already, and are recognized by their length. Arguments that all blocks
-share (rotary tables, for instance) are sharded once in a call, so that every block gets one object. `ShardedAttention`
-is handed to the attention sites. Tensors of lengths that fit neither raise `Unsupported`.
+Owns one layer around each block, outside all other layers. The layer shards whole streams. Streams that a block has
+returned are shards already, and are recognized by their length; a stream of any other length raises `Unsupported`.
+Arguments that all blocks share (e.g. rotary tables) are sharded once in a call, so that every block gets one object.
+`ShardedAttention` is handed to the attention dispatchers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SequenceSharding:
     def __init__(self, denoiser: Denoiser, plan: SequenceShardingPlan, group: Group):
         self.denoiser, self.plan, self.group = denoiser, plan, group
         self._names = parameter_names(denoiser.module)
-        # Stream -> its whole length in the running call.
+        # Stream -> its length over all ranks, in the running call.
         self._lengths: dict[str, int] = {}
         # (id of the whole object, dims or name) -> (the object, its shard). The object is kept so that its id stays
         # unique.
@@ -47,7 +47,7 @@ class SequenceSharding:
     # --- the layers ---------------------------------------------------------------------------------------------------
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer around the denoiser's forward: shards those of its arguments that are added between blocks."""
+        """The layer around the denoiser's forward: shards the arguments that are added between blocks."""
         self._forget()
         arguments = by_name(self._names, args, kwargs)
         for name, reason in self.plan.refused.items():
@@ -205,7 +205,7 @@ class SequenceSharding:
 
 
 class ShardedAttention:
-    """One attention module's context parallelism, for its site.
+    """One attention module's context parallelism, for its dispatcher.
 
     Args:
         sharding: The sharding of the denoiser's tokens.
@@ -226,7 +226,7 @@ class ShardedAttention:
             kernel: The kernel chosen for the call.
         """
         attends = self._attends
-        # Every rank has all keys, so its attention is local.
+        # Every rank has all keys that its queries attend to, so the attention is local.
         if not attends.keys or (inputs.is_causal and attends.replicated_keys):
             found: torch.Tensor = kernel(inputs)
             return found

@@ -1,7 +1,7 @@
 """Allocates symmetric memory for the groups that use it, as `parallel.comm` asks.
 
 Hands each allocation to its group (`Group.symm_mem`) and to the input check, which resynchronizes it as a request
-begins. Where `"auto"` finds none to be had, it warns and the group uses collectives.
+begins. Where `"auto"` cannot allocate any, the group uses collectives, with a warning.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def set_up_symm_mem(context: PipelineContext, group: Group, device: str, config:
     """Allocates a group's symmetric memory if the configuration asks for it. A collective of the group.
 
     Args:
-        context: The pipeline; its `outputs.symm_mem` lists all allocations.
-        group: The ranks.
+        context: The pipeline; the allocation is appended to its `outputs.symm_mem`.
+        group: The ranks; the allocation becomes their `symm_mem`.
         device: Device type of the tensors.
         config: The section `parallel`.
 

@@ -1,13 +1,12 @@
 """Tensor parallelism: every rank has a shard of the blocks' weights, and computes some heads and features.
 
-It comes before all other features that touch weights, so that a quantized or fused layer is a rank's shard, an ordinary
-linear layer (`kernels/linear/sharded.py`). The plan of the sharded layers is the adapter's data
-(`models/tensor_parallel.py`). Processors are stock: they count heads by attributes of their module, which are set to a
-rank's.
+This feature comes before all others that change weights, so these quantize or fuse a rank's shard, an ordinary linear
+layer (`kernels/linear/sharded.py`). The adapter has the plan of the sharded layers (`models/tensor_parallel.py`).
+Processors are stock: they read the number of heads from attributes of their module, which are set to a rank's number.
 
-The stock weights go to host memory, so that `restore` needs no other rank, and `state_dict` and `save_pretrained`
-return them. Methods that would write a whole model's tensors into shards (loading a LoRA, for instance) are refused
-meanwhile.
+The stock weights go to host memory. So `restore` needs no other rank, and `state_dict` and `save_pretrained` return the
+stock weights. Until `restore`, methods that would write a whole model's tensors into shards (e.g. loading a LoRA) are
+refused.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The choice of the kernel for a call: a fixed kernel, or the fastest of several by measurement.
 
-When a class of shapes first occurs on a GPU, `Fastest` times every candidate on the tensors of that call (no kernel
-changes its inputs) and keeps the result in a small file. A file belongs to one GPU model and one set of package
-versions, so an upgrade measures again. Lengths form classes half an octave wide, because the order of the kernels does
-not change faster than that.
+When a class of shapes first occurs on a GPU, `Fastest` times every candidate on the tensors of that call. No kernel
+changes its inputs. The result is kept in a small file for one GPU model and one set of package versions, so an upgrade
+measures again. Lengths form classes half an octave wide: within a class the order of the kernels hardly changes.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def candidates(device: Device, exact: bool = True) -> tuple[AttentionKernel, ...
 
 
 def shape_class(inputs: Inputs, call: Call) -> str:
-    """Name of a class of shapes: `"bfloat16 24x128 q4608 k4608"`, say. Heads (times batch) and lengths are rounded to
+    """Name of a class of shapes, e.g. `"bfloat16 24x128 q4608 k4608"`. Heads (times batch) and lengths are rounded to
     half octaves."""
     query, key = inputs.query, inputs.key
     heads = _half_octave(query.shape[0] * query.shape[2])
@@ -144,7 +143,7 @@ def shape_class(inputs: Inputs, call: Call) -> str:
 
 
 def margin(times: Mapping[str, float]) -> str:
-    """The fastest kernel and its lead: `"fa3 0.31 ms, 6% before fa4, 9% before cudnn"`, say.
+    """The fastest kernel and its lead, e.g. `"fa3 0.31 ms, 6% before fa4, 9% before cudnn"`.
 
     Args:
         times: Kernel -> seconds; infinity for a kernel that failed.
@@ -260,8 +259,8 @@ def cache_folder() -> Path:
 
 
 def _alternate(functions: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds of each function on the current GPU. The functions are called in turn, so that a warming chip affects all
-    of them alike: at least three times, and more often while that takes little time."""
+    """Seconds of each function on the current GPU. The functions are called in turn, so that a warming GPU affects all
+    alike. Each is called three times or more, up to 15 times within 0.05 seconds."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for rounds in range(15):
         if rounds >= 3 and sum(map(sum, times.values())) > 0.05:

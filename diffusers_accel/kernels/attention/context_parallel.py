@@ -2,13 +2,13 @@
 
 Owns Ulysses, Ring and Attention2D. Every rank holds a shard of the tokens with all heads. Ulysses exchanges tokens for
 heads, so that a rank has all tokens of some heads, and back (https://arxiv.org/abs/2309.14509). The attention of these
-heads is local, or is sharded further. Ring passes keys and values from rank to rank, the next ones on their way while
-the kernel works on the last (https://arxiv.org/abs/2310.01889). Attention2D puts ranks on a grid: queries are gathered
-along a rank's row, keys and values along its column, and the row's partial outputs are exchanged (TensorRT-LLM
-VisualGen). Ring and Attention2D merge partial outputs in float32 by their logsumexp (LSE).
+heads is local, or is sharded further. Ring passes keys and values from rank to rank while the kernel works on the last
+ones (https://arxiv.org/abs/2310.01889). Attention2D puts ranks on a grid (TensorRT-LLM VisualGen). Queries are gathered
+along a rank's row, keys and values along its column; the row then exchanges partial outputs. Ring and Attention2D merge
+partial outputs in float32 by their logsumexp (LSE).
 
-Nothing is padded: tokens and heads may be sharded unevenly. After an exchange tokens are in the order of ranks. Where a
-shard holds tokens of two streams, that differs from the order of the whole sequence, which matters to masks alone.
+Nothing is padded: tokens and heads may be sharded unevenly. After an exchange, tokens are in the order of ranks. If a
+shard holds tokens of two streams, this is not the order of the whole sequence. Only masks depend on the order.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Layout:
     """The tokens of one attention call, over all ranks.
 
     Attributes:
-        queries: Whole lengths of the streams that the queries come from, in their order in a shard.
-        keys: Whole lengths of the streams that the keys come from, in their order in a shard.
-        replicated_keys: Number of keys, before the sharded ones, that every rank has.
+        queries: Lengths, over all ranks, of the streams of the queries, in their order in a shard.
+        keys: Lengths, over all ranks, of the streams of the sharded keys, in their order in a shard.
+        replicated_keys: Number of keys that every rank has, in front of the sharded ones.
     """
 
     queries: tuple[int, ...]
@@ -46,7 +46,7 @@ class Layout:
     replicated_keys: int = 0
 
     def lengths(self, streams: Sequence[int], ranks: int) -> list[int]:
-        """Each rank's number of tokens, of streams with these whole lengths."""
+        """Each rank's number of tokens, from the streams' lengths over all ranks."""
         return [sum(parts) for parts in zip(*(shard_sizes(length, ranks) for length in streams), strict=True)]
 
 
@@ -57,7 +57,7 @@ class ContextParallelAttention:
     Attributes:
         sequence: All ranks that share the sequence, in the order of shards.
         ulysses: The ranks that exchange tokens for heads.
-        ring: The ranks that pass keys and values on.
+        ring: The ranks that pass keys and values to each other.
         row: The ranks of this rank's row of the grid, which gather queries.
         column: The ranks of this rank's column, which gather keys and values.
         all_to_all: The exchange over symmetric memory; `None` where `ulysses` has none.
@@ -84,7 +84,7 @@ class ContextParallelAttention:
 
         Args:
             inputs: This rank's shards, normed and rotated. A mask covers this rank's keys, all keys, or all queries and
-                all keys.
+                all keys. `is_causal` is right for one stream without Ring and Attention2D.
             layout: The tokens of all ranks.
             kernel: The attention kernel.
 
@@ -92,7 +92,7 @@ class ContextParallelAttention:
             (batch, this rank's queries, heads, value_dim), in the query's dtype.
 
         Raises:
-            Unsupported: The mask has another shape.
+            Unsupported: A mask has another number of keys or dimensions, or some keys are replicated.
         """
         inputs = _divisible(inputs, self.ulysses.size)
         heads = inputs.query.shape[2], inputs.key.shape[2]
@@ -112,8 +112,8 @@ class ContextParallelAttention:
         """`attend` after the first exchange.
 
         Args:
-            inputs: All tokens of the Ulysses ranks, this rank's heads.
-            replicated: Keys and values, of this rank's heads, that every rank has; `None` without any.
+            inputs: The tokens of all Ulysses ranks, with this rank's heads.
+            replicated: The replicated keys and values, with this rank's heads; `None` without any.
             layout: The tokens of all ranks.
             heads: Number of query heads over all ranks.
             attn_mask: The mask as `attend` was given it.
@@ -173,16 +173,19 @@ class ContextParallelAttention:
 
     @property
     def _ulysses_ranks(self) -> range:
-        """The ranks of this rank's Ulysses group, as they are numbered in `sequence`."""
+        """The ranks of this rank's Ulysses group, by their numbers in `sequence`."""
         return range(self._ulysses_index * self.ulysses.size, (self._ulysses_index + 1) * self.ulysses.size)
 
     @property
     def _ulysses_index(self) -> int:
-        """The place of this rank's Ulysses group among those of `sequence`."""
+        """The index of this rank's Ulysses group in `sequence`."""
         return self.sequence.rank // self.ulysses.size
 
     def _to_heads(self, x: Inputs, layout: Layout, count: tuple[int, int]) -> tuple[Inputs, _KeyValue | None]:
-        """The Ulysses ranks' tokens with this rank's heads, and apart from them replicated keys and values."""
+        """(tokens of all Ulysses ranks, replicated keys and values), both with this rank's heads.
+
+        `count` has the numbers of query heads and key heads over all ranks.
+        """
         group, replicated_keys = self.ulysses, layout.replicated_keys
         heads = shard_sizes(count[0], group.size), shard_sizes(count[1], group.size)
         replicated = None
@@ -201,7 +204,7 @@ class ContextParallelAttention:
         return replace(x, query=query, key=key, value=value), replicated
 
     def _to_tokens(self, out: torch.Tensor, heads: list[int], lengths: list[int]) -> torch.Tensor:
-        """This rank's tokens with all heads."""
+        """This rank's tokens with all heads, from each rank's number of heads and of tokens."""
         group = self.ulysses
         if group.size == 1:
             return out
@@ -237,7 +240,7 @@ class ContextParallelAttention:
     ) -> torch.Tensor:
         """The attention of this rank's heads: local, or sharded further by Ring or Attention2D."""
         size = self.ulysses.size
-        # The ranks of every Ulysses group, as they are numbered in `sequence`.
+        # The ranks of every Ulysses group, by their numbers in `sequence`.
         groups = [list(range(start, start + size)) for start in range(0, self.sequence.size, size)]
         if not self.partial:
             x = replace(x, attn_mask=mask.of(groups[0], groups[0]))
@@ -255,7 +258,7 @@ class ContextParallelAttention:
         mask: _Mask,
         kernel: Kernel,
     ) -> torch.Tensor:
-        """Ring attention: this rank's keys and values first, then those of each previous rank."""
+        """Ring attention: this rank's keys and values first, then each previous rank's."""
         group, own = self.ring, groups[self.ring.rank]
         longest = max(sum(mask.keys[rank] for rank in ranks) for ranks in groups)
         merger = _Merger(x.query.dtype)
@@ -302,7 +305,7 @@ class ContextParallelAttention:
         # The first column alone attends to replicated keys, so that they count once.
         out, lse = _partial(_with_replicated(part, replicated if self.row.rank == 0 else None), kernel)
         batch, _, heads, dim = out.shape
-        # The LSE is sent as values of the output's dtype: two of 16 bits, one of 32, or widened to one of 64.
+        # The LSE is sent in the output's dtype: as two 16-bit values, as one of 32 bits, or widened to 64 bits.
         lse = lse.to(torch.promote_types(lse.dtype, out.dtype))
         sends = [
             [piece, sums.contiguous().view(out.dtype)]
@@ -321,7 +324,7 @@ class ContextParallelAttention:
 
 
 def _divisible(x: Inputs, ranks: int) -> Inputs:
-    """Inputs whose key heads divide among ranks: as they are, or repeated for each query head."""
+    """Inputs whose grouped key heads divide evenly among ranks; if not, key heads are repeated for each query head."""
     return x.ungrouped() if x.grouped and x.key.shape[2] % ranks else x
 
 
@@ -332,7 +335,7 @@ def _with_replicated(x: Inputs, replicated: _KeyValue | None) -> Inputs:
 
 
 def _partial(x: Inputs, kernel: Kernel) -> _OutputLSE:
-    """Output and LSE, also without any query or key."""
+    """The kernel's output and LSE. Without queries or keys: zeros and -inf."""
     batch, length, heads, _ = x.query.shape
     if 0 in (length, x.key.shape[1]):
         out = x.query.new_zeros((batch, length, heads, x.value.shape[3]))
@@ -410,6 +413,7 @@ class _Mask:
         query_lengths: list[int],
         key_lengths: list[int],
     ) -> _Mask:
+        """The mask of `attend`, whole and in the order of ranks. A collective if it covers this rank's keys alone."""
         if mask is None:
             return cls(None, query_lengths, key_lengths)
         if layout.replicated_keys or mask.ndim != 4:

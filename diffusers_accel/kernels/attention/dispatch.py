@@ -1,7 +1,7 @@
 """The dispatcher: one attention call of a pipeline enters here, gets a kernel, is counted and runs.
 
 All calls go through one custom operator. Under `torch.compile` a call is therefore an opaque node: no graph break, and
-one compiled graph for all blocks. The choice of the kernel runs in Python on every call, so it may depend on the step,
+one compiled graph for all blocks. The kernel is chosen in Python on every call. So the choice may depend on the step,
 the layer and the shape without a second graph.
 
 A kernel may refuse a call because of a mask, a dtype or a head dimension. Such a call runs on SDPA, is counted under

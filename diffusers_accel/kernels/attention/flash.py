@@ -1,12 +1,12 @@
 """FlashAttention 3 and 4, from their wheels or a user's own build. Forward only here; neither takes a mask.
 
 FlashAttention 3 (https://arxiv.org/abs/2407.08608) is for Hopper: the `fa3-fwd` wheel, or a user's build of
-`flash_attn_interface`. It also supports e4m3 operands. `fa3-fp8` subtracts the means of keys and values, applies the
-Hadamard transform of `recipe.py`, and rounds Q, K and V with one scale per head, in two fused launches. A third launch
-adds the values' mean to the output.
+`flash_attn_interface`. FlashAttention 3 also supports e4m3 operands. In two fused launches `fa3-fp8` subtracts the
+means of keys and values, applies the Hadamard transform of `recipe.py`, and rounds Q, K and V with one scale per head.
+A third launch adds the values' mean to the output.
 
-FlashAttention 4 is CuTe DSL for Hopper and Blackwell: the `flash-attn-4` wheel, called directly because torch's own
-activation of it does not work with the released betas.
+FlashAttention 4 is CuTe DSL for Hopper and Blackwell: the `flash-attn-4` wheel. The wheel is called directly, because
+torch's `activate_flash_attention_impl` does not work with the released betas.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 In eager code `DeferredQK` carries norm and rotation to the kernel; in a compiled graph they are operators. The
 processor emits `apply_rope` for a rotation. A rewrite of the graph then joins the norm, the rotation and attention to
-one `fused_qk_norm_rope_attention`. The kernel that is in force at the call decides the rest: a kernel that rounds query
-and key norms and rotates in the same pass; for any other kernel one Triton launch norms and rotates both.
+one `fused_qk_norm_rope_attention`. A kernel that rounds query and key applies norm and rotation in the same pass. For
+any other kernel one Triton launch applies both beforehand.
 
 Async Ulysses splits that operator into `ulysses_send` and `ulysses_attention`, with other computation between them.
 """

@@ -2,9 +2,9 @@
 
 The ideas that make it fast on Hopper:
 
-- Integer logits start from an accumulator preset to the bits of 1.5 * 2^23 as a float. The integer sum is then a
-  float32 already, and nothing is converted; the fused multiply-add of the softmax subtracts the offset. |QK| is at most
-  127 * 127 * 128 < 2^21, well inside the 2^22 that this allows.
+- Integer logits start from an accumulator preset to the bits of 1.5 * 2^23 as a float. The integer sum then has the
+  bits of a float32 and needs no conversion. The softmax's fused multiply-add subtracts the offset. The limit of |QK|
+  is 2^22, and |QK| is at most 127 * 127 * 128 < 2^21.
 - A scale per whole tile of keys is multiplied into the row's scale, so a logit costs a single multiply-add.
 - The keys of the transposed e4m3 V are permuted within every 16. The layout in which the first product leaves P is then
   the operand layout of the second product: no value moves between threads.
@@ -228,8 +228,8 @@ _HOPPER: dict[tuple[bool, bool, bool], tuple[Tile, ...]] = {
 def choose_tile(
     recipe: Recipe, head_dim: int, arch: tuple[int, int] | None, processors: int, queries: int, heads: int
 ) -> Tile:
-    """The tile for a call: of the tiles measured for the recipe, the one with the highest rate after the loss in the
-    last wave.
+    """The tile for a call: among the recipe's measured tiles, the tile with the highest rate after the loss in the last
+    wave.
 
     Args:
         recipe: The rounding of the operands.

@@ -1,4 +1,4 @@
-"""The QK-norm of a quantizing kernel: its weights, and each token's 1 / RMS where the norm is over all heads.
+"""The QK-norm of a quantizing kernel: the norm's weights, and each token's 1 / RMS for a norm over all heads.
 
 A quantizer reads one head at a time, so it computes a norm over the channels of a head itself. A norm over the channels
 of all heads needs the whole token first: one launch computes 1 / RMS of each token beforehand.

@@ -1,5 +1,5 @@
-"""Triton kernels that write to the memory of peers: each head of a token is read once, and written once to where it
-belongs, on this GPU or, over NVLink, on another. Norm and rotation are done in the same pass.
+"""Triton kernels that write to the memory of peers. Each head of a token is read once, and written once to its address
+on this GPU or, over NVLink, on another. Norm and rotation are applied in the same pass.
 
 Owns the kernels of Ulysses' exchange (`ulysses.py`): `scatter_heads` sends query, key and value, `scatter_tokens` sends
 the attention output back, and `gather_heads` copies it out of symmetric memory. A program takes one token with all its
@@ -217,8 +217,8 @@ class TokenAddresses:
     """The address of each rank's first token.
 
     Attributes:
-        table: int64 (ranks, 5) on the device: a rank's first token, its number of tokens, the address of the first one,
-            and the strides of tokens and of samples in elements.
+        table: int64 (ranks, 5) on the device. Columns: index of the rank's first token, number of tokens, address of
+            the first token, and the strides of tokens and of samples in elements.
         longest: The largest number of tokens of a rank.
         aligned: Whether addresses and strides are multiples of 16 bytes.
     """
@@ -241,9 +241,8 @@ class TokenAddresses:
         return cls(torch.tensor(table).to(device), max(lengths), _aligned(rows, addresses[0].element_size()))
 
 
-# A part of a query, key or value along the sequence: the tensor (batch, sequence, heads, head_dim); the weight of an
-# RMS norm, (head_dim,) for each head or (heads * head_dim,) across heads; cosines and sines in float32, as in
-# `record.Rotary`.
+# A part of a query, key or value along the sequence. The tensor is (batch, sequence, heads, head_dim). An RMS norm's
+# weight is (head_dim,) for each head, or (heads * head_dim,) across heads. Cosines and sines are as in `record.Rotary`.
 Part = tuple[torch.Tensor, torch.Tensor | None, Tables | None]
 
 

@@ -1,8 +1,7 @@
 """QK-norm and rotary embedding in one pass, in Triton: query and key are read once and written in attention's layout.
 
-A program takes one token with all its heads. A norm over each head and a norm over all heads therefore cost the same,
-and rotary tables that all heads share are read once. Only functions that run on a GPU import this module: it needs
-triton.
+A program takes one token with all its heads. A norm over each head and a norm over all heads therefore cost the same.
+Rotary tables that all heads share are read once. Only functions that run on a GPU import this module: it needs triton.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ def load_token(
     base, stride, heads, norm_ptr, eps, cos_ptr, sin_ptr, table_stride,
     NORM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The heads of one token, with norm and rotation applied, as four quarters, float32 (HEADS, W) each; and the mask
-    of values that exist. NORM: "head" over the channels of each head, "all" over the channels of all heads, "" for
-    none."""
+    """(four quarters of the channels, mask of existing values) of one token's heads, normed and rotated: float32
+    (HEADS, W) each. NORM: "head" over the channels of each head, "all" over the channels of all heads, "" for none.
+    ROPE: "interleaved" or "half" as in `record.Rotary`, "" for none."""
     Q: tl.constexpr = D // 4
     h = tl.arange(0, HEADS)
     if NORM == "all":
@@ -91,7 +90,7 @@ def _qk_norm_rope(
 
 
 def table_strides(table: torch.Tensor | None) -> list[int]:
-    """Strides of batch, sequence and heads of a rotary table; 0 for a dimension of size 1, and without a table."""
+    """Strides of batch, sequence and heads of a rotary table. 0 for a dimension of size 1, or without a table."""
     if table is None:
         return [0, 0, 0]
     return [0 if table.shape[dim] == 1 else table.stride(dim) for dim in range(3)]
@@ -109,10 +108,10 @@ def qk_norm_rope(
     """Writes query and key with norm and rotation applied.
 
     Args:
-        query: (batch, sequence, heads, head_dim), any strides.
+        query: (batch, sequence, heads, head_dim), any strides. head_dim is a multiple of 8.
         key: (batch, key sequence, key heads, head_dim), any strides.
-        query_out: Receives the query: its shape, with heads and channels contiguous.
-        key_out: Receives the key: its shape, with heads and channels contiguous.
+        query_out: Receives the query: the query's shape, with heads and channels contiguous.
+        key_out: Receives the key: the key's shape, with heads and channels contiguous.
         norm: An RMS norm to apply to query and key; `None` without one.
         rotary: A rotary embedding to apply to query and key, after the norm; `None` without one.
         warps: Warps of a program; by default the number measured with `benchmarks/rows.py --tiles`.

@@ -1,9 +1,9 @@
 """Fused quantization of Q, K and V in Triton: each element is read at most twice, and the inputs stay as they are.
 
-The first launch reduces over the sequence: per channel the sum of K (for its mean) and the largest |V|; for scales per
-head, the largest values of all three. Each program writes a partial result, so the order of additions is the same in
-every run. The last launch rounds, and writes the layout that the attention kernel reads: Q and K as (batch, heads,
-sequence, head_dim), V transposed. Both launches apply QK-norm and rotary embedding as they read (`rows.py`).
+The first launch reduces over the sequence. Per channel it computes the sum of K (for the mean) and the largest |V|; for
+scales per head, the largest values of Q, K and V. Each program writes a partial result, so the order of additions is
+the same in every run. The last launch rounds, and writes the layout that the attention kernel reads: Q and K as (batch,
+heads, sequence, head_dim), V transposed. Both launches apply QK-norm and rotary embedding as they read (`rows.py`).
 
 Only the loaders of kernel records import this module: it needs triton.
 """
@@ -44,7 +44,7 @@ LOG2E = 1.4426950408889634
 _SPLITS = 16
 _REDUCE_ROWS, _REDUCE_WARPS, _REDUCE_STAGES = 32, 2, 3
 _ROWS, _ROUND_WARPS = 128, 4
-# The mean of norm_channels keys is taken over one of so many: nothing else depends on their values beforehand.
+# With a norm, the keys' mean is taken over the first 1 / `_KEY_SAMPLE` of each split: scales then need no keys' values.
 _KEY_SAMPLE = 4
 _HEAD_ROWS, _HEAD_TILES, _HEAD_WARPS = 32, 16, 4
 
@@ -232,7 +232,7 @@ def _round_per_head(
     block, index, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     W: tl.constexpr = DP // 4
     # The largest value after subtraction and Hadamard transform is bounded, not measured. e4m3 has exponents to spare,
-    # so a bound serves as well as the maximum, and costs no pass.
+    # so the bound costs no accuracy, and saves a pass.
     GAIN: tl.constexpr = hadamard_gain(LEVELS)
     first = block * ROWS * TILES
     if which == 0:
@@ -449,9 +449,8 @@ def quantize_per_head(x: Inputs) -> Quantized:
     """Rounds to e4m3 with one scale per key head, as FlashAttention 3 reads it.
 
     The mean of the values is subtracted too, channel by channel. The weights of a row sum to one, so the output lacks
-    exactly that mean. With the mean, FlashAttention 3 is wrong: Hopper's matrix units add e4m3 products with about 14
-    bits and cut off the rest, so a sum that grows with every key loses a share that grows with it
-    (`benchmarks/check_gpu.py`).
+    exactly that mean. With the mean, FlashAttention 3 is inaccurate: Hopper's matrix units add e4m3 products with about
+    14 bits and truncate. The larger the sum, the larger the share that it loses (`benchmarks/check_gpu.py`).
 
     Args:
         x: The call. Query, key and value are bf16, fp16 or float32 with any strides; a mask plays no part. `norm` and

@@ -1,14 +1,14 @@
 """Recipes of 8-bit attention: the rounded operands, their types, the tokens that share a scale; and plain references.
 
 The idea is SageAttention's (https://arxiv.org/abs/2410.02367, https://arxiv.org/abs/2411.10958). Softmax does not
-change when one vector is subtracted from every key. The outlying channels of a real K lie in its mean, so the mean is
+change when one vector is subtracted from every key. The outlier channels of a real K lie in its mean, so the mean is
 subtracted before rounding. Q is rounded with one scale per token, which includes the softmax scale; K with one scale
 per block of tokens; V with one scale per channel. P lies in [0, 1] and is rounded to e4m3 with the constant scale 448.
 
-Where a few channels carry a logit, their errors decide it, and in INT8 they set the step for all other channels. Q and
-K are therefore first multiplied by an orthogonal Hadamard matrix (the incoherent processing of FlashAttention 3,
-https://arxiv.org/abs/2407.08608), which leaves QK as it is and spreads such channels over their group. Any Hadamard
-matrix serves; this one mixes the channels that one GPU thread holds, so it costs no exchange between threads.
+A few outlier channels may dominate a logit: their errors are then its error, and in INT8 they set the step of all other
+channels. Q and K are therefore first multiplied by an orthogonal Hadamard matrix (the incoherent processing of
+FlashAttention 3, https://arxiv.org/abs/2407.08608). QK does not change, and outliers are spread over their group. The
+matrix mixes the channels that one GPU thread holds, so threads exchange nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Type of QK, then tokens per scale of Q, K and V: `"int8-1-16-1"`, say."""
+        """Type of QK, then tokens per scale of Q, K and V, e.g. `"int8-1-16-1"`."""
         if self.qk is None:
             return "bf16-0-0-0"
         return f"{self.qk}-1-{self.k_block}-{1 if self.pv else 0}"
@@ -74,8 +74,8 @@ def hadamard_levels(head_dim: int) -> int:
 
 
 def hadamard_matrix(head_dim: int) -> torch.Tensor:
-    """The orthogonal Hadamard matrix of Q and K, float32 (head_dim, head_dim). It mixes groups of 16 or 32 channels:
-    2 ** `hadamard_levels(head_dim)` neighbours from each of the four quarters of a head."""
+    """The orthogonal Hadamard matrix of Q and K, float32 (head_dim, head_dim). Each group of mixed channels has
+    2 ** `hadamard_levels(head_dim)` neighbours from each of the four quarters of a head: 16 or 32 channels."""
     within = 2 ** hadamard_levels(head_dim)
     groups = torch.eye(head_dim // 4 // within)
     return torch.kron(_sylvester(4), torch.kron(groups, _sylvester(within)))

@@ -47,8 +47,8 @@ class QKNorm:
     """An RMS norm of query and key.
 
     Attributes:
-        query: Weight of the query: (head_dim,) for a norm over the channels of each head, (heads * head_dim,) for a
-            norm over the channels of all heads, which needs as many heads of the key as of the query.
+        query: Weight of the query: (head_dim,) for a norm over each head, (heads * head_dim,) for a norm over all
+            heads. A norm over all heads needs as many heads of the key as of the query.
         key: Weight of the key, of the query weight's shape.
         eps: Epsilon.
     """
@@ -163,8 +163,8 @@ class Call:
 
 
 def mask_kind(attn_mask: torch.Tensor | None) -> str:
-    """The kind of a mask: `"none"`, `"keys"` for one that broadcasts over heads and queries, or `"full"`. The shape
-    alone decides it, so nothing is read from a device."""
+    """The kind of a mask: `"none"`, `"keys"` if it broadcasts over heads and queries, or `"full"`. Only the shape is
+    read, so the device is not waited for."""
     if attn_mask is None:
         return NO_MASK
     return KEY_MASK if attn_mask.ndim == 4 and attn_mask.shape[1] == attn_mask.shape[2] == 1 else FULL_MASK
@@ -186,27 +186,27 @@ class AttentionKernel:
     """An attention kernel.
 
     Args:
-        name: Its name in a configuration.
+        name: The kernel's name in a configuration.
         load: Imports the kernel's package and returns a function of `Inputs`.
-        modules: Alternative modules that provide it; one of them is enough. Empty for torch's own kernels.
-        install: The command that installs such a module.
-        architectures: CUDA compute capabilities that it runs on; `None` for any CUDA device; empty for every device.
-        at_least: Lowest CUDA compute capability that it runs on.
+        modules: Alternative modules with the kernel; one of them is enough. Empty for torch's own kernels.
+        install: The command that installs one of `modules`.
+        architectures: Supported CUDA compute capabilities; `None` for any CUDA device; empty for every device.
+        at_least: Lowest supported CUDA compute capability; `None` for no bound.
         dtypes: Supported dtypes of query, key and value; empty for all.
         head_dims: Supported head dimensions; `None` for all.
-        mask: Whether it supports any attention mask.
-        key_mask: Whether it supports a mask that is the same for every query and head (padding).
-        shortest: Least number of queries, and of keys, that it supports.
+        mask: Whether any attention mask is supported.
+        key_mask: Whether a mask that is the same for every query and head (padding) is supported.
+        shortest: Least supported number of queries, and of keys.
         key_multiple: Number whose multiples are the supported numbers of keys.
-        causal: Whether it supports `is_causal`, whose diagonal starts at the top left, as SDPA's does.
-        causal_square: Whether it supports `is_causal` only for equal lengths, because its diagonal starts elsewhere
-            otherwise.
-        gqa: Whether it supports fewer key and value heads than query heads.
-        lse: Whether it can return the LSE.
-        exact: Whether it computes in the precision of its inputs, without quantization.
-        fuses_qk_norm_rope: Whether it applies the QK-norm and the rotary embedding of its `Inputs`.
-        auto: Whether `"auto"` may choose it; a user's own function is used by name only.
-        refusal: Returns the reason why an installed package cannot be used (a version with a known error, say), or
+        causal: Whether `is_causal` is supported, with the diagonal starting at the top left as in SDPA.
+        causal_square: Whether `is_causal` is supported only for equal lengths, because the kernel's diagonal starts
+            elsewhere for others.
+        gqa: Whether fewer key and value heads than query heads are supported.
+        lse: Whether the kernel can return the LSE.
+        exact: Whether the kernel computes in the precision of its inputs, without quantization.
+        fuses_qk_norm_rope: Whether the kernel applies the QK-norm and the rotary embedding of its `Inputs`.
+        auto: Whether `"auto"` may choose the kernel. A user's own function is used by name only.
+        refusal: Returns the reason why an installed package cannot be used (e.g. a version with a known error), or
             `None`.
     """
 
@@ -268,12 +268,12 @@ class AttentionKernel:
         return self.refusal() or self._broken()
 
     def _broken(self) -> str | None:
-        """Why an installed package does not load (built for another CUDA or torch, say), or `None` if it does."""
+        """Why an installed package does not load (e.g. built for another CUDA or torch), or `None` if it does."""
         if not self.modules:
             return None
         try:
             self.load()
-        except Exception as error:  # whatever a foreign package raises while it is imported
+        except Exception as error:  # an import of another package may raise any error
             return f"is installed and does not load: {type(error).__name__}: {error}."
         return None
 
@@ -310,7 +310,7 @@ KERNELS: Registry[AttentionKernel] = Registry("attention kernel", "register_atte
 
 
 def recipes(backend: str) -> tuple[str, ...]:
-    """The recipes of a quantized backend, the default first: the part behind the slash in the names of its records."""
+    """The recipes of a quantized backend, the default first: the parts of its records' names behind the slash."""
     return tuple(name.partition("/")[2] for name in KERNELS if name.startswith(f"{backend}/"))
 
 
@@ -322,9 +322,9 @@ def register_attention(name: str, function: Any = None, *, replace: bool = False
         function: `fn(query, key, value, attn_mask=None, is_causal=False, scale=None)` on tensors of shape (batch,
             sequence, heads, head_dim), returning the query's shape and dtype. Key and value heads are repeated to the
             query's number of heads before it is called.
-        replace: Allow the name to be registered already.
-        properties: The limits of the function, as fields of `AttentionKernel` (`mask=False`,
-            `dtypes=(torch.bfloat16,)`, say). A call beyond them runs on SDPA, with a warning, and is counted there.
+        replace: Whether to replace a registered function of that name.
+        properties: The limits of the function, as fields of `AttentionKernel` (e.g. `mask=False`,
+            `dtypes=(torch.bfloat16,)`). A call beyond them runs on SDPA, with a warning, and is counted for SDPA.
 
     Raises:
         ValueError: The name is taken.

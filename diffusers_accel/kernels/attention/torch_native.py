@@ -18,7 +18,7 @@ EIGHTS = tuple(range(8, 257, 8))
 
 def scaled_dot_product(x: Inputs) -> Any:
     """`F.scaled_dot_product_attention` with (batch, sequence, heads, head_dim) in and out. The public function returns
-    no LSE, so the operators behind it compute that."""
+    no LSE, so `return_lse` calls an operator behind it."""
     if x.return_lse:
         return _with_lse(x.ungrouped())
     out = F.scaled_dot_product_attention(
@@ -28,6 +28,7 @@ def scaled_dot_product(x: Inputs) -> Any:
 
 
 def _with_lse(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, LSE) in the layout of `record.py`: flash attention on the CPU, memory-efficient attention elsewhere."""
     query, key, value = x.heads_first
     mask = x.attn_mask
     if mask is not None and mask.dtype == torch.bool:
@@ -37,7 +38,7 @@ def _with_lse(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = flash_attention_for_cpu(query, key, value, 0.0, x.is_causal, attn_mask=mask, scale=x.scale)
         return out.transpose(1, 2), lse
     if mask is not None:
-        # The operator needs rows of the mask that begin at multiples of 16 bytes.
+        # The operator needs a mask in the query's dtype, whose rows begin at multiples of 16 bytes.
         columns = -(-mask.shape[-1] // 16) * 16
         room = mask.new_empty((*query.shape[:3], columns), dtype=query.dtype)[..., : mask.shape[-1]]
         mask = room.copy_(mask)
@@ -46,7 +47,7 @@ def _with_lse(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _forced(backend: str, with_lse: Callable[[Inputs], tuple[torch.Tensor, torch.Tensor]]) -> AttentionFunction:
-    """SDPA with one backend. The public function returns no LSE, so `with_lse` calls the operator behind it."""
+    """SDPA with one backend. `with_lse` calls the operator behind it: (output with heads first, LSE)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     chosen = getattr(SDPBackend, backend)

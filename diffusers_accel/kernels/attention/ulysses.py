@@ -1,12 +1,11 @@
 """Ulysses' all-to-all over symmetric memory: query, key and value go to the ranks that have their heads, and back.
 
 Owns the exchange of heads for tokens (https://arxiv.org/abs/2309.14509) of one group, in the steps `send`, `wait` and
-`gather`. Each operand is read once, normed and rotated if that is still to be done, and written to where attention
-reads it, on this GPU and on its peers (`peer_writes.py`). With `async_op` it is written to a staging buffer on this GPU
-instead, head by head, and copy engines bring it to the peers on a stream of their own: the computation that runs
-meanwhile loses nothing but bandwidth.
+`gather`. One pass reads each operand, applies a pending norm and rotation, and writes attention's input on this GPU and
+its peers (`peer_writes.py`). With `async_op` the pass writes the peers' heads to staging buffers on this GPU. Copy
+engines bring them to the peers on a stream of their own, so computation that runs meanwhile loses only bandwidth.
 
-Results lie in symmetric memory, so they must be read before the exchange after the next one begins.
+Results of `wait` lie in symmetric memory, and must be read before `gather`.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ from ...core.symm_mem import SymmetricBuffer, buffer_offsets
 from .record import Tables
 
 QUERY, KEY, VALUE = range(3)
-# Dtypes that `peer_writes.py` takes; others go by torch's own operations.
+# Dtypes that `peer_writes.py` supports; torch copies other dtypes.
 _PEER_WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A query, key or value in parts along the sequence, with the norm and rotation that are still to be done.
+    """A query, key or value in parts along the sequence, with a pending norm and rotation.
 
     Attributes:
         parts: Tensors (batch, sequence of the part, heads, head_dim).
-        norms: A weight of an RMS norm for each part; empty without a norm.
-        eps: The norm's epsilon.
-        tables: Cosines and sines for each part; empty without a rotation.
+        norms: Each part's RMS-norm weight, (head_dim,) or (heads * head_dim,); empty without a norm.
+        eps: The norm's epsilon, the same for query and key.
+        tables: Each part's cosines and sines, as `Rotary` describes them; empty without a rotation.
         rope_style: `"interleaved"` or `"half"`, as `Rotary` describes it.
     """
 
@@ -63,8 +62,8 @@ def norm_and_rotate(
 
     Args:
         x: (batch, sequence, heads, head_dim).
-        weight: The norm's weight, (head_dim,) for a norm of each head or (heads * head_dim,) for one across heads;
-            `None` without a norm.
+        weight: The norm's weight: (head_dim,) for a norm over each head, (heads * head_dim,) over all heads. `None`
+            without a norm.
         eps: The norm's epsilon.
         tables: Cosines and sines; `None` without a rotation.
         rope_style: `"interleaved"` or `"half"`, as `Rotary` describes it.
@@ -83,7 +82,7 @@ def norm_and_rotate(
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rope_style: str) -> torch.Tensor:
-    """A rotary embedding in plain torch; `rope_style` as in `Rotary`."""
+    """A rotary embedding in plain torch; tables and `rope_style` as in `Rotary`."""
     if rope_style == "half":
         real, imaginary = x.chunk(2, -1)
         return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
@@ -138,7 +137,8 @@ class UlyssesAllToAll:
         assert group.symm_mem is not None
         self.group, self._memory = group, group.symm_mem
         self._pending: _Pending | None = None
-        # By shape and buffer: views that operands are written to, tables of their addresses, and staging buffers.
+        # Kept as long as this object: views to write to and tables of their addresses, by shape and buffer; staging
+        # memory, by operand and rank.
         self._views: dict[Any, list[torch.Tensor]] = {}
         self._tables: dict[Any, Any] = {}
         self._staging: dict[Any, list[torch.Tensor]] = {}
@@ -149,8 +149,8 @@ class UlyssesAllToAll:
         Args:
             operands: This rank's tokens with all heads, by `QUERY`, `KEY` and `VALUE`. The call with the value begins
                 an exchange; the other operands come with it or in later calls.
-            shape: The exchange's shape, the same in its calls.
-            async_op: Whether copy engines bring the operands to the peers, beside later work of the current stream.
+            shape: The exchange's shape, the same in all its calls.
+            async_op: Whether copy engines bring the operands to the peers while the current stream works on.
         """
         group = self.group
         if VALUE in operands:
@@ -176,7 +176,7 @@ class UlyssesAllToAll:
     def wait(self) -> list[torch.Tensor]:
         """Ends the exchange: query, key and value of all tokens, with this rank's heads.
 
-        They lie in symmetric memory and must be read before the exchange after the next one begins.
+        The results lie in symmetric memory, and must be read before `gather`.
         """
         pending, self._pending = self._pending, None
         assert pending is not None
@@ -204,7 +204,7 @@ class UlyssesAllToAll:
         """
         group = self.group
         batch, _, own, dim = out.shape
-        # Data of one rank is contiguous in the buffer: it is written faster than a part of every token's row.
+        # Each rank's data is contiguous in the buffer: this is written faster than a part of every token's row.
         shapes = [[(batch, length, count, dim) for count in heads] for length in lengths]
         dtypes = [out.dtype] * len(heads)
         buffer = self._memory.next_buffer(max(buffer_offsets(each, dtypes)[1] for each in shapes))
@@ -219,7 +219,7 @@ class UlyssesAllToAll:
                 for offset, shape in zip(buffer_offsets(shapes[group.rank], dtypes)[0], shapes[group.rank], strict=True)
             ]
         views, received = self._views[key], self._views[(*key, "received")]
-        # The result outlives the next exchange, so it does not stay in symmetric memory.
+        # The result outlives the next exchange, so it is copied out of symmetric memory.
         found = out.new_empty((batch, lengths[group.rank], sum(heads), dim))
         first = sum(heads[: group.rank])
         mine = found[:, :, first : first + own]
@@ -274,13 +274,13 @@ class UlyssesAllToAll:
         nbytes = like.numel() * like.element_size()
         kept = self._staging.setdefault(key, [])
         if not kept or kept[-1].numel() < nbytes:
-            # Recorded graphs hold the addresses of outgrown memory. Sizes are powers of two, so all of it together is
-            # at most twice the largest.
+            # CUDA graphs hold the addresses of outgrown memory, so it is kept. Sizes are powers of two: all memory of
+            # a key is at most twice the largest.
             kept.append(torch.empty(1 << max(nbytes - 1, 1).bit_length(), dtype=torch.uint8, device=like.device))
         return kept[-1][:nbytes].view(like.dtype).view(like.shape)
 
     def _write(self, sent: Sequence[tuple[Operand, Sequence[torch.Tensor], Any]]) -> None:
-        """Writes this rank's tokens: operands, a view for each rank's heads, and the key of their address table."""
+        """Writes this rank's tokens, from (operand, a view for each rank's heads, key of the views' address table)."""
         first = sent[0][0].parts[0]
         if first.is_cuda and first.dtype in _PEER_WRITTEN:
             from .peer_writes import HeadAddresses, scatter_heads

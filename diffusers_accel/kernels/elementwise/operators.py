@@ -43,20 +43,20 @@ def residual_norm(
     """A gated residual sum, its norm over the channels, and an adaptive modulation of the norm, in one pass:
     `s = x + gate * y`, then `(norm(s) * weight + bias) * factor + shift`.
 
-    `gate`, `factor` and `shift` are lists. An empty list stands for no such operand. A list of one tensor holds
-    (batch or 1, sequence or 1, channels). A list of two holds that and (batch or 1, 1, channels), and stands for their
-    sum: the embedding of every row and the table of a block, say.
+    `gate`, `factor` and `shift` are lists. An empty list stands for no such operand. A single tensor is (batch or 1,
+    sequence or 1, channels). Two tensors stand for their sum, e.g. each row's embedding and a block's table; the second
+    is (batch or 1, 1, channels).
 
     Args:
         x: The residual stream, (batch, sequence, channels).
         y: The addend, (batch, sequence, channels); `None` for a norm of `x` alone.
-        gate: Multiplies `y`.
+        gate: Factor of `y`.
         weight: Weight of the norm, (channels,), or `None`.
         bias: Bias of the norm, (channels,), or `None`.
-        factor: Multiplies the norm.
-        shift: Is added to the norm.
+        factor: Factor of the norm.
+        shift: Addend of the norm.
         eps: Epsilon of the norm.
-        rms: Whether it is an RMS norm instead of a layer norm.
+        rms: Whether the norm is an RMS norm instead of a layer norm.
         plus_one: Whether 1 is added to `factor`.
         kind: `"e4m3"` or `"int8"` to round the result row by row, `""` not to round it.
         dtype: Dtype of a result that is not rounded.

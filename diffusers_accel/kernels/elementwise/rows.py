@@ -1,5 +1,5 @@
-"""Triton kernels of one pass over a row: a program reads the row once, holds it in registers and stores the result,
-rounded to 8 bits for a quantized layer.
+"""Triton kernels of one pass over a row. A program reads the row once, holds it in registers and stores the result. For
+a quantized layer the result is rounded to 8 bits.
 
 All arithmetic is float32. Stock code rounds every intermediate result to its own type; these kernels round only the
 residual stream, which is an output. Only operators on a GPU import this module: it needs triton.
@@ -158,7 +158,7 @@ def _concat_quantize(
 
 
 def _pieces(columns: int) -> tuple[int, int]:
-    """Widths of two pieces that hold so many columns with little padding: powers of two, the second possibly 0."""
+    """Widths of two pieces that hold `columns` with little padding: powers of two, the second possibly 0."""
     if columns == 0:
         return 0, 0
     whole = triton.next_power_of_2(columns)

@@ -7,7 +7,7 @@ Importing this package registers the records and imports no kernel package. Wher
 - `record.py`: the record of a format, and `register_linear`.
 - `eight_bit.py`, `four_bit.py`: the layers. `third_party.py`: layers of other packages.
 - Operators that rewrites of compiled graphs find or insert: `row_quantization.py` (activations, row by row),
-  `epilogue.py` (GELU after a product, a concatenation before it), `skinny.py` (products of a few rows).
+  `epilogue.py` (GELU after a GEMM, a concatenation before it), `skinny.py` (skinny GEMMs).
 - `precomputed.py`: outputs of a few rows that were computed before a request's first step.
 - Triton kernels, imported only when a layer runs on CUDA: `gemm.py`, `quantize_activations.py`,
   `quantize_weights.py`.

@@ -2,7 +2,7 @@
 
 Activations are quantized dynamically, at every call. Eager code runs the Triton kernels of `quantize_activations.py`. A
 compiled graph holds an operator instead, which a rewrite fuses with the norm or activation before it. The e4m3 GEMM is
-torch's `F.scaled_mm`; the INT8 GEMM is a Triton kernel of ours (`gemm.py`).
+torch's `F.scaled_mm`; the INT8 GEMM is a Triton kernel of `gemm.py`.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def quantize_nvfp4(
 
     Args:
         x: (rows, columns), columns a multiple of 16.
-        global_scale: float32 (1,); `None` computes the one that maps the largest block scale to 448.
+        global_scale: float32 (1,); `None` computes the scale that maps the largest block scale to 448.
 
     Returns:
         Packed codes uint8 (rows, columns / 2), block scales e4m3 (rows, columns / 16), global scale float32 (1,).

@@ -1,7 +1,7 @@
 """The 4-bit layers: NVFP4 weights, and SVDQuant's NVFP4 residual beside a low-rank branch in 16 bits.
 
-Before Blackwell no matrix unit takes 4 bits, so the weight alone is stored in 4 bits. One fused kernel dequantizes it
-into a scratch tensor before each GEMM, at a few percent of the cost of a GEMM of thousands of rows.
+Before Blackwell no matrix unit takes 4 bits, so the weight alone is stored in 4 bits. Before each GEMM one fused kernel
+dequantizes the weight into a scratch tensor, at a few percent of the cost of a GEMM of thousands of rows.
 
 - `"nvfp4"` dequantizes to 16 bits and leaves activations unquantized: it saves memory, not time.
 - `"nvfp4-fp8"` dequantizes to e4m3 and quantizes activations too, for the speed of an FP8 GEMM.
@@ -144,7 +144,7 @@ def scaled_mm_nvfp4(
     """
     scaling, order = F.ScalingType, F.SwizzleType
     recipe, swizzle = [scaling.BlockWise1x16, scaling.TensorWise], [order.SWIZZLE_32_4_4, order.NO_SWIZZLE]
-    # `F.scaled_mm` takes one global scale. Those of packed layers are applied to the output, column by column.
+    # `F.scaled_mm` takes one global scale. Packed layers have several, which multiply the output's columns.
     per_column = weight_global.numel() > 1
     one_scale = torch.ones_like(x_global) if per_column else weight_global
     out = F.scaled_mm(

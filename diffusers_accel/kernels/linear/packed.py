@@ -1,9 +1,9 @@
-"""Packed linear layers: layers that read one tensor (query, key and value, say), computed as one product.
+"""Packed linear layers: layers that read one tensor (e.g. query, key and value), computed as one product.
 
 A `PackedLinear` holds the layers' weights concatenated along the output features. A `LinearSlice` takes each layer's
-place in the model. The first slice that is called computes the whole product; the other slices return their columns of
-it. Attention processors therefore need no change, and a LoRA around a slice, a merge into it and a `state_dict` meet
-the layer that they expect.
+place in the model. The first called slice computes the whole product; the other slices return their columns of it.
+Attention processors therefore need no change. A LoRA around a slice, a LoRA merged into a slice, and a `state_dict`
+find the layer that they expect.
 
 The product is kept for its input tensor only, and dropped once every slice has read it. Under a compiler the product is
 a node of the graph. Tensors of inference mode have no version counter, so their slices compute separately.
@@ -170,7 +170,7 @@ class LinearSlice(LinearProxy):
     Args:
         packed: The packed layers. All slices hold it; the first slice registers its layer as a child.
         index: Index of the layer among the packed ones.
-        original: The layer whose place the slice takes. It is kept, and its tensors may be released.
+        original: The replaced layer, which the slice keeps. The layer's tensors may be released.
     """
 
     def __init__(self, packed: PackedLinear, index: int, original: nn.Linear):

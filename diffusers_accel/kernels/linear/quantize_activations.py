@@ -1,7 +1,7 @@
 """Dynamic quantization of activations in one pass, in Triton: each row is read once and its maximum kept in registers.
 
-The formats are those of `formats.py`. The kernels multiply with the scale's reciprocal instead of dividing, so a value
-at a midpoint may round to its other neighbour. Only loaders of linear records import this module: it needs triton.
+`formats.py` defines the formats. The kernels multiply with the scale's reciprocal instead of dividing, so a value at a
+midpoint may round to its other neighbour. Only loaders of linear records import this module: it needs triton.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ Owns the layers that hold a rank's shard. A column-parallel layer is an ordinary
 rows, so that features for linear layers (quantization, fusion) work on it. A row-parallel layer is inside a module that
 sums the products of all ranks and adds the bias once. A norm across all heads sums squares over ranks.
 
-In compiled graphs the all-reduce is an operator that knows its group by a number: an opaque node without a graph break,
-with one compiled graph for all blocks. Outside of them it is done in place.
+In compiled graphs the all-reduce is an operator with its group's number as an argument. So it is an opaque node without
+a graph break, and all blocks share one compiled graph. In eager code the all-reduce is done in place.
 
-A shard keeps the stock layer that it was cut from (`unsharded_layer`), so that a second `accelerate`, and features that
-judge a layer by its size, find that one.
+A shard keeps its stock layer (`unsharded_layer`). A second `accelerate`, and features that judge a layer by its size,
+use the stock layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A linear layer of a few rows (a skinny GEMM): the layer that makes every block's modulation from one embedding.
+"""Skinny GEMMs: linear layers of a few rows, such as the layers that compute every block's modulation.
 
-Such a product reads its whole weight and computes next to nothing, so memory bandwidth bounds it. A matrix-unit kernel
+Such a GEMM reads its whole weight and computes next to nothing, so memory bandwidth bounds it. A matrix-unit kernel
 would fill no tile, and quantizing one row of activations would cost a launch of its own. This operator therefore
 dequantizes 8-bit weights in registers, leaves activations unquantized, and applies the SiLU in front of the layer.
 

@@ -4,7 +4,7 @@ A name of torchao's is its configuration class in snake case: `"torchao:int8_wei
 The suffix `/row` asks for scales per row. Transformer Engine's layers hold an FP8 weight with current scaling:
 `"te-fp8-per-tensor"` has one scale, `"te-fp8-blockwise"` one per block of 128 x 128.
 
-Both packages are imported by loaders only. A layer of theirs is no `LinearProxy`, so it remembers its stock layer under
+Both packages are imported by loaders only. Their layers are not `LinearProxy`s, so each keeps its stock layer under
 `module.STOCK`.
 """
 

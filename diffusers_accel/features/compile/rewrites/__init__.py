@@ -1,19 +1,19 @@
 """Rewrites of a block's graph before inductor compiles it: fusions that inductor does not find, or does in more passes
 over memory.
 
-Inductor leaves matrix products to the library and fuses the operations between them; it reads a row several times for
-a reduction over it. The rewrites, in the order of their application:
+Inductor leaves matrix products to the library and fuses the operations between them. A reduction fused by inductor
+reads its row several times. The rewrites, in the order of their application:
 
-- `canonical.py`: one form for operations that stock code writes in several, in which the other rewrites find them.
-- `attention.py`: QK-norm, rotation and attention become one operator, which norms and rotates in one launch or while it
-  quantizes.
-- `linear.py`: the GELU in its tanh form after a linear layer moves into the product's epilogue and acts on the float32
-  sum. A linear layer of two concatenated tensors (FLUX's single-stream blocks) becomes two products that add up.
+- `canonical.py`: operations that stock code writes in several forms get the one form that the other rewrites look for.
+- `attention.py`: QK-norm, rotation and attention become one operator. It applies norm and rotation in one launch, or
+  while it quantizes.
+- `linear.py`: tanh-GELU after a linear layer moves into the GEMM's epilogue and acts on the float32 sum. A layer of
+  concatenated tensors (FLUX's single-stream blocks) becomes GEMMs that add up. A few rows become a skinny GEMM.
 - `rows.py`: a residual sum, its norm and its modulation become one pass, which rounds to 8 bits for a quantized layer.
   An activation and the rounding after it become one pass too.
-- `overlap.py`: computation that does not depend on an exchange between ranks runs beside it.
+- `overlap.py`: computation that does not depend on an exchange between ranks runs during the exchange.
 
-The graph holds torch's own functions, before any decomposition, so the patterns are those of stock code.
+The graph holds torch's functions as stock code calls them: the rewrites run before any decomposition.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Rewrites(_CustomGraphPass):
     """All rewrites, as one custom pass of inductor."""
 
     def __call__(self, graph: Graph) -> None:
-        """Rewrites a graph in place. A graph that records gradients stays, because the operators have none."""
+        """Rewrites a graph in place. While autograd records, nothing is rewritten: the operators have no backward."""
         if torch.is_grad_enabled():
             return
         for rewrite in (canonical.rewrite, attention.rewrite, linear.rewrite, rows.rewrite, overlap.rewrite):
@@ -61,8 +61,8 @@ REWRITES = Rewrites()
 
 @cache
 def rewritten(backend: str) -> Callable[..., Any]:
-    """A backend of `torch.compile` that rewrites a graph and passes it on: `"eager"`, say, runs the rewritten graph.
-    Inductor needs no such backend, since it calls `REWRITES` itself."""
+    """A backend of `torch.compile` that rewrites a graph and passes it to `backend`, e.g. `"eager"`. Inductor needs
+    none, because it calls `REWRITES` itself."""
 
     def compiled(module: GraphModule, inputs: list[Any], **options: Any) -> Any:
         REWRITES(module.graph)

@@ -1,7 +1,7 @@
 """QK-norm, rotation and attention as one operator, `fused_qk_norm_rope_attention`.
 
-The rewrite walks back from attention over the query and the key: over views, a rotation and an RMS norm, also through a
-concatenation of parts (text and image, say). It leaves a graph alone where query and key differ in these operations.
+From attention the rewrite walks back over query and key: over views, a rotation and an RMS norm, also through a
+concatenation of parts (e.g. text and image). Where query and key differ in these operations, nothing is rewritten.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Operand:
 
     Attributes:
         parts: Its parts along the sequence.
-        whole: Whether one rotation is over all parts together; its tables are those of the first part.
+        whole: Whether one rotation is over all parts together; the first part then has its tables.
     """
 
     parts: list[_Part] = field(default_factory=list)

@@ -33,8 +33,8 @@ def arguments(node: Any, *names: str, **defaults: Any) -> tuple[Any, ...]:
 
 
 def value(node: Any) -> Any:
-    """The fake tensor of a node: its shape, dtype and device. `None` for a tensor subclass (torchao's, say), which
-    defines its operations itself."""
+    """The fake tensor of a node: its shape, dtype and device. `None` for a tensor subclass (e.g. torchao's), which
+    defines its own operations."""
     found = node.meta.get("example_value") if isinstance(node, Node) else None
     return found if isinstance(found, torch.Tensor) and not is_traceable_wrapper_subclass(found) else None
 

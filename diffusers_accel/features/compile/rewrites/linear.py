@@ -2,7 +2,7 @@
 
 - gelu(linear(x)) in 16 bits becomes one GEMM with the GELU in its epilogue.
 - linear(cat(a, b)) in 16 bits becomes two accumulating GEMMs without the concatenation.
-- linear(silu(x)) of a few rows becomes a skinny GEMM, which also dequantizes 8-bit weights.
+- linear(x) and linear(silu(x)) of a few rows become a skinny GEMM, which also dequantizes 8-bit weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .graph import arguments, fits, is_call, is_method, put, replace, root, valu
 
 # Graphs hold the functions of `torch.nn.functional`, which are those of C++.
 LINEAR, GELU = F.linear, F.gelu
-# A skinny GEMM with a weight of fewer elements takes a launch's time with any kernel: it is not rewritten.
+# With fewer elements in the weight, a GEMM of a few rows takes a launch's time with any kernel. It is not rewritten.
 _LEAST_ELEMENTS = 1 << 20
 
 
@@ -33,7 +33,7 @@ def rewrite(graph: Graph) -> None:
     changed = written(graph)
 
     def is_unchanged(node: Any) -> bool:
-        """Whether no in-place write touches a node's inputs, or the inputs of these."""
+        """Whether no in-place write touches a node's inputs or their inputs."""
         read = node.all_input_nodes
         return not any(
             root(each) in changed for each in (*read, *(source for item in read for source in item.all_input_nodes))
@@ -77,8 +77,8 @@ def _use_skinny(graph: Graph, node: Any) -> bool:
 
 
 def _use_skinny_8_bit(graph: Graph, node: Any, changed: set[Any]) -> None:
-    """Replaces an 8-bit GEMM of a few rows, scales per row, by `skinny_linear`, which leaves activations
-    unquantized."""
+    """Replaces an 8-bit GEMM of a few rows by `skinny_linear`, which leaves activations unquantized. The weight has a
+    scale per row. `changed` has the roots of tensors that the graph changes in place."""
     if is_call(node, scaled_mm):
         data, weight, _, scale = node.args[:4]
         bias = node.kwargs.get("bias")
@@ -111,7 +111,7 @@ def _large(weight: Any) -> bool:
 
 
 def _before_silu(x: Any) -> tuple[Any, bool]:
-    """The node in front of SiLU, and True; without a SiLU, the node itself, and False. Applying SiLU once per layer
+    """(the SiLU's input, True) if `x` is a SiLU's output, else (`x`, False). Each layer then repeats the SiLU, which
     costs next to nothing."""
     source = x.args[0] if is_method(x, "reshape") and value(x.args[0]).shape == value(x).shape else x
     return (source.args[0], True) if is_call(source, F.silu) else (x, False)
@@ -133,6 +133,6 @@ def _split_concat(graph: Graph, node: Any) -> None:
 
 
 def _is_16_bit(node: Any) -> bool:
-    """Whether a node's value is of 16 bits. float32 is allowed on the CPU, for tests."""
+    """Whether a node's tensor has a 16-bit dtype. On the CPU any dtype is allowed, for tests."""
     fake = value(node)
     return fits(node) and fake is not None and (fake.itemsize == 2 or not fake.is_cuda)

@@ -1,11 +1,11 @@
-"""Async Ulysses: computation beside the exchange of heads between ranks.
+"""Async Ulysses: computation during the exchange of heads between ranks.
 
 Ranks exchange the heads of query, key and value around attention. Each of the three is sent as soon as it is computed;
 operands of one layer are sent together. Computation that attention does not depend on then runs between sending and
-attention: the feed-forward of FLUX's single-stream blocks, say. Where separate layers compute query and key, the value
-is sent first, and they are computed beside it. (The idea: https://github.com/NVIDIA/TensorRT-LLM, VisualGen.)
+attention, e.g. the feed-forward of FLUX's single-stream blocks. Where separate layers compute query and key, the value
+is sent first, and the other two are computed meanwhile. (The idea: https://github.com/NVIDIA/TensorRT-LLM, VisualGen.)
 
-An exchange ends before the next one begins, so no other attention is moved into it.
+Exchanges do not overlap, so no other attention is moved into one.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def _plus_one(node: Any) -> tuple[bool, Any]:
 
 
 def _sum(source: Any, node: Any, last: Any, changed: set[Any]) -> tuple[Any, Any, Any] | None:
-    """x, y and gate of a norm's input x + gate * y; `None` if other nodes read that sum before the norm is done."""
+    """x, y and gate of a norm's input x + gate * y; `None` if other nodes read the sum before the norm has run."""
     # The sum may be float32, with a cast to the stream's dtype after it.
     total = source.args[0] if cast(source) is not None else source
     whole = value(source)

@@ -1,14 +1,14 @@
 """VAE parallelism: a VAE's decoder and encoder are sharded among ranks, each with a strip of the picture's rows or
 columns.
 
-All ranks begin with the same whole latents (or pictures), compute a strip each, and end with the same whole result. It
-equals that of one rank, borders included, because layers that look beyond a strip get the values there:
+All ranks begin with the same whole latents (or pictures), compute a strip each, and end with the same whole result. The
+result equals a single rank's, borders included, because layers that read beyond a strip get the values there:
 
 - A convolution gets its halo, the neighbours' nearest rows, by one exchange with both neighbours; it pads at the
-  picture's own borders only. A convolution that caches frames between chunks caches those of the strip, and their halo
-  comes with that of the new frames.
-- A group norm gets mean and variance of the whole picture, merged from those of the strips as in Chan, Golub and
-  LeVeque (1979), with the precision of a single pass.
+  picture's own borders only. A convolution that caches frames between chunks caches the strip's frames. One exchange
+  brings the halos of cached and new frames.
+- A group norm merges the strips' means and variances to the whole picture's, as in Chan, Golub and LeVeque (1979), with
+  the precision of a single pass.
 - Attention over the picture gathers keys and values; each rank keeps its own queries.
 
 All other layers of these VAEs act on one pixel, on one place over time, or on patches within one strip. `kinds.py`
@@ -49,9 +49,9 @@ def refuse(vae: Any, dim: str = "height") -> str | None:
 def edits(vae: Any, group: Group, dim: str, rank: int) -> Iterator[Edit]:
     """Shards a VAE's `decode` and `encode`; does nothing in a group of one.
 
-    From then on all ranks of the group must call them together, with the same tensors. A call raises `Unsupported`, on
-    every rank and before it computes, in three cases: there are fewer rows (or columns) than ranks need, a picture's
-    rows are no whole rows of latents, or tiling has been switched on.
+    From then on all ranks of the group must call both methods together, with the same tensors. A call raises
+    `Unsupported` on every rank, before any computation: if the ranks need more rows (or columns), if a picture's rows
+    are no whole rows of latents, or if tiling was switched on.
 
     Args:
         vae: The stock VAE.

@@ -1,7 +1,7 @@
-"""The modules of VAEs: the ones that look across strips, and how far.
+"""The module classes of VAEs: which of them read beyond a strip, and how far.
 
-Classes are told apart by name, since those of several families are copies of each other. A VAE with a module of an
-unknown class cannot be sharded, which is known before anything is computed.
+Classes are identified by name, because several families have copies of the same classes. A VAE with a module of an
+unknown class is refused before any computation.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ ATTENTIONS = {"Attention", "WanAttentionBlock", "QwenImageAttentionBlock", "Cosm
 SPATIAL = {"AttnProcessor2_0", "FusedAttnProcessor2_0", "CosmosSpatialAttentionProcessor2_0"}
 TEMPORAL = {"CosmosTemporalAttentionProcessor2_0"}
 
-# Modules whose stock code pads with zeros, into a tensor of its own, before it calls a convolution -> that convolution
-# and the rows of padding in front.
+# Classes whose stock code pads the input with zeros, into a new tensor, and then calls a convolution -> that
+# convolution, and the rows of padding in front.
 AHEAD: dict[str, Callable[[Any, int], tuple[nn.Module, int] | None]] = {
     "WanCausalConv3d": lambda conv, axis: (conv, conv.kernel_size[axis] // 2),
     "QwenImageCausalConv3d": lambda conv, axis: (conv, conv.kernel_size[axis] // 2),

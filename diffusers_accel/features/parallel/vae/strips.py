@@ -73,7 +73,7 @@ class Strips:
 
         Returns:
             The rows before the strip and the rows after it. They may be in symmetric memory, and must be read before
-            the exchange after the next one begins.
+            the next exchange.
         """
         if self.group.symm_mem is not None:
             return self._exchange_halos_in_symm_mem(self.group.symm_mem, x, halo, zeros)
