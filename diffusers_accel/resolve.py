@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from . import names, presets
+from .compat.diffusers_private import execution_device
+from .compat.torch_private import is_compiled_copy, is_compiled_in_place
 from .config import AccelConfig, AttentionConfig, ParallelConfig, read_yaml
 from .core.mesh import rank_device
 from .core.platform import describe
@@ -95,13 +97,12 @@ def _device(pipe: Any, module: nn.Module, ranks: ParallelConfig | None) -> torch
         # A model that is larger than a GPU waits on the host until it is sharded.
         return rank_device()
     # Under an offload hook the weights wait on the CPU (or on meta), and the pipeline knows where they will run.
-    return device if device.type not in ("cpu", "meta") else pipe._execution_device
+    return device if device.type not in ("cpu", "meta") else execution_device(pipe)
 
 
 def _refuse_compiled(denoiser: Denoiser) -> None:
     modules = [denoiser.module, *denoiser.adapter.blocks(denoiser.module)]
-    wrapped = hasattr(denoiser.module, "_orig_mod")
-    if wrapped or any(module._compiled_call_impl is not None for module in modules):
+    if is_compiled_copy(denoiser.module) or any(map(is_compiled_in_place, modules)):
         raise Unsupported(
             "accelerate",
             "it is compiled already, and layers cannot be put inside a compiled module.",

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from .api import accelerate
 from .checkpoints.loading import from_pretrained
+from .compat.torch_private import pytree
 from .config import AccelConfig
 from .core.mesh import free_port, rank_environment
 from .errors import AccelError, Unsupported

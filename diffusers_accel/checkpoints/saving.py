@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..compat.torch_private import buffers_of, non_persistent_buffers_of, parameters_of
 from ..errors import Unsupported
 from ..kernels.linear import LinearSlice, QuantizedLinear, is_sharded, stock_modules
 from ..kernels.linear.eight_bit import Fp8BlockLinear, Fp8TensorLinear
@@ -105,8 +106,9 @@ def _save_model(model: Any, layers: dict[str, QuantizedLinear], folder: Path) ->
     for name, module in _modules(model):
         if isinstance(module, QuantizedLinear):
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _tensors(module).items()}
-        direct = {**module._parameters, **module._buffers}
-        persistent = {key: item for key, item in direct.items() if key not in module._non_persistent_buffers_set}
+        direct = {**parameters_of(module), **buffers_of(module)}
+        passed_over = non_persistent_buffers_of(module)
+        persistent = {key: item for key, item in direct.items() if key not in passed_over}
         tensors |= {f"{name}.{key}".lstrip("."): item for key, item in persistent.items() if item is not None}
     cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     # The header has the configuration too, so that the file can be read without its folder.

@@ -4,9 +4,10 @@ Ranks alone decide the nesting. A cache layer ends up outside the compiled block
 or after. The chain lies in the instance's `__dict__`, so no class and no `state_dict` changes. The chain disappears
 with its last layer.
 
-Hooks of other packages may wrap `forward` too. accelerate's hook keeps the wrapped function in `_old_forward` and
-restores it on removal. Under such a hook the chain is put into `_old_forward`, and taken out of it. Any other hook that
-was added after the chain holds the chain itself: an empty chain stays behind in the hook and passes calls on.
+Hooks of other packages may wrap `forward` too. accelerate's hook keeps the wrapped function in an attribute of the
+module (`WRAPPED_FORWARD`) and restores it on removal. Under such a hook the chain is put into that attribute, and taken
+out of it. Any other hook that was added after the chain holds the chain itself: an empty chain stays behind in the hook
+and passes calls on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
+
+from ..compat.accelerate_private import ACCELERATE_HOOK, WRAPPED_FORWARD
 
 
 class Layer:
@@ -40,7 +43,8 @@ _MARK = "_diffusers_accel_chain_{}"
 def _slot(owner: Any, method: str) -> str:
     """The key of the owner's `__dict__` that a chain around the method takes: inside of accelerate's hook."""
     slots = vars(owner)
-    return "_old_forward" if method == "forward" and "_hf_hook" in slots and "_old_forward" in slots else method
+    hooked = method == "forward" and ACCELERATE_HOOK in slots and WRAPPED_FORWARD in slots
+    return WRAPPED_FORWARD if hooked else method
 
 
 class Chain:
@@ -111,7 +115,7 @@ class Chain:
             return
         slots = vars(owner)
         # A hook that was added or removed since may have moved the chain between the two slots.
-        for slot in (self.method, "_old_forward"):
+        for slot in (self.method, WRAPPED_FORWARD):
             if slots.get(slot) is self:
                 if self._was_absent and slot == self.method:
                     del slots[slot]

@@ -21,6 +21,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..compat.torch_private import (
+    BUFFERS,
+    CHILDREN,
+    PARAMETERS,
+    apply_to_tensors,
+    buffers_of,
+    children_of,
+    parameters_of,
+)
 from .chain import Chain, Layer
 from .hooks import copy_diffusers_hooks, share_hooks
 from .locations import ModuleLocations
@@ -58,7 +67,7 @@ def _slots(owner: Any, name: str) -> MutableMapping[str, Any]:
     """The mapping that holds an instance's attribute: `__dict__`, or a module's parameters, buffers or children."""
     own = vars(owner)
     if name not in own and isinstance(owner, nn.Module):
-        for kind in ("_parameters", "_buffers", "_modules"):
+        for kind in (PARAMETERS, BUFFERS, CHILDREN):
             if name in own[kind]:
                 found: MutableMapping[str, Any] = own[kind]
                 return found
@@ -177,7 +186,7 @@ class SwapModule:
 
     def apply(self) -> None:
         if self._old is None:
-            self._old = self.parent._modules[self.name]
+            self._old = children_of(self.parent)[self.name]
             self._swap(self._old, self.module)
         else:
             share_hooks(self._old, self.module)
@@ -186,7 +195,7 @@ class SwapModule:
     def _swap(self, old: nn.Module | None, new: nn.Module) -> None:
         assert old is not None
         share_hooks(old, new)
-        self.parent._modules[self.name] = new
+        children_of(self.parent)[self.name] = new
 
     def undo(self) -> None:
         if self._old is None:
@@ -269,7 +278,7 @@ class OffloadWeight:
         if self.keep:
             reference = next(itertools.chain(self.successor.buffers(), self.successor.parameters()), weight)
             # Casts of the model and loaded weights reach the successor only, which is in the model.
-            seen: Any = self.successor._buffers.get(_DTYPE_PROBE)
+            seen: Any = buffers_of(self.successor).get(_DTYPE_PROBE)
             if seen is None:
                 seen = getattr(self.successor, self.tensor, weight)
             dtype = seen.dtype if isinstance(seen, torch.Tensor) and seen.is_floating_point() else weight.dtype
@@ -286,8 +295,8 @@ class OffloadWeight:
 
     def _take_over_parameters(self) -> None:
         """Copies the successor's other parameters to the module, where they were loaded, cast or moved since."""
-        for name, own in self.module._parameters.items():
-            other = self.successor._parameters.get(name)
+        for name, own in parameters_of(self.module).items():
+            other = parameters_of(self.successor).get(name)
             same = other is own or other is None or own is None or name == self.tensor
             if not same and other.shape == own.shape and type(other.data) is torch.Tensor:  # type: ignore[union-attr]
                 own.data = other.data  # type: ignore[union-attr]
@@ -316,7 +325,7 @@ class MoveTensors:
     def _move(self, source: torch.device, destination: torch.device) -> None:
         for module in self.modules:
             # `module.to` would move the tensors on a third device too.
-            module._apply(lambda x: x.to(destination) if x.device == source else x)
+            apply_to_tensors(module, lambda x: x.to(destination) if x.device == source else x)
         if source.type == "cuda":
             # Other processes may need this memory.
             torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..compat.torch_private import children_of
 from .submodules import submodules
 
 
@@ -29,11 +30,11 @@ class ModuleLocations:
         index = self._index(root)
         locations = index.pop(id(old), [])
         for parent, name in locations:
-            parent._modules[name] = new
+            children_of(parent)[name] = new
         if locations:
             index[id(new)] = locations
             for parent in new.modules():
-                for name, child in parent._modules.items():
+                for name, child in children_of(parent).items():
                     if child is not None:
                         index[id(child)] = [(parent, name)]
 
@@ -41,7 +42,7 @@ class ModuleLocations:
         if id(root) not in self._indexes:
             index = self._indexes[id(root)] = {}
             for parent in submodules(root):
-                for name, child in parent._modules.items():
+                for name, child in children_of(parent).items():
                     if child is not None:
                         index.setdefault(id(child), []).append((parent, name))
         return self._indexes[id(root)]

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..compat.torch_private import AutoDispatchBelowAutograd, dispatch_mode_count
+
 _LIBRARY = torch.library.Library("diffusers_accel", "FRAGMENT")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -43,9 +45,9 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
                 recorded = recorded or item.requires_grad
             if recorded and torch.is_grad_enabled():
                 return _Forward.apply(overload, args, *_tensors(args))
-            with torch._C._AutoDispatchBelowAutograd():
+            with AutoDispatchBelowAutograd():
                 # A tracing mode, or a tensor subclass, must see the operator.
-                return (function if plain and not torch._C._len_torch_dispatch_stack() else overload)(*args)
+                return (function if plain and not dispatch_mode_count() else overload)(*args)
 
         _LIBRARY.impl(name, with_gradients, "Autograd")
         return overload
@@ -67,7 +69,7 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, overload: Any, args: tuple[Any, ...], *tensors: torch.Tensor) -> Any:
         ctx.name = str(overload)
-        with torch._C._AutoDispatchBelowAutograd():
+        with AutoDispatchBelowAutograd():
             return overload(*args)
 
     @staticmethod

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..compat.torch_private import children_of
+
 
 def submodules(module: nn.Module) -> list[nn.Module]:
     """A module and all its submodules, once each, in the order of `nn.Module.modules`."""
@@ -19,7 +21,7 @@ def submodules(module: nn.Module) -> list[nn.Module]:
         if id(current) in found:
             continue
         found[id(current)] = current
-        children = current._modules
+        children = children_of(current)
         if children:
             stack += [child for child in reversed(children.values()) if child is not None]
     return list(found.values())

@@ -1,6 +1,6 @@
 """Symmetric memory: on each rank of a group a buffer that its peers write to and read from directly, over NVLink.
 
-Owns the allocation (torch's `torch.distributed._symmetric_memory`, without NVLink's multicast) and the double buffering
+Owns the allocation (torch's symmetric memory, without NVLink's multicast) and the double buffering
 of a group. Hands on `SymmetricMemory`, on which `symm_collectives.py` and Ulysses' kernels build. A peer's data goes to
 its destination in one copy, at the link's rate: nothing is packed before or unpacked after. A barrier on the device, of
 a few microseconds, tells ranks that all have written.
@@ -19,6 +19,8 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
+
+from ..compat.torch_private import allocate_symmetric
 
 # Tensors in a buffer begin where every dtype may, and where copies are fastest.
 _ALIGNED = 256
@@ -55,8 +57,6 @@ class _TorchSymmetricBuffer:
     """A buffer of torch's symmetric memory."""
 
     def __init__(self, group: Any, nbytes: int):
-        from torch.distributed import _symmetric_memory as symmetric
-
         # Multicast is not used. If each process sees one GPU alone, all number it 0, and torch takes these GPUs for one
         # device. features/parallel/rank_device.py has checked that no two ranks share a GPU.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -64,8 +64,7 @@ class _TorchSymmetricBuffer:
         self.nbytes = nbytes
         device = torch.device("cuda", torch.cuda.current_device())
         # The allocation lives as long as this tensor.
-        self._own = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
-        self._handle = symmetric.rendezvous(self._own, group.handle.group_name)
+        self._own, self._handle = allocate_symmetric(nbytes, device, group.handle.group_name)
 
     def peer_view(self, rank: int, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         found: torch.Tensor = self._handle.get_buffer(rank, tuple(shape), dtype, offset // dtype.itemsize)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from ..compat.torch_private import pytree
 
 # The place of a tensor among the leaves of a form.
 _TENSOR = object()

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.diffusers_private import execution_device
+from ..compat.torch_private import parameters_of
 from ..config import AccelConfig
 from ..core.mesh import rank_device
 from ..core.platform import Device, describe
@@ -49,7 +51,7 @@ class Denoiser:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations: that of the model's largest floating-point parameter."""
-        found = (item for part in submodules(self.module) for item in part._parameters.values() if item is not None)
+        found = (item for part in submodules(self.module) for item in parameters_of(part).values() if item is not None)
         return max((item for item in found if item.is_floating_point()), key=torch.Tensor.numel).dtype
 
     @property
@@ -185,7 +187,7 @@ class PipelineContext:
     @property
     def device(self) -> Device:
         """The device of the denoisers, or of the whole pipeline if none is loaded."""
-        return self.denoisers[0].device if self.denoisers else describe(self.pipe._execution_device)
+        return self.denoisers[0].device if self.denoisers else describe(execution_device(self.pipe))
 
     @property
     def home(self) -> torch.device:

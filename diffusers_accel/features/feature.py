@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..compat.diffusers_private import GROUP_OFFLOADING, diffusers_hooks
 from ..core.edits import Edit
 from ..errors import Unsupported
 from .context import Denoiser, PipelineContext
@@ -65,8 +66,7 @@ def refuse_offloaded(feature: str, denoiser: Denoiser) -> None:
 def offloaded(module: nn.Module) -> bool:
     """Whether group or sequential offloading has a hold on a module's weights."""
     for each in module.modules():
-        hooks: Any = getattr(getattr(each, "_diffusers_hook", None), "hooks", {})
-        if any("group_offload" in name for name in hooks) or any(
+        if any(GROUP_OFFLOADING in name for name in diffusers_hooks(each)) or any(
             item.is_meta for item in each.parameters(recurse=False)
         ):
             return True

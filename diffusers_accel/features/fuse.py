@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compat.torch_private import children_of
 from ..config import FuseConfig
 from ..core.edits import Edit, SwapModule
 from ..core.locations import ModuleLocations
@@ -47,7 +48,7 @@ class _Group:
     @property
     def layers(self) -> list[Any]:
         """The layers. For slices of an earlier `accelerate`, the layers whose places they have taken."""
-        layers = [parent._modules[name] for parent, name in self.slots]
+        layers = [children_of(parent)[name] for parent, name in self.slots]
         return [layer.original if isinstance(layer, LinearSlice) else layer for layer in layers]
 
     @property
@@ -162,7 +163,7 @@ class _PackLayers:
 
     def apply(self) -> None:
         if not self._swaps:
-            originals: list[Any] = [parent._modules[name] for parent, name in self.slots]
+            originals: list[Any] = [children_of(parent)[name] for parent, name in self.slots]
             slices = [LinearSlice(self.packed, index, original) for index, original in enumerate(originals)]
             self._swaps = [
                 (item, SwapModule(parent, name, item, self.root))
@@ -241,12 +242,12 @@ def _groups(denoiser: Denoiser) -> list[_Group]:
             if not any(f"{path}.{name}".startswith(fused) for name in names):
                 add(block, names)
     for path, module in list(denoiser.module.named_modules()):
-        if "to_k" not in module._modules or f"{path}.".startswith(fused):
+        if "to_k" not in children_of(module) or f"{path}.".startswith(fused):
             continue
         cross = path.rpartition(".")[2] in adapter.cross_attention or getattr(module, "is_cross_attention", False)
         values_alone = type(getattr(module, "processor", None)).__name__ in adapter.value_only_processors
         for names in (_CROSS_ATTENTION if cross else _SELF_ATTENTION[:2] if values_alone else _SELF_ATTENTION, *_ADDED):
-            add(module, tuple(name for name in names if name in module._modules))
+            add(module, tuple(name for name in names if name in children_of(module)))
     return groups
 
 
@@ -261,7 +262,7 @@ def _group(path: str, owner: nn.Module, names: tuple[str, ...]) -> _Group | None
         holder, _, child = name.rpartition(".")
         try:
             parent = owner.get_submodule(holder)
-            layer: Any = parent._modules.get(child)
+            layer: Any = children_of(parent).get(child)
         except AttributeError:
             return None
         if layer is not None and isinstance(getattr(layer, "base_layer", None), nn.Module):

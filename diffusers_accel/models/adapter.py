@@ -4,8 +4,6 @@ An adapter names the blocks and the tensors that flow through them, the signal t
 guidance, and the published constants of each checkpoint. One family is one file and one line in the table of
 `models/__init__.py`. A denoiser without an adapter gets a default one, built from the attributes of its stock class.
 Features that need more than the default says refuse by name.
-
-Private names of diffusers' models (`_repeated_blocks`, `_no_split_modules`) are read here and nowhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.diffusers_private import block_class_names
 from .sequence import SequenceShardingPlan
 from .tensor_parallel import TensorParallelPlan
 
@@ -242,10 +241,10 @@ class Adapter:
 def default_adapter(denoiser: nn.Module) -> Adapter:
     """An adapter for a class without one, from the attributes of the stock class.
 
-    The stacks are the `ModuleList`s of the classes that `_repeated_blocks` or `_no_split_modules` names. Without such
-    names, the stacks are the `ModuleList`s of two or more modules of one class. The adapter has no cache signal.
+    The stacks are the `ModuleList`s of the classes that the stock class names as its blocks. Without such names, the
+    stacks are the `ModuleList`s of two or more modules of one class. The adapter has no cache signal.
     """
-    named = set(getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ())
+    named = block_class_names(denoiser)
     stacks: list[Stack] = []
     for path, module in denoiser.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..compat.diffusers_private import modulate_qwen
 from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, unpacked
 from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
 from .tensor_parallel import (
@@ -23,7 +24,7 @@ _MAGCACHE = "https://github.com/Zehong-Ma/MagCache"
 def _signal(block: Any, arguments: Mapping[str, Any]) -> torch.Tensor:
     modulation = block.img_mod(arguments["temb"]).chunk(2, dim=-1)[0]
     normed = block.img_norm1(arguments["hidden_states"])
-    return block._modulate(normed, modulation, arguments.get("modulate_index"))[0]
+    return modulate_qwen(block, normed, modulation, arguments.get("modulate_index"))[0]
 
 
 # Pipeline -> row: the denoisers of both have the same configuration.

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compat.torch_private import children_of
 from ..core.comm import shard_sizes
 
 # Units of a segment of a layer's outputs or inputs, and of an attention module's counting attribute.
@@ -226,7 +227,7 @@ def sharded_layers(blocks: Iterable[tuple[str, nn.Module]], plan: TensorParallel
             for name, segments in layers.items():
                 parent = _submodule(block, name.rpartition(".")[0])
                 last = name.rpartition(".")[2]
-                layer = parent._modules.get(last) if parent is not None else None
+                layer = children_of(parent).get(last) if parent is not None else None
                 # Another kind of block may have a list of that name.
                 if parent is None or layer is None or isinstance(layer, nn.ModuleList):
                     continue
@@ -281,7 +282,7 @@ def local_count(module: nn.Module, name: str, unit: str, ranks: int, rank: int) 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     for name in filter(None, path.split(".")):
-        found = module._modules.get(name)
+        found = children_of(module).get(name)
         if found is None:
             return None
         module = found

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat.torch_private import buffers_of, parameters_of
 from ..core.edits import Edit, Journal, SetAttr
 from ..errors import Unsupported
 from .attributes import PIPELINE_EDITS, SESSION, modules_of
@@ -40,7 +41,7 @@ def _reduce(owner: Any, protocol: Any = 4) -> Any:
             item
             for module in modules_of(owner)
             for part in module.modules()
-            for item in (*part._parameters.values(), *part._buffers.values())
+            for item in (*parameters_of(part).values(), *buffers_of(part).values())
             if item is not None
         ]
         return copy.deepcopy(owner, {id(item): _apart(item) for item in tensors}).__reduce_ex__(protocol)

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from ...compat.diffusers_private import ATTENTION_BACKEND, parallel_config_of
 from ...config import AttentionConfig
 from ...core.edits import AddLayer, Edit, SetAttr, SetItem
 from ...errors import Unsupported
@@ -67,7 +68,7 @@ def check(context: PipelineContext, config: AttentionConfig) -> Plan:
             left.append(f"{denoiser.name}: {len(closed)} attention layers stay stock ({names}).")
         for role in roles:
             for layer in role.layers:
-                if getattr(layer.module.processor, "_parallel_config", None) is not None:
+                if parallel_config_of(layer.module.processor) is not None:
                     raise Unsupported(
                         f"attention={config.backend!r}",
                         "diffusers' own context parallelism is on, and it needs diffusers' own attention backends.",
@@ -126,7 +127,7 @@ def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
             context_parallel = context.outputs.context_parallel.get((denoiser.name, role.name.rpartition(".")[2]))
             dispatcher = AttentionDispatcher(select, context.stats.attention_calls, context_parallel)
             backend_name, registrations = registered_backend(dispatcher)
-            if any(hasattr(layer.module.processor, "_attention_backend") for layer in role.layers):
+            if any(hasattr(layer.module.processor, ATTENTION_BACKEND) for layer in role.layers):
                 yield from registrations
             yield SetItem(DISPATCHERS, dispatcher.number, dispatcher)
             # Kernels that round query and key norm and rotate them in the same pass; other kernels get both from the
@@ -140,13 +141,13 @@ def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
                 processor: Any = layer.module.processor
                 defer = fuses and type(processor).__name__ in denoiser.adapter.fusable_processors
                 rebinds = use_operator and rebindable(processor) and not isinstance(processor, nn.Module)
-                if hasattr(processor, "_attention_backend") and not (defer or rebinds):
+                if hasattr(processor, ATTENTION_BACKEND) and not (defer or rebinds):
                     # A copy, so that undoing can tell a processor or a backend that the user has set since. A processor
                     # that is a module stays the model's own, unless several layers share it.
                     if owners[id(processor)] > 1 or not isinstance(processor, nn.Module):
                         processor = copy.copy(processor)
                         yield SetProcessor(layer.module, "processor", processor)
-                    yield SetAttr(processor, "_attention_backend", backend_name)
+                    yield SetAttr(processor, ATTENTION_BACKEND, backend_name)
                 else:
                     # One class per stock class: all blocks share one compiled graph.
                     kind: Any = type(processor)

@@ -1,9 +1,8 @@
-"""Attention backends of this package in diffusers' dispatcher. Private names of the dispatcher appear in this file
-only.
+"""Attention backends of this package in diffusers' dispatcher.
 
-A stock processor that has `_attention_backend` hands it to the dispatcher. Such a processor gets a backend of this
-package on the instance. The process-wide setting, which diffusers' own setter changes for every pipeline, stays as it
-is. A backend is named after the number of an `AttentionDispatcher` and calls that one.
+A stock processor may have an attribute with the name of its backend, which it hands to the dispatcher. Such a processor
+gets a backend of this package on the instance. The process-wide setting, which diffusers' own setter changes for every
+pipeline, stays as it is. A backend is named after the number of an `AttentionDispatcher` and calls that one.
 """
 
 from __future__ import annotations
@@ -14,8 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from ...compat.diffusers_private import (
+    attention_backend_entry,
+    attention_backend_function,
+    attention_backend_name,
+    attention_backend_tables,
+)
+from ...compat.torch_private import is_tracing
 from ...core.edits import Edit
 from ...errors import Unsupported
 from ...kernels.attention import DISPATCHERS, AttentionDispatcher, dispatch
@@ -42,19 +46,11 @@ class _Register:
 
     def apply(self) -> None:
         name, attention = _backend(self.number)
-        arguments = {"query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"}
-        for table, entry in zip(_tables(), (attention, [], arguments | {"_parallel_config"}), strict=True):
+        for table, entry in zip(attention_backend_tables(), attention_backend_entry(attention), strict=True):
             table.setdefault(name, entry)
 
     def undo(self) -> None:
         _unregister_freed()
-
-
-def _tables() -> tuple[dict[Any, Any], ...]:
-    """The tables of diffusers: functions, constraints and names of arguments, by backend."""
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
-
-    return registry._backends, registry._constraints, registry._supported_arg_names
 
 
 def _unregister_freed() -> None:
@@ -64,44 +60,23 @@ def _unregister_freed() -> None:
     until that one is gone; its removal would recompile the other's graphs. While Dynamo reads the tables, nothing is
     removed.
     """
-    if torch._guards.CompileContext.try_get() is not None:
+    if is_tracing():
         return
-    for name in reversed(list(_tables()[0])):
-        prefix, _, number = str(getattr(name, "_value_", "")).rpartition("_")
+    tables = attention_backend_tables()
+    for name in reversed(list(tables[0])):
+        prefix, _, number = str(getattr(name, "value", "")).rpartition("_")
         if prefix != _PREFIX or int(number) in DISPATCHERS:
             return
-        for table in _tables():
+        for table in tables:
             table.pop(name, None)
 
 
 @functools.cache
 def _backend(number: int) -> tuple[Any, Callable[..., Any]]:
     """The backend name of a dispatcher's number, and its attention function. Compiled graphs know both by identity, so
-    all dispatchers of one number share them.
-
-    The name is an instance of diffusers' enumeration without being one of its members: the class stays as it is.
-    """
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    value = f"{_PREFIX}_{number}"
-    name: Any = str.__new__(AttentionBackendName, value)
-    name._name_, name._value_ = value, value
-
-    def attention(
-        query: Any,
-        key: Any,
-        value: Any,
-        attn_mask: Any = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        _parallel_config: Any = None,
-    ) -> Any:
-        refuse_unsupported_arguments(_parallel_config)
-        return dispatch(number, query, key, value, attn_mask, is_causal, scale)
-
-    return name, attention
+    all dispatchers of one number share them."""
+    attention = attention_backend_function(number, dispatch, refuse_unsupported_arguments)
+    return attention_backend_name(f"{_PREFIX}_{number}"), attention
 
 
 def refuse_unsupported_arguments(given: Any) -> None:

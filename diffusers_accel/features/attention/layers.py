@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ...compat.diffusers_private import ATTENTION_BACKEND
 from ...config import AttentionConfig
 from ...errors import Unsupported, nearest
 from ...kernels.attention import KERNELS, recipes
@@ -72,7 +73,7 @@ def roles(denoiser: Denoiser, config: AttentionConfig) -> tuple[list[Role], list
     closed = []
     for path, module in attention_modules(denoiser.module):
         processor: Any = module.processor
-        if not hasattr(processor, "_attention_backend") and (
+        if not hasattr(processor, ATTENTION_BACKEND) and (
             isinstance(processor, nn.Module) or not rebindable(processor)
         ):
             closed.append(processor)

@@ -1,9 +1,9 @@
 """Stock attention processors whose attention calls go to a dispatcher of this package.
 
-A processor with `_attention_backend` gets a backend of `backends.py`. Another processor (of SD3, Cosmos 1 and 2, and
-most classes outside the table of models) is replaced by an instance of a subclass. The subclass runs the stock code
-with one global name, the attention function, bound to `dispatch`. No source is copied, and `restore` puts the stock
-processor back.
+A processor that names its backend gets one of `backends.py`. Another processor (of SD3, Cosmos 1 and 2, and most
+classes outside the table of models) is replaced by an instance of a subclass. The subclass runs the stock code with one
+global name, the attention function, bound to `dispatch`. No source is copied, and `restore` puts the stock processor
+back.
 
 For kernels that norm and rotate query and key themselves, the names of norm and rotation are bound too. In eager code
 they defer both (`DeferredQK`). In compiled code they are operators, which a rewrite of the graph joins with attention.
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...compat.torch_private import forward_hooks_of, forward_pre_hooks_of
 from ...core.edits import SetAttr
 from ...kernels.attention import DeferredQK, apply_rope, dispatch
 from .backends import refuse_unsupported_arguments
@@ -160,7 +161,7 @@ def _is_rms_norm(module: Any) -> bool:
 
     if type(module) not in (nn.RMSNorm, RMSNorm) or getattr(module, "bias", None) is not None:
         return False
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return not (forward_hooks_of(module) or forward_pre_hooks_of(module) or "forward" in vars(module))
 
 
 def _defer_norms(function: types.FunctionType) -> Callable[..., Any]:

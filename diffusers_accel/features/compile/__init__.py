@@ -18,6 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...compat.torch_private import (
+    COMPILER_MODULES,
+    PRE_GRAD_PASS,
+    REORDERINGS,
+    graph_break_error,
+    inductor_mode_options,
+    recompile_limit_at_least,
+)
 from ...config import CompileConfig
 from ...core.chain import Chain
 from ...core.edits import AddLayer, Edit
@@ -32,7 +40,7 @@ from .options import options_of
 _RECOMPILE_LIMIT = 64
 # Inductor's options for blocks with collectives: operators keep the order of the traced graph. This order is the same
 # on all ranks, and overlaps collectives with computation.
-_FIXED_ORDER = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+_FIXED_ORDER = dict.fromkeys(REORDERINGS, False)
 
 
 def check(context: PipelineContext, config: CompileConfig) -> Plan:
@@ -70,7 +78,7 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
         # The compiler's imports take seconds, and a first request should not wait for them. With quantization
         # `accelerate` takes long already, so the first request imports them. The modules are private to torch: an
         # import error is ignored here, and compilation raises it again if it needs the module.
-        for name in ("torch._inductor.compile_fx", "torch._inductor.select_algorithm"):
+        for name in COMPILER_MODULES:
             with suppress(Exception):
                 importlib.import_module(name)
     shared: dict[tuple[type, bool], Callable[..., Any]] = {}
@@ -113,7 +121,7 @@ def _precomputes_modulations(context: PipelineContext, denoiser: Denoiser) -> bo
 def _raise_recompile_limit(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A layer that raises dynamo's recompile limit. All pipelines of a process share the limit, by default eight, and
     each of their sizes and configurations needs a compilation."""
-    with torch._dynamo.config.patch(recompile_limit=max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)):
+    with recompile_limit_at_least(_RECOMPILE_LIMIT):
         return inner(*args, **kwargs)
 
 
@@ -201,9 +209,9 @@ def _compiled(
         from .rewrites import REWRITES
 
         # torch takes a mode or options, so a mode is replaced by its options.
-        own = torch._inductor.list_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
+        own = inductor_mode_options(options["mode"]) if options["mode"] else options["options"] or {}
         own = {**(_FIXED_ORDER if collectives else {}), **own}
-        options |= {"mode": None, "options": {**own, "pre_grad_custom_pass": REWRITES}}
+        options |= {"mode": None, "options": {**own, PRE_GRAD_PASS: REWRITES}}
     if Chain.is_stock(module):
         kind = type(module)
         # Two denoisers of one class may differ in whether they are rewritten.
@@ -216,7 +224,7 @@ def _compiled(
                 return inner(*args, **kwargs)
             try:
                 return shared[key](module, *args, **kwargs)
-            except torch._dynamo.exc.Unsupported as error:
+            except graph_break_error() as error:
                 # Tracing raises before any kernel has run, so the call can be repeated.
                 if not options["fullgraph"]:
                     raise

@@ -13,22 +13,26 @@ from typing import Any
 
 import torch
 
+from ...compat.torch_private import (
+    LIST_OPTIONS,
+    PRE_GRAD_PASS,
+    inductor_modes,
+    inductor_option_type,
+    inductor_options,
+    lookup_backend,
+)
 from ...config import CompileConfig, plain
 from ...errors import ConfigError, nearest, shown
 
 
 def backends() -> list[str]:
     """Names of backends, of torch and of registered packages."""
-    import torch._dynamo
-
-    return torch._dynamo.list_backends(exclude_tags=None)  # type: ignore[arg-type]
+    return torch.compiler.list_backends(exclude_tags=None)  # type: ignore[arg-type]
 
 
 def modes() -> list[str]:
     """Names of inductor's modes."""
-    import torch._inductor
-
-    return list(torch._inductor.list_mode_options())
+    return inductor_modes()
 
 
 def options_of(config: CompileConfig) -> dict[str, Any]:
@@ -51,24 +55,22 @@ def refuse_options(config: CompileConfig) -> None:
                 f"{shown(plain(config.options))}. Give None, or backend='inductor'."
             )
         return
-    from torch._inductor import config as inductor
-
-    known = inductor.get_config_copy()  # type: ignore[attr-defined]
+    known = inductor_options()
     for name, value in options_of(config).items():
         own = name.replace("-", "_")
         if own not in known:
             close = nearest(own, known).partition(" Known:")[0]
-            listed = "torch._inductor.list_options() has all."
+            listed = f"{LIST_OPTIONS} has all."
             raise ConfigError(
                 f"compile.options: unknown option {shown(name)}. "
                 f"{f'{close} ' if close.startswith('Did') else ''}{listed}"
             )
-        if own == "pre_grad_custom_pass":
+        if own == PRE_GRAD_PASS:
             raise ConfigError(
                 f"compile.options[{name!r}]: the rewrites of this package are that pass. Give yours to another option, "
                 "such as 'joint_custom_pre_pass', or to a backend of your own."
             )
-        kind = inductor.get_type(own)  # type: ignore[attr-defined]
+        kind = inductor_option_type(own)
         if not _of_type(value, kind):
             words = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "")
             raise ConfigError(
@@ -94,17 +96,13 @@ def _value(name: str, value: Any) -> Any:
     """The value of an option; a list becomes a tuple if inductor's default is one."""
     if not isinstance(value, list):
         return value
-    from torch._inductor import config as inductor
-
-    now = inductor.get_config_copy().get(name.replace("-", "_"))  # type: ignore[attr-defined]
+    now = inductor_options().get(name.replace("-", "_"))
     return tuple(value) if isinstance(now, tuple) else value
 
 
 def _takes_options(backend: str) -> bool:
     """Whether a backend has a parameter for options. torch's own backends ignore unknown keyword arguments. Another
     package's backend with arbitrary keyword arguments may use them, so it counts as one that takes options."""
-    from torch._dynamo.backends.registry import lookup_backend
-
     function = lookup_backend(backend)
     parameters = inspect.signature(function).parameters
     anything = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())

@@ -25,6 +25,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ...compat.accelerate_private import has_accelerate_hook
+from ...compat.torch_private import INDUCTOR_CUDA_GRAPHS
 from ...config import CudaGraphConfig
 from ...core.edits import AddLayer, Edit
 from ...core.graphs import GRAPH_BACKENDS
@@ -35,9 +37,8 @@ from ..feature import Plan, refuse_offloaded
 from .denoiser_graphs import DenoiserGraphs
 from .module_graphs import ModuleGraphs
 
-# inductor's modes and option that capture CUDA graphs.
+# inductor's modes that capture CUDA graphs.
 _INDUCTOR_MODES = ("reduce-overhead", "max-autotune")
-_INDUCTOR_OPTION = "triton.cudagraphs"
 
 
 def check(context: PipelineContext, config: CudaGraphConfig) -> Plan:
@@ -61,10 +62,10 @@ def check(context: PipelineContext, config: CudaGraphConfig) -> Plan:
             f"torch.compile captures graphs itself in mode {options.mode!r}.",
             f"compile={without}, or cuda_graph=None.",
         )
-    if options is not None and (options.options or {}).get(_INDUCTOR_OPTION):
+    if options is not None and (options.options or {}).get(INDUCTOR_CUDA_GRAPHS):
         raise Unsupported(
             "cuda_graph",
-            f"torch.compile captures graphs itself with the option {_INDUCTOR_OPTION!r}.",
+            f"torch.compile captures graphs itself with the option {INDUCTOR_CUDA_GRAPHS!r}.",
             "compile without it, or cuda_graph=None.",
         )
     for denoiser in context.denoisers:
@@ -73,7 +74,7 @@ def check(context: PipelineContext, config: CudaGraphConfig) -> Plan:
         if denoiser.adapter.default or not denoiser.adapter.stacks:
             raise Unsupported("cuda_graph", "no adapter names its blocks' outputs.", "cuda_graph=None.", str(denoiser))
         refuse_offloaded("cuda_graph", denoiser)
-        if any("_hf_hook" in vars(module) for module in denoiser.module.modules()):
+        if any(map(has_accelerate_hook, denoiser.module.modules())):
             raise Unsupported(
                 "cuda_graph", "its weights move between devices.", "cuda_graph=None, or no offloading.", str(denoiser)
             )
@@ -113,7 +114,7 @@ def _whole_modules(context: PipelineContext, config: CudaGraphConfig) -> list[tu
             raise Unsupported("cuda_graph.text_encoders", "none is loaded.", "cuda_graph.text_encoders=False.")
         found += encoders
     for name, module in found:
-        if any("_hf_hook" in vars(part) for part in module.modules()):
+        if any(map(has_accelerate_hook, module.modules())):
             raise Unsupported("cuda_graph", "its weights move between devices.", "leave it out.", name)
     return found
 

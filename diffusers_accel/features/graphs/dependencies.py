@@ -5,13 +5,16 @@ A call's signature is here too: it decides which graph a call may replay.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...compat.accelerate_private import ACCELERATE_HOOK
+from ...compat.diffusers_private import HOOK_REGISTRY, diffusers_hooks
+from ...compat.torch_private import buffers_of, forward_hooks_of, forward_pre_hooks_of, parameters_of
 from ...core.submodules import submodules
 from .segments import CONSTANTS
 
@@ -38,14 +41,16 @@ def dependencies_of(module: nn.Module) -> Dependencies:
     found: list[Hashable] = []
     for part in submodules(module):
         own = vars(part)
-        if "_hf_hook" in own or ("_diffusers_hook" in own and any("offload" in name for name in _hooks_of(part))):
+        if ACCELERATE_HOOK in own or (
+            HOOK_REGISTRY in own and any("offload" in name for name in diffusers_hooks(part))
+        ):
             refusal = "its weights are offloaded"
-        hooked = part._forward_hooks or part._forward_pre_hooks
+        hooked = forward_hooks_of(part) or forward_pre_hooks_of(part)
         if hooked and part is not module and _has_foreign_hooks(part):
             path = next(path for path, each in module.named_modules() if each is part)
             refusal = f"{path} has hooks, which a graph would not call"
         found += (id(part), part.training)
-        for tensors in (part._parameters, part._buffers):
+        for tensors in (parameters_of(part), buffers_of(part)):
             if tensors:
                 found += [_address(item) for item in tensors.values() if item is not None]
         if "scaling" in own and hasattr(part, "active_adapters"):
@@ -53,15 +58,10 @@ def dependencies_of(module: nn.Module) -> Dependencies:
     return Dependencies((*found, *(state for _, state in loras)), loras, refusal)
 
 
-def _hooks_of(module: Any) -> Iterable[str]:
-    """Names of diffusers' hooks."""
-    return getattr(module._diffusers_hook, "hooks", ())
-
-
 def _has_foreign_hooks(module: nn.Module) -> bool:
     """Whether a module has torch hooks of its user. Hooks of transformers, which collect layer outputs, do not
     count."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    hooks = (*forward_hooks_of(module).values(), *forward_pre_hooks_of(module).values())
     return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...compat.torch_private import version_of
 from ...core.graphs import CapturedGraph
 from ...core.tree import Form
 
@@ -197,7 +198,7 @@ def source_of(value: Any, running: RunningCall) -> Source | None:
 
 def _version(value: Any) -> int:
     """A tensor's version counter; 0 for inference tensors, which have none, and for other values."""
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
+    return version_of(value) if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def shape_and_dtype(value: Any) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from ...compat.diffusers_private import PROGRESS_BAR_CONFIG
 from ...config import AttentionConfig, ParallelConfig
 from ...core.edits import AddLayer, Edit, SetAttr
 from ...core.mesh import SEQUENCE, Mesh, world_group, world_size
@@ -207,8 +208,8 @@ def edits(context: PipelineContext, config: ParallelConfig) -> Iterator[Edit]:
         yield AddLayer(context.pipe, context.rank("request"), broadcast_rng_state(ranks, device), "check_inputs")
     if ranks.rank:
         # Rank 0 alone shows a progress bar.
-        bar = vars(context.pipe).get("_progress_bar_config") or {}
-        yield SetAttr(context.pipe, "_progress_bar_config", {**bar, "disable": True})
+        bar = vars(context.pipe).get(PROGRESS_BAR_CONFIG) or {}
+        yield SetAttr(context.pipe, PROGRESS_BAR_CONFIG, {**bar, "disable": True})
     if config.vae > 1 and "vae" not in context.shared:
         group = mesh.consecutive(config.vae)
         set_up_symm_mem(context, group, device, config)

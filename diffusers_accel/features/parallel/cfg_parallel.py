@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from ...compat.torch_private import pytree
 from ...core.comm import Group, shard_sizes
 from ...core.later import Later, settled
 from ...models.adapter import by_name, parameter_names

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from ...compat.torch_private import pytree
 from ...core.comm import Group, shard_sizes
 from ...models.adapter import by_name, parameter_names
 from ..context import Denoiser

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...compat.accelerate_private import has_accelerate_hook
+from ...compat.torch_private import buffers_of, parameters_of
 from ...config import ParallelConfig
 from ...core.edits import AddLayer, Edit
 from ...core.mesh import Mesh, world_group, world_size
@@ -220,7 +222,7 @@ def _entries(context: PipelineContext, owner: dict[int, _Block]) -> list[_Entry]
     modules = {id(module): module for model in models for module in model.modules()}
     found: dict[int, _Entry] = {}
     for module in modules.values():
-        for holder, stored in ((module._parameters, True), (module._buffers, isinstance(module, LinearProxy))):
+        for holder, stored in ((parameters_of(module), True), (buffers_of(module), isinstance(module, LinearProxy))):
             for name, tensor in holder.items():
                 if tensor is None or not _plain(tensor):
                     continue
@@ -275,7 +277,7 @@ def _refuse(component: Denoiser, denoises: bool) -> None:
     if denoises and not blocks:
         raise Unsupported(_FEATURE, "no blocks were found in it.", "parallel without fsdp.", str(component))
     for module in component.module.modules():
-        if "_hf_hook" in vars(module):
+        if has_accelerate_hook(module):
             raise Unsupported(
                 _FEATURE, "its weights move between devices.", "no offloading: each rank holds a part of the weights.",
                 str(component),

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from ...compat.torch_private import pytree
 from ...core.comm import Group
 from ...errors import RanksDiffer, Unsupported
 from ...models.adapter import by_name, parameter_names

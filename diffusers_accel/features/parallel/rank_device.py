@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
+from ...compat.accelerate_private import ACCELERATE_HOOK
+from ...compat.diffusers_private import OFFLOAD_DEVICE, OFFLOAD_GPU_ID, diffusers_hooks
+from ...compat.torch_private import pytree
 from ...core.comm import Group
 from ...core.edits import AddLayer, Edit, MoveTensors, SetAttr
 from ...core.mesh import rank_device
@@ -100,8 +102,8 @@ def edits(context: PipelineContext, ranks: Group) -> Iterator[Edit]:
             )
         yield MoveTensors(modules, here, own)
         yield _MoveHooks(modules, here, own)
-        if "_offload_device" in vars(context.pipe):
-            yield SetAttr(context.pipe, "_offload_device", own)
+        if OFFLOAD_DEVICE in vars(context.pipe):
+            yield SetAttr(context.pipe, OFFLOAD_DEVICE, own)
         for denoiser in context.denoisers:
             yield AddLayer(denoiser.module, context.rank("rank device"), move_inputs(here, own))
     yield from _offloading(context)
@@ -113,8 +115,8 @@ def edits(context: PipelineContext, ranks: Group) -> Iterator[Edit]:
 def _offloading(context: PipelineContext) -> Iterator[Edit]:
     """Sets the current GPU as the target of offloading, also of hooks that diffusers renews after a request."""
     index = torch.cuda.current_device()
-    if index != vars(context.pipe).get("_offload_gpu_id", 0):
-        yield SetAttr(context.pipe, "_offload_gpu_id", index)
+    if index != vars(context.pipe).get(OFFLOAD_GPU_ID, 0):
+        yield SetAttr(context.pipe, OFFLOAD_GPU_ID, index)
 
 
 def ranks_to_move(devices: Sequence[RankDevice]) -> tuple[int, ...]:
@@ -174,7 +176,7 @@ class _MoveHooks:
 def _hooks(module: nn.Module) -> list[Any]:
     """The hooks of the package accelerate on a model and its submodules."""
     found: list[Any] = []
-    waiting = [vars(part)["_hf_hook"] for part in submodules(module) if "_hf_hook" in vars(part)]
+    waiting = [vars(part)[ACCELERATE_HOOK] for part in submodules(module) if ACCELERATE_HOOK in vars(part)]
     while waiting:
         hook = waiting.pop()
         inside = getattr(hook, "hooks", None)
@@ -198,7 +200,7 @@ def _pinned_module(module: nn.Module) -> str | None:
     if not all(hasattr(hook, "execution_device") for hook in _hooks(module)):
         return f"hooks of its {name} move tensors to a device of their own"
     for part in submodules(module):
-        for hook in getattr(vars(part).get("_diffusers_hook"), "hooks", {}).values():
+        for hook in diffusers_hooks(part).values():
             group = getattr(hook, "group", None)
             if group is None:
                 continue

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...compat.diffusers_private import parallel_config_of
+from ...compat.torch_private import children_of
 from ...config import ParallelConfig
 from ...core.edits import AddLayer, Edit, OffloadWeight, SetAttr, SetItem, SwapModule
 from ...core.mesh import Mesh
@@ -133,7 +135,7 @@ def _layers(denoiser: Denoiser, ranks: int) -> list[_Layer]:
     found = []
     assert denoiser.adapter.tensor is not None
     for place in sharded_layers(denoiser.adapter.named_blocks(denoiser.module), denoiser.adapter.tensor):
-        stock = stock_of(place.parent._modules[place.name])
+        stock = stock_of(children_of(place.parent)[place.name])
         reason = _refusal(stock)
         if reason is not None:
             raise Unsupported(_FEATURE, f"{place.path}: {reason}.", _INSTEAD, str(denoiser))
@@ -143,10 +145,10 @@ def _layers(denoiser: Denoiser, ranks: int) -> list[_Layer]:
     assert plan is not None
     for attention in _attention(found):
         for name in plan.norms:
-            if attention._modules.get(name) is None:
+            if children_of(attention).get(name) is None:
                 continue
             place = ShardedLayer(f"{paths[id(attention)]}.{name}", attention, name, (HEADS,), False, attention)
-            stock = stock_of(attention._modules[name])
+            stock = stock_of(children_of(attention)[name])
             if not isinstance(stock, nn.RMSNorm):
                 raise Unsupported(
                     _FEATURE, f"{place.path} is a {type(stock).__name__} across heads.", _INSTEAD, str(denoiser)
@@ -194,7 +196,7 @@ def _refusal(module: Any) -> str | None:
 def _refuse_adapters(denoiser: Denoiser) -> None:
     """Refuses diffusers' parallelism, LoRAs, IP-Adapters and fused projections, which are made for whole layers."""
     module: Any = denoiser.module
-    if getattr(module, "_parallel_config", None) is not None:
+    if parallel_config_of(module) is not None:
         raise Unsupported(
             _FEATURE, "diffusers' own parallelism is on.", "load the pipeline without enable_parallelism.",
             str(denoiser),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...compat.torch_private import cudnn_attention, efficient_attention, flash_attention, flash_attention_for_cpu
 from ...core.platform import has_module
 from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, key_bias
 
@@ -33,18 +34,15 @@ def _with_lse(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
     if query.device.type == "cpu":
-        operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         mask = None if mask is None else mask.to(query.dtype)
-        out, lse = operator(query, key, value, 0.0, x.is_causal, attn_mask=mask, scale=x.scale)
+        out, lse = flash_attention_for_cpu(query, key, value, 0.0, x.is_causal, attn_mask=mask, scale=x.scale)
         return out.transpose(1, 2), lse
     if mask is not None:
         # The operator needs a mask in the query's dtype, whose rows begin at multiples of 16 bytes.
         columns = -(-mask.shape[-1] // 16) * 16
         room = mask.new_empty((*query.shape[:3], columns), dtype=query.dtype)[..., : mask.shape[-1]]
         mask = room.copy_(mask)
-    found = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, mask, True, 0.0, x.is_causal, scale=x.scale
-    )
+    found = efficient_attention(query, key, value, mask, True, 0.0, x.is_causal, scale=x.scale)
     return found[0].transpose(1, 2), found[1][..., : query.shape[2]]
 
 
@@ -66,14 +64,13 @@ def _forced(backend: str, with_lse: Callable[[Inputs], tuple[torch.Tensor, torch
 
 def _cudnn() -> AttentionFunction:
     def with_lse(x: Inputs) -> Any:
-        operator = torch.ops.aten._scaled_dot_product_cudnn_attention
         mask = x.attn_mask
         if mask is not None:
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=x.query.dtype).masked_fill_(~mask, float("-inf"))
             batch, length, heads, _ = x.query.shape
             mask = mask.to(x.query.dtype).expand(batch, heads, length, x.key.shape[1])
-        out, lse, *_ = operator(*x.heads_first, mask, True, 0.0, x.is_causal, False, scale=x.scale)
+        out, lse, *_ = cudnn_attention(*x.heads_first, mask, True, 0.0, x.is_causal, False, scale=x.scale)
         return out, lse.reshape(out.shape[:3])
 
     return _forced("CUDNN_ATTENTION", with_lse)
@@ -93,8 +90,7 @@ def _flash2() -> AttentionFunction:
         return attention
 
     def with_lse(x: Inputs) -> Any:
-        operator = torch.ops.aten._scaled_dot_product_flash_attention
-        out, lse, *_ = operator(*x.heads_first, 0.0, x.is_causal, False, scale=x.scale)
+        out, lse, *_ = flash_attention(*x.heads_first, 0.0, x.is_causal, False, scale=x.scale)
         return out, lse
 
     return _forced("FLASH_ATTENTION", with_lse)

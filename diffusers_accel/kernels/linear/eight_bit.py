@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...compat.torch_private import scaled_mm
 from ...core.operators import operator
 from . import formats
 from .module import CannotPack, QuantizedLinear
@@ -79,7 +80,7 @@ def _scaled_mm_traced(
     granularity, x_scale = _as_rowwise(x, x_scale, weight_scale, granularity)
     if granularity == "block":
         return _scaled_mm_opaque(x, x_scale, weight, weight_scale, bias, granularity)
-    return torch._scaled_mm(
+    return scaled_mm(
         x, weight.t(), x_scale, weight_scale.t() if granularity == "row" else weight_scale, bias=bias,
         out_dtype=torch.bfloat16, use_fast_accum=True,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...compat.torch_private import addmm_activation
 from ...core.operators import operator
 
 
@@ -30,7 +31,7 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     """
     if not x.is_cuda:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-    out = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
+    out = addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ...compat.torch_private import StateMethods, buffers_of, version_of
+
 # Functions of a tensor that do not depend on its values.
 _METADATA = {
     getattr(torch.Tensor, name).__get__
@@ -54,11 +56,11 @@ class ActivationCache:
         if x.is_inference():
             return compute(x)
         entry = self._entry
-        if entry is not None and entry[0]() is x and entry[1:3] == (x._version, key):
+        if entry is not None and entry[0]() is x and entry[1:3] == (version_of(x), key):
             return entry[3]
         self._entry = None
         value = compute(x)
-        self._entry = (weakref.ref(x, self._expire), x._version, key, value)
+        self._entry = (weakref.ref(x, self._expire), version_of(x), key, value)
         return value
 
     def clear(self) -> None:
@@ -82,7 +84,7 @@ def _concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([item.view(torch.uint8) for item in tensors]).view(tensors[0].dtype)
 
 
-class LinearProxy(nn.Linear):
+class LinearProxy(StateMethods, nn.Linear):
     """Base of the modules that take a stock layer's place.
 
     A subclass implements `materialize`, which reads the weight, and `set_weight`, which writes it.
@@ -141,18 +143,18 @@ class LinearProxy(nn.Linear):
         else:
             super().__setattr__(name, value)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super().save_to_state_dict(destination, prefix, keep_vars)
         # On the host: the dequantized weights of all layers may not fit on the device.
         stock = self.stock
         destination[prefix + "weight"] = stock.weight.detach() if stock is not None else self.materialize().cpu()
 
-    def _load_from_state_dict(
+    def load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
         unexpected_keys: Any, error_msgs: Any,
     ) -> None:  # fmt: skip
         given = state_dict.pop(prefix + "weight", None)
-        super()._load_from_state_dict(
+        super().load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if given is None:
@@ -290,8 +292,9 @@ class QuantizedLinear(LinearProxy):
         for name in cls.per_tensor_scales:
             scales = [getattr(layer, name).reshape(1, 1).expand(layer.out_features, 1) for layer in layers]
             packed[name] = torch.cat(scales)
-        for name in set(layers[0]._buffers) - {*cls.row_tensors, *cls.per_tensor_scales, *cls.custom_packed}:
-            first, *others = (layer._buffers[name] for layer in layers)
+        for name in set(buffers_of(layers[0])) - {*cls.row_tensors, *cls.per_tensor_scales, *cls.custom_packed}:
+            values: list[Any] = [buffers_of(layer)[name] for layer in layers]
+            first, *others = values
             for other in others:
                 if (first is None) != (other is None) or (first is not None and not torch.equal(first, other)):
                     raise CannotPack(f"their {name} differ")
@@ -307,7 +310,7 @@ class QuantizedLinear(LinearProxy):
             row_ranges: First and last (exclusive) weight row of each packed layer.
         """
         first, last = row_ranges[index]
-        tensors = {name: item for name, item in self._buffers.items() if item is not None}
+        tensors = {name: item for name, item in buffers_of(self).items() if item is not None}
         tensors |= {name: tensors[name][first // rows : -(-last // rows)] for name, rows in self.row_tensors.items()}
         return tensors | {name: tensors[name][first] for name in self.per_tensor_scales}
 
@@ -373,19 +376,20 @@ class QuantizedLinear(LinearProxy):
         for name, tensor in self.quantize(value.to(self.device, self.weight_dtype)).items():
             setattr(self, name, tensor)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+    def apply_to_tensors(self, function: Any, recurse: bool = True) -> nn.Module:
         # Stored tensors follow a change of device only. Viewed as bytes they are no floating-point tensors, so that
         # a cast of the model leaves them alone.
-        stored = dict(self._buffers)
-        self._buffers.clear()
+        buffers = buffers_of(self)
+        stored = dict(buffers)
+        buffers.clear()
         try:
-            super()._apply(fn, recurse)
+            super().apply_to_tensors(function, recurse)
         finally:
-            self._buffers.update(stored)
+            buffers.update(stored)
         for name, tensor in stored.items():
             if tensor is not None:
-                self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.device)).dtype
+                buffers[name] = function(tensor.view(torch.uint8)).view(tensor.dtype)
+        self.weight_dtype = function(torch.empty(0, dtype=self.weight_dtype, device=self.device)).dtype
         return self
 
     def extra_repr(self) -> str:

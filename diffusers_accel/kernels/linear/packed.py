@@ -19,18 +19,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...compat.torch_private import StateMethods, buffers_of
 from ...core.hooks import has_layerwise_casting
 from .module import ActivationCache, CannotPack, LinearProxy, QuantizedLinear, WeightView
 from .record import kind_of
 
 
-class _HiddenChild:
+class _HiddenChild(StateMethods):
     """Mixin of the packed layer: a child module without entries in a `state_dict`. The slices write and read them."""
 
     def state_dict(self, *_: Any, destination: Any = None, **__: Any) -> Any:
         return {} if destination is None else destination
 
-    def _load_from_state_dict(self, *_: Any) -> None:
+    def load_from_state_dict(self, *_: Any) -> None:
         pass
 
 
@@ -246,18 +247,18 @@ class LinearSlice(LinearProxy):
             value = value / layer.pre_quant_scale.to(value.dtype)
         layer.write_slice(self._index, self._packed.row_ranges, layer.quantize(value))
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super().save_to_state_dict(destination, prefix, keep_vars)
         bias = self.bias
         if bias is not None:
             destination[prefix + "bias"] = bias.detach()
 
-    def _load_from_state_dict(
+    def load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
         unexpected_keys: Any, error_msgs: Any,
     ) -> None:  # fmt: skip
         given, bias = state_dict.get(prefix + "bias"), self.bias
-        super()._load_from_state_dict(
+        super().load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         unexpected_keys[:] = [key for key in unexpected_keys if bias is None or key != prefix + "bias"]
@@ -277,8 +278,8 @@ def restore_tensors(item: LinearSlice) -> None:
     if isinstance(original, QuantizedLinear):
         assert isinstance(alone, QuantizedLinear)
         original.weight_dtype = alone.weight_dtype
-        for name, tensor in alone._buffers.items():
-            original._buffers[name] = None if tensor is None else tensor.clone()
+        for name, tensor in buffers_of(alone).items():
+            buffers_of(original)[name] = None if tensor is None else tensor.clone()
     else:
         original.weight.data = alone.weight.data.clone()
     if original.bias is not None and alone.bias is not None:
@@ -288,8 +289,9 @@ def restore_tensors(item: LinearSlice) -> None:
 def release_tensors(layer: nn.Linear) -> None:
     """Frees the tensors of a layer that was packed; each becomes an empty tensor of its dtype."""
     if isinstance(layer, QuantizedLinear):
-        for name, tensor in layer._buffers.items():
-            layer._buffers[name] = None if tensor is None else tensor.new_empty(0)
+        buffers = buffers_of(layer)
+        for name, tensor in buffers.items():
+            buffers[name] = None if tensor is None else tensor.new_empty(0)
     else:
         layer.weight.data = layer.weight.data.new_empty(0)
     if layer.bias is not None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
+from ...compat.torch_private import keep_in_order
 from ...core.comm import Group
 from ...core.operators import operator
 from .module import STOCK, LinearProxy
@@ -51,7 +51,7 @@ def _all_reduce(x: torch.Tensor, group: int) -> torch.Tensor:
 # Independent sums (of two streams, of a query's and a key's norm) must run in one order on all ranks. Inductor would
 # order them by memory and speed, which differ where shards are uneven. The price: inductor's cache on disk does not
 # keep graphs with such operators.
-_register_effectful_op(_all_reduce, _EffectType.ORDERED)
+keep_in_order(_all_reduce)
 
 
 def all_reduced(fresh: torch.Tensor, group: int) -> torch.Tensor:

@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
+from ....compat.torch_private import custom_graph_pass, lookup_backend
 from . import attention, canonical, linear, overlap, rows
 
+_CustomGraphPass: Any = custom_graph_pass()
 
-class Rewrites(CustomGraphPass):
-    """All rewrites, in the form of inductor's `pre_grad_custom_pass`."""
+
+class Rewrites(_CustomGraphPass):
+    """All rewrites, as one custom pass of inductor."""
 
     def __call__(self, graph: Graph) -> None:
         """Rewrites a graph in place. While autograd records, nothing is rewritten: the operators have no backward."""
@@ -65,6 +67,6 @@ def rewritten(backend: str) -> Callable[..., Any]:
     def compiled(module: GraphModule, inputs: list[Any], **options: Any) -> Any:
         REWRITES(module.graph)
         module.recompile()
-        return torch._dynamo.lookup_backend(backend)(module, inputs, **options)  # type: ignore[operator]
+        return lookup_backend(backend)(module, inputs, **options)
 
     return compiled

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ....compat.torch_private import is_erased, is_traceable_wrapper_subclass
 
 # Devices and dtypes of tensors that rewritten code supports.
 KINDS = [("cuda", torch.bfloat16), ("cuda", torch.float16), ("cuda", torch.float32)]
@@ -124,7 +125,7 @@ def written(graph: Graph) -> set[Any]:
 
 def drop(node: Any) -> None:
     """Erases a node that nothing reads, then the nodes that only it read."""
-    if not isinstance(node, Node) or node._erased or node.users or node.op not in ("call_function", "call_method"):
+    if not isinstance(node, Node) or is_erased(node) or node.users or node.op not in ("call_function", "call_method"):
         return
     if node.target is operator.setitem or str(node.target).endswith("_"):
         return

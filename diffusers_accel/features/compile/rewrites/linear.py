@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph
 
+from ....compat.torch_private import scaled_mm
 from ....kernels.linear import (  # noqa: F401 - registers the operators
     eight_bit,
     epilogue,
@@ -21,7 +22,8 @@ from ....kernels.linear import (  # noqa: F401 - registers the operators
 )
 from .graph import arguments, fits, is_call, is_method, put, replace, root, value, written
 
-LINEAR, GELU = torch._C._nn.linear, torch._C._nn.gelu
+# Graphs hold the functions of `torch.nn.functional`, which are those of C++.
+LINEAR, GELU = F.linear, F.gelu
 # With fewer elements in the weight, a GEMM of a few rows takes a launch's time with any kernel. It is not rewritten.
 _LEAST_ELEMENTS = 1 << 20
 
@@ -42,7 +44,7 @@ def rewrite(graph: Graph) -> None:
     for node in filter(is_unchanged, graph.find_nodes(op="call_function", target=LINEAR)):
         if not _use_skinny(graph, node, changed):
             _split_concat(graph, node)
-    for target in (torch._scaled_mm, torch.ops.diffusers_accel.int8_linear.default):
+    for target in (scaled_mm, torch.ops.diffusers_accel.int8_linear.default):
         for node in graph.find_nodes(op="call_function", target=target):
             _use_skinny_8_bit(graph, node, changed)
 
@@ -79,7 +81,7 @@ def _use_skinny(graph: Graph, node: Any, changed: set[Any]) -> bool:
 def _use_skinny_8_bit(graph: Graph, node: Any, changed: set[Any]) -> None:
     """Replaces an 8-bit GEMM of a few rows by `skinny_linear`, which leaves activations unquantized. The weight has a
     scale per row. `changed` has the roots of tensors that the graph changes in place."""
-    if is_call(node, torch._scaled_mm):
+    if is_call(node, scaled_mm):
         data, weight, _, scale = node.args[:4]
         bias = node.kwargs.get("bias")
         if not is_method(weight, "t") or not is_method(scale, "t"):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
+from ....compat.torch_private import scaled_mm
 from ....kernels.attention import DISPATCHERS
 from ....kernels.attention.ulysses import KEY, QUERY, VALUE
 from . import graph as graphs
@@ -129,7 +130,7 @@ def _is_attention(node: Any) -> bool:
 def _is_product(node: Any) -> bool:
     """Whether a node is a matrix product of at least `_WORTH` multiplications."""
     targets = [getattr(_OPERATORS, name).default for name in _PRODUCTS]
-    if not is_call(node, LINEAR, torch._scaled_mm, *targets) or value(node) is None:
+    if not is_call(node, LINEAR, scaled_mm, *targets) or value(node) is None:
         return False
     sizes = [value(item).shape[-1] for item in node.all_input_nodes[:1] if value(item) is not None]
     return bool(sizes) and value(node).numel() * sizes[0] >= _WORTH

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ....compat.torch_private import CONV_FORWARD
 from ....core.comm import Group, shard_sizes
 from ....core.edits import AddLayer, Edit
 from ....errors import Unsupported
@@ -69,7 +70,7 @@ def edits(vae: Any, group: Group, dim: str, rank: int) -> Iterator[Edit]:
     for module in vae.modules():
         if module in halos:
             function = partial(layers.convolution, strips, module, halos[module])
-            yield AddLayer(module, rank, function, "_conv_forward")
+            yield AddLayer(module, rank, function, CONV_FORWARD)
         elif kind(module) in kinds.NORMS:
             yield AddLayer(module, rank, partial(layers.group_norm, strips, module))
         elif kind(module) in kinds.ATTENTIONS and kind(getattr(module, "processor", None)) not in kinds.TEMPORAL:

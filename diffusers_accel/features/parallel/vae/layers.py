@@ -25,14 +25,14 @@ def convolution(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The layer around `_conv_forward`, which a convolution calls once its input is joined with cached frames and
-    padded.
+    """The layer around the method that a convolution calls once its input is joined with cached frames and padded
+    (`CONV_FORWARD`).
 
     Args:
         strips: The strips.
         conv: The convolution.
         halo: Its halo.
-        inner: The stock `_conv_forward`.
+        inner: The stock method.
         x: This rank's strip, with room for the halo if `halo.ahead`.
         weight: The convolution's weight.
         bias: The convolution's bias; `None` without one.
