@@ -31,10 +31,9 @@ def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the tests that are meant for a GPU, on it, and no others")
 
 
-# Before workers are started, and before any test module is imported.
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    os.environ.update(settings(config.getoption("--gpu")))
+# Before the conftest of a folder imports the compiler, and with it Triton. Workers inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ.update(settings("--gpu" in sys.argv))
 
 
 def pytest_configure(config):
