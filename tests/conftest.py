@@ -77,6 +77,17 @@ def pytest_xdist_make_scheduler(config, log):
     return scheduler(config, log)
 
 
+def pytest_runtest_logstart(nodeid, location):
+    """Modules are loaded by tests too."""
+    _started.append(nodeid)
+    if len(_started) % 50 == 0:
+        gc.collect()
+        gc.freeze()
+
+
+_started: list[str] = []
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     """Compiled code of one test must not be found by another."""

@@ -108,8 +108,11 @@ class AttentionDispatcher:
         is_causal: bool = False,
         scale: float | None = None,
     ) -> torch.Tensor:
-        """Attention on (batch, sequence, heads, head_dim) tensors, in eager or compiled code."""
-        return dispatch(self.number, query, key, value, attn_mask, is_causal, scale)
+        """Attention on (batch, sequence, heads, head_dim) tensors, in eager or compiled code. Eager code needs no entry
+        in `DISPATCHERS`."""
+        if torch.compiler.is_compiling():
+            return _attention(query, key, value, attn_mask, is_causal, scale, self.number)
+        return self.run(Inputs(query, key, value, attn_mask, is_causal, scale))
 
 
 # Dispatchers by number; a pipeline's layers own them. The number is a constant in compiled graphs. A freed number is
