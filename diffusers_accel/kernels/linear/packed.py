@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from ...core.hooks import has_layerwise_casting
-from .module import ActivationCache, CannotPack, LinearProxy, QuantizedLinear, WeightView
+from .module import ActivationCache, CannotPack, LinearProxy, QuantizedLinear
 from .record import kind_of
+from .weight_view import WeightView
 
 
 class _HiddenChild:
