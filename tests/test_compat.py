@@ -46,12 +46,6 @@ PYTHON = {"_getframe", "_current_frames"}
 FORMATS = {"_quantization_metadata", "_data", "_scale"}
 # The beginning of this package's own attributes on objects of others.
 OWN_PREFIX = "_diffusers_accel"
-# Files whose names are still to move.
-PENDING = {
-    "core/later.py": {"_make_wrapper_subclass", "_C", "_pytree"},
-    "kernels/attention/deferred.py": {"_C"},
-    "kernels/linear/module.py": {"_make_wrapper_subclass", "_C"},
-}
 
 
 def is_private(name: str) -> bool:
@@ -137,7 +131,6 @@ def test_private_names_of_other_packages_stand_in_compat_alone():
         for file, tree in TREES.items()
         if not file.startswith("compat/")
         for line, name in foreign_names(tree, OWN, FOREIGN)
-        if name not in PENDING.get(file, ())
     ]
     assert not wrong, wrong
 
@@ -337,6 +330,27 @@ def version_counter():
     x = torch.zeros(2)
     before = of_torch.version_of(x)
     assert of_torch.version_of(x.add_(1)) == before + 1
+
+
+@check("torch._ops.OpOverload")
+def operator_overload():
+    assert isinstance(torch.ops.aten.add.Tensor, of_torch.OpOverload)
+    assert not isinstance(torch.ops.aten.add, of_torch.OpOverload)
+
+
+@check("torch._ops.OpOverload._schema")
+def schema():
+    plain, in_place = (of_torch.schema_of(each) for each in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor))
+    assert [item.name for item in plain.arguments] == ["self", "other", "alpha"]
+    assert in_place.is_mutable and not plain.is_mutable
+    assert [item.name for item in in_place.arguments if item.alias_info and item.alias_info.is_write] == ["self"]
+
+
+@check("torch.UntypedStorage._cdata")
+def identity_of_storage():
+    x, other = torch.zeros(2, device="meta"), torch.zeros(2, device="meta")
+    one, view, apart = (of_torch.storage_identity(each.untyped_storage()) for each in (x, x[1:], other))
+    assert one == view != apart
 
 
 @check("torch.utils._pytree")

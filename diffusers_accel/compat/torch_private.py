@@ -37,6 +37,9 @@ NAMES = {
     "torch._C.DisableTorchFunctionSubclass": "lazy tensors, which answer shape and dtype without values",
     "torch.Tensor._make_wrapper_subclass": "lazy tensors, which have no storage",
     "torch.Tensor._version": "caches of activations, and CUDA graphs of runs of blocks",
+    "torch._ops.OpOverload": "lazy tensors, which find the arguments that an operator writes to",
+    "torch._ops.OpOverload._schema": "lazy tensors, which find the arguments that an operator writes to",
+    "torch.UntypedStorage._cdata": "lazy tensors, whose views share memory with them",
     "torch.utils._pytree": "nested arguments and results: graphs, parallelism, lazy tensors, worker processes",
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": "rewrites, which leave other packages' tensors alone",
     # Modules.
@@ -120,6 +123,11 @@ DisableTorchFunctionSubclass = _bound(torch._C, "DisableTorchFunctionSubclass")
 make_wrapper_subclass = _bound(torch.Tensor, "_make_wrapper_subclass")
 # A tensor's version counter, which in-place writes increase. Inference tensors have none.
 version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
+# An operator with the types of its arguments fixed, and its schema.
+OpOverload: Any = _bound(torch._ops, "OpOverload")
+schema_of: Callable[[Any], Any] = attrgetter("_schema")
+# The address of a storage's object: the same for tensors that share memory, even without any.
+storage_identity: Callable[[Any], int] = attrgetter("_cdata")
 # Nested lists, tuples, dictionaries and model outputs as trees of leaves.
 pytree = torch.utils._pytree
 # Whether a tensor is of a subclass that holds other tensors and can be traced.

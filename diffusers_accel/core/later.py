@@ -1,38 +1,40 @@
-"""Tensors whose values come later: from another rank, once both have something to do.
+"""Results of the denoiser that other ranks compute: lazy tensors until the pipeline needs a value.
 
-A stock pipeline calls its denoiser once for each branch of guidance and then combines what it got. If each rank
-computes one branch, a rank must go on to the next call before it has the last one's result. It is given a `Later` in
-its place: a tensor with a shape and a type, and no values yet. Whatever is done to it in between is put off too, where
-that can be; the first use that cannot wait has all ranks exchange what they have. Ranks run the same program, so they
-come to that use together.
+Owns `Later`, the lazy tensor of CFG parallelism. A stock pipeline calls its denoiser once for each branch of guidance,
+then combines the results. With one branch on each rank, a rank must reach its own call before the other rank's result
+exists. `Later` takes the place of that result. Operations on it are deferred as well where their output's shape is
+known. The first use that needs a value makes all ranks exchange their results. All ranks run the same program, so they
+reach that use together.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-# Attributes that a tensor without values has.
-_KNOWN = {"shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout", "is_meta", "is_sparse", "names"}
+from ..compat.torch_private import pytree
+from .lazy_tensor import LazyTensor, materialized, written_arguments
 
 
-class Later(torch.Tensor):
-    """A tensor whose values are found by a function, when they are first needed.
+class Later(LazyTensor):
+    """A tensor whose values are computed once, by a function, when a use needs them.
 
     Args:
-        like: A tensor of its shape and type on the device `meta`.
-        device: Where its values will be.
-        find: Returns them.
-        waiting: Whether what is done to it may be put off for now.
+        like: A tensor on the device `meta` with its shape, strides and dtype.
+        device: The device of its values.
+        find: Returns the values. It runs at most once.
+        waiting: Whether an operation on the tensor may be deferred. It is asked once for each operand of an operation.
     """
 
+    _like: torch.Tensor
     _find: Callable[[], torch.Tensor]
     _waiting: Callable[[], bool]
-    _found: torch.Tensor | None
-    _like: torch.Tensor
+    # Operands of the deferred operation that makes this tensor, and tensors that deferred operations make of this one.
+    _sources: tuple[Later, ...]
+    _readers: list[weakref.ref[Later]]
 
     @staticmethod
     def __new__(
@@ -42,62 +44,41 @@ class Later(torch.Tensor):
         find: Callable[[], torch.Tensor],
         waiting: Callable[[], bool],
     ) -> Later:
-        made: Later = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
-        )
-        made._like, made._find, made._waiting, made._found = like, find, waiting, None
+        made = cls.without_values(like.shape, like.dtype, device, like.stride())
+        made._like, made._find, made._waiting = like, find, waiting
+        made._sources, made._readers = (), []
         return made
 
-    @property
-    def now(self) -> torch.Tensor:
-        """The values, which are found if they are not."""
-        if self._found is None:
-            self._found = self._find()
-        return self._found
+    def compute(self) -> torch.Tensor:
+        values = self._find()
+        self.hold(values)
+        return values
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
-            return f"Later({tuple(self.shape)}, {self.dtype})"
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if name == "__get__" and getattr(getattr(function, "__self__", None), "__name__", None) in _KNOWN:
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **kwargs)
-        mine = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Later)]
-        if all(item._found is None and item._waiting() for item in mine) and not _writes(name, kwargs):
-            put_off = _put_off(function, args, kwargs, mine[0])
-            if put_off is not None:
-                return put_off
-        return function(*settled(args), **settled(kwargs))
+    def writable(self) -> torch.Tensor:
+        """The values. Every deferred operation that may read their memory runs first: it must not see the write."""
+        related, seen = [self], set()
+        while related:
+            item = related.pop()
+            if id(item) not in seen:
+                seen.add(id(item))
+                item.materialize()
+                related += [*item._sources, *(reader for ref in item._readers if (reader := ref()) is not None)]
+        return super().writable()
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        # Where a mode or a subclass has kept `__torch_function__` from being asked.
-        return function(*settled(args), **settled(kwargs or {}))
+    def handle(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Defers a function whose operands all wait for values, if it writes to none of its arguments."""
+        operands = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Later)]
+        if not all(item.held is None and item._waiting() for item in operands):
+            return NotImplemented
+        if not operands or written_arguments(func, args, kwargs):
+            return NotImplemented
+        return _deferred(func, args, kwargs, operands)
 
 
-def settled(value: Any) -> Any:
-    """A value with all tensors in it as they are."""
-    return pytree.tree_map(lambda item: item.now if isinstance(item, Later) else item, value)
-
-
-def _writes(name: str, kwargs: Any) -> bool:
-    """Whether a function writes to what it is given."""
-    return (
-        kwargs.get("out") is not None
-        or name in ("__setitem__", "__set__")
-        or (name.endswith("_") and not name.endswith("__"))
-        or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    )
-
-
-def _put_off(function: Any, args: Any, kwargs: Any, first: Later) -> Any:
-    """The result of a function that is called later; `None` if it must be called now."""
+def _deferred(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Later]) -> Any:
+    """The result of a function that is called later; `NotImplemented` if it must be called now."""
+    device = operands[0].device
 
     def shape_only(item: Any) -> Any:
         if isinstance(item, Later):
@@ -109,26 +90,29 @@ def _put_off(function: Any, args: Any, kwargs: Any, first: Later) -> Any:
         return item
 
     for item in pytree.tree_leaves((args, kwargs)):
-        # Moves to another device are for those who will read it at once.
-        if isinstance(item, str) or (isinstance(item, torch.device) and item != first.device):
-            return None
+        # A move to another device precedes a read of the values.
+        if isinstance(item, str) or (isinstance(item, torch.device) and item != device):
+            return NotImplemented
     try:
-        form = function(*pytree.tree_map(shape_only, args), **pytree.tree_map(shape_only, kwargs))
-    except Exception:  # whatever a function raises that wants values
-        return None
+        form = func(*pytree.tree_map(shape_only, args), **pytree.tree_map(shape_only, kwargs))
+    except Exception:  # any error of a function that needs values
+        return NotImplemented
     leaves, spec = pytree.tree_flatten(form)
     if not leaves or not all(isinstance(leaf, torch.Tensor) and leaf.device.type == "meta" for leaf in leaves):
-        return None
-    done: list[Any] = []
+        return NotImplemented
+    results: list[Any] = []
 
     def find(index: int) -> torch.Tensor:
-        if not done:
-            done.extend(pytree.tree_leaves(function(*settled(args), **settled(kwargs))))
-        found: torch.Tensor = done[index]
+        if not results:
+            results.extend(pytree.tree_leaves(func(*materialized(args), **materialized(kwargs))))
+        found: torch.Tensor = results[index]
         return found
 
-    made = [
-        Later(leaf, first.device, lambda index=index: find(index), first._waiting)  # type: ignore[misc]
-        for index, leaf in enumerate(leaves)
-    ]
+    made = []
+    for index, leaf in enumerate(leaves):
+        result = Later(leaf, device, lambda index=index: find(index), operands[0]._waiting)  # type: ignore[misc]
+        result._sources = tuple(operands)
+        for operand in operands:
+            operand._readers.append(weakref.ref(result))
+        made.append(result)
     return pytree.tree_unflatten(made, spec)

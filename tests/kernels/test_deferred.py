@@ -18,6 +18,7 @@ from diffusers_accel.kernels.attention import (
     Fixed,
     Inputs,
 )
+from diffusers_accel.kernels.attention.deferred import common_qk_norm_rope
 from diffusers_accel.kernels.attention.record import QKNorm, Rotary
 from diffusers_accel.kernels.attention.torch_native import scaled_dot_product
 
@@ -197,13 +198,11 @@ class TestDeferredQK:
 
         return DeferredQK.rope(x, cos, sin, apply), x, apply, calls
 
-    def test_metadata_applies_nothing(self, deferred):
+    def test_raw_and_dtype_apply_nothing(self, deferred):
         found, x, _, calls = deferred
-        assert found.shape == x.shape and found.dtype == x.dtype and found.device == x.device
-        assert found.size(1) == 5 and found.ndim == 4
         assert torch.ones(3, dtype=torch.float64).type_as(found).dtype == torch.float32
+        assert torch.equal(found.raw, x) and type(found.raw) is torch.Tensor
         assert not calls
-        assert torch.equal(found.raw(), x) and type(found.raw()) is torch.Tensor
 
     @pytest.mark.parametrize(
         "operation",
@@ -227,6 +226,32 @@ class TestDeferredQK:
         result = operation(found)
         assert type(result) is torch.Tensor
         assert torch.equal(result, operation(apply(x)))
+
+    @pytest.mark.parametrize("write_to", [0, 1])
+    def test_a_write_ends_the_deferral_of_a_tensor_and_of_its_views(self, write_to):
+        x, weight = torch.randn(1, 5, 2, 8), torch.linspace(0.5, 2, 8)
+        untouched = x.clone()
+        expected, stock_norm = normed(x, weight, 1e-5).float(), lambda item: normed(item, weight, 1e-5).float()
+        own = DeferredQK.rms_norm(x, weight, 1e-5, stock_norm)
+        copy = own.repeat_interleave(1, dim=2)
+        both = own, own.transpose(1, 2)
+        assert all(type(item) is DeferredQK for item in (*both, copy))
+        assert common_qk_norm_rope(own, both[1]) is not None
+        both[write_to][:, 1].mul_(3)
+        (expected, expected.transpose(1, 2))[write_to][:, 1].mul_(3)
+        assert torch.equal(own + 0, expected) and torch.equal(both[1] + 0, expected.transpose(1, 2))
+        assert torch.equal(x, untouched) and torch.equal(copy + 0, stock_norm(x))
+        assert torch.equal(own.repeat_interleave(1, dim=2) + 0, expected)
+        assert torch.equal(own.transpose(1, 2) + 0, expected.transpose(1, 2))
+        assert common_qk_norm_rope(own, both[1]) is None and common_qk_norm_rope(copy, copy) is not None
+        # Kernels and a rotation see the written values.
+        plain = AttentionKernel(name="plain", load=lambda: scaled_dot_product, fuses_qk_norm_rope=True, head_dims=(8,))
+        found = AttentionDispatcher(lambda: Fixed(plain), Counter())(own, own, x)
+        torch.testing.assert_close(found, scaled_dot_product(Inputs(expected, expected, x)))
+        cos, sin = (item.cpu() for item in tables(5, 8))
+        assert torch.equal(
+            DeferredQK.rope(own, cos, sin, lambda item: rotate(item, cos, sin)) + 0, rotate(expected, cos, sin)
+        )
 
     def test_tables_of_another_kind_are_applied_at_once(self, deferred):
         _, x, apply, _ = deferred
@@ -284,7 +309,7 @@ class TestDeferredQK:
         both = DeferredQK.rope(DeferredQK.rms_norm(x, weight, 1e-5, stock_norm), cos, sin, apply)
         assert torch.equal(both + 0, apply(stock_norm(x)))
         only = DeferredQK.rms_norm(x, weight, 1e-5, stock_norm)
-        assert torch.equal(only + 0, stock_norm(x)) and torch.equal(only.raw(), x)
+        assert torch.equal(only + 0, stock_norm(x)) and torch.equal(only.raw, x)
         seen = []
 
         def fusing(inputs):
@@ -339,6 +364,6 @@ class TestDeferredQK:
             first = DeferredQK.rope(x.flatten(2), cos.flatten(2), sin.flatten(2), apply, rope_style, heads=2)
             found = first.unflatten(2, (2, -1))
             assert type(first.unflatten(2, (4, -1))) is torch.Tensor  # not the heads of its tables
-        assert type(found) is DeferredQK and torch.equal(found.raw(), x)
-        assert torch.equal(rotate(found.raw(), *found.tables, found.rope_style).to(x.dtype), expected)
+        assert type(found) is DeferredQK and torch.equal(found.raw, x)
+        assert torch.equal(rotate(found.raw, *found.tables, found.rope_style).to(x.dtype), expected)
         assert torch.equal(found + 0, expected)

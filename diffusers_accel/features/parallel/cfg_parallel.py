@@ -21,7 +21,8 @@ import torch
 
 from ...compat.torch_private import pytree
 from ...core.comm import Group, shard_sizes
-from ...core.later import Later, settled
+from ...core.later import Later
+from ...core.lazy_tensor import materialized
 from ...models.adapter import by_name, parameter_names
 from ..context import Denoiser, PipelineContext
 from .data_parallel import batch_size, is_tensor, latents_of, select_samples
@@ -83,7 +84,7 @@ class CFGParallel:
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The layer around the denoiser's forward."""
-        args, kwargs = settled(args), settled(kwargs)
+        args, kwargs = materialized(args), materialized(kwargs)
         self._begin_step()
         arguments = by_name(self._names, args, kwargs)
         batch = batch_size(latents_of(self.denoiser, arguments)[0])

@@ -1,9 +1,9 @@
 """Deferred QK-norm and rotary embedding: query or key that carries both, not applied yet, to the attention kernel.
 
 Stock processors norm and rotate query and key right before attention, in several passes over memory. A quantizing
-kernel reads both tensors once more to round them, and can norm and rotate in that pass. `DeferredQK` carries the norm
-and the rotation there. Any other operation on such a tensor sees the stock result, computed by the stock functions, so
-an operation never runs on a tensor without its norm or rotation.
+kernel reads both tensors once more to round them, and can norm and rotate in that pass. `DeferredQK` is the lazy tensor
+that carries norm and rotation there: its values are the stock result, computed by the stock functions. Moving the heads
+keeps them deferred. Any other operation runs on the values, so none runs on a tensor without its norm or rotation.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from typing import Any
 
 import torch
 
+from ...core.lazy_tensor import LazyTensor, materialized
 from .record import QKNorm, Rotary, Tables
-
-# Attributes that do not depend on the values: they are answered without applying anything.
-_METADATA = {
-    getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad")
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.stride, torch.Tensor.is_floating_point}
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 
 
-class DeferredQK(torch.Tensor):
+class DeferredQK(LazyTensor):
     """Query or key without its norm, its rotary embedding or both. Stock code may move its heads to the layout of
     attention, (batch, sequence, heads, head_dim).
 
     Attributes:
+        raw: The tensor before norm and rotation, of the same shape and dtype. Its memory is the projection's output.
         qk_norm: Weight, (head_dim,), and epsilon of an RMS norm over the channels of each head; `None` without a norm.
         tables: Cosines and sines, float32, of as many dimensions as the tensor, each of the tensor's size or 1; half
             as many channels for `rope_style` "half". The rotation follows the norm. `None` without a rotation.
         rope_style: `"interleaved"` or `"half"`, as `Rotary.rope_style` describes it.
         heads: Number of heads that the channels must be split into; 0 for any number.
         apply: The stock norm and rotation, as a function of the raw tensor.
+        base: The tensor that this one views, the view and its inverse; `None` for a tensor of its own. A write to one
+            of the two is seen in the other.
     """
 
+    raw: torch.Tensor
     qk_norm: tuple[torch.Tensor, float] | None
     tables: Tables | None
     rope_style: str
     heads: int
     apply: Apply
+    base: tuple[DeferredQK, Apply, Apply] | None
 
     @classmethod
     def wrap(
@@ -53,10 +54,27 @@ class DeferredQK(torch.Tensor):
         heads: int = 0,
     ) -> DeferredQK:
         """The raw tensor `x` with the attributes of the class."""
-        found = x.as_subclass(cls)
-        found.qk_norm, found.tables, found.apply = qk_norm, tables, apply
-        found.rope_style, found.heads = rope_style, heads
+        found = cls.without_values(x.shape, x.dtype, x.device, x.stride(), x.requires_grad)
+        found.raw, found.apply, found.base = x, apply, None
+        found.qk_norm, found.tables, found.rope_style, found.heads = qk_norm, tables, rope_style, heads
         return found
+
+    def compute(self) -> torch.Tensor:
+        return self.apply(self.raw)
+
+    @property
+    def held(self) -> torch.Tensor | None:
+        if self._held is None and self.base is not None:
+            base, view, _ = self.base
+            if base.held is not None:
+                self._held = view(base.held)
+        return self._held
+
+    def hold(self, values: torch.Tensor) -> None:
+        super().hold(values)
+        if self.base is not None:
+            base, _, back = self.base
+            base.hold(back(values))
 
     @classmethod
     def rms_norm(cls, x: torch.Tensor, weight: torch.Tensor | None, eps: float | None, apply: Apply) -> torch.Tensor:
@@ -90,31 +108,30 @@ class DeferredQK(torch.Tensor):
             rope_style: `"interleaved"` or `"half"`, as `Rotary.rope_style` describes it.
             heads: Number of heads that a tensor with the heads in the channels will be split into; 0 for any number.
         """
-        channels = x.shape[-1] // 2 if rope_style == "half" else x.shape[-1]
-        fits = cos.shape == sin.shape and cos.ndim == x.ndim and cos.shape[-1] == channels
-        fits = fits and all(one in (1, own) for one, own in zip(cos.shape[:-1], x.shape[:-1], strict=True))
-        if not fits or not cos.device == sin.device == x.device or (isinstance(x, DeferredQK) and x.tables is not None):
-            return apply(materialize(x))
+        raw, norm = (x.raw, x) if isinstance(x, DeferredQK) else (x, None)
+        channels = raw.shape[-1] // 2 if rope_style == "half" else raw.shape[-1]
+        fits = cos.shape == sin.shape and cos.ndim == raw.ndim and cos.shape[-1] == channels
+        fits = fits and all(one in (1, own) for one, own in zip(cos.shape[:-1], raw.shape[:-1], strict=True))
+        fits = fits and cos.device == sin.device == raw.device
+        if not fits or (norm is not None and (norm.tables is not None or norm.held is not None)):
+            return apply(materialized(x))
         tables = cos.float(), sin.float()
         if cos.stride() != sin.stride() or cos.stride(-1) != 1:
             tables = tables[0].contiguous(), tables[1].contiguous()
-        if not isinstance(x, DeferredQK):
-            return cls.wrap(x, apply, None, tables, rope_style, heads)
-        norm = x.apply
-        return cls.wrap(x.raw(), lambda item: apply(norm(item)), x.qk_norm, tables, rope_style, heads)
-
-    def raw(self) -> torch.Tensor:
-        """The tensor before norm and rotation."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(torch.Tensor)
+        if norm is None:
+            return cls.wrap(raw, apply, None, tables, rope_style, heads)
+        normed = norm.apply
+        return cls.wrap(raw, lambda item: apply(normed(item)), norm.qk_norm, tables, rope_style, heads)
 
     def _viewed(self, view: Apply, back: Apply) -> DeferredQK:
         """The same view of the raw tensor and of its tables; `back` inverts the view."""
         apply = self.apply
         tables = self.tables and (view(self.tables[0]), view(self.tables[1]))
-        return DeferredQK.wrap(
-            view(self.raw()), lambda item: view(apply(back(item))), self.qk_norm, tables, self.rope_style
+        found = DeferredQK.wrap(
+            view(self.raw), lambda item: view(apply(back(item))), self.qk_norm, tables, self.rope_style
         )
+        found.base = self, view, back
+        return found
 
     def _moved_heads(self, func: Any, args: Any, kwargs: Any) -> DeferredQK | None:
         """The result of a call that only moves heads, still deferred; `None` for any other call."""
@@ -125,40 +142,30 @@ class DeferredQK(torch.Tensor):
             if rest == -1 and self.heads in (0, heads):
                 return self._viewed(lambda item: item.unflatten(2, (heads, -1)), lambda item: item.flatten(2))
         if func is torch.Tensor.repeat_interleave and args == (1,) and kwargs.keys() == {"dim"}:
-            return self
+            return DeferredQK.wrap(self.raw, self.apply, self.qk_norm, self.tables, self.rope_style, self.heads)
         return None
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func is torch.Tensor.type_as and not isinstance(args[0], DeferredQK):
-            return func(args[0], args[1].raw())  # reads the dtype alone
-        moved = args[0]._moved_heads(func, args[1:], kwargs) if args and isinstance(args[0], DeferredQK) else None
-        if moved is not None:
-            return moved
-        return func(*(materialize(item) for item in args), **{name: materialize(item) for name, item in kwargs.items()})
-
-
-def materialize(x: Any) -> Any:
-    """Applies deferred norm and rotation: to a tensor, or to the tensors of a list or tuple. Any other value is
-    returned unchanged."""
-    if isinstance(x, DeferredQK):
-        return x.apply(x.raw())
-    if isinstance(x, (list, tuple)) and any(isinstance(item, DeferredQK) for item in x):
-        return type(x)(materialize(item) for item in x)
-    return x
+    def handle(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Moves heads, which norm and rotation follow."""
+        first: Any = args[0] if args else None
+        if isinstance(first, DeferredQK):
+            moved = first._moved_heads(func, args[1:], kwargs) if first.held is None else None
+            return NotImplemented if moved is None else moved
+        if func is torch.Tensor.type_as and len(args) == 2 and args[1].held is None:
+            return func(first, args[1].raw)  # reads dtype and device alone
+        return NotImplemented
 
 
 def common_qk_norm_rope(query: Any, key: Any) -> tuple[Rotary | None, QKNorm | None] | None:
     """The deferred rotation and norm of query and key, for one kernel that applies them to both.
 
     Returns `None` if nothing is deferred, if query and key defer different operations, or if their heads have not been
-    moved to (batch, sequence, heads, head_dim).
+    moved to (batch, sequence, heads, head_dim). Norm and rotation of held values are not deferred any more.
     """
     if not isinstance(query, DeferredQK) or not isinstance(key, DeferredQK) or not query.ndim == key.ndim == 4:
+        return None
+    if query.held is not None or key.held is not None:
         return None
     rotary, norm = None, None
     if query.qk_norm is not None and key.qk_norm is not None and query.qk_norm[1] == key.qk_norm[1]:

@@ -19,11 +19,12 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from ...core.lazy_tensor import materialized
 from ...core.operators import operator
 from ...core.platform import device_guard
 from ...errors import Unsupported
 from .choice import Choice, shape_class
-from .deferred import common_qk_norm_rope, materialize
+from .deferred import common_qk_norm_rope
 from .record import KERNELS, AttentionFunction, AttentionKernel, Call, Inputs
 
 
@@ -56,7 +57,7 @@ class AttentionDispatcher:
         """
         if self.context_parallel is not None:
             # The ranks exchange query and key with norm and rotation applied.
-            inputs = replace(inputs, query=materialize(inputs.query), key=materialize(inputs.key))
+            inputs = replace(inputs, query=materialized(inputs.query), key=materialized(inputs.key))
             out: torch.Tensor = self.context_parallel(inputs, self.run_local)
             return out
         out = self.run_local(inputs)
@@ -73,12 +74,12 @@ class AttentionDispatcher:
         deferred = common_qk_norm_rope(query, key)
         if deferred is not None:
             rotary, norm = deferred
-            fused = replace(inputs, query=query.raw(), key=key.raw(), rotary=rotary, norm=norm)  # type: ignore
+            fused = replace(inputs, query=query.raw, key=key.raw, rotary=rotary, norm=norm)  # type: ignore
 
         def run(kernel: AttentionKernel) -> Any:
             if deferred is not None and kernel.fuses_qk_norm_rope:
                 return self._function(kernel)(fused)
-            return self._function(kernel)(replace(inputs, query=materialize(query), key=materialize(key)))
+            return self._function(kernel)(replace(inputs, query=materialized(query), key=materialized(key)))
 
         call = Call.of(fused)
         choice = self.select()

@@ -3,6 +3,7 @@
 Importing this package registers the records and imports no kernel package. Where to look:
 
 - `formats.py`: the definition of each format, in plain torch. `module.py`: the base classes of quantized layers.
+  `weight_view.py`: their weight as a lazy tensor.
 - `packed.py`: several layers as one product. `sharded.py`: a rank's shard of a layer.
 - `record.py`: the record of a format, and `register_linear`.
 - `eight_bit.py`, `four_bit.py`: the layers. `third_party.py`: layers of other packages.

@@ -6,10 +6,6 @@ the view (a LoRA merge, say) is quantized into the stored form.
 
 The stored form lies in buffers. Optimizers and dtype casts pass buffers by; `.to(device)`, offloading and hooks carry
 them along.
-
-`WeightView` and the lazy tensors of guidance parallelism are both wrapper subclasses that answer metadata without
-values. They differ in ownership: a lazy tensor owns a computation that runs once, and its result never changes. A view
-owns nothing: it reads the layer at every use and writes back to it.
 """
 
 from __future__ import annotations
@@ -22,13 +18,7 @@ import torch
 from torch import nn
 
 from ...compat.torch_private import StateMethods, buffers_of, version_of
-
-# Functions of a tensor that do not depend on its values.
-_METADATA = {
-    getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout", "is_meta", "is_sparse")
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point, torch.Tensor.stride}
-
+from .weight_view import WeightView
 
 # Attribute of a module that is no `LinearProxy` (another package's layer): the stock layer that it replaces. The value
 # is a tuple, so that the stock layer is not registered as a child.
@@ -413,83 +403,3 @@ class _StraightThrough(torch.autograd.Function):
             input_gradient = gradient @ ctx.layer.dequantize().to(gradient.dtype)
         bias_gradient = gradient.flatten(0, -2).sum(0) if ctx.bias_requires_grad else None
         return input_gradient, bias_gradient, None
-
-
-_DATA: Any = torch.Tensor.data
-
-
-class WeightView(torch.Tensor):
-    """The weight of a proxy as a tensor. Shape, dtype and device are answered without values; any other use
-    materializes them; an in-place write sets the layer's weight.
-
-    Attributes:
-        layer: The layer. The view holds no values of its own, so it is never stale.
-    """
-
-    layer: LinearProxy
-
-    @staticmethod
-    def __new__(cls, layer: LinearProxy) -> WeightView:
-        view = torch.Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=layer.weight_dtype, device=layer.device
-        )
-        view.layer = layer
-        return view
-
-    def __init__(self, layer: LinearProxy):
-        super().__init__()
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"WeightView({self.layer.extra_repr()})"
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        view: Any = args[0] if args else None
-        if func == _DATA.__get__ or func in (torch.Tensor.detach, torch.Tensor.requires_grad_):
-            return view
-        if func == _DATA.__set__:
-            view.layer.set_weight(args[1])
-            return None
-        if isinstance(kwargs.get("out"), WeightView):
-            raise TypeError(
-                f"The weight of a {kwargs['out'].layer.kind} layer cannot be an `out=`: it has no memory of the stock "
-                "dtype. Assign the result to it instead."
-            )
-        name = getattr(func, "__name__", "")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-        if isinstance(view, WeightView) and in_place:
-            values = view.layer.materialize().clone()
-            func(
-                values,
-                *(_materialized(item) for item in args[1:]),
-                **{key: _materialized(item) for key, item in kwargs.items()},
-            )
-            view.layer.set_weight(values)
-            return view
-        return func(
-            *(_materialized(item) for item in args), **{key: _materialized(item) for key, item in kwargs.items()}
-        )
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore
-        return func(
-            *(_materialized(item) for item in args),
-            **{key: _materialized(item) for key, item in (kwargs or {}).items()},
-        )
-
-
-# In-place functions whose names do not end with a single underscore.
-_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")} | {"__setitem__"}
-
-
-def _materialized(x: Any) -> Any:
-    """An argument with views replaced by their values."""
-    if isinstance(x, WeightView):
-        return x.layer.materialize()
-    if isinstance(x, (list, tuple)) and any(isinstance(item, WeightView) for item in x):
-        return type(x)(_materialized(item) for item in x)
-    return x

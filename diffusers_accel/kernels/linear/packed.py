@@ -21,8 +21,9 @@ from torch import nn
 
 from ...compat.torch_private import StateMethods, buffers_of
 from ...core.hooks import has_layerwise_casting
-from .module import ActivationCache, CannotPack, LinearProxy, QuantizedLinear, WeightView
+from .module import ActivationCache, CannotPack, LinearProxy, QuantizedLinear
 from .record import kind_of
+from .weight_view import WeightView
 
 
 class _HiddenChild(StateMethods):
