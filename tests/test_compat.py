@@ -510,6 +510,18 @@ def graph_break():
         breaks(torch.ones(1))
 
 
+@check("torch._dynamo.exc.FailOnRecompileLimitHit")
+def recompile_limit_hit():
+    @torch.compile(backend="eager", fullgraph=True, dynamic=False)
+    def function(x):
+        return x + 1
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        function(torch.ones(1))
+        with pytest.raises(of_torch.recompile_limit_error()):
+            function(torch.ones(2))
+
+
 @check("torch._dynamo.lookup_backend", "torch._guards.CompileContext.try_get")
 def tracing():
     traced = []

@@ -64,6 +64,7 @@ NAMES = {
     "torch._dynamo.OptimizedModule._orig_mod": "the refusal of models that are compiled already",
     "torch._dynamo.config.recompile_limit": "compile, whose blocks are compiled once per size and configuration",
     "torch._dynamo.exc.Unsupported": "compile, which allows graph breaks where a block is not a single graph",
+    "torch._dynamo.exc.FailOnRecompileLimitHit": "the kernel 'flex', which has a graph for each of so many sizes",
     "torch._dynamo.lookup_backend": "compile with a backend other than inductor",
     "torch._guards.CompileContext.try_get": "the removal of attention backends whose pipeline is gone",
     "torch._inductor.compile_fx": "compile, which imports the compiler before the first request",
@@ -239,6 +240,11 @@ def recompile_limit_at_least(limit: int) -> AbstractContextManager[None]:
 def graph_break_error() -> type[Exception]:
     """The error of Dynamo for code that is not a single graph, where `fullgraph` is on."""
     return torch._dynamo.exc.Unsupported
+
+
+def recompile_limit_error() -> type[Exception]:
+    """The error of Dynamo for code that was compiled as often as the limit lets it, where `fullgraph` is on."""
+    return torch._dynamo.exc.FailOnRecompileLimitHit
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
+from ..compat.torch_private import recompile_limit_at_least
 from ..config import VAEConfig
 from ..core.edits import AddLayer, Edit, SetAttr
 from ..errors import Unsupported
 from .context import PipelineContext
 from .feature import Plan
 
+# Compilations of a decoder before Dynamo gives up.
+_GRAPHS = 64
 _SWITCHES = {"tiling": "use_tiling", "slicing": "use_slicing"}
 
 
@@ -81,6 +84,8 @@ def _compiled() -> Callable[..., Any]:
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not functions:
             functions.append(torch.compile(inner))
-        return functions[0](*args, **kwargs)
+        # A video's chunks differ in the features that they are given; Dynamo would give up after eight graphs.
+        with recompile_limit_at_least(_GRAPHS):
+            return functions[0](*args, **kwargs)
 
     return forward

@@ -237,10 +237,37 @@ def test_flex(mask, causal):
         given[..., 0] = True
     elif mask == "additive":
         given = torch.randn(2, 1, 1, 37, generator=torch.Generator().manual_seed(1))
-    found, lse = _flex(compiled=False)(Inputs(query, key, value, given, causal, 0.3, return_lse=True))
+    found, lse = _flex(backend=None)(Inputs(query, key, value, given, causal, 0.3, return_lse=True))
     expected, expected_lse = exact.attention(query, key, value, given, causal, 0.3)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_flex_of_many_sizes(monkeypatch, masked):
+    """Each size has a graph of its own, up to a limit, and beyond it all have one: none runs uncompiled."""
+    from diffusers_accel.kernels.attention import torch_native
+
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module
+
+    torch._dynamo.register_backend(backend, name="flex-graphs")
+    monkeypatch.setattr(torch_native, "_SIZES", 3)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=1):
+            attention = torch_native._flex("flex-graphs")
+            for keys in (20, 20, 30, 40, 50, 60, 50, 20):
+                query, key, value = inputs(keys=keys)
+                mask = torch.arange(keys).expand(2, 1, 1, keys) < keys - 3 if masked else None
+                found = attention(Inputs(query, key, value, mask))
+                expected, _ = exact.attention(query, key, value, mask)
+                torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    finally:
+        torch._dynamo.backends.registry._COMPILER_FNS.pop("flex-graphs")
+    assert len(graphs) == 4
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...compat.torch_private import cudnn_attention, efficient_attention, flash_attention, flash_attention_for_cpu
+from ...compat.torch_private import (
+    cudnn_attention,
+    efficient_attention,
+    flash_attention,
+    flash_attention_for_cpu,
+    recompile_limit_at_least,
+    recompile_limit_error,
+)
 from ...core.platform import has_module
 from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, key_bias
 
+# Sizes for which FlexAttention has a graph of its own.
+_SIZES = 64
 HALF = (torch.bfloat16, torch.float16)
 EIGHTS = tuple(range(8, 257, 8))
 
@@ -96,10 +105,11 @@ def _flash2() -> AttentionFunction:
     return _forced("FLASH_ATTENTION", with_lse)
 
 
-def _flex(compiled: bool = True) -> AttentionFunction:
+def _flex(backend: str | None = "inductor") -> AttentionFunction:
+    """FlexAttention, compiled by a backend of `torch.compile`, or not compiled without one."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    call: Any = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    call: Any = flex_attention if backend is None else _compiled_by_size(flex_attention, backend)
 
     def attention(x: Inputs) -> Any:
         bias = key_bias(x)
@@ -122,6 +132,26 @@ def _flex(compiled: bool = True) -> AttentionFunction:
         return (out[0].transpose(1, 2), out[1]) if x.return_lse else out.transpose(1, 2)
 
     return attention
+
+
+def _compiled_by_size(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """A function with a graph for each size, which is the fastest, and one graph for all sizes beyond `_SIZES`.
+
+    Dynamo's own limit is eight. FlexAttention beyond it would run uncompiled, with the whole matrix of scores.
+    """
+    by_size = torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
+    any_size = torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with recompile_limit_at_least(_SIZES):
+                return by_size(*args, **kwargs)
+        except recompile_limit_error():
+            # Both have one function's graphs, which are counted together.
+            with recompile_limit_at_least(2 * _SIZES):
+                return any_size(*args, **kwargs)
+
+    return call
 
 
 KERNELS.add("sdpa", AttentionKernel(name="sdpa", load=lambda: scaled_dot_product, shortest=0, lse=True))
