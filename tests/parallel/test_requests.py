@@ -169,10 +169,10 @@ def test_over_symmetric_memory(pools, name):
     """Recorded too, and one of them compiled: a graph knows buffers by their address."""
     recorded = {"cuda_graph": True, "attention": "sdpa"}
     compiled = {"compile": {"backend": "eager"}} if name == "flux-true-cfg" else {}
+    both = ((pools[4], ON_4["ulysses and ring"], recorded), (pools[4], ON_4["grid"], recorded))
     for pool, way, sections in (
         (pools[2], ON_2["ulysses"], {**recorded, **compiled}),
-        (pools[4], ON_4["ulysses and ring"], recorded),
-        (pools[4], ON_4["grid"], recorded),
+        *(both if compiled else both[:1]),
     ):
         found = agrees(pool, name, way, sections=sections, steps=4, rest=(None, True, None, True))
         assert all(replays > 0 for *_, replays in found)
