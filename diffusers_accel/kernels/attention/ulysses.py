@@ -48,7 +48,7 @@ class Operand:
         """Tokens of all parts."""
         return sum(part.shape[1] for part in self.parts)
 
-    def unprepared(self) -> list[tuple[torch.Tensor, torch.Tensor | None, Tables | None]]:
+    def deferred_parts(self) -> list[tuple[torch.Tensor, torch.Tensor | None, Tables | None]]:
         """Each part with its norm's weight and its tables, each `None` if it has none."""
         norms: list[Any] = list(self.norms) or [None] * len(self.parts)
         tables: list[Any] = list(self.tables) or [None] * len(self.parts)
@@ -289,11 +289,11 @@ class UlyssesAllToAll:
                 if key not in self._tables:
                     self._tables[key] = HeadAddresses.of(views, first.device)
             for (eps, rope_style), alike in _by_kind(sent).items():
-                scatter_heads([(each.unprepared(), self._tables[key]) for each, _, key in alike], eps, rope_style)
+                scatter_heads([(each.deferred_parts(), self._tables[key]) for each, _, key in alike], eps, rope_style)
             return
         for operand, views, _ in sent:
             start = 0
-            for part, norm, tables in operand.unprepared():
+            for part, norm, tables in operand.deferred_parts():
                 prepared = norm_and_rotate(part, norm, operand.eps, tables, operand.rope_style)
                 for view, heads in zip(views, prepared.split([view.shape[2] for view in views], 2), strict=True):
                     view[:, start : start + part.shape[1]].copy_(heads)
