@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -22,11 +22,15 @@ from ..errors import Unsupported
 from ..features.context import PipelineContext
 from .attributes import SHARED, modules_of
 
-if TYPE_CHECKING:
-    from .session import Session
-
 # Component -> feature -> the section that changes the component.
 ComponentSections = Mapping[str, Mapping[str, Any]]
+
+
+class Sharer(Protocol):
+    """A session, as its components know it: its edits, and the pipelines that it was begun with."""
+
+    journal: Journal
+    pipes: weakref.WeakSet[Any]
 
 
 @dataclass(eq=False)
@@ -45,7 +49,7 @@ class SharedComponent:
     module: weakref.ref[nn.Module]
     key: Mapping[str, Any]
     journal: Journal = field(default_factory=Journal)
-    sessions: weakref.WeakSet[Session] = field(default_factory=weakref.WeakSet)
+    sessions: weakref.WeakSet[Sharer] = field(default_factory=weakref.WeakSet)
 
     @classmethod
     def of(cls, module: nn.Module) -> SharedComponent | None:
@@ -62,7 +66,7 @@ class SharedComponent:
     def __reduce__(self) -> Any:
         return (type(None), ())  # a copied component is stock
 
-    def adopt(self, session: Session) -> None:
+    def adopt(self, session: Sharer) -> None:
         """Adds a session, and moves the session's edits of the component to this journal."""
         self.sessions.add(session)
         module = self.module()
@@ -77,7 +81,7 @@ class SharedComponent:
         if module is not None:
             vars(module).pop(SHARED, None)
 
-    def others(self, session: Session | None) -> list[Session]:
+    def others(self, session: Sharer | None) -> list[Sharer]:
         """The sessions in `sessions` except one."""
         if any(each is not session for each in self.sessions):
             gc.collect()  # removes sessions that only reference cycles keep
@@ -125,7 +129,7 @@ def suspended_component(module: nn.Module) -> Iterator[None]:
         vars(module)[SHARED] = shared
 
 
-def shared_components(context: PipelineContext, sections: ComponentSections, own: Session | None) -> frozenset[str]:
+def shared_components(context: PipelineContext, sections: ComponentSections, own: Sharer | None) -> frozenset[str]:
     """Components that another session has changed in the same way already.
 
     Args:

@@ -6,17 +6,32 @@ Stock code, PEFT and `load_state_dict` read and write `linear.weight`. A proxy k
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from ...compat.torch_private import pytree
 from ...core.lazy_tensor import LazyTensor
 
-if TYPE_CHECKING:
-    from .module import LinearProxy
-
 _DATA: Any = torch.Tensor.data
+
+
+class WeightOwner(Protocol):
+    """A layer that stores its weight in another form: `module.LinearProxy`."""
+
+    kind: ClassVar[str]
+    out_features: int
+    in_features: int
+    weight_dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def materialize(self) -> torch.Tensor: ...
+
+    def set_weight(self, weight: torch.Tensor) -> None: ...
+
+    def extra_repr(self) -> str: ...
 
 
 class WeightView(LazyTensor):
@@ -28,10 +43,10 @@ class WeightView(LazyTensor):
         layer: The layer, which owns the values. The view holds none of its own, so it is never stale.
     """
 
-    layer: LinearProxy
+    layer: WeightOwner
 
     @staticmethod
-    def __new__(cls, layer: LinearProxy) -> WeightView:
+    def __new__(cls, layer: WeightOwner) -> WeightView:
         view = cls.without_values((layer.out_features, layer.in_features), layer.weight_dtype, layer.device)
         view.layer = layer
         return view
