@@ -12,7 +12,7 @@ from ranks import context_parallel
 from diffusers_accel import Unsupported
 from diffusers_accel.kernels.attention import Inputs
 from diffusers_accel.kernels.attention.context_parallel import ContextParallelAttention, Layout
-from diffusers_accel.kernels.attention.ulysses import KEY, QUERY, VALUE, Operand, UlyssesAllToAll, _by_kind
+from diffusers_accel.kernels.attention.ulysses import KEY, QUERY, VALUE, UlyssesAllToAll
 
 WAYS = {
     "ulysses": (2, {"ulysses": 2}),
@@ -46,23 +46,6 @@ def test_masks_that_cannot_be_sharded_are_refused(ring, layout, inputs, words):
     ways = ContextParallelAttention(stub(ring), one, stub(ring), one, one)
     with pytest.raises(Unsupported, match=words):
         ways.attend(Inputs(x, x, x, **inputs), layout, lambda inputs: inputs.query)
-
-
-def test_operands_that_one_launch_takes():
-    """An epsilon and a style of rotation each; operands without a norm or a rotation go with any."""
-    x, weight, tables = torch.zeros(1, 2, 1, 8), torch.ones(8), (torch.ones(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))
-    value = Operand((x,))
-    query, key = (Operand((x,), (weight,), eps, (tables,)) for eps in (1e-6, 1e-5))
-    half = Operand((x,), (), 0.0, (tables,), "half")
-
-    def kinds(*operands):
-        found = _by_kind([(operand, None, number) for number, operand in enumerate(operands)])
-        return {kind: [number for *_, number in each] for kind, each in found.items()}
-
-    assert kinds(value, query, query) == {(1e-6, "interleaved"): [1, 2, 0]}
-    assert kinds(value, query, key) == {(1e-6, "interleaved"): [1, 0], (1e-5, "interleaved"): [2]}
-    assert kinds(half, query) == {(1e-6, "interleaved"): [1], (0.0, "half"): [0]}
-    assert kinds(value) == {(0.0, "interleaved"): [0]}
 
 
 def check(pools, way, queries, keys, mask=None, heads=6, kv_heads=6, shared=0, local_mask=False, symm_mem=False):

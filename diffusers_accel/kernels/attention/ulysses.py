@@ -32,7 +32,7 @@ class Operand:
     Attributes:
         parts: Tensors (batch, sequence of the part, heads, head_dim).
         norms: Each part's RMS-norm weight, (head_dim,) or (heads * head_dim,); empty without a norm.
-        eps: The norm's epsilon.
+        eps: The norm's epsilon, the same for query and key.
         tables: Each part's cosines and sines, as `Rotary` describes them; empty without a rotation.
         rope_style: `"interleaved"` or `"half"`, as `Rotary` describes it.
     """
@@ -288,8 +288,11 @@ class UlyssesAllToAll:
             for _, views, key in sent:
                 if key not in self._tables:
                     self._tables[key] = HeadAddresses.of(views, first.device)
-            for (eps, rope_style), alike in _by_kind(sent).items():
-                scatter_heads([(each.deferred_parts(), self._tables[key]) for each, _, key in alike], eps, rope_style)
+            operands = [(operand.deferred_parts(), self._tables[key]) for operand, _, key in sent]
+            # Query and key have one epsilon and one style, those of their operator; the value has neither.
+            eps = max(operand.eps for operand, *_ in sent)
+            rope_style = next((operand.rope_style for operand, *_ in sent if operand.tables), "interleaved")
+            scatter_heads(operands, eps, rope_style)
             return
         for operand, views, _ in sent:
             start = 0
@@ -298,18 +301,3 @@ class UlyssesAllToAll:
                 for view, heads in zip(views, prepared.split([view.shape[2] for view in views], 2), strict=True):
                     view[:, start : start + part.shape[1]].copy_(heads)
                 start += part.shape[1]
-
-
-def _by_kind(sent: Sequence[tuple[Operand, Any, Any]]) -> dict[tuple[float, str], list[tuple[Operand, Any, Any]]]:
-    """Operands by the epsilon and the style of rotation that one launch takes: those of a model are alike. An operand
-    without a norm or without a rotation goes with any others."""
-    found: dict[tuple[float, str], list[tuple[Operand, Any, Any]]] = {}
-    for each in sorted(sent, key=lambda each: not each[0].norms or not each[0].tables):
-        operand = each[0]
-        fits = (
-            kind
-            for kind in found
-            if (not operand.norms or kind[0] == operand.eps) and (not operand.tables or kind[1] == operand.rope_style)
-        )
-        found.setdefault(next(fits, (operand.eps, operand.rope_style)), []).append(each)
-    return found
