@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,11 +100,14 @@ def root(node: Any) -> Any:
     return node
 
 
-# Activations of `torch.nn.functional` whose last argument says that they overwrite their input.
-_INPLACE_LAST = {
-    "silu", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "mish", "hardtanh", "hardswish", "hardsigmoid",
-    "threshold", "rrelu", "dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d",
-}  # fmt: skip
+@functools.cache
+def _inplace_position(function: Any) -> int | None:
+    """The position of a function's parameter `inplace`, by which activations overwrite their input; `None` without
+    one."""
+    try:
+        return list(inspect.signature(function).parameters).index("inplace")
+    except (TypeError, ValueError):  # a method's name, a function of C++, or no such parameter
+        return None
 
 
 def written(graph: Graph) -> set[Any]:
@@ -115,8 +120,8 @@ def written(graph: Graph) -> set[Any]:
         in_place = name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul")
         if node.args and (in_place or (name.endswith("_") and not name.endswith("__"))):
             found.add(root(node.args[0]))
-        # `inplace` stands last where activations take it by place.
-        if node.kwargs.get("inplace") is True or (name in _INPLACE_LAST and node.args[-1] is True):
+        position = _inplace_position(node.target)
+        if node.kwargs.get("inplace") or (position is not None and any(node.args[position : position + 1])):
             found.add(root(node.args[0] if node.args else node.kwargs.get("input")))
         if "out" in node.kwargs:
             found.add(root(node.kwargs["out"]))
