@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -135,7 +136,7 @@ def _flex(backend: str | None = "inductor") -> AttentionFunction:
 
 
 def _compiled_by_size(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """A function with a graph for each size, which is the fastest, and one graph for all sizes beyond `_SIZES`.
+    """A function with a graph for each of `_SIZES` sizes, and one graph for all further sizes, with a warning.
 
     Dynamo's own limit is eight. FlexAttention beyond it would run uncompiled, with the whole matrix of scores.
     """
@@ -147,6 +148,7 @@ def _compiled_by_size(function: Callable[..., Any], backend: str) -> Callable[..
             with recompile_limit_at_least(_SIZES):
                 return by_size(*args, **kwargs)
         except recompile_limit_error():
+            warnings.warn(f"attention 'flex': sizes beyond {_SIZES} share one graph.", stacklevel=2)
             # Both have one function's graphs, which are counted together.
             with recompile_limit_at_least(2 * _SIZES):
                 return any_size(*args, **kwargs)
