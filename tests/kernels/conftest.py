@@ -21,7 +21,9 @@ def _interpreter_fails() -> str:
     try:
         count[(1,)](out, 3)
         assert out.item() == 3
-    except Exception as error:
+    except triton.runtime.errors.InterpreterError as error:
+        if "0-dimensional arrays" not in str(error):  # any other error is to be seen
+            raise
         versions = f"triton {triton.__version__} with numpy {numpy.__version__}"
         return f"the interpreter of {versions} runs no loop ({error}): pip install -c constraints.txt"
     return ""
