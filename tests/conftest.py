@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """What imports have made stays, so no collection of garbage need look at it: a quarter of the tests' time."""
+    """Objects of imports live to the end. Frozen, they are passed over by garbage collection, a quarter of the time."""
     for name in ("torch._dynamo", "tiny"):
         importlib.import_module(name)
     gc.collect()
@@ -78,7 +78,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_runtest_logstart(nodeid, location):
-    """Modules are loaded by tests too."""
+    """Tests load modules too, whose objects are frozen now and then."""
     _started.append(nodeid)
     if len(_started) % 50 == 0:
         gc.collect()

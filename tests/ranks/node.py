@@ -1,4 +1,4 @@
-"""What a user's script does, on several machines that a launcher has started it on."""
+"""The functions that ranks run on several machines: a user's script, and a command."""
 
 from __future__ import annotations
 

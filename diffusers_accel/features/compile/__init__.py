@@ -188,8 +188,7 @@ def _compiled(
         shared: Class of blocks -> compiled forward; this function adds to it.
         rewrites: Whether graphs are rewritten before the backend compiles them.
         collectives: Whether attention communicates with other ranks.
-        hooked: `id` of each block to run without compilation, read at every call. A block with a foreign wrapper is
-            compiled all the same.
+        hooked: `id` of each block to run without compilation, read at every call.
     """
     options: dict[str, Any] = {
         "backend": config.backend,
