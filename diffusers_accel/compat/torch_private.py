@@ -232,8 +232,9 @@ def is_tracing() -> bool:
     return torch._guards.CompileContext.try_get() is not None
 
 
-def recompile_limit_at_least(limit: int) -> AbstractContextManager[None]:
-    """A context in which Dynamo compiles one function at least so many times before it gives up."""
+def recompile_limit_at_least(limit: int = 64) -> AbstractContextManager[None]:
+    """A context in which Dynamo compiles one function at least so many times before it gives up. Its own default is
+    eight, which all pipelines, sizes and configurations of a process share."""
     return torch._dynamo.config.patch(recompile_limit=max(limit, torch._dynamo.config.recompile_limit))
 
 

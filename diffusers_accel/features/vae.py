@@ -14,8 +14,6 @@ from ..errors import Unsupported
 from .context import PipelineContext
 from .feature import Plan
 
-# Compilations of a decoder before Dynamo gives up.
-_GRAPHS = 64
 _SWITCHES = {"tiling": "use_tiling", "slicing": "use_slicing"}
 
 
@@ -85,7 +83,7 @@ def _compiled() -> Callable[..., Any]:
         if not functions:
             functions.append(torch.compile(inner))
         # A video's chunks differ in the features that they are given; Dynamo would give up after eight graphs.
-        with recompile_limit_at_least(_GRAPHS):
+        with recompile_limit_at_least():
             return functions[0](*args, **kwargs)
 
     return forward

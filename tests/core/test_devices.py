@@ -7,9 +7,11 @@ There is no second GPU here, so the sources are read, and stand-ins record the c
 from __future__ import annotations
 
 import ast
+import threading
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +173,23 @@ def test_captures_have_a_stream_of_their_device(monkeypatch, current):
     finally:
         graphs._capture_stream.cache_clear()
     assert captured == [(0, 0), (1, 1), (1, 1)] and [each.index for each in streams] == [0, 1] and current == [0]
+
+
+def test_a_permit_of_offloading_comes_back(monkeypatch):
+    """Where the background thread takes no more work: four lost permits would stop all offloading."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: empty_like(x))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+
+    def refuses(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(platform, "_OFFLOADING", SimpleNamespace(submit=refuses))
+    monkeypatch.setattr(platform, "_PENDING", threading.BoundedSemaphore(1))
+    with pytest.raises(KeyboardInterrupt):
+        platform.offload_to_host(torch.ones(2))
+    assert platform._PENDING.acquire(blocking=False)
 
 
 def test_on_the_host_nothing_is_switched():

@@ -265,6 +265,7 @@ def test_no_policy_is_registered(registries):
         ({"options": {"max_autotune": "yes"}}, r"compile.options\['max_autotune'\]: expected bool, got 'yes'"),
         ({"options": {"max_autotune_gemm_search_space": 1}}, "expected Literal.*got 1"),
         ({"options": {"max_autotune": None}}, "expected bool, got None"),
+        ({"options": {"pre_grad_custom_pass": None}}, "the rewrites of this package are that pass"),
     ],
 )
 def test_options_of_compile(options, message):

@@ -7,6 +7,7 @@ import torch
 from tiny import TINY, build
 
 from diffusers_accel import Unsupported, accelerate, restore
+from diffusers_accel.features import vae
 
 
 @pytest.mark.parametrize("name", ["flux", "wan", "ltx2", "qwen", "cosmos", "sd3"])
@@ -31,6 +32,22 @@ def test_slicing_really_slices():
         accelerate(pipe, vae={"slicing": True})
         pipe.vae.decode(latents)
     assert calls == [2, 1, 1]
+
+
+def test_a_decoder_of_many_graphs(monkeypatch):
+    """Beyond the eight of Dynamo's own limit, which lets further calls run uncompiled."""
+    graphs, stock = [], torch.compile
+
+    def backend(module, _):
+        graphs.append(module)
+        return module
+
+    monkeypatch.setattr(torch, "compile", lambda function: stock(function, backend=backend))
+    decode = vae._compiled()
+    x = torch.ones(2)
+    for number in range(12):
+        assert torch.equal(decode(lambda x, name: x + len(name), x, "a" * number), x + number)
+    assert len(graphs) == 12
 
 
 @pytest.mark.parametrize("name", ["flux", "wan", "ltx2", "qwen"])

@@ -37,7 +37,6 @@ from ..feature import Plan
 from .modulation import PrecomputedModulations
 from .options import options_of
 
-_RECOMPILE_LIMIT = 64
 # Inductor's options for blocks with collectives: operators keep the order of the traced graph. This order is the same
 # on all ranks, and overlaps collectives with computation.
 _FIXED_ORDER = dict.fromkeys(REORDERINGS, False)
@@ -121,7 +120,7 @@ def _precomputes_modulations(context: PipelineContext, denoiser: Denoiser) -> bo
 def _raise_recompile_limit(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A layer that raises dynamo's recompile limit. All pipelines of a process share the limit, by default eight, and
     each of their sizes and configurations needs a compilation."""
-    with recompile_limit_at_least(_RECOMPILE_LIMIT):
+    with recompile_limit_at_least():
         return inner(*args, **kwargs)
 
 
