@@ -27,7 +27,7 @@ from .core.edits import Edit, Journal
 from .core.step import Mode, StepState
 from .core.timestamps import seconds_between
 from .errors import AccelError, NotAccelerated, Unsupported
-from .features import attention, cache, compile, fuse, graphs, linear, parallel, request, vae
+from .features import attention, cache, compile, fuse, graphs, linear, offload, parallel, request, vae
 from .features.context import PipelineContext
 from .features.feature import Feature, Plan
 from .features.parallel import fsdp, process_group, tensor_parallel
@@ -76,6 +76,7 @@ FEATURES: dict[str, Entry] = {
     "cache": Entry(cache, "cache"),
     "vae": Entry(vae, "vae"),
     "fsdp": Entry(fsdp, "parallel", lambda section: section.fsdp),
+    "offload": Entry(offload, "offload"),
     "request": Entry(request, None),
 }
 
@@ -83,6 +84,7 @@ FEATURES: dict[str, Entry] = {
 ORDER = (
     "compile",
     "attention layer",
+    "offload block",
     "graph block",
     "fsdp",
     "cache block",
@@ -96,6 +98,7 @@ ORDER = (
     "vae",
     "graph module",
     "vae idle ranks",
+    "offload model",
     "request",
     "rank device",
 )
@@ -132,7 +135,9 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
                 "the same configuration, or restore(pipe), which takes it back for all that share it.",
                 str(context),
             )
-    plans = [feature.check(context, section) for _, feature, section in _active(resolved)]
+    plans: dict[str, Plan] = {}
+    for name, feature, section in _active(resolved):
+        plans[name] = feature.check(replace(context, plans=plans), section)
     component_sections = _component_sections(context, resolved)
     context = replace(context, shared=shared_components(context, component_sections, earlier))
     if earlier is not None:
@@ -141,7 +146,7 @@ def accelerate(pipe: Pipe, config: str | AccelConfig | Mapping[str, Any] | Path 
         earlier.context.clock.wait_idle()
     # A copy: the caller may change its own objects later.
     arguments = copy.deepcopy((config, sections))
-    left = [note for plan in plans for note in plan.left]
+    left = [note for plan in plans.values() for note in plan.left]
     if context.denoisers and torch.cuda.is_available() and context.device.type == "cpu":
         left.append("the pipeline is on the CPU, for which all was chosen. On a GPU it is chosen again.")
     _begin(pipe, context, arguments, notes, component_sections, earlier)
@@ -238,10 +243,12 @@ def explain(
         TypeError: `pipe` is not a diffusers pipeline.
     """
     context, notes = _resolved(pipe, config, sections)
-    rows = []
+    rows: list[Row] = []
+    plans: dict[str, Plan] = {}
     for name, feature, section in _active(context.config):
         try:
-            plan: Plan = feature.check(context, section)
+            plan: Plan = feature.check(replace(context, plans=plans), section)
+            plans[name] = plan
             rows.append(Row(name, plan.action, plan.modules, notes=(*plan.notes, *plan.left)))
         except Unsupported as error:
             rows.append(Row(name, "refused", 0, refused=f"{error.reason} Instead: {error.instead}"))

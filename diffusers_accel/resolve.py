@@ -33,7 +33,8 @@ DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 def pipeline_context(
     pipe: Any, rank: Callable[[str], int], config: Any = None, sections: Mapping[str, Any] | None = None
 ) -> PipelineContext:
-    """A pipeline as features see it. Under `parallel.fsdp`, weights on the host are taken as weights for a GPU.
+    """A pipeline as features see it. Under `parallel.fsdp` and `offload`, weights on the host are taken as weights for
+    a GPU.
 
     Args:
         pipe: A stock pipeline.
@@ -59,9 +60,10 @@ def pipeline_context(
             type(pipe).__name__,
         )  # fmt: skip
     ranks = resolve_parallel(config, sections or {})
+    for_gpu = (ranks is not None and ranks.fsdp) or resolve_section("offload", config, sections or {}) is not None
     loaded = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}  # type: ignore[attr-defined]
     denoisers = tuple(
-        Denoiser(name, module, adapter_for(module), describe(_device(pipe, module, ranks)))
+        Denoiser(name, module, adapter_for(module), describe(_device(pipe, module, for_gpu)))
         for name, module in loaded.items()
         if isinstance(module, nn.Module)
     )
@@ -91,10 +93,10 @@ def _clock(pipe: Any, modules: list[nn.Module]) -> StepClock:
     return clock
 
 
-def _device(pipe: Any, module: nn.Module, ranks: ParallelConfig | None) -> torch.device:
+def _device(pipe: Any, module: nn.Module, for_gpu: bool) -> torch.device:
     device = next(module.parameters()).device
-    if device.type == "cpu" and ranks is not None and ranks.fsdp and torch.cuda.is_available():
-        # A model that is larger than a GPU waits on the host until it is sharded.
+    if device.type == "cpu" and for_gpu and torch.cuda.is_available():
+        # A model that is larger than a GPU waits on the host until it is sharded or offloaded.
         return rank_device()
     # Under an offload hook the weights wait on the CPU (or on meta), and the pipeline knows where they will run.
     return device if device.type not in ("cpu", "meta") else execution_device(pipe)
@@ -187,12 +189,27 @@ def resolve_parallel(config: Any, sections: Mapping[str, Any]) -> ParallelConfig
     Raises:
         ConfigError: The configuration cannot be read.
     """
-    if "parallel" in sections:
-        return AccelConfig.from_dict({"parallel": sections["parallel"]}).parallel
+    found: ParallelConfig | None = resolve_section("parallel", config, sections)
+    return found
+
+
+def resolve_section(name: str, config: Any, sections: Mapping[str, Any]) -> Any:
+    """A section of a configuration, before there is a pipeline: for sections that presets do not have.
+
+    Args:
+        name: The section's name.
+        config: A preset's name, a file, an `AccelConfig`, a mapping of its fields or `None`.
+        sections: Fields of `AccelConfig` that override those of `config`.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+    """
+    if name in sections:
+        return getattr(AccelConfig.from_dict({name: sections[name]}), name)
     if isinstance(config, AccelConfig):
-        return config.parallel
+        return getattr(config, name)
     if isinstance(config, Mapping):
-        return AccelConfig.from_dict(config).parallel
+        return getattr(AccelConfig.from_dict(config), name)
     if isinstance(config, (str, Path)) and Path(config).suffix in (".yaml", ".yml", ".json"):
-        return AccelConfig.from_yaml(config).parallel
+        return getattr(AccelConfig.from_yaml(config), name)
     return None

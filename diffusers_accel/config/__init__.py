@@ -4,7 +4,7 @@ A section accepts its class, a mapping of its fields, or a shorthand string for 
 plain data: it imports nothing of the package but its errors, holds no run-time state, and round-trips through YAML.
 
 - `fields.py`: the declaration and validation of fields.
-- `sections.py`, `cache.py`, `parallel.py`: the classes of sections. `accel.py`: `AccelConfig`, the whole.
+- `sections.py`, `cache.py`, `parallel.py`, `offload.py`: the classes of sections. `accel.py`: `AccelConfig`, the whole.
 - `reading.py`: sections from mappings, shorthands and YAML files.
 """
 
@@ -29,6 +29,7 @@ from .cache import (
     TeaCacheConfig,
 )
 from .fields import Section, plain
+from .offload import OffloadConfig
 from .parallel import ParallelConfig
 from .reading import parse_yaml, read_yaml
 from .sections import (
@@ -58,6 +59,7 @@ __all__ = [
     "IntervalConfig",
     "LinearConfig",
     "MagCacheConfig",
+    "OffloadConfig",
     "PABConfig",
     "ParallelConfig",
     "PolicyConfig",

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError, nearest, shown
 from .cache import CACHE_CONFIGS, CacheConfig, PABConfig
 from .fields import plain
+from .offload import OffloadConfig
 from .parallel import ParallelConfig
 from .reading import build_section, read_yaml
 from .sections import (
@@ -40,6 +41,7 @@ class AccelConfig:
     cache: CacheConfig | PABConfig | None = field(default=None, metadata={"section": CACHE_CONFIGS})
     parallel: ParallelConfig | None = field(default=None, metadata={"section": ParallelConfig})
     vae: VAEConfig | None = field(default=None, metadata={"section": VAEConfig})
+    offload: OffloadConfig | None = field(default=None, metadata={"section": OffloadConfig})
     request: RequestConfig | None = field(default=None, metadata={"section": RequestConfig})
     warmup: WarmupConfig | None = field(default=None, metadata={"section": WarmupConfig})
 

@@ -112,12 +112,14 @@ class Section:
         section: The section's name in `AccelConfig`.
         shorthand: Name of the field that a string alone stands for; `None` if a string is invalid.
         switch: Whether `True` alone stands for the section with its defaults.
+        number: Meaning of a whole number alone, which `from_number` reads; `None` if it is invalid.
         kind: Name of this class among several classes of one section; empty for a single class.
     """
 
     section: typing.ClassVar[str]
     shorthand: typing.ClassVar[str | None] = None
     switch: typing.ClassVar[bool] = False
+    number: typing.ClassVar[str | None] = None
     kind: typing.ClassVar[str] = ""
 
     def __init_subclass__(cls, **arguments: Any) -> None:

@@ -83,7 +83,7 @@ def build_section(entry: dataclasses.Field[Any], value: Any) -> Any:
     choices: dict[str, type[Section]] | None = section if isinstance(section, dict) else None
     classes: tuple[type, ...] = tuple(choices.values()) if choices else (section,)
     if value is None or value is False or isinstance(value, classes):
-        return value or None
+        return None if value is False else value
     if choices is not None:
         if isinstance(value, str):
             value = {"kind": value}
@@ -102,11 +102,13 @@ def build_section(entry: dataclasses.Field[Any], value: Any) -> Any:
     else:
         if isinstance(value, Mapping):
             value = section.normalize_mapping(value) if hasattr(section, "normalize_mapping") else value
-            return _build(entry.name, section, value)
+            return None if value is None else _build(entry.name, section, value)
         if value is True and section.switch:
             return section()
         if section.shorthand is not None and isinstance(value, str):
             return section(**{section.shorthand: value})
+        if section.number is not None and isinstance(value, int) and not isinstance(value, bool):
+            return section.from_number(value)
     raise ConfigError(f"{entry.name}: expected {_accepted_inputs(section)}, or None, got {shown(value)}.")
 
 
@@ -116,6 +118,7 @@ def _accepted_inputs(section: Any) -> str:
         return f"the class of a rule, a mapping of its kind and its fields, a kind ({', '.join(section)})"
     words = [section.__name__, f"a mapping of its fields ({', '.join(item.name for item in fields(section))})"]
     words += [f"a string (its {section.shorthand})"] if section.shorthand is not None else []
+    words += [f"a whole number ({section.number})"] if section.number is not None else []
     return ", ".join([*words, *(["true"] if section.switch else [])])
 
 

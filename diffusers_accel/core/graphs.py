@@ -7,6 +7,7 @@ buffers that the next replay overwrites. `GraphBackend` is the seam between a gr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Protocol
 
@@ -89,6 +90,22 @@ class CudaGraphBackend:
 GRAPH_BACKENDS: dict[str, type[GraphBackend]] = {"cuda": CudaGraphBackend}
 
 
+class Copies(Protocol):
+    """Copies of weights that a graph records beside its kernels (`streaming.RecordedCopies`)."""
+
+    def prepare(self) -> None:
+        """Called before the function runs, is captured or replayed."""
+        ...
+
+    def recording(self) -> AbstractContextManager[None]:
+        """A context around the function while it is captured."""
+        ...
+
+    def replayed(self) -> None:
+        """Called after each replay."""
+        ...
+
+
 class CapturedGraph:
     """One captured function with its input and output buffers.
 
@@ -96,6 +113,7 @@ class CapturedGraph:
         inputs: Tensors of one call. The graph keeps buffers of its own with the same layouts.
         function: The function to capture; called with the buffers, it returns tensors.
         backend: The backend that captures it.
+        copies: Copies of weights within the function; `None` without any.
     """
 
     def __init__(
@@ -103,15 +121,25 @@ class CapturedGraph:
         inputs: Sequence[torch.Tensor],
         function: Callable[[list[torch.Tensor]], list[torch.Tensor]],
         backend: GraphBackend,
+        copies: Copies | None = None,
     ):
         self._inputs = [_buffer_like(item) for item in inputs]
-        self._backend = backend
+        self._backend, self._copies = backend, copies
         self._copy(inputs)
+        if copies is not None:
+            copies.prepare()
         backend.warm_up(lambda: function(self._inputs))
         # The second copy raises the buffers' version. An activation cache that was filled during warm-up then sees a
         # new version, so that the layer computes again and its work is part of the graph.
         self._copy(inputs)
-        self._outputs = backend.capture(lambda: function(self._inputs))
+        if copies is not None:
+            copies.prepare()
+
+        def recorded() -> list[torch.Tensor]:
+            with copies.recording() if copies is not None else nullcontext():
+                return function(self._inputs)
+
+        self._outputs = backend.capture(recorded)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Replays the graph over these tensors.
@@ -120,7 +148,11 @@ class CapturedGraph:
             The graph's output buffers, valid until the next call.
         """
         self._copy(inputs)
+        if self._copies is not None:
+            self._copies.prepare()
         self._backend.replay()
+        if self._copies is not None:
+            self._copies.replayed()
         return self._outputs
 
     def fits(self, inputs: Sequence[torch.Tensor]) -> bool:

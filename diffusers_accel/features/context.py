@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -24,6 +24,7 @@ from ..config import AccelConfig
 from ..core.mesh import rank_device
 from ..core.platform import Device, describe
 from ..core.step import StepClock, StepState
+from ..core.streaming import WeightStream
 from ..core.submodules import submodules
 from ..core.symm_mem import SymmetricMemory
 from ..models import Adapter, Stack
@@ -116,6 +117,8 @@ class FeatureOutputs:
             must enter it together.
         rank_device: From the process group to the session's check of a request. Whether the launcher decides this
             rank's device, so that a move to another device does not resolve the configuration again.
+        weight_stream: From `offload` to `cuda_graph` and `stats`. The slots through which blocks are streamed.
+        prompts: From `offload` to `stats`. An object with the `hits` of the last request.
         sharded_bytes: From `fsdp` to `stats`. Component -> bytes of its blocks' weights on this rank.
         graphs: From `cuda_graph` to `stats`. Objects with `captured`, and with `replays` of the last request.
         modulations: From `compile` to `stats`. Objects with the number of `layers`, and with `missed` of the last
@@ -131,6 +134,8 @@ class FeatureOutputs:
     symm_mem: list[SymmetricMemory] = field(default_factory=list)
     unsharded: Callable[[nn.Module], AbstractContextManager[Any]] = lambda block: nullcontext()
     rank_device: bool = False
+    weight_stream: WeightStream | None = None
+    prompts: Any = None
     sharded_bytes: dict[str, int] = field(default_factory=dict)
     graphs: list[Any] = field(default_factory=list)
     modulations: list[Any] = field(default_factory=list)
@@ -148,6 +153,7 @@ class PipelineContext:
         clock: Places every call of a denoiser.
         config: The configuration that is, or is to be, applied; `None` before it is known.
         shared: Components besides the denoisers that another session has changed in the same way already.
+        plans: Name of a feature -> its plan, of the features that were checked before the one that reads this.
         outputs: Values that features hand to each other.
         stats: Counters of the last request.
     """
@@ -158,6 +164,7 @@ class PipelineContext:
     clock: StepClock
     config: AccelConfig | None = None
     shared: frozenset[str] = frozenset()
+    plans: Mapping[str, Any] = field(default_factory=dict)
     outputs: FeatureOutputs = field(default_factory=FeatureOutputs)
     stats: RunStats = field(default_factory=RunStats)
 
@@ -183,6 +190,14 @@ class PipelineContext:
         """Whether graphs of a denoiser's blocks are, or are to be, rewritten before they are compiled."""
         compile = self.config.compile if self.config is not None else None
         return compile is not None and compile.rewriting and denoiser.device.type in REWRITTEN_ON
+
+    def precomputes_modulations(self, denoiser: Denoiser) -> bool:
+        """Whether a denoiser's modulations of all steps are computed before a request's first step.
+
+        The computation reads the weights of many blocks at once, and products are looked up by the weights' addresses.
+        Under FSDP blocks share memory, so neither is possible.
+        """
+        return denoiser.adapter.modulation is not None and self.rewrites(denoiser) and not self.fsdp
 
     @property
     def device(self) -> Device:

@@ -7,8 +7,8 @@ undo anything: the journal does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import nn
@@ -28,12 +28,14 @@ class Plan:
         modules: On how many modules; 0 if it leaves everything as it is.
         notes: Consequences for the user, one sentence each.
         left: Parts of the request that are not done, or done otherwise; `accelerate` warns of each.
+        formats: From `linear` to `offload`. `id` of a stock layer -> the record of its format.
     """
 
     action: str
     modules: int
     notes: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    formats: Mapping[int, Any] = field(default_factory=dict)
 
 
 class Feature(Protocol):

@@ -89,6 +89,7 @@ def check(context: PipelineContext, config: LinearConfig) -> Plan:
     kernels = {name: _kernel(name, denoiser) for denoiser in denoisers for name in _named(config)}
     _refuse_unmatched(denoisers, config)
     actions, notes, skipped, modules = [], [], [], 0
+    formats: dict[int, LinearKernel] = {}
     for denoiser in denoisers:
         refuse_offloaded("linear", denoiser)
         plan = _plan(denoiser, config, kernels)
@@ -101,6 +102,7 @@ def check(context: PipelineContext, config: LinearConfig) -> Plan:
             )
         _try_foreign_formats(denoiser, plan.quantized)
         modules += len(plan.quantized)
+        formats |= {id(layer.module): layer.kernel for layer in plan.quantized}
         counts = Counter(layer.kernel.name for layer in plan.quantized)
         actions.append(f"{denoiser.name}: {', '.join(f'{name} x {count}' for name, count in counts.items())}")
         before, after = _bytes(plan.quantized)
@@ -122,7 +124,7 @@ def check(context: PipelineContext, config: LinearConfig) -> Plan:
                 notes.append(f"{denoiser.name}: {name}: {note}")
     if config.keep_original == "drop":
         notes.append("The original weights are dropped: restore cannot bring them back.")
-    return Plan("; ".join(actions), modules, tuple(dict.fromkeys(notes)), tuple(skipped))
+    return Plan("; ".join(actions), modules, tuple(dict.fromkeys(notes)), tuple(skipped), formats)
 
 
 def _try_foreign_formats(denoiser: Denoiser, layers: list[_LayerPlan]) -> None:

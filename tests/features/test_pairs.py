@@ -13,10 +13,12 @@ import pytest
 import torch
 from tape import TapeBackend
 from tiny import TINY, build
+from transfers import HostTransfers
 
 from diffusers_accel import CompileConfig, TeaCacheConfig, accelerate, register_linear, restore, stats
 from diffusers_accel.api import FEATURES, resolve
 from diffusers_accel.core.graphs import GRAPH_BACKENDS
+from diffusers_accel.core.streaming import TRANSFERS
 from diffusers_accel.kernels.linear import LINEARS
 
 # A lossless setting of each feature. A feature without one here fails `test_every_feature_has_a_setting`.
@@ -28,6 +30,7 @@ SETTINGS = {
     "cuda_graph": True,
     "cache": TeaCacheConfig(threshold=0.0, coefficients=(1.0, 0.0)),
     "vae": {"slicing": True},
+    "offload": 3,
 }
 FAMILIES = ["flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3"]
 # The third one of a kind of call plays what the second one recorded.
@@ -59,8 +62,9 @@ def copied():
 
 @pytest.fixture
 def graphs_on_the_cpu(monkeypatch):
-    """Graphs, without a GPU."""
+    """Graphs and streamed weights, without a GPU."""
     monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
+    monkeypatch.setitem(TRANSFERS, "cpu", HostTransfers)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,7 +10,7 @@ from diffusers_accel import Unsupported, launch
 from diffusers_accel.cli.common import CommandError
 from diffusers_accel.cli.launch import in_workers
 from diffusers_accel.config import AccelConfig, ParallelConfig
-from diffusers_accel.features.parallel.fsdp_shards import _run, dense
+from diffusers_accel.core.weights import dense, flat
 
 # One of each kind of denoiser.
 KINDS = ("flux-true-cfg", "flux2-klein", "wan", "wan-vace", "ltx2-i2v-stg", "qwen", "cosmos", "cosmos3", "sd35")
@@ -198,5 +198,5 @@ def test_dense_tensors():
 def test_what_is_parked_holds_nothing_else():
     """A run of values that is moved elsewhere leaves the memory in which it lay to nobody."""
     weight = torch.nn.Parameter(torch.randn(6, 4).t(), requires_grad=False)
-    run = _run(weight)
+    run = flat(weight)
     assert run._base is None and torch.equal(run, weight.t().flatten())

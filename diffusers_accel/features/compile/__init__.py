@@ -62,7 +62,7 @@ def check(context: PipelineContext, config: CompileConfig) -> Plan:
         f"{wrapped} blocks have a foreign forward wrapper: each is compiled with it, and graph breaks are allowed.",
     )
     action = f"{names} with {config.backend}, mode {_mode(config) or 'default'}"
-    precomputed = [str(each) for each in context.denoisers if _precomputes_modulations(context, each)]
+    precomputed = [str(each) for each in context.denoisers if context.precomputes_modulations(each)]
     notes = tuple(
         f"{name}: modulations of all steps are computed before a request's first step." for name in precomputed
     )
@@ -84,7 +84,7 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
     for denoiser in context.denoisers:
         yield AddLayer(denoiser.module, context.rank("compile"), _raise_recompile_limit)
         modulation = denoiser.adapter.modulation
-        if modulation is not None and _precomputes_modulations(context, denoiser):
+        if modulation is not None and context.precomputes_modulations(denoiser):
             precomputed = PrecomputedModulations(context, denoiser, modulation)
             context.outputs.modulations.append(precomputed)
             context.outputs.graph_keys.append(precomputed.generation)
@@ -106,15 +106,6 @@ def edits(context: PipelineContext, config: CompileConfig) -> Iterator[Edit]:
             if denoiser.adapter.static_arguments:
                 # A layer of equal rank that is added later runs outside the compiled forward.
                 yield AddLayer(block, context.rank("compile"), _item_layer(denoiser.adapter.static_arguments))
-
-
-def _precomputes_modulations(context: PipelineContext, denoiser: Denoiser) -> bool:
-    """Whether modulations of all steps are computed before a request's first step.
-
-    The computation reads the weights of many blocks at once, and products are looked up by the weights' addresses.
-    Under FSDP blocks share memory, so neither is possible.
-    """
-    return denoiser.adapter.modulation is not None and context.rewrites(denoiser) and not context.fsdp
 
 
 def _raise_recompile_limit(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

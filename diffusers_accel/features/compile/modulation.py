@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...kernels.linear import QuantizedLinear
-from ...kernels.linear.precomputed import PrecomputedInputs, PrecomputedOutputs, register_precomputed
+from ...kernels.linear.precomputed import (
+    PrecomputedInputs,
+    PrecomputedOutputs,
+    can_precompute,
+    register_precomputed,
+)
 from ...kernels.linear.skinny import MAX_ROWS
 from ...models.adapter import Modulation
 from ..context import Denoiser, PipelineContext
 
-# Kinds of quantized layers whose rewritten graph does not round activations of a few rows.
-_NARROW = ("fp8", "int8")
 # Bounds the memory of the products: 32 steps take 67 MB for FLUX.1, and 142 MB for Qwen-Image.
 _MOST_STEPS = 128
 
@@ -156,8 +158,7 @@ class PrecomputedModulations:
                 except AttributeError:
                     continue
                 layer = getattr(layer, "base_layer", layer)  # the stock layer of a LoRA layer
-                plain = type(layer) is nn.Linear and layer.weight.dtype == dtype
-                if not plain and getattr(layer, "kind", None) not in _NARROW:
+                if not can_precompute(layer, dtype):
                     continue
                 if layer.in_features == rows.shape[-1] and _stored(layer).device == rows.device:
                     found.append(layer)

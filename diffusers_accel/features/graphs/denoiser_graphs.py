@@ -102,7 +102,7 @@ class DenoiserGraphs:
                 self._trace_block(running, number, inputs, stack, out, must_end=alone or index == last, alone=alone)
                 return out
             sources = running.variant.sources.get(number, {})
-            call = BlockCall(inner, names[: len(args)], tuple(kwargs), sources, stack.streams)
+            call = BlockCall(block, inner, names[: len(args)], tuple(kwargs), sources, stack.streams)
             return self._call_block(running, number, inputs, call)
 
         return forward
@@ -274,7 +274,9 @@ class DenoiserGraphs:
 
         if self._pool is None:
             self._pool = self._backend.pool()
-        graph = CapturedGraph(unique, function, self._backend(self._pool, unique[0].device))
+        stream = self.context.outputs.weight_stream
+        copies = None if stream is None else stream.recorded([call.block for call in calls])
+        graph = CapturedGraph(unique, function, self._backend(self._pool, unique[0].device), copies)
         return Segment(graph, form, output[0], +calls_in_graph)
 
     # --- variants -----------------------------------------------------------------------------------------------------

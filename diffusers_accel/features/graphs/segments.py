@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...compat.torch_private import version_of
 from ...core.graphs import CapturedGraph
@@ -61,6 +62,7 @@ class BlockCall:
     """One block's call within a segment.
 
     Attributes:
+        block: The block.
         inner: The block's forward, without the graph's layer.
         positional: Names of the positional arguments.
         keywords: Names of the keyword arguments.
@@ -68,6 +70,7 @@ class BlockCall:
         streams: Names of the block's output streams.
     """
 
+    block: nn.Module
     inner: Callable[..., Any]
     positional: tuple[str, ...]
     keywords: tuple[str, ...]

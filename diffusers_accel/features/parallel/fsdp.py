@@ -10,26 +10,25 @@ rank's (`cfg_parallel.py`). Methods that read or write whole weights are refused
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...compat.accelerate_private import has_accelerate_hook
-from ...compat.torch_private import buffers_of, parameters_of
 from ...config import ParallelConfig
 from ...core.edits import AddLayer, Edit
 from ...core.mesh import Mesh, world_group, world_size
+from ...core.weights import Weight, find_weights, is_plain, kind_of_tensor
 from ...errors import Unsupported
 from ...kernels.linear import LinearProxy
 from ...models.adapter import default_adapter
 from ..context import Denoiser, PipelineContext
 from ..feature import Plan, refuse_offloaded
-from .fsdp_shards import AllocateBuffers, GatherBuffers, MoveToDevice, ShardBlock, Weight, dense
+from .fsdp_shards import AllocateBuffers, GatherBuffers, MoveToDevice, ShardBlock
 
 _FEATURE = "parallel.fsdp"
 # inductor modes that record graphs of their own.
@@ -189,62 +188,11 @@ def _weights(context: PipelineContext) -> _Weights:
             if id(module) not in owner:
                 blocks.append(_Block(f"{component.name}.{paths[id(module)]}", component.name, module, []))
                 owner |= {id(part): blocks[-1] for part in module.modules()}
-    rest = []
-    for entry in _entries(context, owner):
-        (block, *others) = entry.owners
-        if block is not None and not others and entry.stored and not entry.aliased:
-            block.weights.append(entry.weight)
-        else:
-            rest.append(entry.weight)
-    return _Weights([block for block in blocks if block.weights], rest)
-
-
-@dataclass
-class _Entry:
-    """A tensor of the pipeline.
-
-    Attributes:
-        weight: The tensor and its places.
-        owners: The blocks that hold it; `None` for modules outside of blocks.
-        stored: Whether it is a weight, to which no forward writes.
-        aliased: Whether it shares memory with another tensor, is empty, or is not dense.
-    """
-
-    weight: Weight
-    owners: dict[_Block | None, None]
-    stored: bool
-    aliased: bool = False
-
-
-def _entries(context: PipelineContext, owner: dict[int, _Block]) -> list[_Entry]:
-    """All tensors of the pipeline's models."""
+    rest: list[Weight] = []
     models = [item for item in context.pipe.components.values() if isinstance(item, nn.Module)]
-    modules = {id(module): module for model in models for module in model.modules()}
-    found: dict[int, _Entry] = {}
-    for module in modules.values():
-        for holder, stored in ((parameters_of(module), True), (buffers_of(module), isinstance(module, LinearProxy))):
-            for name, tensor in holder.items():
-                if tensor is None or not _plain(tensor):
-                    continue
-                entry = found.setdefault(id(tensor), _Entry(Weight(tensor, []), {}, True))
-                entry.weight.slots.append((holder, name))
-                entry.owners[owner.get(id(module))] = None
-                entry.stored &= stored
-    places = Counter(entry.weight.tensor.data_ptr() for entry in found.values())
-    for entry in found.values():
-        tensor = entry.weight.tensor
-        entry.aliased = places[tensor.data_ptr()] > 1 or not tensor.numel() or not dense(tensor)
-    return list(found.values())
-
-
-def _plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (nn.Parameter, torch.Tensor) and type(tensor.data) is torch.Tensor
-
-
-def _kind(tensor: torch.Tensor) -> str:
-    """The name of a tensor's class; of a parameter, that of its data."""
-    kind = type(tensor) if type(tensor) is not nn.Parameter else type(tensor.data)
-    return kind.__name__
+    for entry in find_weights(models, owner, lambda module: isinstance(module, LinearProxy), is_plain):
+        (entry.block.weights if entry.block is not None else rest).append(entry.weight)
+    return _Weights([block for block in blocks if block.weights], rest)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -284,10 +232,10 @@ def _refuse(component: Denoiser, denoises: bool) -> None:
             )  # fmt: skip
     for block in blocks:
         for path, tensor in (*block.named_parameters(), *block.named_buffers()):
-            if not _plain(tensor):
+            if not is_plain(tensor):
                 raise Unsupported(
                     _FEATURE,
-                    f"{path} of a block is a {_kind(tensor)}, whose bytes only its package knows.",
+                    f"{path} of a block is a {kind_of_tensor(tensor)}, whose bytes only its package knows.",
                     "weights of plain tensors, quantized with linear= if you like.",
                     str(component),
                 )

@@ -24,71 +24,8 @@ import torch
 
 from ...core.comm import Group
 from ...core.platform import offload_to_host, to_device
+from ...core.weights import ALIGNED, Layout, Weight, flat, round_up
 from ...errors import Unsupported
-
-# Alignment of tensors in bytes: kernels read wide words, and torch's own allocator gives no less.
-_ALIGNED = 256
-
-
-@dataclass(eq=False)
-class Weight:
-    """One parameter or buffer of a model.
-
-    Attributes:
-        tensor: The stock tensor.
-        slots: (mapping of a module, name) of every place that holds it; `module.to` may replace a buffer there.
-    """
-
-    tensor: torch.Tensor
-    slots: list[tuple[dict[str, Any], str]]
-
-    @property
-    def bytes(self) -> int:
-        return self.tensor.numel() * self.tensor.element_size()
-
-    def now(self) -> torch.Tensor:
-        """The tensor that is in its place now."""
-        holder, name = self.slots[0]
-        found = holder.get(name)
-        return found if isinstance(found, torch.Tensor) else self.tensor
-
-    def put(self, data: torch.Tensor) -> None:
-        """Changes the data of the tensor in its place; the object stays."""
-        for holder, name in self.slots:
-            if isinstance(holder.get(name), torch.Tensor):
-                holder[name].data = data
-
-    def back(self, data: torch.Tensor) -> None:
-        """Puts the stock tensor back with this data, in the dtype that it has been cast to since."""
-        self.tensor.data = data.to(self.now().dtype)
-        for holder, name in self.slots:
-            if isinstance(holder.get(name), torch.Tensor):
-                holder[name] = self.tensor
-
-
-def dense(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's values fill contiguous memory, in any order of dimensions."""
-    length = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != length:
-            return False
-        length *= size
-    return True
-
-
-def _run(tensor: torch.Tensor) -> torch.Tensor:
-    """The values of a dense tensor, flat and in the order of memory.
-
-    The result is no view: a view would keep the memory alive after the tensor's data was replaced.
-    """
-    found = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return found.set_(tensor.untyped_storage(), tensor.storage_offset(), (tensor.numel(),), (1,))
-
-
-def _up(length: int, to: int) -> int:
-    return -(-length // to) * to
 
 
 class BlockShard:
@@ -109,15 +46,11 @@ class BlockShard:
 
     def __init__(self, name: str, weights: Sequence[Weight], group: Group, device: torch.device, slot: int):
         self.name, self.weights, self.group, self.device, self.slot = name, tuple(weights), group, device, slot
-        self._offsets: list[int] = []
-        length = 0
-        for weight in self.weights:
-            self._offsets.append(length)
-            length = _up(length + weight.bytes, _ALIGNED)
-        self.length = _up(length, _ALIGNED * group.size) // group.size
+        self._layout = Layout.of([weight.tensor for weight in self.weights])
+        self.length = round_up(self._layout.length, ALIGNED * group.size) // group.size
         self.local: torch.Tensor | None = None
         self._views: list[torch.Tensor] = []
-        self.forms = [(item.tensor.dtype, item.tensor.shape, item.tensor.stride()) for item in self.weights]
+        self.forms = self._layout.forms
         self._empty = [torch.empty(0, dtype=dtype, device=device) for dtype, *_ in self.forms]
 
     @property
@@ -129,19 +62,16 @@ class BlockShard:
         """Copies this rank's shard out of the whole weights."""
         own = torch.zeros(self.length, dtype=torch.uint8, device=self.device)
         start = self.group.rank * self.length
-        for weight, offset in zip(self.weights, self._offsets, strict=True):
+        for weight, offset in zip(self.weights, self._layout.offsets, strict=True):
             first, last = max(offset, start), min(offset + weight.bytes, start + self.length)
             if first < last:
-                run = _run(weight.tensor).view(torch.uint8)
+                run = flat(weight.tensor).view(torch.uint8)
                 own[first - start : last - start] = run[first - offset : last - offset]
         self.local = own
 
     def allocate_views(self, memory: torch.Tensor) -> None:
         """Makes the views of the gathered weights in a buffer, uint8 (gathered_bytes or more,)."""
-        self._views = [
-            memory[offset : offset + weight.bytes].view(dtype).as_strided(shape, stride)
-            for weight, offset, (dtype, shape, stride) in zip(self.weights, self._offsets, self.forms, strict=True)
-        ]
+        self._views = self._layout.views(memory)
 
     def unshard(self) -> None:
         """Points the block's tensors to the gathered weights.
@@ -309,7 +239,7 @@ class ShardBlock:
             self.shard.fill()
         for weight in self.shard.weights:
             # Flat, so that it comes back in the order of dimensions that it has now.
-            kept = _run(weight.tensor)
+            kept = flat(weight.tensor)
             self._homes.append(kept.device)
             if kept.device.type == "cuda":
                 self._moving.append(offload_to_host(kept))

@@ -14,13 +14,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from torch import nn
 
 # Buffers have room for a multiple of this many steps, so that requests of different lengths reuse them: CUDA graphs
 # hold the buffers' addresses.
 _STEPS_MULTIPLE = 32
+# Formats of quantized layers whose rewritten graph does not round activations of a few rows.
+PRECOMPUTED_FORMATS = ("fp8", "int8")
+
+
+def can_precompute(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether a rewritten graph looks up the outputs of a layer.
+
+    Args:
+        layer: A linear layer; of a LoRA layer, its base layer.
+        dtype: The denoiser's dtype.
+    """
+    plain = type(layer) is nn.Linear and layer.weight.dtype == dtype
+    return plain or getattr(layer, "kind", None) in PRECOMPUTED_FORMATS
 
 
 class PrecomputedInputs:

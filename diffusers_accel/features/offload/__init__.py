@@ -1,0 +1,413 @@
+"""Offloading: weights wait in host memory, and are copied to the GPU while earlier blocks compute.
+
+A budget of GPU memory becomes a plan (`core/memory_plan.py`): which blocks stay on the GPU, which are streamed through
+how many slots, where text encoders run, how the VAE decodes. `core/streaming.py` carries it out.
+
+- `models.py`: the pipeline's models, their blocks and their bytes.
+- `estimates.py`: the bytes of activations and the seconds of blocks, before a request runs.
+- `prompts.py`: embeddings of prompts that were seen before.
+
+A streamed denoiser keeps its slots from `accelerate` to `restore`. A streamed text encoder has slots while it runs. Its
+weights outside of blocks (embeddings, which it reads by the row) are read from host memory in place.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...config import OffloadConfig
+from ...config.offload import AUTO, bytes_of
+from ...core.edits import AddLayer, Edit
+from ...core.host_memory import available_bytes
+from ...core.memory_plan import ENCODER_SLOTS, MemoryPlan, ModelPlan, least_budget, plan_memory
+from ...core.streaming import (
+    TRANSFERS,
+    MoveWeight,
+    OffloadBlock,
+    OpenSlots,
+    Slabs,
+    StreamedBlock,
+    StreamedModel,
+    StreamedTensor,
+    WeightStream,
+)
+from ...errors import Unsupported
+from ..context import PipelineContext
+from ..feature import Plan, refuse_offloaded
+from .estimates import block_seconds, work
+from .models import Model, models_of
+from .prompts import PromptCache
+
+_FEATURE = "offload"
+# inductor's modes that record graphs of their own.
+_OWN_GRAPHS = ("reduce-overhead", "max-autotune")
+# Bytes a second from page-locked host memory where no GPU can be asked: PCIe 4 with 16 lanes.
+_LINK = 24e9
+# Host memory that is left to the rest of the machine.
+_HOST_RESERVE = 2**30
+
+
+def check(context: PipelineContext, config: OffloadConfig) -> Plan:
+    """The plan: what stays on the GPU, what is streamed, and the predicted peak and step.
+
+    Raises:
+        Unsupported: There is no GPU, weights are managed by another offloading or sharded among ranks, torch.compile
+            records graphs, a stage is unknown, or no plan keeps the budget.
+    """
+    _refuse(context, config)
+    formats: dict[int, Any] = {}
+    for plan in context.plans.values():
+        formats |= plan.formats
+    models = models_of(context, formats, _mapped(context, config))
+    found = _plan(context, config, models, formats)
+    notes = [*_model_notes(found), *_peak_notes(found, config), *_step_notes(found)]
+    left = _host_left(found, config)
+    streamed = [each for each in found.models if each.streamed]
+    action = f"level {found.level}" + (
+        f": {', '.join(each.sizes.name for each in streamed)} streamed" if streamed else ": all on the GPU"
+    )
+    return Plan(action, sum(len(each.streamed_bytes) for each in streamed), tuple(notes), left)
+
+
+def components(context: PipelineContext, config: OffloadConfig) -> tuple[str, ...]:
+    """Names of the changed components besides the denoisers."""
+    denoisers = {denoiser.name for denoiser in context.denoisers}
+    models = (name for name, item in context.pipe.components.items() if isinstance(item, nn.Module))
+    return tuple(name for name in models if name not in denoisers)
+
+
+def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
+    """Slots first, then one edit for each block and each other weight, then the layers."""
+    models = models_of(context, {}, _mapped(context, config))
+    plan = _plan(context, config, models, {})
+    device = context.home
+    on_host = all(next(denoiser.module.parameters()).device.type == "cpu" for denoiser in context.denoisers)
+    stream = WeightStream(device, max(plan.slots, 1))
+    streamed = [
+        (model, placed, _blocks(model, placed))
+        for model in models
+        if (placed := plan.model(model.name)).streamed and model.name not in context.shared
+    ]
+    everything = [block for _, _, blocks in streamed for block in blocks]
+    slabs = Slabs(stream.transfers, everything, _allowance(config), config.pin_memory)
+    for model, _, blocks in streamed:
+        if model.role == "denoiser":
+            stream.add(model.name, [block for block in blocks if block.streamed], repeats=True)
+    denoisers = stream.models
+    if on_host and denoisers:
+        # Before anything else is there, so that no gap between other tensors is too small for them.
+        yield OpenSlots(stream)
+    yield from _with_progress(everything, lambda block: OffloadBlock(block, slabs))
+    for model in models:
+        if model.name in context.shared:
+            continue
+        placed = plan.model(model.name)
+        for weight in (*_resident(model, placed), *model.buffers):
+            if weight.tensor.device.type == "cpu" and not weight.tensor.is_meta:
+                yield MoveWeight(weight, device, model.module)
+    if denoisers and not on_host:
+        yield OpenSlots(stream)
+    for added in denoisers:
+        module = next(model.module for model in models if model.name == added.name)
+        yield AddLayer(module, context.rank("offload model"), added.around_model)
+        for block in added.blocks:
+            yield AddLayer(block.module, context.rank("offload block"), added.around_block(block))
+    if denoisers:
+        context.outputs.weight_stream = stream
+        context.outputs.request_hooks.append(_request_hook(denoisers))
+    for model, _, blocks in streamed:
+        if model.role != "denoiser":
+            yield from _encoder_edits(context, model, blocks, device)
+    cached = bytes_of(config.prompt_cache)
+    if cached and hasattr(context.pipe, "encode_prompt"):
+        prompts = PromptCache(context, cached)
+        context.outputs.prompts = prompts
+        yield AddLayer(context.pipe, context.rank("offload model"), prompts.around_encode_prompt, "encode_prompt")
+    if device.type == "cuda":
+        yield _EmptyCache(device)
+
+
+def _encoder_edits(
+    context: PipelineContext, model: Model, blocks: list[StreamedBlock], device: torch.device
+) -> Iterator[Edit]:
+    """The layers of a streamed text encoder. Its slots exist while it runs."""
+    stream = WeightStream(device, ENCODER_SLOTS)
+    added = stream.add(model.name, [block for block in blocks if block.streamed], repeats=False)
+    added.transient = True
+    yield AddLayer(model.module, context.rank("offload model"), added.around_model)
+    for block in added.blocks:
+        yield AddLayer(block.module, context.rank("offload block"), added.around_block(block))
+
+
+def _request_hook(models: list[StreamedModel]) -> Callable[[Any], None]:
+    """A request hook, which tells streamed models of a new request just before its first denoiser call."""
+
+    def begin(pipe: Any) -> None:
+        if pipe is None:
+            for model in models:
+                model.begin_request()
+
+    return begin
+
+
+class _EmptyCache:
+    """Gives memory that was freed back to the GPU, so that slots and activations find it in one piece."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def apply(self) -> None:
+        torch.cuda.empty_cache()
+
+    def undo(self) -> None:
+        torch.cuda.empty_cache()
+
+
+def _blocks(model: Model, placed: ModelPlan) -> list[StreamedBlock]:
+    """The slabs of a streamed model. Blocks on the GPU have one for the weights that are read in place; a text encoder
+    has one for its weights outside of blocks."""
+    found = []
+    for block, resident in zip(model.blocks, placed.resident, strict=True):
+        copied = [] if resident else [StreamedTensor(weight) for weight in block.copied]
+        in_place = [StreamedTensor(weight) for weight in block.in_place]
+        if copied or in_place:
+            found.append(StreamedBlock(block.name, block.module, copied, in_place))
+    if placed.sizes.mappable and model.rest:
+        found.append(StreamedBlock(model.name, model.module, [], [StreamedTensor(weight) for weight in model.rest]))
+    return found
+
+
+def _resident(model: Model, placed: ModelPlan) -> Iterator[Any]:
+    """The weights of a model that stay on the GPU."""
+    if not placed.streamed:
+        for block in model.blocks:
+            yield from (*block.copied, *block.in_place)
+        yield from model.rest
+        return
+    for block, resident in zip(model.blocks, placed.resident, strict=True):
+        if resident:
+            yield from block.copied
+    if not placed.sizes.mappable:
+        yield from model.rest
+
+
+def _with_progress(blocks: list[StreamedBlock], edit: Callable[[StreamedBlock], Edit]) -> Iterator[Edit]:
+    """The edits of all blocks, with a progress bar of bytes if they take longer than a second."""
+    from tqdm.auto import tqdm
+
+    total = sum(block.layout.length for block in blocks)
+    with tqdm(total=total, desc="offload", unit="B", unit_scale=True, unit_divisor=1024, delay=1) as bar:
+        for block in blocks:
+            yield edit(block)
+            bar.update(block.layout.length)
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    context: PipelineContext, config: OffloadConfig, models: list[Model], formats: Mapping[int, Any]
+) -> MemoryPlan:
+    """The memory plan.
+
+    Raises:
+        Unsupported: No plan keeps the budget.
+    """
+    stages = config.stages
+    sizes = []
+    for model in models:
+        seconds: tuple[float, ...] = ()
+        if model.denoiser is not None:
+            seconds = block_seconds(context, model.denoiser, [block.module for block in model.blocks])
+        each = model.sizes(formats, seconds)
+        may_stream = stages is None or model.name in stages
+        sizes.append(each if may_stream else _fixed(each))
+    budget = _budget(context, config, models)
+    slots = None if config.prefetch is None else config.prefetch + 1
+    found = plan_memory(sizes, work(context), _link(context), budget=budget, level=config.level, slots=slots)
+    if budget is not None and found.peak > budget:
+        least = least_budget(found) if config.level in (None, 3) and stages is None else found.peak
+        raise Unsupported(
+            _FEATURE,
+            f"the least that this pipeline needs is {_gib(least)} with these settings, and {_gib(budget)} are allowed.",
+            f"offload='{-(-least // 2**20)}MiB' or more, smaller sizes in warmup.resolutions, or linear='fp8', which "
+            "halves the weights.",
+            str(context),
+        )
+    return found
+
+
+def _fixed(sizes: Any) -> Any:
+    """The sizes of a model that stays on the GPU."""
+    from dataclasses import replace
+
+    return replace(sizes, role="other")
+
+
+def _budget(context: PipelineContext, config: OffloadConfig, models: list[Model]) -> int | None:
+    """The budget in bytes; of `"auto"`, the memory that is free or taken by this pipeline."""
+    if config.vram != AUTO:
+        return config.budget
+    if context.device.type != "cuda":
+        return None
+    device = context.home
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    own = sum(
+        weight.bytes
+        for model in models
+        for weight in (*model.rest, *model.buffers, *(each for block in model.blocks for each in block.copied))
+        if weight.tensor.device == device
+    )
+    unused = held - torch.cuda.memory_allocated(device)
+    return min(free + unused + own, int(total * torch.cuda.get_per_process_memory_fraction(device)))
+
+
+@cache
+def _measured_link(device: torch.device) -> float:
+    """Bytes a second from page-locked memory to a GPU, measured once with 64 MiB."""
+    source = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    target.copy_(source)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        begin.record()
+        for _ in range(3):
+            target.copy_(source, non_blocking=True)
+        end.record()
+    end.synchronize()
+    return 3 * source.numel() / (begin.elapsed_time(end) / 1000)
+
+
+def _link(context: PipelineContext) -> float:
+    return _measured_link(context.home) if context.device.type == "cuda" else _LINK
+
+
+def _mapped(context: PipelineContext, config: OffloadConfig) -> bool:
+    """Whether weights in host memory can be read in place."""
+    return config.pin_memory and context.device.type in TRANSFERS
+
+
+def _allowance(config: OffloadConfig) -> Callable[[int], bool]:
+    """Whether a slab of this many bytes may still be taken from host memory. A first refusal gives a warning."""
+    left = [None if config.ram is None else bytes_of(config.ram)]
+    warned = [False]
+
+    def allowed(length: int) -> bool:
+        free = available_bytes()
+        fits = (left[0] is None or length <= left[0]) and (free is None or length + _HOST_RESERVE <= free)
+        if fits and left[0] is not None:
+            left[0] -= length
+        if not fits and not warned[0]:
+            warned[0] = True
+            bound = f"offload.ram={config.ram!r}" if left[0] is not None and length > left[0] else "free host memory"
+            warnings.warn(
+                f"accelerate: offload: {bound} does not suffice for all weights. The others stay in the memory, or in "
+                "the file, that they are in: their copies are several times slower and keep the host waiting.",
+                stacklevel=2,
+            )
+        return fits
+
+    return allowed
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def _refuse(context: PipelineContext, config: OffloadConfig) -> None:
+    """Refuses pipelines and configurations that cannot be offloaded."""
+    if context.device.type not in TRANSFERS:
+        raise Unsupported(
+            _FEATURE, f"it runs on {context.device}, and weights are moved from and to a GPU.", "offload=None.",
+            str(context),
+        )  # fmt: skip
+    if context.fsdp:
+        raise Unsupported(
+            _FEATURE,
+            "the weights of blocks are sharded among ranks already (parallel.fsdp).",
+            "parallel without fsdp, or offload=None.",
+        )
+    others = context.config
+    if others is not None and others.compile is not None and others.compile.mode in _OWN_GRAPHS:
+        raise Unsupported(
+            _FEATURE,
+            f"torch.compile records graphs in mode {others.compile.mode!r}, which replay on copies of the weights.",
+            f"compile='default' or {others.compile.mode + '-no-cudagraphs'!r}.",
+        )
+    if others is not None and others.cuda_graph is not None and others.cuda_graph.text_encoders:
+        raise Unsupported(
+            _FEATURE,
+            "cuda_graph.text_encoders records addresses of weights, and a text encoder's may be streamed.",
+            "cuda_graph.text_encoders=False.",
+        )
+    models = {name: item for name, item in context.pipe.components.items() if isinstance(item, nn.Module)}
+    for name in config.stages or ():
+        if name not in models:
+            raise Unsupported(
+                f"offload.stages: {name!r}",
+                "the pipeline has no such model.",
+                f"offload.stages with names of {', '.join(models)}.",
+                type(context.pipe).__name__,
+            )
+    for denoiser in context.denoisers:
+        refuse_offloaded(_FEATURE, denoiser)
+        if not denoiser.adapter.blocks(denoiser.module) and config.level == 3:
+            raise Unsupported(_FEATURE, "no blocks were found in it.", "offload=2, or None.", str(denoiser))
+
+
+# --- what explain prints ---------------------------------------------------------------------------------------------
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
+
+
+def _model_notes(plan: MemoryPlan) -> Iterator[str]:
+    for model in plan.models:
+        sizes = model.sizes
+        if not model.streamed:
+            yield f"{sizes.name}: {_gib(sizes.bytes)} on the GPU."
+            continue
+        copied = model.streamed_bytes
+        text = f"{sizes.name}: {len(copied)} of {len(sizes.blocks)} blocks are streamed, {_gib(sum(copied))}"
+        text += f"; {_gib(model.resident_bytes)} stay on the GPU" if model.resident_bytes else ""
+        if sum(sizes.in_place):
+            text += f"; {_gib(sum(sizes.in_place))} of precomputed modulations are read from host memory once a request"
+        yield text + "."
+    if plan.slots:
+        yield f"{plan.slots} slots of blocks take {_gib(plan.slot_bytes)}."
+    if plan.host_bytes:
+        yield f"Page-locked host memory: {_gib(plan.host_bytes)}."
+
+
+def _peak_notes(plan: MemoryPlan, config: OffloadConfig) -> Iterator[str]:
+    peaks = ", ".join(f"{stage} {_gib(size)}" for stage, size in plan.peaks.items())
+    allowed = f" of {_gib(bytes_of(config.vram))}" if config.budget is not None else ""  # type: ignore[arg-type]
+    yield f"Predicted peak: {_gib(plan.peak)}{allowed} ({peaks})."
+
+
+def _step_notes(plan: MemoryPlan) -> Iterator[str]:
+    for model in plan.models:
+        if model.sizes.role == "denoiser" and model.streamed and model.streamed_bytes:
+            step = plan.step(model.sizes.name)
+            yield (
+                f"{model.sizes.name}: a call is predicted to take {1000 * step.seconds:.0f} ms: "
+                f"{1000 * step.compute:.0f} of computation, {1000 * step.copy:.0f} of copies at "
+                f"{plan.link / 1e9:.0f} GB/s, of which {step.hidden:.0%} hide."
+            )
+
+
+def _host_left(plan: MemoryPlan, config: OffloadConfig) -> tuple[str, ...]:
+    """The part of the slabs for which `offload.ram` does not suffice."""
+    if config.ram is None or plan.host_bytes <= bytes_of(config.ram):
+        return ()
+    return (
+        f"offload.ram={config.ram!r} does not suffice for {_gib(plan.host_bytes)} of weights: the others are copied "
+        "from ordinary memory, several times slower.",
+    )

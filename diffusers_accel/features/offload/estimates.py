@@ -1,0 +1,163 @@
+"""Estimates of a request before it runs: its tokens, the bytes of its activations, the seconds of each block.
+
+An estimate decides how many blocks stay on the GPU, never a result. The request is the largest one of the section
+`warmup`, or the pipeline's default.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.memory_plan import Work
+from ...core.platform import Device
+from ..context import Denoiser, PipelineContext
+
+_GIB = 2**30
+# Multiply-adds of a GPU that blocks reach, in 10^12 operations a second: (capability, 16 bits, 8 bits). Of these,
+# sm_90 was measured (benchmarks/results/forward-*.json); the others are half of the data sheets' dense rates.
+_RATES = (((10, 0), 1100.0, 2000.0), ((9, 0), 560.0, 850.0), ((12, 0), 190.0, 360.0), ((8, 9), 145.0, 250.0))
+_OTHER_RATES = (100.0, 160.0)
+# Bytes of activations for each token and channel: the streams, and the widest layer's input and output.
+_STREAMS, _WIDEST = 6, 3
+# Workspaces of cuBLAS and cuDNN, and fragmentation.
+_RESERVE = _GIB // 2
+_TEXT = _GIB // 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """The size of a request.
+
+    Attributes:
+        height: In pixels.
+        width: In pixels.
+        frames: Number of frames; 1 for a picture.
+    """
+
+    height: int
+    width: int
+    frames: int
+
+
+def largest_request(context: PipelineContext) -> Request:
+    """The largest request of the section `warmup`, or the pipeline's default."""
+    pipe = context.pipe
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    default = _default_side(pipe)
+
+    def argument(name: str, otherwise: int) -> int:
+        value = parameters[name].default if name in parameters else None
+        return value if isinstance(value, int) and value > 0 else otherwise
+
+    sizes = [(argument("height", default), argument("width", default))]
+    frames = [argument("num_frames", 1)]
+    warmup = context.config.warmup if context.config is not None else None
+    if warmup is not None:
+        sizes = warmup.sizes or sizes
+        frames = list(warmup.num_frames or frames)
+    height, width = max(sizes, key=math.prod)
+    return Request(height, width, max(frames))
+
+
+def _default_side(pipe: Any) -> int:
+    side = getattr(pipe, "default_sample_size", None)
+    return int(side * _compression(pipe)[0]) if isinstance(side, int) else 1024
+
+
+def _compression(pipe: Any) -> tuple[int, int]:
+    """Pixels of a side, and frames, that one latent stands for."""
+    space = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_spatial_compression_ratio", None)
+    space = space or getattr(pipe, "vae_scale_factor", None) or 8
+    time = getattr(pipe, "vae_scale_factor_temporal", None) or getattr(pipe, "vae_temporal_compression_ratio", None)
+    return int(space), int(time or 4)
+
+
+def latent_shape(context: PipelineContext, request: Request) -> tuple[int, int, int]:
+    """(frames, height, width) of a request's latents."""
+    space, time = _compression(context.pipe)
+    return 1 + (request.frames - 1) // time, -(-request.height // space), -(-request.width // space)
+
+
+def tokens(context: PipelineContext, denoiser: Denoiser, request: Request) -> int:
+    """Tokens of a request in a denoiser's main stream, text included."""
+    frames, height, width = latent_shape(context, request)
+    config = denoiser.config
+    patch = config.get("patch_size") or 1
+    patch = patch if isinstance(patch, int) else patch[-1]
+    channels = config.get("in_channels") or 0
+    vae = getattr(getattr(context.pipe, "vae", None), "config", {})
+    latents = vae.get("latent_channels") or vae.get("z_dim") or 0
+    if patch == 1 and latents and channels == 4 * latents:
+        patch = 2  # packed by the pipeline
+    return frames * -(-height // patch) * -(-width // patch) + 512
+
+
+def block_seconds(context: PipelineContext, denoiser: Denoiser, blocks: list[nn.Module]) -> tuple[float, ...]:
+    """Predicted seconds of each block on the denoiser's device."""
+    count = tokens(context, denoiser, largest_request(context)) * _batch(denoiser)
+    rate = _rate(denoiser.device, quantized=context.config is not None and context.config.linear is not None)
+    found = []
+    for block in blocks:
+        layers = [part for part in block.modules() if isinstance(part, nn.Linear)]
+        # Modulations have one row.
+        many_rows = [layer for layer in layers if not _modulates(denoiser, block, layer)]
+        weights = sum(layer.in_features * layer.out_features for layer in many_rows)
+        width = _width(layers)
+        length = count // _batch(denoiser)
+        attention = 2 * width * length * count
+        found.append(2 * (weights * count + attention) / (rate * 1e12))
+    return tuple(found)
+
+
+def _modulates(denoiser: Denoiser, block: nn.Module, layer: nn.Module) -> bool:
+    modulation = denoiser.adapter.modulation
+    if modulation is None:
+        return False
+    return any(part is layer for path, part in block.named_modules() if path in modulation.layers)
+
+
+def _rate(device: Device, quantized: bool) -> float:
+    arch = device.arch or (0, 0)
+    for known, exact, eight_bit in _RATES:
+        if arch[0] == known[0] and arch >= known:
+            return eight_bit if quantized else exact
+    return _OTHER_RATES[quantized]
+
+
+def _batch(denoiser: Denoiser) -> int:
+    """Samples of one call for one picture."""
+    return 2 if denoiser.adapter.guidance == "batched" else 1
+
+
+def _width(layers: list[Any]) -> int:
+    """The number of channels of a block's streams."""
+    return Counter(layer.in_features for layer in layers).most_common(1)[0][0] if layers else 0
+
+
+def work(context: PipelineContext) -> Work:
+    """The bytes of activations in each stage."""
+    request = largest_request(context)
+    denoise = 0
+    for denoiser in context.denoisers:
+        widest, width = 0, 0
+        for block in denoiser.adapter.blocks(denoiser.module)[:1]:
+            layers: list[Any] = [
+                part
+                for part in block.modules()
+                if isinstance(part, nn.Linear) and not _modulates(denoiser, block, part)
+            ]
+            width = _width(layers)
+            widest = max((layer.out_features for layer in layers), default=0)
+        count = tokens(context, denoiser, request) * _batch(denoiser)
+        size = torch.empty(0, dtype=denoiser.dtype).element_size()
+        denoise = max(denoise, count * size * (_STREAMS * width + _WIDEST * widest))
+    reserve = _RESERVE if context.device.type == "cuda" else 0
+    text = _TEXT if context.device.type == "cuda" else 0
+    return Work(text, denoise, {"whole": 0}, reserve)

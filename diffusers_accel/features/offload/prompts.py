@@ -1,0 +1,149 @@
+"""Embeddings of prompts that were seen before, in host memory: a prompt that is there needs no text encoder.
+
+The layer is around the pipeline's `encode_prompt`, whose result depends on its arguments, the tokenizers and the
+weights of the text encoders alone. The key is made of the arguments' values. The weights are represented by samples of
+every tensor, since a LoRA merge may leave no other trace. A change of any weight, adapter or tokenizer empties the
+cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...compat.torch_private import buffers_of, parameters_of, pytree
+from ...core.submodules import submodules
+from ..context import PipelineContext
+
+# Values that are sampled of each tensor. A merged LoRA changes nearly all values of a matrix.
+_SAMPLES = 16
+_LORA_STATE = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class PromptCache:
+    """The embeddings of one pipeline's prompts, the least recently used of which leave first.
+
+    Args:
+        context: The pipeline.
+        limit: Bytes of host memory that embeddings may take.
+
+    Attributes:
+        hits: Number of calls in the last request that needed no text encoder.
+        bytes: Bytes that embeddings take.
+    """
+
+    def __init__(self, context: PipelineContext, limit: int):
+        self._context, self._limit = context, limit
+        self._entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._state: Hashable = None
+        self.hits = 0
+        self.bytes = 0
+
+    def around_encode_prompt(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The layer around the pipeline's `encode_prompt`."""
+        key = _key((args, dict(sorted(kwargs.items()))))
+        if key is None or torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        state = self._encoders()
+        if state != self._state:
+            self.clear()
+            self._state = state
+        found = self._entries.get(key)
+        if found is not None:
+            self._entries.move_to_end(key)
+            self.hits += 1
+            return pytree.tree_map(lambda item: item[0].to(item[1]) if isinstance(item, _Kept) else item, found[0])
+        result = inner(*args, **kwargs)
+        leaves = pytree.tree_leaves(result)
+        if all(isinstance(leaf, (torch.Tensor, *_PLAIN)) for leaf in leaves):
+            size = sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
+            self._keep(key, result, size)
+        return result
+
+    def clear(self) -> None:
+        """Drops all embeddings."""
+        self._entries.clear()
+        self.bytes = 0
+
+    def _keep(self, key: Hashable, result: Any, size: int) -> None:
+        if size > self._limit:
+            return
+        kept = pytree.tree_map(
+            lambda item: (
+                _Kept((item.detach().to("cpu", copy=True), item.device)) if isinstance(item, torch.Tensor) else item
+            ),
+            result,
+        )
+        self._entries[key] = (kept, size)
+        self.bytes += size
+        while self.bytes > self._limit:
+            _, (_, dropped) = self._entries.popitem(last=False)
+            self.bytes -= dropped
+
+    def _encoders(self) -> Hashable:
+        """The state of everything that `encode_prompt` depends on besides its arguments."""
+        found: list[Hashable] = []
+        samples: list[torch.Tensor] = []
+        for name, item in self._context.pipe.components.items():
+            if isinstance(item, nn.Module) and (name.startswith("text_encoder") or "encoder" in name):
+                for part in submodules(item):
+                    own = vars(part)
+                    found.append((id(part), part.training))
+                    if "scaling" in own:  # a LoRA layer
+                        found += [str(getattr(part, key, None)) for key in _LORA_STATE]
+                    for tensor in (*parameters_of(part).values(), *buffers_of(part).values()):
+                        if tensor is not None and tensor.numel():
+                            found.append((tensor.dtype, tuple(tensor.shape)))
+                            samples.append(tensor)
+            elif "tokenizer" in name or "processor" in name:
+                found.append((name, id(item), len(item) if hasattr(item, "__len__") else 0))
+        return (*found, _digest(samples))
+
+
+class _Kept(tuple):
+    """A tensor on the host, and the device that it is for. A leaf of a tree, though it is a tuple."""
+
+    __slots__ = ()
+
+
+def _digest(tensors: list[torch.Tensor]) -> str:
+    """A digest of samples of tensors: one transfer for each device and dtype."""
+    groups: dict[Hashable, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        try:
+            flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+            places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), device=flat.device).long()
+            groups.setdefault((flat.device, flat.dtype), []).append(flat[places])
+        except (RuntimeError, NotImplementedError):  # another package's tensor, or one without values
+            continue
+    found = hashlib.sha256()
+    for items in groups.values():
+        joined = torch.cat([item.view(torch.uint8) for item in items])
+        found.update(joined.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _key(value: Any) -> Hashable | None:
+    """The value of arguments, for comparison; `None` if one has no value that can be compared."""
+    if isinstance(value, _PLAIN):
+        return (type(value).__name__, value)
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(data.view(torch.uint8).numpy().tobytes() if data.numel() else b"").hexdigest()
+        return ("tensor", str(value.dtype), tuple(value.shape), str(value.device), digest)
+    if isinstance(value, Mapping):
+        items = [(key, _key(item)) for key, item in value.items()]
+        return None if any(item is None for _, item in items) else tuple(items)
+    if isinstance(value, (list, tuple)):
+        found = [_key(item) for item in value]
+        return None if any(item is None for item in found) else (type(value).__name__, *found)
+    if hasattr(value, "tobytes") and hasattr(value, "size"):  # pictures of PIL, arrays of NumPy
+        kind = (type(value).__name__, str(getattr(value, "mode", None)), str(getattr(value, "dtype", None)))
+        return (*kind, str(value.size), str(getattr(value, "shape", None)), hashlib.sha256(value.tobytes()).hexdigest())
+    return None
