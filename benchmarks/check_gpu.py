@@ -6,6 +6,8 @@
 - Blocks compiled and rewritten, of a small pipeline of every family, with the rewrites that only real sizes have: in
   float32 against stock, relative, to 2e-4; with quantized layers against the same without compilation, within twice
   their own distance to stock (a few rows are not rounded in a rewritten graph).
+- Streamed weights on small pipelines of every family, beside caches, compiled blocks, graphs and quantized layers, from
+  the GPU and from the host: against the same configuration without offloading, bit for bit, and restored.
 - CUDA graphs on the same, beside caches and compiled blocks: played against the same configuration without graphs, bit
   for bit, over several requests of two sizes.
 
@@ -18,6 +20,7 @@ if a check fails.
     python benchmarks/check_gpu.py --only graphs      # check-gpu-graphs.json
     python benchmarks/check_gpu.py --only whole       # check-gpu-whole.json
     python benchmarks/check_gpu.py --only rewrites    # check-gpu-rewrites.json
+    python benchmarks/check_gpu.py --only offload     # check-gpu-offload.json
 """
 
 from __future__ import annotations
@@ -304,6 +307,67 @@ REWRITTEN = (
 )  # fmt: skip
 
 
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "graphs": {"cuda_graph": True},
+    "compile": {"compile": True},
+    "compile, graphs, fuse, fp8, mask": {
+        "compile": True, "cuda_graph": True, "fuse": True, "linear": {"algo": "fp8", "smallest": 0},
+        "cache": StepMaskConfig(mask=(1, 1, 1, 1, 0, 1, 0, 0)),
+    },
+}  # fmt: skip
+
+
+def check_offload(device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    """Streamed pipelines of each configuration, and what differed."""
+    from tiny import TINY, build
+
+    found: dict[str, Any] = {}
+    wrong: list[str] = []
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    for name in ("flux", "flux2", "wan22", "ltx2", "qwen", "cosmos", "cosmos3", "sd3"):
+        entry = TINY[name]
+        pipes = {"from the GPU": build(name).to(device), "from the host": build(name)}
+        moved = {key: item.to(device) for key, item in entry.call().items() if isinstance(item, torch.Tensor)}
+
+        def run(pipe: Any, entry: Any = entry, moved: Any = moved) -> tuple[torch.Tensor, ...]:
+            out = entry.run(pipe, steps=8, **moved)
+            return out if isinstance(out, tuple) else (out,)
+
+        for variant, given in OFFLOADED.items():
+            sections: dict[str, Any] = {"attention": "sdpa", **given}
+            torch.compiler.reset()
+            resident = pipes["from the GPU"]
+            try:
+                accelerate(resident, **sections)
+                run(resident)
+                expected = run(resident)
+                restore(resident)
+                for place, pipe in pipes.items():
+                    label = f"{name}, {variant}, {place}"
+                    before = [item.detach().cpu().clone() for item in pipe.transformer.state_dict().values()]
+                    accelerate(pipe, **sections, offload={"level": 3, "prompt_cache": 0})
+                    same = [all(map(torch.equal, run(pipe), expected)) for _ in range(3)]
+                    statistics = stats(pipe)
+                    restore(pipe)
+                    after = list(pipe.transformer.state_dict().values())
+                    back = all(torch.equal(one, other.cpu()) for one, other in zip(before, after, strict=True))
+                    home = {item.device.type for item in after} == {device.type if place == "from the GPU" else "cpu"}
+                    found[label] = {
+                        "same": same, "restored": back and home, "offload": statistics.offload,
+                        "replays": statistics.graph_replays,
+                    }  # fmt: skip
+                    if not (all(same) and back and home and statistics.offload["bytes"]):
+                        wrong.append(f"{label}: {found[label]}")
+            except Exception as error:  # the other configurations are of interest too
+                wrong.append(f"{name}, {variant}: {error!r}"[:700])
+                for pipe in pipes.values():
+                    if vars(pipe).get("_diffusers_accel_session"):
+                        restore(pipe)
+        print(name, wrong[-1:], flush=True)
+    return found, wrong
+
+
 def check_rewrites(device: torch.device) -> tuple[dict[str, Any], list[str]]:
     """Relative differences of rewritten, compiled pipelines; what was found in them; and what is too far off."""
     found: dict[str, Any] = {}
@@ -378,13 +442,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="folder for the result")
     parser.add_argument("--skip-models", action="store_true")
-    parser.add_argument("--only", choices=["graphs", "whole", "rewrites"])
+    parser.add_argument("--only", choices=["graphs", "whole", "rewrites", "offload"])
     options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda")
     if options.only:
-        check = {"graphs": check_graphs, "whole": check_whole, "rewrites": check_rewrites}[options.only]
-        part, wrong = check(device)
+        checks = {
+            "graphs": check_graphs, "whole": check_whole, "rewrites": check_rewrites, "offload": check_offload,
+        }  # fmt: skip
+        part, wrong = checks[options.only](device)
         path = measure.write(f"check-gpu-{options.only}", {options.only: part, "wrong": wrong}, options.out)
         print(path.read_text())
         sys.exit(1 if wrong else 0)

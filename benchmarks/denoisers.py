@@ -120,6 +120,25 @@ MODELS = {
         _wan,
         "Wan2.1 1.3B shape, 480x832, 81 frames, batch 1",
     ),
+    "wan-14b": Model(
+        "WanTransformer3DModel",
+        "WanPipeline",
+        {
+            "patch_size": (1, 2, 2),
+            "num_attention_heads": 40,
+            "attention_head_dim": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "text_dim": 4096,
+            "freq_dim": 256,
+            "ffn_dim": 13824,
+            "num_layers": 40,
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+        },
+        _wan,
+        "Wan2.1 14B shape, 480x832, 81 frames, batch 1",
+    ),
     "wan-5b": Model(
         "WanTransformer3DModel",
         "WanPipeline",
@@ -186,6 +205,33 @@ def build(model: Model, layers: int | None = None) -> Any:
             denoiser = getattr(diffusers, model.denoiser)(**{**model.config, **changed})
     finally:
         torch.set_default_dtype(default)
+    return pipeline(model, denoiser)
+
+
+def build_on_host(model: Model, layers: int | None = None) -> Any:
+    """The same, with weights in the host's memory, where random numbers for all would take minutes."""
+    from accelerate import init_empty_weights
+
+    torch.manual_seed(0)
+    changed = {"num_layers": layers} if layers else {}
+    with init_empty_weights():  # buffers are computed, since a model keeps tables there
+        denoiser = getattr(diffusers, model.denoiser)(**{**model.config, **changed})
+    some = (torch.randn(2**24) * 0.02).to(torch.bfloat16)
+    for module in denoiser.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            count = parameter.numel()
+            weight = torch.empty(count, dtype=torch.bfloat16)
+            for first in range(0, count, len(some)):
+                part = weight[first : first + len(some)]
+                part.copy_(some[: len(part)])
+            if parameter.ndim == 1 and name == "weight":
+                weight.add_(1)
+            module.register_parameter(name, torch.nn.Parameter(weight.view(parameter.shape)))
+    return pipeline(model, denoiser)
+
+
+def pipeline(model: Model, denoiser: Any) -> Any:
+    """A stock pipeline that has a denoiser and a scheduler; nothing else."""
     kind = getattr(diffusers, model.pipeline)
     pipe = kind.__new__(kind)  # its other components are not needed, and their constructors want them
     diffusers.DiffusionPipeline.__init__(pipe)

@@ -302,8 +302,23 @@ def stats(pipe: Any) -> Stats:
         graphs_captured=sum(graphs.captured for graphs in session.context.outputs.graphs),
         graph_replays=sum(graphs.replays for graphs in session.context.outputs.graphs),
         modulations_precomputed=sum(each.layers for each in session.context.outputs.modulations),
+        offload=_offload_counts(session.context),
         modulations_recomputed=sum(each.missed for each in session.context.outputs.modulations),
     )
+
+
+def _offload_counts(context: PipelineContext) -> dict[str, Any]:
+    """`Stats.offload` of the last request; empty without offloading."""
+    stream, prompts = context.outputs.weight_stream, context.outputs.prompts
+    found: dict[str, Any] = {}
+    if stream is not None:
+        counts = stream.counts
+        found |= {"bytes": counts.bytes, "ahead": counts.ahead, "late": counts.late, "waited": counts.seconds_waited}
+    if prompts is not None:
+        found["prompts"] = prompts.hits
+    if found and context.device.type == "cuda":
+        found["peak"] = torch.cuda.max_memory_allocated(context.home)
+    return found
 
 
 def _seconds(context: PipelineContext) -> dict[str, float | None]:

@@ -83,6 +83,10 @@ class Stats:
         graph_replays: CUDA graphs replayed in the last request.
         modulations_precomputed: Number of layers with precomputed modulations in the last request.
         modulations_recomputed: Number of these layers' products that were computed again, since their input differed.
+        offload: With offloading: `bytes` of weights that were copied to the GPU; blocks that were copied `ahead` of
+            their turn, and those that came `late`; seconds that computation `waited` for copies in calls without CUDA
+            graphs; `prompts` whose embeddings were known; `peak`, the most bytes of GPU memory that the process has
+            used since it last reset `torch.cuda.max_memory_allocated`.
     """
 
     requests: int = 0
@@ -103,6 +107,7 @@ class Stats:
     graph_replays: int = 0
     modulations_precomputed: int = 0
     modulations_recomputed: int = 0
+    offload: dict[str, Any] = field(default_factory=dict)
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         rows = [
@@ -133,7 +138,20 @@ class Stats:
         if self.modulations_precomputed:
             missed = f", {self.modulations_recomputed} products made anew" if self.modulations_recomputed else ""
             rows.append(["modulations", f"{self.modulations_precomputed} layers, all steps at once{missed}"])
+        rows.extend(self._offload_rows())
         return ["last request", ""], rows
+
+    def _offload_rows(self) -> list[list[str]]:
+        found, rows = self.offload, []
+        if "bytes" in found:
+            text = f"{found['bytes'] / 2**30:.2f} GiB copied, {found['ahead']} blocks ahead, {found['late']} late"
+            waited = f", {found['waited']:.3g} s waited" if found["waited"] else ""
+            rows.append(["offload", text + waited])
+        if "peak" in found:
+            rows.append(["  GPU memory", f"{found['peak'] / 2**30:.2f} GiB at most"])
+        if found.get("prompts"):
+            rows.append(["  prompts", f"{found['prompts']} known, encoded before"])
+        return rows
 
     def __str__(self) -> str:
         return text_table(*self._table())

@@ -85,7 +85,7 @@ class HostTransfers:
     def races(self):
         """Pairs of a copy into a slot and a read of it, in either order, that no event orders."""
         found = []
-        for place, (stream, what, address, clock) in enumerate(self.log):
+        for place, (_, what, address, clock) in enumerate(self.log):
             for other, kind, where, before in self.log[:place]:
                 if where == address and what != kind and clock[other] < before[other]:
                     found.append((kind, what, address))

@@ -533,8 +533,8 @@ class WeightStream:
         slot = self._slots[block.slot]
         if slot.held is block:
             return
-        if slot.free is not None:
-            self.transfers.copy_after(slot.free)
+        # After a capture no event is left: what was computed until now may have read the slot.
+        self.transfers.copy_after(slot.free if slot.free is not None else self.transfers.computed())
         # An interrupted copy leaves no block.
         slot.held, slot.state = None, block.state()
         for first, source in block.sources:
@@ -732,16 +732,16 @@ class StreamedModel:
     def _take(self, block: StreamedBlock, tensor: StreamedTensor) -> None:
         now = tensor.weight.now()
         parts, _ = parts_of(now)
-        forms = [(item.dtype, item.shape) for item in parts]
-        if forms != [(item.dtype, item.shape) for item in tensor.parts]:
+        place = sum(len(each.parts) for each in block.tensors[: block.tensors.index(tensor)])
+        expected = [(dtype, shape) for dtype, shape, _ in block.layout.forms[place : place + len(tensor.parts)]]
+        if [(item.dtype, item.shape) for item in parts] != expected:
+            dtype, shape = expected[0]
             raise Unsupported(
                 "offload",
-                f"a weight of {block.name} is {now.dtype} {tuple(now.shape)}, and was {tensor.stock.dtype} "
-                f"{tuple(tensor.stock.shape)} when it was offloaded.",
+                f"a weight of {block.name} is {now.dtype} {tuple(now.shape)}, and was {dtype} {tuple(shape)} at first.",
                 "restore(pipe) before weights are cast or replaced by others, and accelerate it again.",
                 self.name,
             )
-        place = sum(len(each.parts) for each in block.tensors[: block.tensors.index(tensor)])
         with torch.no_grad(), torch.inference_mode(False):
             if block.slab is None:
                 views = [part.detach().to("cpu") for part in parts]

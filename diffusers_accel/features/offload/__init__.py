@@ -33,7 +33,6 @@ from ...core.streaming import (
     OpenSlots,
     Slabs,
     StreamedBlock,
-    StreamedModel,
     StreamedTensor,
     WeightStream,
 )
@@ -120,7 +119,7 @@ def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
             yield AddLayer(block.module, context.rank("offload block"), added.around_block(block))
     if denoisers:
         context.outputs.weight_stream = stream
-        context.outputs.request_hooks.append(_request_hook(denoisers))
+        context.outputs.request_hooks.append(_request_hook(stream))
     for model, _, blocks in streamed:
         if model.role != "denoiser":
             yield from _encoder_edits(context, model, blocks, device)
@@ -128,6 +127,7 @@ def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
     if cached and hasattr(context.pipe, "encode_prompt"):
         prompts = PromptCache(context, cached)
         context.outputs.prompts = prompts
+        context.outputs.request_hooks.append(prompts.begin_request)
         yield AddLayer(context.pipe, context.rank("offload model"), prompts.around_encode_prompt, "encode_prompt")
     if device.type == "cuda":
         yield _EmptyCache(device)
@@ -145,12 +145,13 @@ def _encoder_edits(
         yield AddLayer(block.module, context.rank("offload block"), added.around_block(block))
 
 
-def _request_hook(models: list[StreamedModel]) -> Callable[[Any], None]:
+def _request_hook(stream: WeightStream) -> Callable[[Any], None]:
     """A request hook, which tells streamed models of a new request just before its first denoiser call."""
 
     def begin(pipe: Any) -> None:
         if pipe is None:
-            for model in models:
+            stream.counts.clear()
+            for model in stream.models:
                 model.begin_request()
 
     return begin

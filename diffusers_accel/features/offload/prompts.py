@@ -66,6 +66,11 @@ class PromptCache:
             self._keep(key, result, size)
         return result
 
+    def begin_request(self, pipe: Any) -> None:
+        """A request hook: counts hits anew as a request begins, when it is given the pipeline."""
+        if pipe is not None:
+            self.hits = 0
+
     def clear(self) -> None:
         """Drops all embeddings."""
         self._entries.clear()

@@ -1,0 +1,448 @@
+"""Offloading on every family: bit-equal to stock while blocks are streamed, in any order of copies, and restored."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from offloading import on_cpu
+from tape import TapeBackend
+from tiny import ALL, TINY, build, same
+from transfers import HostTransfers
+
+from diffusers_accel import (
+    ConfigError,
+    DBCacheConfig,
+    OffloadConfig,
+    StepMaskConfig,
+    Unsupported,
+    accelerate,
+    explain,
+    restore,
+    stats,
+)
+from diffusers_accel.core.graphs import GRAPH_BACKENDS
+from diffusers_accel.core.streaming import CudaTransfers
+
+FORMATS = ["fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "svdq-nvfp4", "torchao:int8_weight_only"]
+FAMILIES = ["flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3"]
+
+
+@pytest.fixture(params=["early", "late"])
+def cpu(request, monkeypatch):
+    with on_cpu(monkeypatch, request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def late(monkeypatch):
+    with on_cpu(monkeypatch) as made:
+        yield made
+
+
+def weights(pipe):
+    """Copies of all weights, and the objects that hold them."""
+    models = [item for item in pipe.components.values() if isinstance(item, torch.nn.Module)]
+    return [(item, item.detach().clone()) for model in models for item in (*model.parameters(), *model.buffers())]
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_streamed_as_stock(name, late):
+    entry, pipe = TINY[name], build(name)
+    before, stock = weights(pipe), entry.run(pipe)
+    accelerate(pipe, offload={"level": 3, "prompt_cache": 0})
+    for _ in range(2):  # the second request finds blocks in the slots
+        assert same(entry.run(pipe), stock)
+    restore(pipe)
+    after = weights(pipe)
+    assert all(one is other and torch.equal(a, b) for (one, a), (other, b) in zip(before, after, strict=True))
+    assert same(entry.run(pipe), stock)
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 5, 15])
+@pytest.mark.parametrize("name", ["flux", "wan22", "qwen"])
+def test_any_number_of_slots(name, prefetch, cpu):
+    entry, pipe = TINY[name], build(name)
+    stock = entry.run(pipe)
+    accelerate(pipe, offload=OffloadConfig(level=3, prefetch=prefetch))
+    assert same(entry.run(pipe), stock) and same(entry.run(pipe), stock)
+
+
+def test_blocks_stay_as_the_budget_allows(cpu):
+    entry, pipe = TINY["flux"], build("flux")
+    stock = entry.run(pipe)
+    modules = explain(pipe, offload=3).rows[0].modules
+    peak = {}
+    for budget in ("11.2MiB", "11MiB", "10.7MiB"):
+        row = explain(pipe, offload=budget).rows[0]
+        assert row.refused is None, row
+        peak[budget] = row.modules
+        accelerate(pipe, offload=budget)
+        assert same(entry.run(pipe), stock)
+    assert sorted(set(peak.values())) != [modules] and max(peak.values()) <= modules
+
+
+def test_only_the_named_stages(late):
+    entry, pipe = TINY["flux"], build("flux")
+    stock = entry.run(pipe)
+    accelerate(pipe, offload={"level": 3, "stages": ["text_encoder_2"]})
+    (streamed,) = [made for made in late if made.locked]
+    assert same(entry.run(pipe), stock)
+    assert streamed.locked < sum(item.numel() * 4 for item in pipe.text_encoder_2.parameters()) * 1.1
+
+
+class TestSteps:
+    """Skipped steps, two experts, exceptions: the right block is in its slot, and copies go on being ahead."""
+
+    @pytest.mark.parametrize("graphs", [False, True])
+    @pytest.mark.parametrize("cache", ["mask", "dbcache"])
+    def test_skipped(self, cache, graphs, cpu, monkeypatch):
+        monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
+        rule = {
+            "mask": StepMaskConfig(mask=(1, 1, 1, 0, 1, 0, 0, 1)),
+            "dbcache": DBCacheConfig(
+                Fn_compute_blocks=1, Bn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=9.0,
+                max_continuous_cached_steps=1,
+            ),
+        }[cache]  # fmt: skip
+        entry, pipe = TINY["flux"], build("flux")
+        accelerate(pipe, attention="sdpa", cache=rule)
+        resident = entry.run(pipe, steps=8)
+        accelerate(pipe, attention="sdpa", cache=rule, offload=3, cuda_graph=graphs)
+        assert same(entry.run(pipe, steps=8), resident) and same(entry.run(pipe, steps=8), resident)
+        assert stats(pipe).steps_skipped
+        assert not graphs or stats(pipe).graph_replays
+
+    def test_copies_are_ahead(self, late):
+        entry, pipe = TINY["flux"], build("flux")
+        accelerate(pipe, offload=3)
+        entry.run(pipe, steps=4)
+        blocks, counts = (
+            len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks),
+            None,
+        )
+        counts = stats(pipe).offload
+        assert counts["ahead"] + counts["late"] == 4 * blocks
+        assert counts["late"] == 0
+
+    def test_two_experts_take_turns(self, cpu):
+        entry, pipe = TINY["wan22"], build("wan22")
+        stock = entry.run(pipe, steps=6)
+        accelerate(pipe, offload=3)
+        assert same(entry.run(pipe, steps=6), stock) and same(entry.run(pipe, steps=6), stock)
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    @pytest.mark.parametrize("place", [0, 1, -1])
+    def test_interrupted(self, place, error, cpu):
+        entry, pipe = TINY["flux"], build("flux")
+        stock, before = entry.run(pipe), weights(pipe)
+        accelerate(pipe, offload=3)
+        entry.run(pipe)
+        block = pipe.transformer.transformer_blocks[place]
+
+        def fail(*_):
+            raise error
+
+        handle = block.norm1.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            entry.run(pipe)
+        handle.remove()
+        # Outside of a forward the model has its own weights, also after an error.
+        assert all(torch.equal(item, value) for item, value in before)
+        assert same(entry.run(pipe), stock)
+
+    def test_a_block_called_by_itself(self, late):
+        entry, pipe = TINY["qwen"], build("qwen")
+        block, given = pipe.transformer.transformer_blocks[1], []
+        handle = block.register_forward_pre_hook(lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+        entry.run(pipe)
+        handle.remove()
+        with torch.no_grad():
+            stock = block(*given[0][0], **given[0][1])
+            accelerate(pipe, offload=3)
+            entry.run(pipe)
+            assert same(block(*given[0][0], **given[0][1]), stock)
+
+    def test_gradients_are_refused(self, late):
+        pipe = build("flux")
+        pipe.transformer.requires_grad_(True)
+        accelerate(pipe, offload=3)
+        with pytest.raises(Unsupported, match="gradients"), torch.enable_grad():
+            pipe.transformer(hidden_states=torch.zeros(1, 4, 4))
+
+
+class TestFormats:
+    """Quantized layers stream in their bytes."""
+
+    @pytest.mark.parametrize(
+        "algo", ["fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "svdq-nvfp4", "torchao:int8_weight_only"]
+    )
+    def test_as_resident(self, algo, late):
+        if algo.startswith("torchao"):
+            pytest.importorskip("torchao")
+        entry, pipe = TINY["flux"], build("flux")
+        stock, linear = entry.run(pipe), {"algo": algo, "plan": {"*.to_q": algo, "*.ff.net.2": algo}, "smallest": 0}
+        try:
+            accelerate(pipe, linear=linear)
+        except Unsupported as error:
+            pytest.skip(str(error))
+        resident = entry.run(pipe)
+        assert not same(resident, stock)
+        accelerate(pipe, linear=linear, offload=3)
+        assert same(entry.run(pipe), resident)
+        restore(pipe)
+        assert same(entry.run(pipe), stock)
+
+    def test_the_plan_knows_the_format(self, late):
+        pipe = build("flux")
+        linear = {"algo": "fp8", "smallest": 0}
+
+        def copied(**sections):
+            (row,) = [row for row in explain(pipe, **sections).rows if row.feature == "offload"]
+            (note,) = [note for note in row.notes if note.startswith("transformer: ") and "streamed" in note]
+            return float(note.split("streamed, ")[1].split(" MiB")[0])
+
+        assert copied(offload=3, linear=linear) < 0.6 * copied(offload=3)
+
+
+class TestWeights:
+    """Weights that are read and written while they are offloaded."""
+
+    def test_saved(self, late, tmp_path):
+        pipe = build("flux")
+        before = {name: item.clone() for name, item in pipe.transformer.state_dict().items()}
+        accelerate(pipe, offload=3)
+        TINY["flux"].run(pipe)
+        now = pipe.transformer.state_dict()
+        assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+        pipe.transformer.save_pretrained(tmp_path)
+        again = type(pipe.transformer).from_pretrained(tmp_path)
+        assert all(torch.equal(item, before[name]) for name, item in again.state_dict().items())
+
+    def test_copied(self, late):
+        entry, pipe = TINY["flux"], build("flux")
+        stock = entry.run(pipe)
+        accelerate(pipe, offload=3)
+        entry.run(pipe)
+        twin = copy.deepcopy(pipe)
+        assert same(entry.run(twin), stock) and same(entry.run(pipe), stock)
+
+    @pytest.mark.parametrize("write", ["add_", "data", "assign", "load_state_dict", "load_assign"])
+    def test_written(self, write, cpu):
+        entry, pipe, plain = TINY["flux"], build("flux"), build("flux")
+        other = {name: item + 0.1 for name, item in plain.transformer.state_dict().items()}
+
+        def change(model):
+            layer = model.transformer_blocks[1].attn.to_q
+            with torch.no_grad():
+                if write == "add_":
+                    layer.weight.add_(0.1)
+                elif write == "data":
+                    layer.weight.data += 0.1
+                elif write == "assign":
+                    layer.weight = torch.nn.Parameter(layer.weight + 0.1, requires_grad=False)
+                else:
+                    model.load_state_dict(other, assign=write == "load_assign")
+
+        accelerate(pipe, offload=3)
+        entry.run(pipe)
+        for each in (pipe, plain):
+            change(each.transformer)
+        assert same(entry.run(pipe), entry.run(plain))
+        restore(pipe)
+        assert same(entry.run(pipe), entry.run(plain))
+
+    def test_written_between_steps(self, cpu):
+        entry, pipe, plain = TINY["flux"], build("flux"), build("flux")
+
+        def write(pipe, step, timestep, kwargs):
+            if step == 1:
+                for block in pipe.transformer.transformer_blocks:
+                    with torch.no_grad():
+                        block.attn.to_q.weight.add_(0.1)
+            return kwargs
+
+        accelerate(pipe, offload=3)
+        found, expected = (entry.run(each, callback_on_step_end=write) for each in (pipe, plain))
+        assert same(found, expected)
+
+    def test_cast_is_refused(self, late):
+        entry, pipe = TINY["flux"], build("flux")
+        accelerate(pipe, offload=3)
+        pipe.transformer.to(torch.float64)
+        with pytest.raises(Unsupported, match=r"was torch\.float32"):
+            entry.run(pipe)
+        restore(pipe)
+        assert {item.dtype for item in pipe.transformer.parameters()} == {torch.float64}
+
+    @pytest.mark.parametrize("name", ["flux", "wan", "qwen"])
+    def test_lora_after(self, name, cpu):
+        peft = pytest.importorskip("peft")
+        entry, pipe, plain = TINY[name], build(name), build(name)
+        stock = entry.run(pipe)
+        accelerate(pipe, offload=3)
+        entry.run(pipe)
+        lora = peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+        with torch.random.fork_rng():
+            for each in (pipe, plain):
+                torch.manual_seed(0)
+                each.transformer.add_adapter(lora, "one")
+        assert same(entry.run(pipe), with_lora := entry.run(plain)) and not same(with_lora, stock)
+        for each in (pipe, plain):
+            each.transformer.fuse_lora()
+        assert same(entry.run(pipe), entry.run(plain))
+        for each in (pipe, plain):
+            each.transformer.unfuse_lora()
+            each.transformer.delete_adapters("one")
+        assert same(entry.run(pipe), entry.run(plain))
+        restore(pipe)
+        assert same(entry.run(pipe), entry.run(plain))
+
+    def test_lora_before(self, cpu):
+        peft = pytest.importorskip("peft")
+        entry, pipe = TINY["flux"], build("flux")
+        pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "one")
+        stock = entry.run(pipe)
+        accelerate(pipe, offload=3)
+        assert same(entry.run(pipe), stock)
+        pipe.transformer.disable_adapters()
+        without = entry.run(pipe)
+        restore(pipe)
+        assert same(entry.run(pipe), without) and not same(without, stock)
+
+
+class TestGraphs:
+    """CUDA graphs record copies."""
+
+    @pytest.fixture(autouse=True)
+    def tape(self, monkeypatch):
+        monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
+
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_as_stock(self, name, late):
+        entry, pipe = TINY[name], build(name)
+        stock = entry.run(pipe, steps=5)
+        accelerate(pipe, attention="sdpa", offload=3, cuda_graph=True)
+        for _ in range(3):
+            assert same(entry.run(pipe, steps=5), stock)
+        assert stats(pipe).graph_replays
+
+    def test_sizes_take_turns(self, cpu):
+        entry, pipe = TINY["flux"], build("flux")
+        stock = [entry.run(pipe, steps=4, height=size) for size in (64, 32)]
+        accelerate(pipe, attention="sdpa", offload=3, cuda_graph=True)
+        for _ in range(3):
+            for size, expected in zip((64, 32), stock, strict=True):
+                assert same(entry.run(pipe, steps=4, height=size), expected)
+
+    def test_pageable_memory_runs_without(self, late, monkeypatch):
+        entry, pipe = TINY["flux"], build("flux")
+        stock = entry.run(pipe, steps=4)
+        accelerate(pipe, attention="sdpa", offload={"level": 3, "pin_memory": False}, cuda_graph=True)
+        with pytest.warns(UserWarning, match="pageable host memory"):
+            assert same(entry.run(pipe, steps=4), stock)
+        assert not stats(pipe).graph_replays
+        restore(pipe)
+        assert same(entry.run(pipe, steps=4), stock)
+
+
+class TestHostMemory:
+    def test_a_bound(self, late):
+        entry, pipe = TINY["flux"], build("flux")
+        stock = entry.run(pipe)
+        with pytest.warns(UserWarning, match="offload.ram"):
+            accelerate(pipe, offload={"level": 3, "ram": "300KiB"})
+        assert same(entry.run(pipe), stock)
+        assert 0 < sum(made.locked for made in late) <= 300 * 1024
+        restore(pipe)
+        assert same(entry.run(pipe), stock)
+
+    def test_too_little_on_the_machine(self, late, monkeypatch):
+        from diffusers_accel.features import offload
+
+        monkeypatch.setattr(offload, "available_bytes", lambda: 2**20)
+        entry, pipe = TINY["flux"], build("flux")
+        stock = entry.run(pipe)
+        with pytest.warns(UserWarning, match="free host memory does not suffice"):
+            accelerate(pipe, offload=3)
+        assert not sum(made.locked for made in late)
+        assert same(entry.run(pipe), stock)
+
+
+class TestRefused:
+    """Refusals name the thing, the reason and the way out, before anything was changed."""
+
+    def test_without_a_gpu(self):
+        pipe = build("flux")
+        with pytest.raises(Unsupported, match=r"it runs on cpu.*offload=None"):
+            accelerate(pipe, offload="12GiB")
+        assert not explain(pipe, offload=3).ok
+
+    def test_a_budget_that_is_too_small(self, late):
+        entry, pipe = TINY["flux"], build("flux")
+        stock = entry.run(pipe)
+        with pytest.raises(Unsupported, match=r"the least that this pipeline needs is [0-9.]+ MiB") as caught:
+            accelerate(pipe, offload="1MiB")
+        (least,) = [word for word in str(caught.value).split("'") if word.endswith("MiB")]
+        accelerate(pipe, offload=least)
+        assert same(entry.run(pipe), stock)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ("12", "such as '12GiB'"), ("much", "such as '12GiB'"), (-1, "level from 0 to 3"), (1.5, "whole number"),
+            ({"level": 4}, "Nearest: 3"), ({"vram": 0}, "Nearest: 1"), ({"prefetch": 0}, "Nearest: 1"),
+            ({"stages": []}, "not an empty one"), ({"enable": "yes"}, "true or false"), ({"levle": 3}, "'level'"),
+        ],
+    )  # fmt: skip
+    def test_nonsense(self, given, message):
+        with pytest.raises(ConfigError, match=message):
+            accelerate(build("flux"), offload=given)
+
+    @pytest.mark.parametrize(
+        ("sections", "message"),
+        [
+            ({"offload": {"level": 3, "stages": ["transfromer"]}}, "no such model"),
+            ({"offload": 3, "compile": "max-autotune"}, "records graphs"),
+            ({"offload": 3, "cuda_graph": {"text_encoders": True}}, "text_encoders=False"),
+        ],
+    )
+    def test_combinations(self, sections, message, late, monkeypatch):
+        monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
+        pipe = build("flux")
+        with pytest.raises(Unsupported, match=message):
+            accelerate(pipe, **sections)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(TINY)))
+def test_unets(name, late):
+    entry, pipe = ALL[name], build(name)
+    stock = entry.run(pipe)
+    accelerate(pipe, offload=3)
+    assert same(entry.run(pipe), stock)
+
+
+def test_stand_in_sees_races(monkeypatch):
+    """The tests above can fail: without one kind of wait each, something differs or nothing orders it."""
+    entry, pipe = TINY["flux"], build("flux")
+    stock = entry.run(pipe)
+
+    def run(method, order):
+        with monkeypatch.context() as patch, on_cpu(patch, order):
+            patch.setattr(HostTransfers, method, lambda *_: None)
+            accelerate(pipe, offload=3)
+            try:
+                assert same(entry.run(pipe), stock)
+            finally:
+                restore(pipe)
+
+    for method, order in (("copy_after", "early"), ("compute_after", "late")):
+        with pytest.raises(AssertionError):
+            run(method, order)
+
+
+def test_names_of_the_seam():
+    """The stand-in has the methods of the real one."""
+    public = {name for name in vars(CudaTransfers) if not name.startswith("_")}
+    assert public <= set(vars(HostTransfers))
