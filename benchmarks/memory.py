@@ -2,9 +2,9 @@
 
 Each row is a process of its own, whose share of the GPU is limited to the budget
 (`torch.cuda.set_per_process_memory_fraction`). A row times a forward with all weights on the GPU, then the same
-configuration with `offload=`, with the weights on the host beforehand, and compares the two results bit for bit. Host to
-GPU speed, and the time to touch and page-lock memory, are measured in the same process. `--row group` measures
-diffusers' group offloading of FLUX.1 with a stream.
+configuration with `offload=`, with the weights on the host beforehand, and compares the two results bit for bit. The
+speed of copies to the GPU, and the time to touch and page-lock memory, are measured in the same process. `--row group`
+measures diffusers' group offloading of FLUX.1 with a stream.
 
     python benchmarks/memory.py                       # all rows; memory.json
     python benchmarks/memory.py --row flux-bf16       # memory-flux-bf16.json
@@ -61,8 +61,8 @@ def locking() -> float:
     return 4 * 2**30 / (time.perf_counter() - begin) / 1e9
 
 
-def step(pipe: Any, given: dict[str, Any], count: int) -> tuple[float, torch.Tensor, int]:
-    """Milliseconds of one of several forwards in a row, the result, and the peak of allocated bytes."""
+def step(pipe: Any, given: dict[str, Any], count: int, copied: Any = lambda: 0) -> tuple[Any, ...]:
+    """Milliseconds of one of several forwards in a row, the result, the peak of allocated bytes, and bytes copied."""
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
@@ -72,11 +72,12 @@ def step(pipe: Any, given: dict[str, Any], count: int) -> tuple[float, torch.Ten
         result = forward().clone()
     measure.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
+    before, begin = copied(), time.perf_counter()
     for _ in range(count):
         forward()
     measure.synchronize()
-    return 1000 * (time.perf_counter() - begin) / count, result, torch.cuda.max_memory_allocated()
+    milliseconds = 1000 * (time.perf_counter() - begin) / count
+    return milliseconds, result, torch.cuda.max_memory_allocated(), (copied() - before) / count
 
 
 def row(name: str) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def row(name: str) -> dict[str, Any]:
     if "linear" in keep:
         keep["linear"] = {**keep["linear"], "keep_original": "cpu"}
     accelerate(pipe, **keep)
-    resident, expected, peak = step(pipe, given, count)
+    resident, expected, peak, _ = step(pipe, given, count)
     found["resident, ms"], found["resident peak, GiB"] = round(resident, 2), round(peak / 2**30, 2)
     restore(pipe)
     on_host.to("cpu")
@@ -111,7 +112,7 @@ def row(name: str) -> dict[str, Any]:
         warnings.simplefilter("always")
         accelerate(pipe, **sections, offload=offload)
     found["enabling, s"] = round(time.perf_counter() - begin, 2)
-    streamed, result, peak = step(pipe, given, count)
+    streamed, result, peak, calls = step(pipe, given, count, lambda: stats(pipe).offload["bytes"])
     found["streamed, ms"], found["peak, GiB"] = round(streamed, 2), round(peak / 2**30, 2)
     found["peak reserved, GiB"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
     statistics = stats(pipe)
@@ -119,7 +120,6 @@ def row(name: str) -> dict[str, Any]:
         **statistics.offload, "graphs": statistics.graphs_captured, "replays": statistics.graph_replays,
         "modulations": [statistics.modulations_precomputed, statistics.modulations_recomputed],
     }  # fmt: skip
-    calls = statistics.offload["bytes"] / (4 + count)
     found["copied a step, GB"] = round(calls / 1e9, 2)
     found["copies, ms"] = round(calls / found["link, GB/s"] / 1e6, 1)
     bound = max(found["copies, ms"], resident)
@@ -143,7 +143,7 @@ def group() -> dict[str, Any]:
             num_blocks_per_group=1, use_stream=True, record_stream=record,
         )  # fmt: skip
         enabling = time.perf_counter() - begin
-        streamed, _, peak = step(pipe, given, 6)
+        streamed, _, peak, _ = step(pipe, given, 6)
         found[f"record_stream={record}"] = {
             "enabling, s": round(enabling, 2), "streamed, ms": round(streamed, 2), "peak, GiB": round(peak / 2**30, 2),
         }  # fmt: skip

@@ -29,6 +29,8 @@ _STREAMS, _WIDEST = 6, 3
 # Workspaces of cuBLAS and cuDNN, and fragmentation.
 _RESERVE = _GIB // 2
 _TEXT = _GIB // 2
+# Of most VAEs, for a pipeline without one.
+_LATENT_CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def tokens(context: PipelineContext, denoiser: Denoiser, request: Request) -> in
     patch = patch if isinstance(patch, int) else patch[-1]
     channels = config.get("in_channels") or 0
     vae = getattr(getattr(context.pipe, "vae", None), "config", {})
-    latents = vae.get("latent_channels") or vae.get("z_dim") or 0
-    if patch == 1 and latents and channels == 4 * latents:
+    latents = vae.get("latent_channels") or vae.get("z_dim") or _LATENT_CHANNELS
+    if patch == 1 and channels == 4 * latents:
         patch = 2  # packed by the pipeline
     return frames * -(-height // patch) * -(-width // patch) + 512
 
