@@ -64,17 +64,24 @@ def locking() -> float:
 def step(pipe: Any, given: dict[str, Any], count: int, copied: Any = lambda: 0) -> tuple[Any, ...]:
     """Milliseconds of one of several forwards in a row, the result, the peak of allocated bytes, and bytes copied."""
 
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return pipe.transformer(**given, return_dict=False)[0]
+    pipe.scheduler.set_timesteps(28, device="cuda")
+    makes_its_own = given["timestep"].is_floating_point() and given["timestep"].numel() == 1
+    steps = [item.expand(1).to(given["timestep"].dtype) / 1000 for item in pipe.scheduler.timesteps]
 
-    for _ in range(4):
-        result = forward().clone()
+    def forward(index: int) -> torch.Tensor:
+        # The place of a call in its request is the scheduler's, as in a pipeline.
+        pipe.scheduler.set_begin_index(index)
+        timestep = {"timestep": steps[index]} if makes_its_own else {}
+        with torch.no_grad():
+            return pipe.transformer(**{**given, **timestep}, return_dict=False)[0]
+
+    for index in range(4):
+        result = forward(index).clone()
     measure.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, begin = copied(), time.perf_counter()
-    for _ in range(count):
-        forward()
+    for index in range(count):
+        forward(4 + index)
     measure.synchronize()
     milliseconds = 1000 * (time.perf_counter() - begin) / count
     return milliseconds, result, torch.cuda.max_memory_allocated(), (copied() - before) / count
@@ -99,6 +106,7 @@ def row(name: str) -> dict[str, Any]:
         keep["linear"] = {**keep["linear"], "keep_original": "cpu"}
     accelerate(pipe, **keep)
     resident, expected, peak, _ = step(pipe, given, count)
+    found["resident graphs, replays"] = [stats(pipe).graphs_captured, stats(pipe).graph_replays]
     found["resident, ms"], found["resident peak, GiB"] = round(resident, 2), round(peak / 2**30, 2)
     restore(pipe)
     on_host.to("cpu")

@@ -30,6 +30,7 @@ from .errors import AccelError, NotAccelerated, Unsupported
 from .features import attention, cache, compile, fuse, graphs, linear, offload, parallel, request, vae
 from .features.context import PipelineContext
 from .features.feature import Feature, Plan
+from .features.offload import taken_over
 from .features.parallel import fsdp, process_group, tensor_parallel
 from .kernels.linear import kind_of, stock_modules
 from .reporting import Explanation, Row, Stats
@@ -65,6 +66,7 @@ class Entry:
 
 # The features, in the order their edits are applied. Weights are sharded among ranks before they are quantized.
 FEATURES: dict[str, Entry] = {
+    "diffusers offload": Entry(taken_over, "offload"),
     "process group": Entry(process_group, "parallel"),
     "tensor parallel": Entry(tensor_parallel, "parallel", lambda section: section.tp > 1),
     "linear": Entry(linear, "linear"),

@@ -678,6 +678,40 @@ def group_offloading_hook():
     assert of_diffusers.GROUP_OFFLOADING in group_offloading._GROUP_OFFLOADING
 
 
+@check(
+    "hooks.group_offloading._apply_group_offloading",
+    "hooks.group_offloading._get_top_level_group_offload_hook",
+    "hooks.group_offloading._LAYER_EXECUTION_TRACKER",
+    "hooks.group_offloading._LAZY_PREFETCH_GROUP_OFFLOADING",
+)
+def group_offloading_of_a_model():
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=1,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    cpu = torch.device("cpu")
+    assert of_diffusers.group_offloading_config(model) is None
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, num_blocks_per_group=1)
+    config = of_diffusers.group_offloading_config(model)
+    assert config.offload_device == cpu and config.offload_to_disk_path is None
+
+    def hooks():
+        return {path: set(of_diffusers.diffusers_hooks(module)) for path, module in model.named_modules()}
+
+    before = hooks()
+    of_diffusers.remove_group_offloading(model)
+    assert not any(hooks().values())
+    of_diffusers.apply_group_offloading(model, config)
+    assert hooks() == before
+
+
+@check("DiffusionPipeline._all_hooks")
+def hooks_of_a_pipeline():
+    kind = diffusers.DiffusionPipeline
+    for method in (kind.enable_model_cpu_offload, kind.maybe_free_model_hooks, kind.remove_all_hooks):
+        assert of_diffusers.MODEL_OFFLOAD_HOOKS in method.__code__.co_names, method
+
+
 class Bare(diffusers.DiffusionPipeline):
     """A pipeline of one component."""
 

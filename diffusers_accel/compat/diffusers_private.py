@@ -27,9 +27,14 @@ NAMES = {
     "HookRegistry._diffusers_hook": "hooks on swapped modules, and checks for offloading",
     "HookRegistry._hook_order": "hooks on swapped modules",
     "hooks.layerwise_casting._LAYERWISE_CASTING_HOOK": "fuse, which packs no layer that is cast at every call",
+    "hooks.group_offloading._apply_group_offloading": "offload, which puts diffusers' own group offloading back",
+    "hooks.group_offloading._get_top_level_group_offload_hook": "offload, which takes group offloading over",
+    "hooks.group_offloading._LAYER_EXECUTION_TRACKER": "offload, which takes group offloading over",
+    "hooks.group_offloading._LAZY_PREFETCH_GROUP_OFFLOADING": "offload, which takes group offloading over",
     "hooks.group_offloading._GROUP_OFFLOADING": "the refusal to replace weights that are offloaded in groups",
     # Pipelines.
     "DiffusionPipeline._execution_device": "the device of a pipeline whose weights wait on the host",
+    "DiffusionPipeline._all_hooks": "offload, which takes diffusers' offloading of whole models over",
     "DiffusionPipeline._offload_device": "the move of an offloaded pipeline to its rank's GPU",
     "DiffusionPipeline._offload_gpu_id": "the move of an offloaded pipeline to its rank's GPU",
     "DiffusionPipeline._progress_bar_config": "progress bars, which rank 0 alone shows",
@@ -120,6 +125,30 @@ def diffusers_hooks(module: Any) -> Mapping[str, Any]:
     return hooks
 
 
+def group_offloading_config(module: Any) -> Any:
+    """The configuration of a model's group offloading; `None` without."""
+    from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+
+    return getattr(_get_top_level_group_offload_hook(module), "config", None)
+
+
+def remove_group_offloading(module: Any) -> None:
+    """Removes all hooks of group offloading from a model."""
+    from diffusers.hooks import HookRegistry, group_offloading
+
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.remove_hook(group_offloading._GROUP_OFFLOADING, recurse=True)
+    registry.remove_hook(group_offloading._LAYER_EXECUTION_TRACKER, recurse=True)
+    registry.remove_hook(group_offloading._LAZY_PREFETCH_GROUP_OFFLOADING, recurse=True)
+
+
+def apply_group_offloading(module: Any, config: Any) -> None:
+    """Applies group offloading to a model, with a configuration of `group_offloading_config`."""
+    from diffusers.hooks.group_offloading import _apply_group_offloading
+
+    _apply_group_offloading(module, config)
+
+
 def ordered_hooks(registry: Any) -> list[tuple[str, Any]]:
     """The names and hooks of a registry, in the order of their registration."""
     return [(name, registry.hooks[name]) for name in registry._hook_order]
@@ -131,6 +160,8 @@ def ordered_hooks(registry: Any) -> list[tuple[str, Any]]:
 # enable offloading set them; the arguments of its progress bar.
 OFFLOAD_DEVICE, OFFLOAD_GPU_ID = "_offload_device", "_offload_gpu_id"
 PROGRESS_BAR_CONFIG = "_progress_bar_config"
+# Attribute of a pipeline: the hooks that move whole models.
+MODEL_OFFLOAD_HOOKS = "_all_hooks"
 
 
 def execution_device(pipe: Any) -> torch.device:

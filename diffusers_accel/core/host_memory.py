@@ -8,6 +8,7 @@ so a buffer is also visible as a tensor on the GPU (`LockedBuffer.on_device`) wi
 from __future__ import annotations
 
 import contextlib
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,10 @@ class LockedBuffer:
     @classmethod
     def allocate(cls, length: int, device: torch.device) -> LockedBuffer:
         """A buffer of this many bytes, not locked yet. Its pages are taken as they are first written."""
-        memory = torch.empty(length + 2 * _PAGE, dtype=torch.uint8)
-        first = -memory.data_ptr() % _PAGE
-        return cls(memory[first : first + max(1, length)], device)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+        # Pages of its own from first to last: torch asks whether a storage's first byte is locked.
+        pages = mmap.mmap(-1, -(-max(1, length) // _PAGE) * _PAGE, **private)
+        return cls(torch.frombuffer(pages, dtype=torch.uint8)[: max(1, length)], device)
 
     def lock(self) -> bool:
         """Locks the buffer, whose pages should have been written: locking pages that are there takes half the time.

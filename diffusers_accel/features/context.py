@@ -186,6 +186,11 @@ class PipelineContext:
         parallel = self.config.parallel if self.config is not None else None
         return parallel is not None and parallel.fsdp
 
+    @property
+    def takes_over_offloading(self) -> bool:
+        """Whether diffusers' own offloading ends before all features but that begin."""
+        return self.config is not None and self.config.offload is not None
+
     def rewrites(self, denoiser: Denoiser) -> bool:
         """Whether graphs of a denoiser's blocks are, or are to be, rewritten before they are compiled."""
         compile = self.config.compile if self.config is not None else None
@@ -211,7 +216,7 @@ class PipelineContext:
             return torch.device(self.device.type)
         first = self.denoisers[0]
         now = next(first.module.parameters()).device
-        return rank_device() if now.type == "cpu" and first.device.type == "cuda" else now
+        return rank_device() if now.type in ("cpu", "meta") and first.device.type == "cuda" else now
 
     @property
     def blocks(self) -> int:

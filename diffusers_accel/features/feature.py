@@ -50,17 +50,18 @@ class Feature(Protocol):
         ...
 
 
-def refuse_offloaded(feature: str, denoiser: Denoiser) -> None:
-    """Refuses a feature that replaces weights which group or sequential offloading already manages.
+def refuse_offloaded(feature: str, denoiser: Denoiser, context: PipelineContext) -> None:
+    """Refuses a feature that replaces weights which group or sequential offloading already manages. With `offload`,
+    that offloading ends before the feature begins.
 
     Raises:
         Unsupported: The denoiser is offloaded so.
     """
-    if offloaded(denoiser.module):
+    if offloaded(denoiser.module) and not context.takes_over_offloading:
         raise Unsupported(
             feature,
             "its weights are offloaded, and the hooks that move them know the stock weights only.",
-            "accelerate first, then enable offloading.",
+            "offload=..., which takes diffusers' offloading over, or accelerate first, then enable offloading.",
             str(denoiser),
         )
 

@@ -69,7 +69,7 @@ def check(context: PipelineContext, config: FuseConfig) -> Plan:
     """
     modules, notes, skipped = 0, [], []
     for denoiser in context.denoisers:
-        refuse_offloaded("fuse", denoiser)
+        refuse_offloaded("fuse", denoiser, context)
         groups, fused = _groups(denoiser), _fused_by_diffusers(denoiser)
         if not groups and fused:
             undo = f"{denoiser.name}.unfuse_qkv_projections()"

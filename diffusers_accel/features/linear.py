@@ -91,8 +91,8 @@ def check(context: PipelineContext, config: LinearConfig) -> Plan:
     actions, notes, skipped, modules = [], [], [], 0
     formats: dict[int, LinearKernel] = {}
     for denoiser in denoisers:
-        refuse_offloaded("linear", denoiser)
-        plan = _plan(denoiser, config, kernels)
+        refuse_offloaded("linear", denoiser, context)
+        plan = _plan(denoiser, config, kernels, loaded_later=context.takes_over_offloading)
         if not plan.quantized:
             raise Unsupported(
                 "linear" if config.algo is None else f"linear={config.algo!r}",
@@ -282,8 +282,17 @@ def _linears(denoiser: Denoiser) -> Iterator[tuple[str, nn.Module, str, nn.Linea
             yield path, parent, name, module
 
 
-def _plan(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearKernel]) -> _ModelPlan:
-    """Decides for each linear layer of a denoiser whether it is quantized, and to which format."""
+def _plan(
+    denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearKernel], loaded_later: bool = False
+) -> _ModelPlan:
+    """Decides for each linear layer of a denoiser whether it is quantized, and to which format.
+
+    Args:
+        denoiser: The denoiser.
+        config: The configuration.
+        kernels: Name -> record of each named format.
+        loaded_later: Whether weights on the meta device will be there before layers are quantized.
+    """
     plan = _ModelPlan()
     adapter = denoiser.adapter
     inside, ends = _block_prefixes(denoiser)
@@ -309,7 +318,7 @@ def _plan(denoiser: Denoiser, config: LinearConfig, kernels: dict[str, LinearKer
             plan.excluded.setdefault(path, "'none' in linear.plan" if planned else "not named by linear.plan")
             continue
         shared = "its weight is shared with another layer" if uses[id(module.weight)] > 1 else None
-        reason = shared or _refusal(module) or kernels[algo].refuses(module)
+        reason = shared or _refusal(module, loaded_later) or kernels[algo].refuses(module)
         if reason is not None:
             plan.unsupported[path] = reason
             if sharded and kernels[algo].refuses(whole) is None:
@@ -393,13 +402,13 @@ def _stock_layer(denoiser: Denoiser, path: str, module: nn.Linear) -> nn.Linear:
     return module.stock
 
 
-def _refusal(module: nn.Linear) -> str | None:
+def _refusal(module: nn.Linear, loaded_later: bool) -> str | None:
     """The reason why no format can store a layer, or `None`."""
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}"
     if type(module.weight) not in (nn.Parameter, torch.Tensor) or type(module.weight.data) is not torch.Tensor:
         return f"its weight is a {type(module.weight.data).__name__}"
-    if module.weight.is_meta:
+    if module.weight.is_meta and not loaded_later:
         return "its weight is not loaded (meta device)"
     return None
 

@@ -108,9 +108,10 @@ class Session:
     def _end(self) -> None:
         self.ended = True
         try:
-            self.journal.undo()
+            # The first edit may concern the whole pipeline (diffusers' own offloading, which comes back last).
             for name, module in self.other_components.items():
                 self._release(name, module)
+            self.journal.undo()
         finally:
             for pipe in list(self.pipes):
                 own = vars(pipe).get(PIPELINE_EDITS)

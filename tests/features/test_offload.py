@@ -47,6 +47,12 @@ def weights(pipe):
     return [(item, item.detach().clone()) for model in models for item in (*model.parameters(), *model.buffers())]
 
 
+def row_of(pipe, **sections):
+    """The row of `offload` in an explanation."""
+    (row,) = [row for row in explain(pipe, **sections).rows if row.feature == "offload"]
+    return row
+
+
 @pytest.mark.parametrize("name", list(TINY))
 def test_streamed_as_stock(name, late):
     entry, pipe = TINY[name], build(name)
@@ -72,10 +78,10 @@ def test_any_number_of_slots(name, prefetch, cpu):
 def test_blocks_stay_as_the_budget_allows(cpu):
     entry, pipe = TINY["flux"], build("flux")
     stock = entry.run(pipe)
-    modules = explain(pipe, offload=3).rows[0].modules
+    modules = row_of(pipe, offload=3).modules
     peak = {}
     for budget in ("11.2MiB", "11MiB", "10.7MiB"):
-        row = explain(pipe, offload=budget).rows[0]
+        row = row_of(pipe, offload=budget)
         assert row.refused is None, row
         peak[budget] = row.modules
         accelerate(pipe, offload=budget)
@@ -199,8 +205,11 @@ class TestFormats:
         linear = {"algo": "fp8", "smallest": 0}
 
         def copied(**sections):
-            (row,) = [row for row in explain(pipe, **sections).rows if row.feature == "offload"]
-            (note,) = [note for note in row.notes if note.startswith("transformer: ") and "streamed" in note]
+            (note,) = [
+                note
+                for note in row_of(pipe, **sections).notes
+                if note.startswith("transformer: ") and "streamed" in note
+            ]
             return float(note.split("streamed, ")[1].split(" MiB")[0])
 
         assert copied(offload=3, linear=linear) < 0.6 * copied(offload=3)
@@ -446,3 +455,65 @@ def test_names_of_the_seam():
     """The stand-in has the methods of the real one."""
     public = {name for name in vars(CudaTransfers) if not name.startswith("_")}
     assert public <= set(vars(HostTransfers))
+
+
+class TestDiffusersOffloading:
+    """Offloading that diffusers has enabled is taken over, and put back."""
+
+    KINDS = ("model", "sequential", "group")
+
+    @staticmethod
+    def enable(pipe, kind):
+        if kind == "group":
+            cpu = torch.device("cpu")
+            pipe.transformer.enable_group_offload(
+                onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
+            )
+        else:
+            getattr(pipe, f"enable_{kind}_cpu_offload")(device="cpu")
+
+    @staticmethod
+    def enabled(pipe):
+        hooks = sum(hasattr(part, "_hf_hook") for part in pipe.transformer.modules())
+        hooks += sum(
+            len(part._diffusers_hook.hooks) for part in pipe.transformer.modules() if hasattr(part, "_diffusers_hook")
+        )
+        return hooks, {item.device.type for item in pipe.transformer.parameters()}
+
+    @pytest.mark.parametrize(
+        "sections", [{}, {"linear": {"algo": "fp8", "smallest": 0}, "fuse": True}, {"cuda_graph": True}]
+    )
+    # accelerate's sequential offloading does not run with the CPU as its device: it is put back, and not called.
+    @pytest.mark.parametrize(
+        ("kind", "called"),
+        [("model", False), ("model", True), ("group", False), ("group", True), ("sequential", False)],
+    )
+    def test_taken_over(self, kind, called, sections, late, monkeypatch):
+        monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
+        entry, pipe, plain = TINY["flux"], build("flux"), build("flux")
+        stock = entry.run(plain)
+        if sections:
+            accelerate(plain, attention="sdpa", **sections)
+        expected = entry.run(plain)
+        self.enable(pipe, kind)
+        if called:
+            entry.run(pipe)
+        before = self.enabled(pipe)
+        assert before[0]
+        (row,) = [row for row in explain(pipe, offload=3).rows if row.feature == "diffusers offload"]
+        assert "ends until restore" in row.action
+        accelerate(pipe, attention="sdpa", **sections, offload=3)
+        assert not self.enabled(pipe)[0]
+        assert same(entry.run(pipe), expected) and same(entry.run(pipe), expected)
+        restore(pipe)
+        assert self.enabled(pipe) == before
+        assert kind == "sequential" or same(entry.run(pipe), stock)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_refused_budget_leaves_it(self, kind, late):
+        pipe = build("flux")
+        self.enable(pipe, kind)
+        before = self.enabled(pipe)
+        with pytest.raises(Unsupported):
+            accelerate(pipe, offload="1KiB")
+        assert self.enabled(pipe) == before

@@ -43,7 +43,14 @@ SETS = [tuple(feature for feature in SETTINGS if number in _PLACES[feature]) for
 
 def test_every_feature_has_a_setting():
     # Several ranks, with other features too, are in tests/parallel.
-    assert set(SETTINGS) == set(FEATURES) - {"request", "process group", "parallel", "tensor parallel", "fsdp"}
+    assert set(SETTINGS) == set(FEATURES) - {
+        "request",
+        "process group",
+        "parallel",
+        "tensor parallel",
+        "fsdp",
+        "diffusers offload",
+    }
 
 
 def test_sets_cover_every_pair():

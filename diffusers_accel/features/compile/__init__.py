@@ -33,7 +33,7 @@ from ...core.hooks import is_wrapped
 from ...core.submodules import submodules
 from ...errors import Unsupported
 from ..context import Denoiser, PipelineContext
-from ..feature import Plan
+from ..feature import Plan, offloaded
 from .modulation import PrecomputedModulations
 from .options import options_of
 
@@ -57,7 +57,8 @@ def check(context: PipelineContext, config: CompileConfig) -> Plan:
             )
     blocks = [block for denoiser in context.denoisers for block in denoiser.adapter.blocks(denoiser.module)]
     names = ", ".join(sorted({type(block).__name__ for block in blocks}))
-    wrapped = sum(not Chain.is_stock(block) for block in blocks)
+    ends = context.takes_over_offloading
+    wrapped = sum(not Chain.is_stock(block) and not (ends and offloaded(block)) for block in blocks)
     left = (
         f"{wrapped} blocks have a foreign forward wrapper: each is compiled with it, and graph breaks are allowed.",
     )

@@ -73,8 +73,8 @@ def check(context: PipelineContext, config: CudaGraphConfig) -> Plan:
             raise Unsupported("cuda_graph", f"it runs on {denoiser.device}.", "cuda_graph=None.", str(denoiser))
         if denoiser.adapter.default or not denoiser.adapter.stacks:
             raise Unsupported("cuda_graph", "no adapter names its blocks' outputs.", "cuda_graph=None.", str(denoiser))
-        refuse_offloaded("cuda_graph", denoiser)
-        if any(map(has_accelerate_hook, denoiser.module.modules())):
+        refuse_offloaded("cuda_graph", denoiser, context)
+        if not context.takes_over_offloading and any(map(has_accelerate_hook, denoiser.module.modules())):
             raise Unsupported(
                 "cuda_graph", "its weights move between devices.", "cuda_graph=None, or no offloading.", str(denoiser)
             )
@@ -114,7 +114,7 @@ def _whole_modules(context: PipelineContext, config: CudaGraphConfig) -> list[tu
             raise Unsupported("cuda_graph.text_encoders", "none is loaded.", "cuda_graph.text_encoders=False.")
         found += encoders
     for name, module in found:
-        if any(map(has_accelerate_hook, module.modules())):
+        if not context.takes_over_offloading and any(map(has_accelerate_hook, module.modules())):
             raise Unsupported("cuda_graph", "its weights move between devices.", "leave it out.", name)
     return found
 

@@ -6,6 +6,7 @@ how many slots, where text encoders run, how the VAE decodes. `core/streaming.py
 - `models.py`: the pipeline's models, their blocks and their bytes.
 - `estimates.py`: the bytes of activations and the seconds of blocks, before a request runs.
 - `prompts.py`: embeddings of prompts that were seen before.
+- `taken_over.py`: diffusers' own offloading, which ends where this one begins.
 
 A streamed denoiser keeps its slots from `accelerate` to `restore`. A streamed text encoder has slots while it runs. Its
 weights outside of blocks (embeddings, which it reads by the row) are read from host memory in place.
@@ -38,7 +39,7 @@ from ...core.streaming import (
 )
 from ...errors import Unsupported
 from ..context import PipelineContext
-from ..feature import Plan, refuse_offloaded
+from ..feature import Plan
 from .estimates import block_seconds, work
 from .models import Model, models_of
 from .prompts import PromptCache
@@ -357,7 +358,6 @@ def _refuse(context: PipelineContext, config: OffloadConfig) -> None:
                 type(context.pipe).__name__,
             )
     for denoiser in context.denoisers:
-        refuse_offloaded(_FEATURE, denoiser)
         if not denoiser.adapter.blocks(denoiser.module) and config.level == 3:
             raise Unsupported(_FEATURE, "no blocks were found in it.", "offload=2, or None.", str(denoiser))
 

@@ -20,9 +20,9 @@ from ...core.platform import Device
 from ..context import Denoiser, PipelineContext
 
 _GIB = 2**30
-# Multiply-adds of a GPU that blocks reach, in 10^12 operations a second: (capability, 16 bits, 8 bits). Of these,
-# sm_90 was measured (benchmarks/results/forward-*.json); the others are half of the data sheets' dense rates.
-_RATES = (((10, 0), 1100.0, 2000.0), ((9, 0), 560.0, 850.0), ((12, 0), 190.0, 360.0), ((8, 9), 145.0, 250.0))
+# Operations of a GPU that blocks reach, in 10^12 a second: (capability, 16 bits, 8 bits). Those of sm_90 were measured
+# (benchmarks/results/memory.json); the others are half of the data sheets' dense rates.
+_RATES = (((10, 0), 1100.0, 2000.0), ((9, 0), 700.0, 1000.0), ((12, 0), 190.0, 360.0), ((8, 9), 145.0, 250.0))
 _OTHER_RATES = (100.0, 160.0)
 # Bytes of activations for each token and channel: the streams, and the widest layer's input and output.
 _STREAMS, _WIDEST = 6, 3

@@ -88,7 +88,7 @@ def check(context: PipelineContext, config: ParallelConfig) -> Plan:
     """
     _refuse_graphs_and_guard(context)
     for component in _components(context):
-        _refuse(component, component in context.denoisers)
+        _refuse(context, component, component in context.denoisers)
     found, world = _weights(context), world_size() or 1
     bytes_of: dict[str, int] = defaultdict(int)
     for block in found.blocks:
@@ -213,14 +213,15 @@ def _refuse_graphs_and_guard(context: PipelineContext) -> None:
         )
 
 
-def _refuse(component: Denoiser, denoises: bool) -> None:
+def _refuse(context: PipelineContext, component: Denoiser, denoises: bool) -> None:
     """Refuses a model whose weights cannot be sharded.
 
     Args:
+        context: The pipeline.
         component: The model.
         denoises: Whether it is a denoiser, which must have blocks.
     """
-    refuse_offloaded(_FEATURE, component)
+    refuse_offloaded(_FEATURE, component, context)
     blocks = component.adapter.blocks(component.module)
     if denoises and not blocks:
         raise Unsupported(_FEATURE, "no blocks were found in it.", "parallel without fsdp.", str(component))

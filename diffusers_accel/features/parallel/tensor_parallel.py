@@ -56,7 +56,7 @@ def check(context: PipelineContext, config: ParallelConfig) -> Plan:
     """
     actions, notes, modules = [], [], 0
     for denoiser in context.denoisers:
-        refuse_offloaded(_FEATURE, denoiser)
+        refuse_offloaded(_FEATURE, denoiser, context)
         if denoiser.adapter.tensor is None:
             raise Unsupported(_FEATURE, "no adapter says how its weights are sharded.", _INSTEAD, str(denoiser))
         _refuse_adapters(denoiser)
