@@ -140,7 +140,7 @@ class MemoryPlan:
         always = self.resident_bytes + self.work.reserve
         # A streamed text encoder has slots while it runs.
         encoders = [each for each in self.models if each.streamed and each.sizes.role == "text encoder"]
-        slots = max((ENCODER_SLOTS * max(each.sizes.blocks) for each in encoders), default=0)
+        slots = max((_encoder_slot_bytes(each.sizes.blocks) for each in encoders), default=0)
         return {
             "text": always + self.work.text + slots,
             "denoise": always + self.work.denoise,
@@ -167,6 +167,11 @@ class MemoryPlan:
         seconds = model.sizes.seconds or (0.0,) * len(model.sizes.blocks)
         sizes = [0 if stays else size for size, stays in zip(model.sizes.blocks, model.resident, strict=True)]
         return simulate(sizes, seconds, self.link, max(self.slots, 2))
+
+
+def _encoder_slot_bytes(blocks: Sequence[int]) -> int:
+    """Bytes of a streamed text encoder's slots."""
+    return sum(max(blocks[slot::ENCODER_SLOTS], default=0) for slot in range(ENCODER_SLOTS))
 
 
 @dataclass(frozen=True)
@@ -321,13 +326,15 @@ def _placements(
     most = max((len(model.blocks) for model in models if model.role == "denoiser" and streams[model.name]), default=0)
     if budget is None or most == 0:
         return [plan(0.0)]
+    plans = []
     # From all blocks on the GPU to none: the first that fits keeps the most.
     for kept in range(most, -1, -1):
         # A little above the fraction, so that rounding keeps `kept` blocks.
-        found = plan((kept + 1e-6) / most)
-        if found.peak <= budget:
-            return [found]
-    return [plan(0.0)]
+        plans.append(plan((kept + 1e-6) / most))
+        if plans[-1].peak <= budget:
+            return plans[-1:]
+    # Of unequal blocks, the ones that are left may need smaller slots than all of them.
+    return [min(plans, key=lambda each: each.peak)]
 
 
 def _seconds(plan: MemoryPlan) -> float:
@@ -339,7 +346,12 @@ def _seconds(plan: MemoryPlan) -> float:
     )
 
 
-def least_budget(plan: MemoryPlan) -> int:
-    """The lowest budget that any plan of these models keeps."""
+def least_budget(plan: MemoryPlan, slots: int | None = None) -> int:
+    """The lowest budget that any plan of these models keeps.
+
+    Args:
+        plan: A plan of the models.
+        slots: Number of slots; `None` takes the number that needs least.
+    """
     models = [model.sizes for model in plan.models]
-    return _plan_level(3, models, plan.work, plan.link, 0, 2).peak
+    return _plan_level(3, models, plan.work, plan.link, 0, slots).peak
