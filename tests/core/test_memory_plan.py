@@ -231,9 +231,11 @@ def test_the_most_that_fits():
 
 
 def test_the_number_of_slots_with_the_shortest_step():
-    """Two slots leave a bubble that three do not, and take a block that could stay."""
-    model = ModelSizes("transformer", "denoiser", (10,) * 6, seconds=(5.0,) * 6)
-    for budget in range(20, 61):
+    """Two slots leave a bubble that three do not; three take the place of a block that could stay."""
+    model = ModelSizes("transformer", "denoiser", (10,) * 9, seconds=(4.0,) * 9)
+    for budget, slots in ((30, 2), (40, 3), (50, 2), (60, 3)):
+        assert plan_memory([model], Work(), 2.0, budget=budget, level=3).slots == slots
+    for budget in range(20, 91):
         found = plan_memory([model], Work(), 2.0, budget=budget, level=3)
         each = [plan_memory([model], Work(), 2.0, budget=budget, level=3, slots=slots) for slots in (2, 3, 4)]
         fitting = [plan for plan in each if plan.peak <= budget]

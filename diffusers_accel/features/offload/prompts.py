@@ -123,11 +123,11 @@ class PromptCache:
                             found.append((tensor.dtype, tuple(tensor.shape), version))
                             samples.append(tensor)
             elif item is not None and ("tokenizer" in name or "processor" in name):
-                for part in (item, getattr(item, "tokenizer", None), getattr(item, "image_processor", None)):
-                    if part is not None:
-                        length = len(part) if hasattr(part, "__len__") else 0
-                        tokens = str(getattr(part, "special_tokens_map", None))
-                        found.append((name, weakref.ref(part), length, tokens, _settings(part)))
+                for each in (item, getattr(item, "tokenizer", None), getattr(item, "image_processor", None)):
+                    if each is not None:
+                        length = len(each) if hasattr(each, "__len__") else 0
+                        tokens = str(getattr(each, "special_tokens_map", None))
+                        found.append((name, weakref.ref(each), length, tokens, _settings(each)))
         return (*found, _digest(samples))
 
 
@@ -177,8 +177,9 @@ def _key(value: Any) -> Hashable | None:
         found = [_key(item) for item in value]
         return None if any(item is None for item in found) else (type(value).__name__, *found)
     if hasattr(value, "tobytes") and hasattr(value, "size"):  # pictures of PIL, arrays of NumPy
-        kind = (type(value).__name__, str(getattr(value, "mode", None)), str(getattr(value, "dtype", None)))
-        if kind[1] in ("P", "PA"):  # bytes of indices
-            kind = (*kind, str(value.getpalette("RGBA")))
+        mode = getattr(value, "mode", None)
+        # The bytes of such pictures are indices.
+        palette = str(value.getpalette("RGBA")) if mode in ("P", "PA") else None
+        kind = (type(value).__name__, str(mode), palette, str(getattr(value, "dtype", None)))
         return (*kind, str(value.size), str(getattr(value, "shape", None)), hashlib.sha256(value.tobytes()).hexdigest())
     return None
