@@ -6,8 +6,8 @@ activations are there in one. The plan takes the least intrusive level that keep
 - level 0: everything stays on the GPU.
 - level 1: the VAE decodes in slices or tiles.
 - level 2: text encoders are streamed too.
-- level 3: denoisers are streamed too. As many blocks stay on the GPU as fit, spread evenly, so that copies of the
-  others have the most computation to hide behind.
+- level 3: denoisers are streamed too. As many blocks stay on the GPU as fit, spread so that copies of the others have
+  the most computation to hide behind.
 
 `simulate` predicts a step's duration from bytes, seconds and the speed of copies.
 """
@@ -23,6 +23,8 @@ LEVELS = (0, 1, 2, 3)
 SLOTS = (2, 3, 4)
 # Slots of a streamed text encoder, which computes much faster than it is copied.
 ENCODER_SLOTS = 2
+# Of a block, in sums of shares.
+_ROUNDING = 1e-6
 Role = Literal["denoiser", "text encoder", "vae", "other"]
 
 
@@ -140,7 +142,7 @@ class MemoryPlan:
         always = self.resident_bytes + self.work.reserve
         # A streamed text encoder has slots while it runs.
         encoders = [each for each in self.models if each.streamed and each.sizes.role == "text encoder"]
-        slots = max((ENCODER_SLOTS * max(each.sizes.blocks) for each in encoders), default=0)
+        slots = max((_encoder_slot_bytes(each.sizes.blocks) for each in encoders), default=0)
         return {
             "text": always + self.work.text + slots,
             "denoise": always + self.work.denoise,
@@ -167,6 +169,11 @@ class MemoryPlan:
         seconds = model.sizes.seconds or (0.0,) * len(model.sizes.blocks)
         sizes = [0 if stays else size for size, stays in zip(model.sizes.blocks, model.resident, strict=True)]
         return simulate(sizes, seconds, self.link, max(self.slots, 2))
+
+
+def _encoder_slot_bytes(blocks: Sequence[int]) -> int:
+    """Bytes of a streamed text encoder's slots."""
+    return sum(max(blocks[slot::ENCODER_SLOTS], default=0) for slot in range(ENCODER_SLOTS))
 
 
 @dataclass(frozen=True)
@@ -230,9 +237,36 @@ def simulate(sizes: Sequence[int], seconds: Sequence[float], link: float, slots:
     return Step((ends[-1] - ends[slots]) / slots, sum(seconds), sum(sizes) / link)
 
 
-def spread(count: int, kept: int) -> tuple[bool, ...]:
-    """Of each of `count` blocks, whether it is among `kept` ones that are spread evenly."""
-    return tuple((index + 1) * kept // count > index * kept // count for index in range(count))
+def spread(rates: Sequence[float], kept: int) -> tuple[bool, ...]:
+    """Of each block, whether it is among `kept` ones that stay on the GPU.
+
+    Any run of blocks streams bytes in proportion to the computation that hides them: FLUX.1's double blocks have twice
+    the bytes of its single blocks and no more computation, so that more of them stay. Equal blocks are spread evenly.
+
+    Args:
+        rates: Seconds of computation per byte of each block, in call order. Their scale is arbitrary.
+        kept: Number of blocks that stay.
+    """
+    streamed = [0.0] * len(rates)
+    wanted, total = float(len(rates) - kept), float(sum(rates))
+    # A block is streamed at most once: what the fastest cannot take is left to the others.
+    for done, index in enumerate(sorted(range(len(rates)), key=lambda index: -rates[index])):
+        share = rates[index] / total if total > 0 else 1 / (len(rates) - done)
+        streamed[index] = min(1.0, wanted * share)
+        wanted, total = wanted - streamed[index], total - rates[index]
+    found, stay = [], 0.0
+    for share in streamed:
+        # A little more than the sum, so that rounding loses no block.
+        before, stay = int(stay + _ROUNDING), stay + 1 - share
+        found.append(int(stay + _ROUNDING) > before)
+    return tuple(found)
+
+
+def _rates(model: ModelSizes) -> list[float]:
+    """Seconds of computation per byte of each block; equal ones if the seconds are unknown."""
+    if not model.seconds:
+        return [1.0] * len(model.blocks)
+    return [each / max(size, 1) for each, size in zip(model.seconds, model.blocks, strict=True)]
 
 
 def plan_memory(
@@ -306,7 +340,7 @@ def _placements(
         for model in models:
             denoises = model.role == "denoiser" and streams[model.name]
             kept = int(share * len(model.blocks)) if denoises else 0
-            resident = spread(len(model.blocks), kept) if streams[model.name] else (True,) * len(model.blocks)
+            resident = spread(_rates(model), kept) if streams[model.name] else (True,) * len(model.blocks)
             placed.append(ModelPlan(model, streams[model.name], resident))
         ring = [0] * slots
         for each in placed:
@@ -321,13 +355,15 @@ def _placements(
     most = max((len(model.blocks) for model in models if model.role == "denoiser" and streams[model.name]), default=0)
     if budget is None or most == 0:
         return [plan(0.0)]
+    plans = []
     # From all blocks on the GPU to none: the first that fits keeps the most.
     for kept in range(most, -1, -1):
         # A little above the fraction, so that rounding keeps `kept` blocks.
-        found = plan((kept + 1e-6) / most)
-        if found.peak <= budget:
-            return [found]
-    return [plan(0.0)]
+        plans.append(plan((kept + 1e-6) / most))
+        if plans[-1].peak <= budget:
+            return plans[-1:]
+    # Of unequal blocks, the ones that are left may need smaller slots than all of them.
+    return [min(plans, key=lambda each: each.peak)]
 
 
 def _seconds(plan: MemoryPlan) -> float:
@@ -339,7 +375,12 @@ def _seconds(plan: MemoryPlan) -> float:
     )
 
 
-def least_budget(plan: MemoryPlan) -> int:
-    """The lowest budget that any plan of these models keeps."""
+def least_budget(plan: MemoryPlan, slots: int | None = None) -> int:
+    """The lowest budget that any plan of these models keeps.
+
+    Args:
+        plan: A plan of the models.
+        slots: Number of slots; `None` takes the number that needs least.
+    """
     models = [model.sizes for model in plan.models]
-    return _plan_level(3, models, plan.work, plan.link, 0, 2).peak
+    return _plan_level(3, models, plan.work, plan.link, 0, slots).peak

@@ -234,7 +234,7 @@ def _plan(
     slots = None if config.prefetch is None else config.prefetch + 1
     found = plan_memory(sizes, work(context), _link(context), budget=budget, level=config.level, slots=slots)
     if budget is not None and found.peak > budget:
-        least = least_budget(found) if config.level in (None, 3) and stages is None else found.peak
+        least = least_budget(found, slots) if config.level in (None, 3) and stages is None else found.peak
         raise Unsupported(
             _FEATURE,
             f"the least that this pipeline needs is {_gib(least)} with these settings, and {_gib(budget)} are allowed.",
