@@ -322,4 +322,4 @@ def test_flux(seconds, link, bits, kept):
     assert step.hidden >= 0.97
     # Double blocks have as much computation for twice the bytes: more of them stay.
     resident = plan.model("transformer").resident
-    assert sum(resident[:19]) / 19 > sum(resident[19:]) / 38 + 0.2
+    assert sum(resident[:19]) / 19 > sum(resident[19:]) / 38 + 0.1

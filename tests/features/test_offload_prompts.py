@@ -140,6 +140,10 @@ def loaded_weights(pipe):
     pipe.text_encoder_2.load_state_dict({key: item.flip(-1) for key, item in pipe.text_encoder_2.state_dict().items()})
 
 
+def another_activation(pipe):
+    pipe.text_encoder_2.encoder.block[0].layer[-1].DenseReluDense.act = torch.nn.ReLU()
+
+
 def another_tokenizer(pipe):
     """With as many tokens and the same settings, in another order."""
     tokens = pipe.tokenizer_2.convert_ids_to_tokens(list(range(len(pipe.tokenizer_2))))
@@ -164,6 +168,7 @@ def another_length(pipe):
         one_row_of_another,
         another_weight,
         loaded_weights,
+        another_activation,
         another_tokenizer,
         another_side,
         another_length,
