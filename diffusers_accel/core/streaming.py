@@ -60,17 +60,8 @@ class Transfers(Protocol):
 
     def __init__(self, device: torch.device): ...
 
-    def allocate(self, length: int, pages: bool) -> Any:
-        """Host memory for a slab.
-
-        Args:
-            length: In bytes.
-            pages: Whether to take the pages now. The first write takes them otherwise.
-        """
-        ...
-
-    def lock(self, memory: Any) -> Slab:
-        """The slab of memory from `allocate`, page-locked where the system allows it."""
+    def slab(self, length: int) -> Slab:
+        """A slab of this many bytes, page-locked where the system allows it. Called by another thread too."""
         ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -100,17 +91,13 @@ class CudaTransfers:
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def allocate(self, length: int, pages: bool) -> LockedBuffer:
+    def slab(self, length: int) -> Slab:
         """See `Transfers`."""
         buffer = LockedBuffer.allocate(length, self._device)
-        if pages:
-            buffer.memory.zero_()
-        return buffer
-
-    def lock(self, memory: LockedBuffer) -> Slab:
-        """See `Transfers`."""
-        locked = memory.lock()
-        return Slab(memory.memory, memory.on_device() if locked else memory.memory, locked)
+        # Pages that are there are locked in half the time.
+        buffer.memory.zero_()
+        locked = buffer.lock()
+        return Slab(buffer.memory, buffer.on_device() if locked else buffer.memory, locked)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """See `Transfers`."""
@@ -784,14 +771,9 @@ class OffloadBlock:
         with torch.inference_mode(False), torch.no_grad():
             self.slabs.fill(block)
 
-    def finish(self) -> None:
-        """Waits until the slab is page-locked."""
-        with torch.inference_mode(False):
-            self.slabs.finish(self.block)
-
     def undo(self) -> None:
         block = self.block
-        self.slabs.finish(block)
+        self.slabs.release()
         slab = block.slab
         if slab is None:
             for tensor in block.tensors:
@@ -825,7 +807,7 @@ class Slabs:
         lock: Whether to lock pages. Otherwise weights on the host stay in the memory that they are in.
     """
 
-    # Slabs that are taken ahead of the copies from a GPU.
+    # Slabs that are taken ahead of the copies into them.
     _AHEAD = 2
 
     def __init__(
@@ -846,61 +828,53 @@ class Slabs:
         Raises:
             Unsupported: The host's memory does not suffice for weights of a GPU.
         """
-        length = block.layout.length
-        if _is_on_host(block):
-            if not self._lock or not self._allowed(length):
-                block.use(None)
-                return
-            memory = self._transfers.allocate(length, False)
-            host = getattr(memory, "memory", memory)
-            block.fill(host)
-            # Pointed to at once: the stock weights' memory is free for the next block.
-            block.use(Slab(host, host, False))
-            self._taken[id(block)] = self._submit(self._transfers.lock, memory)
-            return
-        if id(block) not in self._taken:
+        if block in self._waiting:
             self._take_ahead(block)
-        while self._waiting and len(self._taken) <= self._AHEAD and self._waiting[0] is not block:
+        while self._waiting and len(self._taken) <= self._AHEAD:
             self._take_ahead(self._waiting[0])
-        slab = self._taken.pop(id(block)).result()
+        taken = self._taken.pop(id(block), None)
+        if taken is None:
+            # Without locked pages, weights on the host stay where they are.
+            block.use(None)
+            return
+        slab = taken.result()
         block.fill(slab.host)
         block.use(slab)
+        if not self._waiting and not self._taken and self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
-    def finish(self, block: StreamedBlock) -> None:
-        """Waits until a block's slab is locked, and points the block to it."""
-        pending = self._taken.pop(id(block), None)
-        if pending is not None and block.slab is not None:
-            block.use(pending.result())
-        if not self._taken and self._thread is not None:
+    def release(self) -> None:
+        """Drops slabs that were taken ahead, after an error."""
+        self._waiting.clear()
+        for taken in self._taken.values():
+            taken.exception()
+        self._taken.clear()
+        if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
 
     def _take_ahead(self, block: StreamedBlock) -> None:
-        """Begins to take a slab for weights on a GPU."""
-        if block in self._waiting:
-            self._waiting.remove(block)
-        if _is_on_host(block):
-            return
+        """Begins to take the slab of a block."""
+        self._waiting.remove(block)
+        on_host = all(part.device.type == "cpu" for tensor in block.tensors for part in tensor.parts)
         length = block.layout.length
+        if on_host and not self._lock:
+            return
         if not self._allowed(length):
+            if on_host:
+                return
             raise Unsupported(
                 "offload",
                 f"the host has too little memory for {block.name}: {length / 2**20:.0f} MiB more are needed.",
                 "more memory or swap, a larger offload.vram or offload.ram, or linear='fp8', which halves the weights.",
             )
-        self._taken[id(block)] = self._submit(self._take, length)
-
-    def _take(self, length: int) -> Slab:
-        return self._transfers.lock(self._transfers.allocate(length, True))
+        self._taken[id(block)] = self._submit(self._transfers.slab, length)
 
     def _submit(self, function: Callable[..., Slab], *args: Any) -> Future[Slab]:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "diffusers_accel-page-locking")
         return self._thread.submit(function, *args)
-
-
-def _is_on_host(block: StreamedBlock) -> bool:
-    return all(part.device.type == "cpu" for tensor in block.tensors for part in tensor.parts)
 
 
 @dataclass(eq=False)

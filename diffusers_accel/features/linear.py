@@ -20,8 +20,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from ..compat.torch_private import apply_to_tensors
 from ..config import LinearConfig
 from ..core.edits import Edit, OffloadWeight, SwapModule
+from ..core.platform import to_device
+from ..core.weights import is_plain
 from ..errors import AccelError, Unsupported
 from ..kernels.linear import (
     LINEARS,
@@ -100,7 +103,7 @@ def check(context: PipelineContext, config: LinearConfig) -> Plan:
                 _ways_out(denoiser, config),
                 str(denoiser),
             )
-        _try_foreign_formats(denoiser, plan.quantized)
+        _try_foreign_formats(denoiser, plan.quantized, context.home)
         modules += len(plan.quantized)
         formats |= {id(layer.module): layer.kernel for layer in plan.quantized}
         counts = Counter(layer.kernel.name for layer in plan.quantized)
@@ -127,8 +130,13 @@ def check(context: PipelineContext, config: LinearConfig) -> Plan:
     return Plan("; ".join(actions), modules, tuple(dict.fromkeys(notes)), tuple(skipped), formats)
 
 
-def _try_foreign_formats(denoiser: Denoiser, layers: list[_LayerPlan]) -> None:
+def _try_foreign_formats(denoiser: Denoiser, layers: list[_LayerPlan], home: torch.device) -> None:
     """Tries each format of another package on a copy of its smallest layer: only a trial shows whether it works.
+
+    Args:
+        denoiser: The denoiser.
+        layers: The layers to be quantized.
+        home: The device that the denoiser runs on.
 
     Raises:
         Unsupported: The package raised an error on that layer.
@@ -140,7 +148,7 @@ def _try_foreign_formats(denoiser: Denoiser, layers: list[_LayerPlan]) -> None:
             continue
         try:
             with torch.no_grad():
-                quantized = _quantized(replace(layer, module=copy.deepcopy(layer.module)))
+                quantized = _quantized(replace(layer, module=copy.deepcopy(layer.module)), home)
                 weight = layer.module.weight
                 if weight.device.type == denoiser.device.type:
                     quantized(torch.zeros(32, layer.module.in_features, dtype=weight.dtype, device=weight.device))
@@ -172,7 +180,7 @@ def edits(context: PipelineContext, config: LinearConfig) -> Iterator[Edit]:
         plan = _plan(denoiser, config, kernels)
         _warn_of_unsupported_shards(denoiser, plan)
         for layer in plan.quantized:
-            quantized = _quantized(layer)
+            quantized = _quantized(layer, context.home)
             keep = config.keep_original == "cpu"
             if isinstance(quantized, QuantizedLinear):
                 quantized.activation_cache = activation_cache
@@ -211,16 +219,22 @@ def _paths_by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def _quantized(layer: _LayerPlan) -> nn.Module:
-    """The quantized layer, on the stock layer's device. A weight on the host is quantized on the GPU if there is
-    one."""
+def _quantized(layer: _LayerPlan, home: torch.device) -> nn.Module:
+    """The quantized layer, on the stock layer's device.
+
+    Args:
+        layer: The layer.
+        home: The device that the model runs on. A weight on the host is quantized there, or else on the first GPU.
+    """
     make, weight = layer.kernel.load(), layer.module.weight
     if weight.device.type != "cpu" or not torch.cuda.is_available():
         return make(layer.module)
     kept = weight.data
-    weight.data = kept.cuda()
+    weight.data = to_device(kept, home if home.type == "cuda" else torch.device("cuda"))
     try:
-        return make(layer.module).to(kept.device)
+        made = make(layer.module)
+        apply_to_tensors(made, lambda x: to_device(x, kept.device) if is_plain(x) else x.to(kept.device))
+        return made
     finally:
         weight.data = kept
 

@@ -29,6 +29,8 @@ _STREAMS, _WIDEST = 6, 3
 # Workspaces of cuBLAS and cuDNN, and fragmentation.
 _RESERVE = _GIB // 2
 _TEXT = _GIB // 2
+# Steps for which precomputed modulations have room.
+_STEPS = 32
 # Of most VAEs, for a pipeline without one.
 _LATENT_CHANNELS = 16
 
@@ -118,6 +120,20 @@ def block_seconds(context: PipelineContext, denoiser: Denoiser, blocks: list[nn.
     return tuple(found)
 
 
+def _precomputed_bytes(context: PipelineContext, denoiser: Denoiser, size: int) -> int:
+    """Bytes of the modulations of all steps."""
+    if not context.precomputes_modulations(denoiser):
+        return 0
+    blocks = denoiser.adapter.blocks(denoiser.module)
+    features = sum(
+        part.out_features
+        for block in blocks
+        for part in block.modules()
+        if isinstance(part, nn.Linear) and _modulates(denoiser, block, part)
+    )
+    return features * _STEPS * _batch(denoiser) * size
+
+
 def _modulates(denoiser: Denoiser, block: nn.Module, layer: nn.Module) -> bool:
     modulation = denoiser.adapter.modulation
     if modulation is None:
@@ -159,7 +175,11 @@ def work(context: PipelineContext) -> Work:
             widest = max((layer.out_features for layer in layers), default=0)
         count = tokens(context, denoiser, request) * _batch(denoiser)
         size = torch.empty(0, dtype=denoiser.dtype).element_size()
-        denoise = max(denoise, count * size * (_STREAMS * width + _WIDEST * widest))
+        activations = count * size * (_STREAMS * width + _WIDEST * widest)
+        if context.config is not None and context.config.cuda_graph is not None:
+            # A graph keeps its memory, while the next one's blocks run once without a graph.
+            activations *= 2
+        denoise = max(denoise, activations + _precomputed_bytes(context, denoiser, size))
     reserve = _RESERVE if context.device.type == "cuda" else 0
     text = _TEXT if context.device.type == "cuda" else 0
     return Work(text, denoise, {"whole": 0}, reserve)
