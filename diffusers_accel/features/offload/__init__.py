@@ -34,6 +34,7 @@ from ...core.streaming import (
     OpenSlots,
     Slabs,
     StreamedBlock,
+    StreamedModel,
     StreamedTensor,
     WeightStream,
 )
@@ -96,10 +97,11 @@ def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
     ]
     everything = [block for _, _, blocks in streamed for block in blocks]
     slabs = Slabs(stream.transfers, everything, _allowance(config), config.pin_memory)
-    for model, _, blocks in streamed:
-        if model.role == "denoiser":
-            stream.add(model.name, [block for block in blocks if block.streamed], repeats=True)
-    denoisers = stream.models
+    denoisers = [
+        StreamedModel(stream, model.name, [block for block in blocks if block.streamed], repeats=True)
+        for model, _, blocks in streamed
+        if model.role == "denoiser"
+    ]
     if on_host and denoisers:
         # Before anything else is there, so that no gap between other tensors is too small for them.
         yield OpenSlots(stream)
@@ -120,7 +122,7 @@ def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
             yield AddLayer(block.module, context.rank("offload block"), added.around_block(block))
     if denoisers:
         context.outputs.weight_stream = stream
-        context.outputs.request_hooks.append(_request_hook(stream))
+        context.outputs.request_hooks.append(_request_hook(stream, denoisers))
     for model, _, blocks in streamed:
         if model.role != "denoiser":
             yield from _encoder_edits(context, model, blocks, device)
@@ -139,20 +141,19 @@ def _encoder_edits(
 ) -> Iterator[Edit]:
     """The layers of a streamed text encoder. Its slots exist while it runs."""
     stream = WeightStream(device, ENCODER_SLOTS)
-    added = stream.add(model.name, [block for block in blocks if block.streamed], repeats=False)
-    added.transient = True
+    added = StreamedModel(stream, model.name, [block for block in blocks if block.streamed], repeats=False)
     yield AddLayer(model.module, context.rank("offload model"), added.around_model)
     for block in added.blocks:
         yield AddLayer(block.module, context.rank("offload block"), added.around_block(block))
 
 
-def _request_hook(stream: WeightStream) -> Callable[[Any], None]:
+def _request_hook(stream: WeightStream, models: list[StreamedModel]) -> Callable[[Any], None]:
     """A request hook, which tells streamed models of a new request just before its first denoiser call."""
 
     def begin(pipe: Any) -> None:
         if pipe is None:
             stream.counts.clear()
-            for model in stream.models:
+            for model in models:
                 model.begin_request()
 
     return begin

@@ -1,0 +1,203 @@
+"""Edits that move weights to host memory, allocate slots, and move tensors between devices."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import Unsupported
+from ..weights import Weight, is_plain
+from .blocks import StreamedBlock, parts_of
+from .slots import WeightStream
+from .transfers import Slab, Transfers
+
+
+@dataclass(eq=False)
+class OffloadBlock:
+    """Moves a block's weights into its slab. `undo` moves them back to their device.
+
+    Args:
+        block: The block.
+        slabs: Where the slab comes from.
+    """
+
+    block: StreamedBlock
+    slabs: Slabs
+
+    @property
+    def target(self) -> Any:
+        """The instance that it changes."""
+        return self.block.module
+
+    _homes: list[torch.device] = field(default_factory=list, init=False)
+
+    def apply(self) -> None:
+        block = self.block
+        self._homes = [part.device for tensor in block.tensors for part in tensor.parts]
+        with torch.inference_mode(False), torch.no_grad():
+            self.slabs.fill(block)
+
+    def undo(self) -> None:
+        block = self.block
+        self.slabs.release()
+        slab = block.slab
+        if slab is None:
+            for tensor in block.tensors:
+                tensor.put_back()
+            return
+        if slab.outside.device != slab.host.device:
+            # Writes of the GPU to the slab come first.
+            torch.cuda.synchronize(slab.outside.device)
+        changed = {id(tensor) for tensor in block.changed()}
+        with torch.inference_mode(False):
+            homes, host = iter(self._homes), block.layout.views(slab.host)
+            for tensor in block.tensors:
+                own, host = host[: len(tensor.parts)], host[len(tensor.parts) :]
+                if id(tensor) in changed:
+                    # Cast, moved or loaded since: the user's values stay.
+                    parts, _ = parts_of(tensor.stock)
+                    tensor.point([part.detach().to(next(homes)) for part in parts])
+                else:
+                    tensor.point([view.to(next(homes)) for view in own])
+                tensor.put_back()
+        block.slab, block.sources = None, []
+
+
+class Slabs:
+    """The slabs of blocks. The calling thread copies weights while another thread takes and locks pages.
+
+    Args:
+        transfers: Where host memory comes from.
+        blocks: The blocks, in the order in which they are filled.
+        allowed: Called with a slab's bytes before it is taken; returns whether the host's memory suffices.
+        lock: Whether to lock pages. Otherwise weights on the host stay in the memory that they are in.
+    """
+
+    # Slabs that are taken ahead of the copies into them.
+    _AHEAD = 2
+
+    def __init__(
+        self,
+        transfers: Transfers,
+        blocks: Sequence[StreamedBlock],
+        allowed: Callable[[int], bool],
+        lock: bool = True,
+    ):
+        self._transfers, self._allowed, self._lock = transfers, allowed, lock
+        self._waiting = deque(blocks)
+        self._thread: ThreadPoolExecutor | None = None
+        self._taken: dict[int, Future[Slab]] = {}
+
+    def fill(self, block: StreamedBlock) -> None:
+        """Moves a block's weights to host memory.
+
+        Raises:
+            Unsupported: The host's memory does not suffice for weights of a GPU.
+        """
+        if block in self._waiting:
+            self._take_ahead(block)
+        while self._waiting and len(self._taken) <= self._AHEAD:
+            self._take_ahead(self._waiting[0])
+        taken = self._taken.pop(id(block), None)
+        if taken is None:
+            # Without locked pages, weights on the host stay where they are.
+            block.use(None)
+            return
+        slab = taken.result()
+        block.fill(slab.host)
+        block.use(slab)
+        if not self._waiting and not self._taken and self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def release(self) -> None:
+        """Drops slabs that were taken ahead, after an error."""
+        self._waiting.clear()
+        for taken in self._taken.values():
+            taken.exception()
+        self._taken.clear()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def _take_ahead(self, block: StreamedBlock) -> None:
+        """Begins to take the slab of a block."""
+        self._waiting.remove(block)
+        on_host = all(part.device.type == "cpu" for tensor in block.tensors for part in tensor.parts)
+        length = block.layout.length
+        if on_host and not self._lock:
+            return
+        if not self._allowed(length):
+            if on_host:
+                return
+            raise Unsupported(
+                "offload",
+                f"the host has too little memory for {block.name}: {length / 2**20:.0f} MiB more are needed.",
+                "more memory or swap, a larger offload.vram or offload.ram, or linear='fp8', which halves the weights.",
+            )
+        self._taken[id(block)] = self._submit(self._transfers.slab, length)
+
+    def _submit(self, function: Callable[..., Slab], *args: Any) -> Future[Slab]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "diffusers_accel-page-locking")
+        return self._thread.submit(function, *args)
+
+
+@dataclass(eq=False)
+class OpenSlots:
+    """Allocates the slots."""
+
+    stream: WeightStream
+
+    def apply(self) -> None:
+        self.stream.open()
+
+    def undo(self) -> None:
+        self.stream.close()
+
+
+@dataclass(eq=False)
+class MoveWeight:
+    """Moves a tensor to a device; `undo` moves it back, with what its user has written since.
+
+    Args:
+        weight: The tensor and its places.
+        device: The device.
+        target: The model that holds it.
+    """
+
+    weight: Weight
+    device: torch.device
+    target: nn.Module
+    _home: torch.device | None = field(default=None, init=False)
+    _moved: torch.Tensor | None = field(default=None, init=False)
+
+    def apply(self) -> None:
+        self._home = self.weight.tensor.device
+        with torch.inference_mode(False):
+            self._move(self.device)
+
+    def undo(self) -> None:
+        if self._home is not None:
+            with torch.inference_mode(False):
+                self._move(self._home)
+
+    def _move(self, device: torch.device) -> None:
+        now = self.weight.now()
+        if now.device == device:
+            return
+        if is_plain(now):
+            self.weight.put(now.data.to(device))
+            return
+        data = now.data if isinstance(now, nn.Parameter) else now
+        made: Any = data.to(device)
+        made = nn.Parameter(made, requires_grad=now.requires_grad) if isinstance(now, nn.Parameter) else made
+        for holder, name in self.weight.slots:
+            if holder.get(name) is now:
+                holder[name] = made

@@ -1,0 +1,279 @@
+"""The slots of one GPU, the copies into them, and the copies that CUDA graphs record.
+
+Copies are in the order in which blocks run. A copy waits for the last block that read its slot, a block for its copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..memory_plan import slot_of
+from ..timestamps import seconds_between, timestamp
+from .blocks import StreamedBlock
+from .transfers import TRANSFERS
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A slot.
+
+    Attributes:
+        memory: uint8, on the GPU.
+        held: The block whose weights are, or will be, in it.
+        running: The block that computes from it.
+        state: `StreamedBlock.state` of that block when it was copied.
+        ready: Event after which it may be read.
+        free: Event after which it may be overwritten.
+    """
+
+    memory: torch.Tensor
+    held: StreamedBlock | None = None
+    running: StreamedBlock | None = None
+    state: Hashable = None
+    ready: Any = None
+    free: Any = None
+
+
+@dataclass
+class StreamCounts:
+    """Counters of one request.
+
+    Attributes:
+        bytes: Bytes copied to the GPU.
+        ahead: Blocks that were copied before they were needed.
+        late: Blocks that were copied when they were needed.
+        waits: (begin, end) timestamps of the computing stream's waits, in calls without a graph.
+    """
+
+    bytes: int = 0
+    ahead: int = 0
+    late: int = 0
+    waits: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Sets all counters to zero."""
+        self.bytes = self.ahead = self.late = 0
+        self.waits.clear()
+
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds for which the computing stream waited for copies, in calls without a graph. Reads from the
+        device."""
+        return sum(seconds_between(begin, end) for begin, end in self.waits)
+
+
+class WeightStream:
+    """The slots of one GPU, and the blocks that are streamed through them.
+
+    Args:
+        device: The device that blocks run on.
+        slots: Number of slots, at least 2.
+
+    Attributes:
+        device: The device that blocks run on.
+        blocks: All streamed blocks.
+        counts: Counters of the last request.
+        transfers: Copies and events.
+    """
+
+    def __init__(self, device: torch.device, slots: int):
+        self.device, self._number = device, slots
+        self.transfers = TRANSFERS[device.type](device)
+        self.blocks: list[StreamedBlock] = []
+        self.counts = StreamCounts()
+        self._slots: list[_Slot] = []
+        self._recording = False
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(self._lengths())
+
+    def _lengths(self) -> list[int]:
+        return [
+            max((block.bytes for block in self.blocks if block.slot == index), default=0)
+            for index in range(self._number)
+        ]
+
+    def add(self, blocks: Sequence[StreamedBlock], *, repeats: bool) -> None:
+        """Adds a model's blocks, and gives each its slot.
+
+        Args:
+            blocks: The streamed blocks, in call order.
+            repeats: Whether the model is called again and again: its first block then follows its last.
+        """
+        for index, block in enumerate(blocks):
+            block.slot = slot_of(index, len(blocks), self._number) if repeats else index % self._number
+        self.blocks += blocks
+
+    # --- lifetime ---
+
+    def open(self) -> None:
+        """Allocates the slots, and the views of every block in its slot."""
+        with torch.inference_mode(False):
+            self._slots = [
+                _Slot(torch.zeros(length, dtype=torch.uint8, device=self.device)) for length in self._lengths()
+            ]
+            for block in self.blocks:
+                block.point(self._slots[block.slot].memory, inside=True)
+        begun = self.transfers.computed()
+        for slot in self._slots:
+            slot.free = begun
+
+    def close(self) -> None:
+        """Releases the slots, after the copies that still run."""
+        if self._slots:
+            self.transfers.compute_after(self.transfers.copied())
+        for block in self.blocks:
+            for tensor in block.tensors:
+                tensor.inside = None
+        self._slots = []
+
+    def forget(self, *, all: bool) -> None:
+        """Regards slots as empty whose weights may have changed in the slabs.
+
+        Args:
+            all: Whether to regard all slots so; otherwise, those whose weights were seen to change.
+        """
+        changed = [slot for slot in self._slots if slot.held is not None and (all or slot.state != slot.held.state())]
+        for slot in changed:
+            slot.held = None
+        if changed or all:
+            # A write on the computing stream comes before the copies that follow.
+            self.transfers.copy_after(self.transfers.computed())
+
+    # --- a block's run ---
+
+    def before(self, block: StreamedBlock) -> None:
+        """Copies a block into its slot unless it is there, and lets the computing stream wait for it."""
+        slot = self._slots[block.slot]
+        if slot.running is not None and slot.running is not block:
+            raise RuntimeError(f"offload: {block.name} was called while {slot.running.name} runs.")
+        if not self._recording:
+            self.counts.ahead += slot.held is block
+            self.counts.late += slot.held is not block
+        self._load(block)
+        if slot.ready is not None:
+            if self._recording or self.device.type != "cuda":
+                self.transfers.compute_after(slot.ready)
+            else:
+                begin = timestamp(self.device)
+                self.transfers.compute_after(slot.ready)
+                self.counts.waits.append((begin, timestamp(self.device)))
+        slot.running = block
+
+    def after(self, block: StreamedBlock) -> None:
+        """Frees a block's slot once the computing stream has come here."""
+        slot = self._slots[block.slot]
+        slot.running = None
+        slot.free = self.transfers.computed()
+
+    def prefetch(self, following: Iterable[StreamedBlock]) -> None:
+        """Copies the blocks that come next, as far as there are slots.
+
+        Args:
+            following: The blocks in the order in which they will run.
+        """
+        claimed = {index for index, slot in enumerate(self._slots) if slot.running is not None}
+        for block in following:
+            if block.slot in claimed:
+                return
+            claimed.add(block.slot)
+            self._load(block)
+            if len(claimed) == len(self._slots):
+                return
+
+    def _load(self, block: StreamedBlock) -> None:
+        """Copies a block into its slot, unless it is there."""
+        slot = self._slots[block.slot]
+        if slot.held is block:
+            return
+        # After a capture no event is left: what was computed until now may have read the slot.
+        self.transfers.copy_after(slot.free if slot.free is not None else self.transfers.computed())
+        # An interrupted copy leaves no block.
+        slot.held, slot.state = None, block.state()
+        for first, source in block.sources:
+            self.transfers.copy(slot.memory[first : first + source.numel()], source)
+        slot.ready = self.transfers.copied()
+        slot.held = block
+        if not self._recording:
+            self.counts.bytes += block.bytes
+
+    # --- CUDA graphs ---
+
+    def recorded(self, modules: Sequence[nn.Module]) -> RecordedCopies:
+        """The copies of a run of blocks that one CUDA graph covers.
+
+        Args:
+            modules: The blocks in the order in which they run; blocks that are not streamed among them.
+        """
+        known = {id(block.module): block for block in self.blocks}
+        return RecordedCopies(self, [known[id(module)] for module in modules if id(module) in known])
+
+
+class RecordedCopies:
+    """The copies of a run of blocks that a CUDA graph records.
+
+    A graph begins with certain blocks in the slots: of each slot, the first block of the run that is in it. `prepare`
+    brings that about before each replay, which costs nothing if the run before has left it so. The graph contains all
+    later copies of the run, and ends with the blocks in the slots that come next.
+
+    Args:
+        stream: The slots.
+        blocks: The streamed blocks of the run, in order.
+    """
+
+    def __init__(self, stream: WeightStream, blocks: Sequence[StreamedBlock]):
+        self._stream = stream
+        self._entry = list({block.slot: block for block in reversed(blocks)}.values())[::-1]
+        self._exit: list[StreamedBlock | None] = []
+        self._bytes = 0
+        self._blocks = list(blocks)
+
+    def prepare(self) -> None:
+        """Brings the slots into the state in which the graph begins."""
+        stream = self._stream
+        for block in self._entry:
+            slot = stream._slots[block.slot]
+            stream.counts.ahead += slot.held is block
+            stream.counts.late += slot.held is not block
+            stream._load(block)
+            if slot.ready is not None:
+                stream.transfers.compute_after(slot.ready)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """A context in which copies and waits become nodes of the graph that is being captured."""
+        stream, transfers = self._stream, self._stream.transfers
+        if not all(block.locked for block in self._blocks):
+            raise RuntimeError("its weights are in pageable host memory")
+        begun, held = transfers.computed(), {block.slot: block for block in self._entry}
+        transfers.copy_after(begun)
+        for index, slot in enumerate(stream._slots):
+            slot.held, slot.ready, slot.free = held.get(index), None, begun
+        stream._recording = True
+        try:
+            yield
+            transfers.compute_after(transfers.copied())
+            self._exit = [slot.held for slot in stream._slots]
+            self._bytes = sum(block.bytes for block in self._blocks)
+        finally:
+            stream._recording = False
+            for slot in stream._slots:
+                # A capture computes nothing, and an interrupted one leaves events that nobody may wait for.
+                slot.held = slot.running = slot.ready = slot.free = None
+
+    def replayed(self) -> None:
+        """Notes the state in which a replay leaves the slots."""
+        stream, done = self._stream, self._stream.transfers.computed()
+        for slot, held in zip(stream._slots, self._exit, strict=True):
+            slot.held, slot.ready, slot.free = held, done, done
+            slot.state = None if held is None else held.state()
+        stream.counts.bytes += self._bytes
+        stream.counts.ahead += max(0, len(self._blocks) - len(self._entry))
