@@ -76,10 +76,10 @@ def predicted_bytes(
         way: One of `ways(vae)`.
         method: The method that is called.
     """
+    kind: Any = type(vae)
     settings = _settings(vae) | _switches(vae, tuple(latent_shape), way, method)
-    return _predicted(
-        type(vae), vae.to_json_string(), tuple(sorted(settings.items())), tuple(latent_shape), dtype, method
-    )
+    attributes = tuple(sorted(settings.items()))
+    return _predicted(kind, vae.to_json_string(), attributes, tuple(latent_shape), dtype, method)
 
 
 def estimate(pipe: Any, latent_shape: tuple[int, int, int]) -> Mapping[str, int]:
@@ -184,8 +184,8 @@ class DecodeChoice:
 
 def _warn_unpredicted(vae: Any, method: Method, error: Exception) -> None:
     warnings.warn(
-        f"accelerate: offload: the memory of {type(vae).__name__}.{method} cannot be predicted ({type(error).__name__}: "
-        f"{error}). It runs as it is set, and vae.enable_tiling() lets it need less.",
+        f"accelerate: offload: the memory of {type(vae).__name__}.{method} cannot be predicted "
+        f"({type(error).__name__}: {error}). It runs as it is set; vae.enable_tiling() would let it need less.",
         stacklevel=3,
     )
 
