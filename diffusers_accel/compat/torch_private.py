@@ -14,7 +14,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import torch._subclasses
 import torch.utils._python_dispatch
 import torch.utils._pytree
 from torch import nn

@@ -304,7 +304,7 @@ def _predicted(
         # Stock code blends a row of pixels at a time: thousands of operators, and bytes of one row.
         if hasattr(vae, name):
             setattr(vae, name, lambda above, tile, extent: tile)
-    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), FakeTensorMode():
+    with torch.device("cpu"), torch.no_grad(), FakeTensorMode():
         known = list(_fake_weights(vae, dtype))
         x = torch.empty(shape, dtype=dtype)
         arguments = [x]
