@@ -430,6 +430,8 @@ def test_estimate():
     found = estimate(pipe, (1, 300, 280))
     expected = {way: predicted_bytes(pipe.vae, (1, 4, 300, 280), torch.float32, way) for way in ("whole", "tiles")}
     assert found == expected and list(found) == ["whole", "tiles"]
+    on_gpu = estimate(pipe, (1, 300, 280), torch.device("cuda"))
+    assert on_gpu == {way: needed + offload_vae.WORKSPACE for way, needed in found.items()}
     # A picture that is no larger than a tile.
     assert list(estimate(pipe, (1, 64, 64))) == ["whole"]
     pipe.vae.enable_tiling()

@@ -82,13 +82,14 @@ def predicted_bytes(
     return _predicted(kind, vae.to_json_string(), attributes, tuple(latent_shape), dtype, method)
 
 
-def estimate(pipe: Any, latent_shape: tuple[int, int, int]) -> Mapping[str, int]:
+def estimate(pipe: Any, latent_shape: tuple[int, int, int], device: torch.device | None = None) -> Mapping[str, int]:
     """The predicted bytes of a request's decode: of every way that needs less than all before it. On a GPU, workspaces
     are included.
 
     Args:
         pipe: A diffusers pipeline.
         latent_shape: (frames, height, width) of the latents of one sample.
+        device: The device that the VAE will run on; `None` for the one that it is on.
 
     Returns:
         Way -> bytes, from the fastest way to the one that needs least. A pipeline without a VAE has `{"whole": 0}`, and
@@ -101,7 +102,7 @@ def estimate(pipe: Any, latent_shape: tuple[int, int, int]) -> Mapping[str, int]
     try:
         shape = _latents(vae, latent_shape)
         for way in ways(vae):
-            needed = predicted_bytes(vae, shape, _dtype(pipe, vae), way) + _workspace(vae)
+            needed = predicted_bytes(vae, shape, _dtype(pipe, vae), way) + _workspace(device or vae.device)
             if not found or needed < min(found.values()):
                 found[way] = needed
     except Exception as error:  # a VAE of another package may raise any
@@ -162,7 +163,7 @@ class DecodeChoice:
         needed: dict[str, int] = {}
         try:
             for way in offered:
-                needed[way] = predicted_bytes(self._vae, x.shape, x.dtype, way, method=method) + _workspace(x)
+                needed[way] = predicted_bytes(self._vae, x.shape, x.dtype, way, method=method) + _workspace(x.device)
                 if needed[way] <= free:
                     return way
         except Exception as error:  # a VAE of another package may raise any
@@ -273,8 +274,8 @@ def _dtype(pipe: Any, vae: Any) -> torch.dtype:
     return torch.float32 if upcast else vae.dtype
 
 
-def _workspace(where: Any) -> int:
-    return WORKSPACE if where.device.type == "cuda" else 0
+def _workspace(device: torch.device) -> int:
+    return WORKSPACE if device.type == "cuda" else 0
 
 
 @lru_cache(maxsize=256)
