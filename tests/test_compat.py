@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import weakref
 from importlib.metadata import version
 from pathlib import Path
 
@@ -469,6 +470,29 @@ def state_dict():
     assert set(saved) == {"0.weight", "0.more"}
     other.load_state_dict(saved)
     assert other[0].weight == 0
+
+
+@check("torch._subclasses.FakeTensorMode", "torch.utils._python_dispatch.TorchDispatchMode")
+def fake_tensors():
+    """A mode sees the operators of tensors without memory, whose storages have a size and an end."""
+    seen = []
+
+    class Mode(of_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with of_torch.FakeTensorMode(), Mode():
+        x = torch.empty(2**40, dtype=torch.float32)
+        y = x + 1
+    assert seen == [torch.ops.aten.empty.memory_format, torch.ops.aten.add.Tensor]
+    assert y.untyped_storage().nbytes() == 2**42
+    storage = weakref.ref(y.untyped_storage())
+    view = y[1:]
+    del y
+    assert storage() is not None
+    del view
+    assert storage() is None
 
 
 @check("torch.nn.Conv2d._conv_forward", "torch.nn.Conv3d._conv_forward")

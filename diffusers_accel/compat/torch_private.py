@@ -42,6 +42,8 @@ NAMES = {
     "torch.UntypedStorage._cdata": "lazy tensors, whose views share memory with them",
     "torch.utils._pytree": "nested arguments and results: graphs, parallelism, lazy tensors, worker processes",
     "torch.utils._python_dispatch.is_traceable_wrapper_subclass": "rewrites, which leave other packages' tensors alone",
+    "torch.utils._python_dispatch.TorchDispatchMode": "offload, which predicts the bytes of a VAE's activations",
+    "torch._subclasses.FakeTensorMode": "offload, which predicts the bytes of a VAE's activations",
     # Modules.
     "torch.nn.Module._parameters": "edits, checkpoints, FSDP, sessions",
     "torch.nn.Module._buffers": "edits, checkpoints, FSDP, sessions, quantized layers",
@@ -133,6 +135,10 @@ storage_identity: Callable[[Any], int] = attrgetter("_cdata")
 pytree = torch.utils._pytree
 # Whether a tensor is of a subclass that holds other tensors and can be traced.
 is_traceable_wrapper_subclass = _bound(torch.utils._python_dispatch, "is_traceable_wrapper_subclass")
+# Context manager, and base class of such: its `__torch_dispatch__` is called for every operator inside.
+TorchDispatchMode: Any = torch.utils._python_dispatch.TorchDispatchMode
+# Context manager: tensors that are made inside have shape, dtype and device, and no memory.
+FakeTensorMode = _bound(torch._subclasses, "FakeTensorMode")
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,447 @@
+"""How the VAE decodes and encodes: whole, or in parts that need less memory, chosen by a prediction of its peak.
+
+The prediction runs the stock code of a copy without memory: its tensors are fake, and a dispatch mode adds up the bytes
+of their storages. It needs no GPU, allocates nothing, and does not touch the VAE. Ways from the fastest to the one that
+needs least:
+
+- `"whole"`: as the VAE is set.
+- `"slices"`: one sample of the batch after another.
+- `"frames"`: the first ones, and videos in pieces of consecutive frames.
+- `"tiles"`: all of these, and pictures in tiles that overlap and are blended.
+
+A VAE whose user has turned tiling on stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ...compat.torch_private import FakeTensorMode, TorchDispatchMode, buffers_of, parameters_of, pytree
+from ...core.edits import SetAttr
+
+# Bytes of cuDNN's workspaces on a GPU, which fake tensors do not have. Assumed, not measured yet: benchmarks/memory.py.
+WORKSPACE = 2**29
+# The way of a VAE whose user has turned tiling on.
+AS_SET = "as set"
+Method = Literal["decode", "encode"]
+
+# Pixels of a tile's side. Smaller tiles show seams.
+_TILE = 512
+# Frames of a piece of a video, and from one piece to the next.
+_FRAMES, _FRAMES_STRIDE = 64, 48
+# Attributes that a VAE with square tiles has, and those of one with a stride for each side.
+_SQUARE = ("tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
+_STRIDED = tuple(f"tile_sample_{kind}_{side}" for kind in ("min", "stride") for side in ("height", "width"))
+_PIECES = ("tile_sample_min_num_frames", "tile_sample_stride_num_frames", "temporal_compression_ratio")
+_GIB = 2**30
+
+
+def ways(vae: Any, batch: int = 1) -> list[str]:
+    """The ways of decoding that a VAE supports, from the fastest to the one that needs least.
+
+    Args:
+        vae: A diffusers VAE.
+        batch: Number of samples in a call.
+    """
+    if getattr(vae, "use_tiling", False):
+        return [AS_SET]
+    found = ["whole"]
+    # With a timestep, stock slicing pairs latents and timesteps wrongly.
+    if batch > 1 and getattr(vae, "use_slicing", None) is False and not vae.config.get("timestep_conditioning"):
+        found.append("slices")
+    if getattr(vae, "use_framewise_decoding", None) is False:
+        found.append("frames")
+    if hasattr(vae, "use_tiling"):
+        found.append("tiles")
+    return found
+
+
+def predicted_bytes(
+    vae: Any, latent_shape: Sequence[int], dtype: torch.dtype, way: str, *, method: Method = "decode"
+) -> int:
+    """The peak bytes of a call's activations, its output included, without its input, weights and workspaces.
+
+    Args:
+        vae: A diffusers VAE, which is read only.
+        latent_shape: Shape of the latents with batch and channels; for `"encode"`, of the pixels.
+        dtype: The dtype that the VAE computes in.
+        way: One of `ways(vae)`.
+        method: The method that is called.
+    """
+    kind: Any = type(vae)
+    settings = _settings(vae) | _switches(vae, tuple(latent_shape), way, method)
+    attributes = tuple(sorted(settings.items()))
+    return _predicted(kind, vae.to_json_string(), attributes, tuple(latent_shape), dtype, method)
+
+
+def estimate(pipe: Any, latent_shape: tuple[int, int, int], device: torch.device | None = None) -> Mapping[str, int]:
+    """The predicted bytes of a request's decode: of every way that needs less than all before it. On a GPU, workspaces
+    are included.
+
+    Args:
+        pipe: A diffusers pipeline.
+        latent_shape: (frames, height, width) of the latents of one sample.
+        device: The device that the VAE will run on; `None` for the one that it is on.
+
+    Returns:
+        Way -> bytes, from the fastest way to the one that needs least. A pipeline without a VAE has `{"whole": 0}`, and
+        so has one whose VAE cannot be predicted, with a warning.
+    """
+    vae = getattr(pipe, "vae", None)
+    if not isinstance(vae, nn.Module) or not hasattr(vae, "decode"):
+        return {"whole": 0}
+    found: dict[str, int] = {}
+    try:
+        shape = _latents(vae, latent_shape)
+        for way in ways(vae):
+            needed = predicted_bytes(vae, shape, _dtype(pipe, vae), way) + _workspace(device or vae.device)
+            if not found or needed < min(found.values()):
+                found[way] = needed
+    except Exception as error:  # a VAE of another package may raise any
+        _warn_unpredicted(vae, "decode", error)
+        return {"whole": 0}
+    return found
+
+
+class DecodeChoice:
+    """The layers around a VAE's `decode` and `encode` that choose a way for each call.
+
+    Args:
+        vae: A diffusers VAE. Its switches are set during a call only.
+        free: Returns the bytes that a call may use, or `None` for no limit. It is called before every call.
+        way: The way of all calls, without a prediction; `None` takes the first one that `free` leaves room for.
+
+    Attributes:
+        taken: Method -> the way of its last call.
+    """
+
+    def __init__(self, vae: Any, free: Callable[[], int | None] | None = None, way: str | None = None):
+        self.taken: dict[Method, str] = {}
+        self._vae, self._free, self._way = vae, free, way
+        self._warned = False
+
+    def around_decode(self, inner: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A layer around `decode`."""
+        return self._call("decode", inner, z, args, kwargs)
+
+    def around_encode(self, inner: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A layer around `encode`."""
+        return self._call("encode", inner, x, args, kwargs)
+
+    def _call(self, method: Method, inner: Callable[..., Any], x: torch.Tensor, args: Any, kwargs: Any) -> Any:
+        way = self._choose(method, x)
+        self.taken[method] = way
+        switches = _switches(self._vae, tuple(x.shape), way, method)
+        edits = [SetAttr(self._vae, name, value) for name, value in switches.items()]
+        try:
+            for edit in edits:
+                edit.apply()
+            return inner(x, *args, **kwargs)
+        finally:
+            for edit in reversed(edits):
+                edit.undo()
+
+    def _choose(self, method: Method, x: torch.Tensor) -> str:
+        """The way of a call."""
+        offered = ways(self._vae, x.shape[0])
+        if self._way is not None:
+            # Of a way that this batch does not have, the one before it.
+            order = ["whole", "slices", "frames", "tiles"]
+            rank = order.index(self._way) if self._way in order else 0
+            return next((way for way in reversed(offered) if way in order[: rank + 1]), offered[0])
+        free = self._free() if self._free is not None else None
+        if free is None or len(offered) == 1:
+            return offered[0]
+        needed: dict[str, int] = {}
+        try:
+            for way in offered:
+                needed[way] = predicted_bytes(self._vae, x.shape, x.dtype, way, method=method) + _workspace(x.device)
+                if needed[way] <= free:
+                    return way
+        except Exception as error:  # a VAE of another package may raise any
+            if not self._warned:
+                self._warned = True
+                _warn_unpredicted(self._vae, method, error)
+            return offered[0]
+        least = min(needed, key=lambda way: needed[way])
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"accelerate: offload: {type(self._vae).__name__}.{method} of {tuple(x.shape)} needs "
+                f"{needed[least] / _GIB:.2f} GiB in its most frugal way ({least!r}), and {free / _GIB:.2f} GiB are "
+                "free. A smaller size, fewer frames, a smaller batch or a larger offload.vram would help.",
+                stacklevel=4,
+            )
+        return least
+
+
+def _warn_unpredicted(vae: Any, method: Method, error: Exception) -> None:
+    warnings.warn(
+        f"accelerate: offload: the memory of {type(vae).__name__}.{method} cannot be predicted "
+        f"({type(error).__name__}: {error}). It runs as it is set; vae.enable_tiling() would let it need less.",
+        stacklevel=3,
+    )
+
+
+# --- the switches ----------------------------------------------------------------------------------------------------
+
+
+def _switches(vae: Any, shape: tuple[int, ...], way: str, method: Method) -> dict[str, Any]:
+    """Attribute of the VAE -> its value during a call."""
+    found: dict[str, Any] = {}
+    if way in ("whole", AS_SET):
+        return found
+    supported = ways(vae, shape[0])
+    if "slices" in supported:
+        found["use_slicing"] = True
+    if way in ("frames", "tiles") and "frames" in supported:
+        # Stock encoders read the switch of decoding, or their own.
+        names = ("use_framewise_decoding", "use_framewise_encoding")
+        found |= {name: True for name in names if hasattr(vae, name)}
+        if _has(vae, _PIECES):
+            found |= dict(zip(_PIECES, (_FRAMES, _FRAMES_STRIDE), strict=False))
+    if way == "tiles":
+        found |= {"use_tiling": True} | _tile_sizes(vae, shape[-2:], method)
+    return found
+
+
+def _has(vae: Any, names: Sequence[str]) -> bool:
+    return all(isinstance(getattr(vae, name, None), int | float) for name in names)
+
+
+def _tile_sizes(vae: Any, sides: Sequence[int], method: Method) -> dict[str, Any]:
+    """The sizes of tiles. A VAE with attributes of its own keeps its sizes."""
+    if _has(vae, _SQUARE):
+        ratio = vae.tile_sample_min_size // vae.tile_latent_min_size
+        tile = _TILE // ratio * ratio
+        stride = _stride(_pixels(sides, ratio, method), tile, ratio)
+        return dict(zip(_SQUARE, (tile, tile // ratio, (tile - stride) / tile), strict=True))
+    if _has(vae, (*_STRIDED, "spatial_compression_ratio")):
+        ratio = vae.spatial_compression_ratio
+        tile = _TILE // ratio * ratio
+        strides = [tile if side <= tile else _stride([side], tile, ratio) for side in _pixels(sides, ratio, method)]
+        return dict(zip(_STRIDED, (tile, tile, *strides), strict=True))
+    return {}
+
+
+def _pixels(sides: Sequence[int], ratio: int, method: Method) -> list[int]:
+    return [side * ratio if method == "decode" else side for side in sides]
+
+
+def _stride(sides: Sequence[int], tile: int, ratio: int) -> int:
+    """Pixels from a tile to the next: at most three quarters of a tile, so that a quarter overlaps. Of a narrow last
+    tile, nearly all pixels would be decoded without context: smaller strides leave at least half a tile there."""
+
+    def last(side: int, stride: int) -> int:
+        return side - (-(-side // stride) - 1) * stride
+
+    strides = [stride for stride in range(ratio, tile * 3 // 4 + 1, ratio) if 2 * stride >= tile]
+    return max(strides, key=lambda stride: (min(tile // 2, *(last(side, stride) for side in sides)), stride))
+
+
+# --- the prediction --------------------------------------------------------------------------------------------------
+
+
+def _settings(vae: Any) -> dict[str, Any]:
+    """The VAE's own plain attributes, which its methods may read: switches and sizes of tiles."""
+    return {
+        name: value
+        for name, value in vars(vae).items()
+        if isinstance(value, bool | int | float) and not name.startswith("_") and name != "training"
+    }
+
+
+def _latents(vae: Any, latent_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """The shape of one sample's latents, with batch and channels."""
+    channels = vae.config.get("latent_channels") or vae.config.get("z_dim")
+    if not isinstance(channels, int):
+        raise ValueError("its configuration has no latent_channels")
+    video = any(isinstance(part, nn.Conv3d) for part in vae.modules())
+    return (1, channels, *(latent_shape if video else latent_shape[1:]))
+
+
+def _dtype(pipe: Any, vae: Any) -> torch.dtype:
+    """The dtype that the pipeline decodes in."""
+    upcast = hasattr(pipe, "upcast_vae") and vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    return torch.float32 if upcast else vae.dtype
+
+
+def _workspace(device: torch.device) -> int:
+    return WORKSPACE if device.type == "cuda" else 0
+
+
+@lru_cache(maxsize=256)
+def _predicted(
+    kind: Any,
+    config: str,
+    settings: tuple[tuple[str, Any], ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    method: Method,
+) -> int:
+    """The peak bytes of a call.
+
+    Args:
+        kind: Class of the VAE.
+        config: Its configuration as JSON.
+        settings: Names and values of attributes that are set.
+        shape: Of the input.
+        dtype: Of weights and input.
+        method: The method that is called.
+    """
+    with torch.device("meta"):
+        vae = kind.from_config(json.loads(config)).eval()
+    for name, value in settings:
+        setattr(vae, name, value)
+    for name in ("blend_v", "blend_h", "blend_t"):
+        # Stock code blends a row of pixels at a time: thousands of operators, and bytes of one row.
+        if hasattr(vae, name):
+            setattr(vae, name, lambda above, tile, extent: tile)
+    with torch.device("cpu"), torch.no_grad(), FakeTensorMode():
+        known = list(_fake_weights(vae, dtype))
+        x = torch.empty(shape, dtype=dtype)
+        arguments = [x]
+        if method == "decode" and vae.config.get("timestep_conditioning"):
+            arguments.append(torch.empty(shape[0], dtype=dtype))
+        counter = LiveBytes([*known, *arguments])
+        for part in ("encoder", "decoder"):
+            if isinstance(getattr(vae, part, None), nn.Module):
+                module = getattr(vae, part)
+                module.forward = _Repeated(module.forward, counter)
+        with counter:
+            getattr(vae, method)(*arguments, return_dict=False)
+    return counter.peak
+
+
+def _fake_weights(module: nn.Module, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+    """Puts fake tensors on the CPU in the place of all parameters and buffers, and returns them."""
+    found = []
+    for part in module.modules():
+        tensors: Any
+        for tensors in (parameters_of(part), buffers_of(part)):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    kept = dtype if tensor.is_floating_point() else tensor.dtype
+                    fake = torch.empty(tensor.shape, dtype=kept)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(fake, requires_grad=False) if is_parameter else fake
+                    found.append(tensors[name])
+    return found
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operators make, until each is freed.
+
+    Args:
+        known: Tensors that are not counted.
+
+    Attributes:
+        live: Bytes that are there now.
+        peak: The most that there were.
+    """
+
+    def __init__(self, known: Sequence[torch.Tensor]):
+        super().__init__()
+        self.live = self.peak = 0
+        # Storages are held, so that no other gets the `id` of one.
+        self._known = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known or key in self._seen:
+            return
+
+        def freed(_: Any) -> None:
+            del self._seen[key]
+            self.live -= size
+
+        self._seen[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+class _Repeated:
+    """A function that runs once for all calls with the same shapes: tiles, and frames of a video.
+
+    A later call takes the same bytes, and its results are new tensors of the same shapes. Lists among the arguments are
+    the caches in which stock decoders keep features of earlier frames.
+
+    Args:
+        function: The function; its results depend on shapes alone.
+        counter: The mode that counts.
+    """
+
+    def __init__(self, function: Callable[..., Any], counter: LiveBytes):
+        self._function, self._counter = function, counter
+        self._calls: dict[Any, tuple[int, Any, list[list[Any]]]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        counter = self._counter
+        lists = [item for item in (*args, *kwargs.values()) if isinstance(item, list)]
+        # Of the function's own input, the memory around it does not matter; caches are freed during a call.
+        key = repr((pytree.tree_map(_strided, (args, sorted(kwargs.items()))), pytree.tree_map(_described, lists)))
+        if key not in self._calls:
+            # Weakly: stock code frees them during the call.
+            before = [
+                [weakref.ref(item) if isinstance(item, torch.Tensor) else None for item in items] for items in lists
+            ]
+            outer, start, counter.peak = counter.peak, counter.live, counter.live
+            out = self._function(*args, **kwargs)
+            needed = counter.peak - start
+            counter.peak = max(outer, counter.peak)
+            after = [
+                [
+                    None if old is not None and item is old() else _described(item)
+                    for item, old in zip(items, olds, strict=True)
+                ]
+                for items, olds in zip(lists, before, strict=True)
+            ]
+            self._calls[key] = (needed, pytree.tree_map(_described, out), after)
+            return out
+        needed, out, after = self._calls[key]
+        counter.peak = max(counter.peak, counter.live + needed)
+        for items, states in zip(lists, after, strict=True):
+            for index, state in enumerate(states):
+                if state is not None:
+                    items[index] = _made(state)
+        return pytree.tree_map(_made, out)
+
+
+def _strided(item: Any) -> Any:
+    return (tuple(item.shape), item.stride(), item.dtype) if isinstance(item, torch.Tensor) else item
+
+
+class _Shape:
+    """The shape of a tensor, and the size of its storage."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.view = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        self.dtype = tensor.dtype
+        self.numel = tensor.untyped_storage().nbytes() // tensor.element_size()
+
+    def __repr__(self) -> str:
+        return f"{self.view} {self.dtype} {self.numel}"
+
+
+def _described(item: Any) -> Any:
+    return _Shape(item) if isinstance(item, torch.Tensor) else item
+
+
+def _made(item: Any) -> Any:
+    return torch.empty(item.numel, dtype=item.dtype).as_strided(*item.view) if isinstance(item, _Shape) else item
