@@ -318,6 +318,8 @@ def _offload_counts(context: PipelineContext) -> dict[str, Any]:
         found |= {"bytes": counts.bytes, "ahead": counts.ahead, "late": counts.late, "waited": counts.seconds_waited}
     if prompts is not None:
         found["prompts"] = prompts.hits
+    if context.outputs.vae_choice is not None:
+        found |= {f"vae {method}": way for method, way in context.outputs.vae_choice.taken.items()}
     if found and context.device.type == "cuda":
         found["peak"] = torch.cuda.max_memory_allocated(context.home)
     return found

@@ -85,7 +85,8 @@ class Stats:
         modulations_recomputed: Number of these layers' products that were computed again, since their input differed.
         offload: With offloading: `bytes` of weights that were copied to the GPU; blocks that were copied `ahead` of
             their turn, and those that came `late`; seconds that computation `waited` for copies in calls without CUDA
-            graphs; `prompts` whose embeddings were known; `peak`, the most bytes of GPU memory that the process has
+            graphs; `prompts` whose embeddings were known; `vae decode` and `vae encode`, the ways that the
+            VAE took; `peak`, the most bytes of GPU memory that the process has
             used since it last reset `torch.cuda.max_memory_allocated`.
     """
 
@@ -149,6 +150,9 @@ class Stats:
             rows.append(["offload", text + waited])
         if "peak" in found:
             rows.append(["  GPU memory", f"{found['peak'] / 2**30:.2f} GiB at most"])
+        ways = [f"{method.removeprefix('vae ')} {way}" for method, way in found.items() if method.startswith("vae ")]
+        if ways:
+            rows.append(["  VAE", ", ".join(ways)])
         if found.get("prompts"):
             rows.append(["  prompts", f"{found['prompts']} known, encoded before"])
         return rows

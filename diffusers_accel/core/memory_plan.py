@@ -308,15 +308,16 @@ def _plan_level(
     ways = list(work.vae)
     # Of a level that is asked for without a budget, the VAE takes the way that needs least.
     allowed = ways[:1] if level == 0 else ways if budget is not None else ways[-1:]
-    plans = []
+    plans: list[MemoryPlan] = []
     for way in allowed:
         for number in (slots,) if slots is not None else SLOTS:
             plans += _placements(level, models, work, link, budget, number, way)
             if level < 2:
                 break
-        fitting = [each for each in plans if budget is None or each.peak <= budget]
-        if fitting:
-            return min(fitting, key=lambda each: (round(_seconds(each), 6), each.peak))
+    fitting = [each for each in plans if budget is None or each.peak <= budget]
+    if fitting:
+        # A way of decoding that needs less leaves memory for blocks, which are copied at every step.
+        return min(fitting, key=lambda each: (round(_seconds(each), 4), ways.index(each.vae), each.peak))
     return min(plans, key=lambda each: each.peak)
 
 

@@ -119,6 +119,7 @@ class FeatureOutputs:
             rank's device, so that a move to another device does not resolve the configuration again.
         weight_stream: From `offload` to `cuda_graph` and `stats`. The slots through which blocks are streamed.
         prompts: From `offload` to `stats`. An object with the `hits` of the last request.
+        vae_choice: From `offload` to `stats`. An object with `taken`: method of the VAE -> its way in the last call.
         sharded_bytes: From `fsdp` to `stats`. Component -> bytes of its blocks' weights on this rank.
         graphs: From `cuda_graph` to `stats`. Objects with `captured`, and with `replays` of the last request.
         modulations: From `compile` to `stats`. Objects with the number of `layers`, and with `missed` of the last
@@ -136,6 +137,7 @@ class FeatureOutputs:
     rank_device: bool = False
     weight_stream: WeightStream | None = None
     prompts: Any = None
+    vae_choice: Any = None
     sharded_bytes: dict[str, int] = field(default_factory=dict)
     graphs: list[Any] = field(default_factory=list)
     modulations: list[Any] = field(default_factory=list)

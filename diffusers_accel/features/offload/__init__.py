@@ -5,6 +5,7 @@ how many slots, where text encoders run, how the VAE decodes. `core/streaming.py
 
 - `models.py`: the pipeline's models, their blocks and their bytes.
 - `estimates.py`: the bytes of activations and the seconds of blocks, before a request runs.
+- `vae.py`: how the VAE decodes and encodes.
 - `prompts.py`: embeddings of prompts that were seen before.
 - `taken_over.py`: diffusers' own offloading, which ends where this one begins.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,7 +28,7 @@ from ...config import OffloadConfig
 from ...config.offload import AUTO, bytes_of
 from ...core.edits import AddLayer, Edit
 from ...core.host_memory import available_bytes
-from ...core.memory_plan import ENCODER_SLOTS, MemoryPlan, ModelPlan, least_budget, plan_memory
+from ...core.memory_plan import ENCODER_SLOTS, MemoryPlan, ModelPlan, ModelSizes, Work, least_budget, plan_memory
 from ...core.streaming import (
     TRANSFERS,
     MoveWeight,
@@ -41,9 +43,10 @@ from ...core.streaming import (
 from ...errors import Unsupported
 from ..context import PipelineContext
 from ..feature import Plan
-from .estimates import block_seconds, work
+from .estimates import block_seconds, largest_request, latent_shape, work
 from .models import Model, models_of
 from .prompts import PromptCache
+from .vae import DecodeChoice, estimate
 
 _FEATURE = "offload"
 # inductor's modes that record graphs of their own.
@@ -67,7 +70,7 @@ def check(context: PipelineContext, config: OffloadConfig) -> Plan:
         formats |= plan.formats
     models = models_of(context, formats, _mapped(context, config))
     found = _plan(context, config, models, formats)
-    notes = [*_model_notes(found), *_peak_notes(found, config), *_step_notes(found)]
+    notes = [*_model_notes(found), *_vae_notes(found), *_peak_notes(found, config), *_step_notes(found)]
     left = _host_left(found, config)
     streamed = [each for each in found.models if each.streamed]
     action = f"level {found.level}" + (
@@ -126,6 +129,7 @@ def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
     for model, _, blocks in streamed:
         if model.role != "denoiser":
             yield from _encoder_edits(context, model, blocks, device)
+    yield from _vae_edits(context, config, plan, models)
     cached = bytes_of(config.prompt_cache)
     if cached and hasattr(context.pipe, "encode_prompt"):
         prompts = PromptCache(context, cached)
@@ -145,6 +149,34 @@ def _encoder_edits(
     yield AddLayer(model.module, context.rank("offload model"), added.around_model)
     for block in added.blocks:
         yield AddLayer(block.module, context.rank("offload block"), added.around_block(block))
+
+
+def _vae_edits(
+    context: PipelineContext, config: OffloadConfig, plan: MemoryPlan, models: list[Model]
+) -> Iterator[Edit]:
+    """The layers that choose how the VAE decodes and encodes: by what is free, or, without a budget, as planned."""
+    vae = getattr(context.pipe, "vae", None)
+    if plan.level == 0 or not _cuts_vae(context) or "vae" in context.shared:
+        return
+    budget, device = _budget(context, config, models), context.home
+
+    def free() -> int | None:
+        if budget is None:
+            return None
+        return budget - (torch.cuda.memory_allocated(device) if device.type == "cuda" else plan.resident_bytes)
+
+    choice = DecodeChoice(vae, free, None if budget is not None else plan.vae)
+    context.outputs.vae_choice = choice
+    for method, layer in (("decode", choice.around_decode), ("encode", choice.around_encode)):
+        if hasattr(vae, method):
+            yield AddLayer(vae, context.rank("offload model"), layer, method)
+
+
+def _cuts_vae(context: PipelineContext) -> bool:
+    """Whether this feature decides how the VAE decodes: there is one, and no ranks share it."""
+    parallel = context.config.parallel if context.config is not None else None
+    vae = getattr(context.pipe, "vae", None)
+    return isinstance(vae, nn.Module) and hasattr(vae, "decode") and not (parallel is not None and parallel.vae)
 
 
 def _request_hook(stream: WeightStream, models: list[StreamedModel]) -> Callable[[Any], None]:
@@ -233,7 +265,7 @@ def _plan(
         sizes.append(each if may_stream else _fixed(each))
     budget = _budget(context, config, models)
     slots = None if config.prefetch is None else config.prefetch + 1
-    found = plan_memory(sizes, work(context), _link(context), budget=budget, level=config.level, slots=slots)
+    found = plan_memory(sizes, _work(context), _link(context), budget=budget, level=config.level, slots=slots)
     if budget is not None and found.peak > budget:
         least = least_budget(found, slots) if config.level in (None, 3) and stages is None else found.peak
         raise Unsupported(
@@ -246,10 +278,15 @@ def _plan(
     return found
 
 
-def _fixed(sizes: Any) -> Any:
-    """The sizes of a model that stays on the GPU."""
-    from dataclasses import replace
+def _work(context: PipelineContext) -> Work:
+    """The bytes of activations in each stage."""
+    latents = latent_shape(context, largest_request(context))
+    vae = estimate(context.pipe, latents, context.home) if _cuts_vae(context) else {"whole": 0}
+    return replace(work(context), vae=vae)
 
+
+def _fixed(sizes: ModelSizes) -> ModelSizes:
+    """The sizes of a model that stays on the GPU."""
     return replace(sizes, role="other")
 
 
@@ -386,6 +423,12 @@ def _model_notes(plan: MemoryPlan) -> Iterator[str]:
         yield f"{plan.slots} slots of blocks take {_gib(plan.slot_bytes)}."
     if plan.host_bytes:
         yield f"Page-locked host memory: {_gib(plan.host_bytes)}."
+
+
+def _vae_notes(plan: MemoryPlan) -> Iterator[str]:
+    if plan.level and any(model.sizes.role == "vae" for model in plan.models):
+        ways = ", ".join(f"{way} {_gib(size)}" for way, size in plan.work.vae.items())
+        yield f"The VAE decodes {plan.vae!r} at the planned size ({ways})."
 
 
 def _peak_notes(plan: MemoryPlan, config: OffloadConfig) -> Iterator[str]:
