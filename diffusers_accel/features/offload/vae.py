@@ -101,8 +101,9 @@ def estimate(pipe: Any, latent_shape: tuple[int, int, int], device: torch.device
     found: dict[str, int] = {}
     try:
         shape = _latents(vae, latent_shape)
+        place: Any = device or vae.device
         for way in ways(vae):
-            needed = predicted_bytes(vae, shape, _dtype(pipe, vae), way) + _workspace(device or vae.device)
+            needed = predicted_bytes(vae, shape, _dtype(pipe, vae), way) + _workspace(place)
             if not found or needed < min(found.values()):
                 found[way] = needed
     except Exception as error:  # a VAE of another package may raise any
