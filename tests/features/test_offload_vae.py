@@ -60,8 +60,6 @@ SIDES = ("height", "width")
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(offload_vae, "_TILE", 64)
-    monkeypatch.setattr(offload_vae, "_FRAMES", 16)
-    monkeypatch.setattr(offload_vae, "_FRAMES_STRIDE", 12)
 
 
 def on_meta(name):
@@ -218,9 +216,9 @@ def test_equal_questions_are_answered_once(monkeypatch):
 def test_ways():
     flux, ltx2 = build("flux").vae, build("ltx2").vae
     assert ways(flux) == ["whole", "tiles"] and ways(flux, 2) == ["whole", "slices", "tiles"]
-    assert ways(ltx2, 2) == ["whole", "slices", "frames", "tiles"]
+    assert ways(ltx2, 2) == ["whole", "slices", "tiles"]
     ltx2.register_to_config(timestep_conditioning=True)
-    assert ways(ltx2, 2) == ["whole", "frames", "tiles"]
+    assert ways(ltx2, 2) == ["whole", "tiles"]
     flux.enable_slicing()
     assert ways(flux, 2) == ["whole", "tiles"]
     flux.enable_tiling()
@@ -281,10 +279,7 @@ def test_parts_decode_nearly_the_same(name, small_tiles):
         for way in ways(vae, shape[0])[1:]:
             found = DecodeChoice(vae, way=way).around_decode(vae.decode, z, return_dict=False)[0]
             assert found.shape == whole.shape
-            # Of stock pieces of frames, all but the first are one frame late.
-            same = slice(12) if "frames" in ways(vae) else slice(None)
-            pair = [found[:, :, same].flatten(), whole[:, :, same].flatten()]
-            common = torch.corrcoef(torch.stack(pair))[0, 1]
+            common = torch.corrcoef(torch.stack([found.flatten(), whole.flatten()]))[0, 1]
             assert common > (0.5 if way == "tiles" else 0.9), (way, common)
 
 
@@ -295,14 +290,6 @@ def test_sides_with_strides_of_their_own():
     DecodeChoice(vae, way="tiles").around_decode(decode, torch.zeros(1, 16, 1, 60, 104))
     height, width, down, right = calls[0].values()
     assert height == width == 512 and down >= 480 and 832 / 3 <= right <= 384
-
-
-def test_pieces_of_frames_overlap_by_a_quarter():
-    vae = build("ltx2").vae
-    decode, calls = recorded(vae, ["tile_sample_min_num_frames", "tile_sample_stride_num_frames", "use_tiling"])
-    DecodeChoice(vae, way="frames").around_decode(decode, torch.zeros(1, 4, 80, 8, 8))
-    length, stride, tiled = calls[0].values()
-    assert stride == 0.75 * length and not tiled
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -439,7 +426,6 @@ def test_estimate():
     video = build("ltx2")
     found = estimate(video, (80, 16, 16))
     assert found["whole"] == predicted_bytes(video.vae, (1, 4, 80, 16, 16), torch.float32, "whole")
-    assert found["frames"] < found["whole"]
     pipe.vae = None
     assert estimate(pipe, (1, 8, 8)) == {"whole": 0}
 

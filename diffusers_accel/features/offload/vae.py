@@ -6,8 +6,10 @@ needs least:
 
 - `"whole"`: as the VAE is set.
 - `"slices"`: one sample of the batch after another.
-- `"frames"`: the first ones, and videos in pieces of consecutive frames.
-- `"tiles"`: all of these, and pictures in tiles that overlap and are blended.
+- `"tiles"`: the same, and pictures in tiles that overlap and are blended.
+
+Pieces of consecutive frames (`use_framewise_decoding` of LTX-2) are no way: from the second piece on, stock code shows
+every frame one frame late.
 
 A VAE whose user has turned tiling on stays as it is.
 """
@@ -35,12 +37,9 @@ Method = Literal["decode", "encode"]
 
 # Pixels of a tile's side. Smaller tiles show seams.
 _TILE = 512
-# Frames of a piece of a video, and from one piece to the next.
-_FRAMES, _FRAMES_STRIDE = 64, 48
 # Attributes that a VAE with square tiles has, and those of one with a stride for each side.
 _SQUARE = ("tile_sample_min_size", "tile_latent_min_size", "tile_overlap_factor")
 _STRIDED = tuple(f"tile_sample_{kind}_{side}" for kind in ("min", "stride") for side in ("height", "width"))
-_PIECES = ("tile_sample_min_num_frames", "tile_sample_stride_num_frames", "temporal_compression_ratio")
 _GIB = 2**30
 
 
@@ -57,8 +56,6 @@ def ways(vae: Any, batch: int = 1) -> list[str]:
     # With a timestep, stock slicing pairs latents and timesteps wrongly.
     if batch > 1 and getattr(vae, "use_slicing", None) is False and not vae.config.get("timestep_conditioning"):
         found.append("slices")
-    if getattr(vae, "use_framewise_decoding", None) is False:
-        found.append("frames")
     if hasattr(vae, "use_tiling"):
         found.append("tiles")
     return found
@@ -155,7 +152,7 @@ class DecodeChoice:
         offered = ways(self._vae, x.shape[0])
         if self._way is not None:
             # Of a way that this batch does not have, the one before it.
-            order = ["whole", "slices", "frames", "tiles"]
+            order = ["whole", "slices", "tiles"]
             rank = order.index(self._way) if self._way in order else 0
             return next((way for way in reversed(offered) if way in order[: rank + 1]), offered[0])
         free = self._free() if self._free is not None else None
@@ -200,15 +197,8 @@ def _switches(vae: Any, shape: tuple[int, ...], way: str, method: Method) -> dic
     found: dict[str, Any] = {}
     if way in ("whole", AS_SET):
         return found
-    supported = ways(vae, shape[0])
-    if "slices" in supported:
+    if "slices" in ways(vae, shape[0]):
         found["use_slicing"] = True
-    if way in ("frames", "tiles") and "frames" in supported:
-        # Stock encoders read the switch of decoding, or their own.
-        names = ("use_framewise_decoding", "use_framewise_encoding")
-        found |= {name: True for name in names if hasattr(vae, name)}
-        if _has(vae, _PIECES):
-            found |= dict(zip(_PIECES, (_FRAMES, _FRAMES_STRIDE), strict=False))
     if way == "tiles":
         found |= {"use_tiling": True} | _tile_sizes(vae, shape[-2:], method)
     return found
