@@ -210,24 +210,29 @@ def build(model: Model, layers: int | None = None) -> Any:
 
 def build_on_host(model: Model, layers: int | None = None) -> Any:
     """The same, with weights in the host's memory, where random numbers for all would take minutes."""
+    changed = {"num_layers": layers} if layers else {}
+    return pipeline(model, on_host(lambda: getattr(diffusers, model.denoiser)(**{**model.config, **changed})))
+
+
+def on_host(make: Callable[[], Any], dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A model whose weights repeat some random numbers, in the host's memory."""
     from accelerate import init_empty_weights
 
-    torch.manual_seed(0)
-    changed = {"num_layers": layers} if layers else {}
+    generator = torch.Generator().manual_seed(0)
     with init_empty_weights():  # buffers are computed, since a model keeps tables there
-        denoiser = getattr(diffusers, model.denoiser)(**{**model.config, **changed})
-    some = (torch.randn(2**24) * 0.02).to(torch.bfloat16)
-    for module in denoiser.modules():
+        model = make()
+    some = (torch.randn(2**24, generator=generator) * 0.02).to(dtype)
+    for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             count = parameter.numel()
-            weight = torch.empty(count, dtype=torch.bfloat16)
+            weight = torch.empty(count, dtype=dtype)
             for first in range(0, count, len(some)):
                 part = weight[first : first + len(some)]
                 part.copy_(some[: len(part)])
             if parameter.ndim == 1 and name == "weight":
                 weight.add_(1)
-            module.register_parameter(name, torch.nn.Parameter(weight.view(parameter.shape)))
-    return pipeline(model, denoiser)
+            module.register_parameter(name, torch.nn.Parameter(weight.view(parameter.shape), requires_grad=False))
+    return model.eval()
 
 
 def pipeline(model: Model, denoiser: Any) -> Any:

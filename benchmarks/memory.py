@@ -1,46 +1,57 @@
 """What a budget of GPU memory costs: denoisers at their real shapes whose blocks are streamed from host memory.
 
-Each row is a process of its own, whose share of the GPU is limited to the budget
-(`torch.cuda.set_per_process_memory_fraction`). A row times a forward with all weights on the GPU, then the same
+Each part is a process of its own. A denoiser's part times a forward with all weights on the GPU, then the same
 configuration with `offload=`, with the weights on the host beforehand, and compares the two results bit for bit. The
-speed of copies to the GPU, and the time to touch and page-lock memory, are measured in the same process. `--row group`
-measures diffusers' group offloading of FLUX.1 with a stream.
+process's share of the GPU is then limited to the row's budget (`torch.cuda.set_per_process_memory_fraction`). The speed
+of copies to the GPU, and the time to touch and page-lock memory, are measured in the same process.
 
-    python benchmarks/memory.py                       # all rows; memory.json
-    python benchmarks/memory.py --row flux-bf16       # memory-flux-bf16.json
+Other parts: diffusers' group offloading of FLUX.1 with a stream (`group`), predicted and measured peaks of VAEs
+(`vae`), and FLUX.1's whole pipeline within 12 GiB (`pipeline`).
+
+    python benchmarks/memory.py                 # all parts; memory.json
+    python benchmarks/memory.py --part flux     # memory-flux.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import measure
 import torch
-from denoisers import MODELS, build_on_host, inputs
+from denoisers import MODELS, build_on_host, inputs, on_host
 
 from diffusers_accel import accelerate, explain, restore, stats
 from diffusers_accel.core.host_memory import LockedBuffer
 
-_LOSSLESS: dict[str, Any] = {"attention": "auto", "compile": True, "cuda_graph": True}
-_FP8: dict[str, Any] = {**_LOSSLESS, "linear": {"algo": "fp8", "keep_original": "drop"}}
-_NVFP4: dict[str, Any] = {**_LOSSLESS, "linear": {"algo": "nvfp4", "keep_original": "drop"}}
-# Row -> shape, sections, offload, share of the GPU in bytes, forwards.
-ROWS: dict[str, tuple[str, dict[str, Any], Any, int | None, int]] = {
-    "flux-bf16": ("flux", _LOSSLESS, {"level": 3}, None, 12),
-    "flux-fp8": ("flux", _FP8, {"level": 3}, None, 16),
-    "flux-fp8-8GiB": ("flux", _FP8, "8GiB", 8 * 2**30, 16),
-    "flux-nvfp4-4GiB": ("flux", _NVFP4, "4GiB", 4 * 2**30, 16),
-    "qwen-16GiB": ("qwen", _LOSSLESS, "16GiB", 16 * 2**30, 8),
-    "wan-14b-bf16": ("wan-14b", _LOSSLESS, {"level": 3, "prefetch": 1}, None, 3),
-    "wan-14b-fp8": ("wan-14b", _FP8, {"level": 3, "prefetch": 1}, None, 3),
+_BF16: dict[str, Any] = {"attention": "auto", "compile": True, "cuda_graph": True}
+# Format of linear layers -> sections.
+FORMATS: dict[str, dict[str, Any]] = {
+    "bf16": _BF16,
+    "fp8": {**_BF16, "linear": "fp8"},
+    "nvfp4": {**_BF16, "linear": "nvfp4"},
 }
+# Model -> forwards to time, and (format, offload, share of the GPU in bytes) of each row.
+ROWS: dict[str, tuple[int, list[tuple[str, Any, int | None]]]] = {
+    "flux": (
+        16,
+        [
+            ("bf16", {"level": 3}, None),
+            ("fp8", {"level": 3}, None),
+            ("fp8", "8GiB", 8 * 2**30),
+            ("nvfp4", "4GiB", 4 * 2**30),
+        ],
+    ),
+    "qwen": (10, [("bf16", "16GiB", 16 * 2**30)]),
+    "wan-14b": (2, [("bf16", {"level": 3, "prefetch": 1}, None), ("fp8", {"level": 3, "prefetch": 1}, None)]),
+}
+PARTS = (*ROWS, "group", "vae", "pipeline")
 
 
 def host_link() -> float:
@@ -61,9 +72,16 @@ def locking() -> float:
     return 4 * 2**30 / (time.perf_counter() - begin) / 1e9
 
 
+def limit(share: int | None) -> None:
+    """Limits the process to so many bytes of the GPU; `None` for all."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if share is None else share / total)
+
+
 def step(pipe: Any, given: dict[str, Any], count: int, copied: Any = lambda: 0) -> tuple[Any, ...]:
     """Milliseconds of one of several forwards in a row, the result, the peak of allocated bytes, and bytes copied."""
-
     pipe.scheduler.set_timesteps(28, device="cuda")
     makes_its_own = given["timestep"].is_floating_point() and given["timestep"].numel() == 1
     steps = [item.expand(1).to(given["timestep"].dtype) / 1000 for item in pipe.scheduler.timesteps]
@@ -75,66 +93,78 @@ def step(pipe: Any, given: dict[str, Any], count: int, copied: Any = lambda: 0) 
         with torch.no_grad():
             return pipe.transformer(**{**given, **timestep}, return_dict=False)[0]
 
-    for index in range(4):
+    warm = 3 if count < 4 else 4
+    torch.cuda.reset_peak_memory_stats()
+    for index in range(warm):
         result = forward(index).clone()
     measure.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     before, begin = copied(), time.perf_counter()
     for index in range(count):
-        forward(4 + index)
+        forward(warm + index)
     measure.synchronize()
     milliseconds = 1000 * (time.perf_counter() - begin) / count
     return milliseconds, result, torch.cuda.max_memory_allocated(), (copied() - before) / count
 
 
-def row(name: str) -> dict[str, Any]:
-    """The figures of one row."""
-    shape, sections, offload, share, count = ROWS[name]
-    model = MODELS[shape]
-    found: dict[str, Any] = {"work": model.work, "sections": str(sections), "offload": str(offload)}
-    found["link, GB/s"] = round(host_link(), 1)
+def denoiser(name: str) -> dict[str, Any]:
+    """The rows of a denoiser."""
+    count, rows = ROWS[name]
+    model = MODELS[name]
+    found: dict[str, Any] = {"work": model.work, "link, GB/s": round(host_link(), 1)}
     found["touching and locking, GB/s"] = round(locking(), 2)
-    torch.cuda.empty_cache()
+    limit(None)
     pipe = build_on_host(model)
-    weights = sum(item.numel() * item.element_size() for item in pipe.transformer.parameters())
+    parameters = list(pipe.transformer.parameters())
+    weights = sum(item.numel() * item.element_size() for item in parameters)
     found["weights, GB"] = round(weights / 1e9, 2)
-    given = inputs(model, pipe)
-    on_host = pipe.transformer
-    pipe.transformer.to("cuda")
-    keep = {**sections}
-    if "linear" in keep:
-        keep["linear"] = {**keep["linear"], "keep_original": "cpu"}
-    accelerate(pipe, **keep)
-    resident, expected, peak, _ = step(pipe, given, count)
-    found["resident graphs, replays"] = [stats(pipe).graphs_captured, stats(pipe).graph_replays]
-    found["resident, ms"], found["resident peak, GiB"] = round(resident, 2), round(peak / 2**30, 2)
-    restore(pipe)
-    on_host.to("cpu")
-    torch.cuda.empty_cache()
-    if share is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(share / total)
-    print(explain(pipe, **sections, offload=offload), flush=True)
-    begin = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        accelerate(pipe, **sections, offload=offload)
-    found["enabling, s"] = round(time.perf_counter() - begin, 2)
-    streamed, result, peak, calls = step(pipe, given, count, lambda: stats(pipe).offload["bytes"])
-    found["streamed, ms"], found["peak, GiB"] = round(streamed, 2), round(peak / 2**30, 2)
-    found["peak reserved, GiB"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-    statistics = stats(pipe)
-    found["stats"] = {
-        **statistics.offload, "graphs": statistics.graphs_captured, "replays": statistics.graph_replays,
-        "modulations": [statistics.modulations_precomputed, statistics.modulations_recomputed],
-    }  # fmt: skip
-    found["copied a step, GB"] = round(calls / 1e9, 2)
-    found["copies, ms"] = round(calls / found["link, GB/s"] / 1e6, 1)
-    bound = max(found["copies, ms"], resident)
-    found["over the larger of copies and resident"] = round(streamed / bound, 3)
-    found["over resident"] = round(streamed / resident, 3)
-    found["over all bytes by link"] = round(streamed / (weights / found["link, GB/s"] / 1e6), 3)
-    found["equal to resident, bit for bit"] = bool(torch.equal(result, expected))
+    given, host = inputs(model, pipe), [item.data for item in parameters]
+    resident: dict[str, tuple[float, torch.Tensor]] = {}
+    for kind, offload, share in rows:
+        if kind not in resident:
+            for item in parameters:
+                item.data = item.data.cuda()
+            buffers = list(pipe.transformer.buffers())
+            pipe.transformer.to("cuda")
+            accelerate(pipe, **FORMATS[kind])
+            milliseconds, result, peak, _ = step(pipe, given, count)
+            resident[kind] = (milliseconds, result)
+            found[f"{kind}, resident"] = {
+                "ms": round(milliseconds, 2), "peak, GiB": round(peak / 2**30, 2),
+                "graphs, replays": [stats(pipe).graphs_captured, stats(pipe).graph_replays],
+            }  # fmt: skip
+            restore(pipe)
+            for item, data in zip(parameters, host, strict=True):
+                item.data = data
+            del buffers
+            pipe.transformer.to("cpu")
+        limit(share)
+        row: dict[str, Any] = {"on the GPU before, MiB": round(torch.cuda.memory_allocated() / 2**20)}
+        try:
+            (plan,) = (
+                each for each in explain(pipe, **FORMATS[kind], offload=offload).rows if each.feature == "offload"
+            )
+            row["plan"] = [plan.action, *plan.notes]
+            begin = time.perf_counter()
+            accelerate(pipe, **FORMATS[kind], offload=offload)
+            row["enabling, s"] = round(time.perf_counter() - begin, 2)
+            milliseconds, result, peak, copied = step(pipe, given, count, lambda: stats(pipe).offload["bytes"])
+            statistics = stats(pipe)
+            copies = copied / found["link, GB/s"] / 1e6
+            row |= {
+                "ms": round(milliseconds, 2), "copied, GB": round(copied / 1e9, 2), "copies, ms": round(copies, 1),
+                "over the larger of copies and resident": round(milliseconds / max(copies, resident[kind][0]), 3),
+                "over resident": round(milliseconds / resident[kind][0], 3), "peak, GiB": round(peak / 2**30, 2),
+                "peak reserved, GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+                "equal to resident, bit for bit": bool(torch.equal(result, resident[kind][1])),
+                "graphs, replays": [statistics.graphs_captured, statistics.graph_replays],
+                "modulations": [statistics.modulations_precomputed, statistics.modulations_recomputed],
+                "blocks ahead, late": [statistics.offload["ahead"], statistics.offload["late"]],
+            }  # fmt: skip
+            restore(pipe)
+        except Exception as error:  # the other rows are of interest too
+            row["failed"] = f"{type(error).__name__}: {error}"[:600]
+        found[f"{kind}, {offload}"] = row
+        print(json.dumps({f"{kind}, {offload}": row}), flush=True)
     return found
 
 
@@ -151,32 +181,137 @@ def group() -> dict[str, Any]:
             num_blocks_per_group=1, use_stream=True, record_stream=record,
         )  # fmt: skip
         enabling = time.perf_counter() - begin
-        streamed, _, peak, _ = step(pipe, given, 6)
+        milliseconds, _, peak, _ = step(pipe, given, 6)
         found[f"record_stream={record}"] = {
-            "enabling, s": round(enabling, 2), "streamed, ms": round(streamed, 2), "peak, GiB": round(peak / 2**30, 2),
+            "enabling, s": round(enabling, 2), "ms": round(milliseconds, 2), "peak, GiB": round(peak / 2**30, 2),
         }  # fmt: skip
         del pipe
+    return found
+
+
+# VAE -> class, configuration, and (shape of the latents, way) of each decode.
+VAES: dict[str, tuple[str, dict[str, Any], list[tuple[tuple[int, ...], str]]]] = {
+    "FLUX.1": ("AutoencoderKL", "flux", [((1, 16, 128, 128), "whole"), ((1, 16, 128, 128), "tiles"),
+                                         ((1, 16, 256, 256), "whole"), ((1, 16, 256, 256), "tiles")]),
+    "Qwen-Image": ("AutoencoderKLQwenImage", {}, [((1, 16, 1, 166, 166), "whole"), ((1, 16, 1, 166, 166), "tiles")]),
+    "Wan2.1": ("AutoencoderKLWan", {}, [((1, 16, 21, 60, 104), "whole"), ((1, 16, 21, 60, 104), "tiles")]),
+    "LTX-2": ("AutoencoderKLLTX2Video", {}, [((1, 128, 16, 16, 24), "whole"), ((1, 128, 16, 16, 24), "tiles")]),
+}  # type: ignore[dict-item]  # fmt: skip
+
+
+def vae() -> dict[str, Any]:
+    """Predicted and measured peaks of decoding, in GiB, beside weights and latents."""
+    import diffusers
+    from flux import VAE
+
+    from diffusers_accel.features.offload.vae import DecodeChoice, predicted_bytes
+
+    found: dict[str, Any] = {}
+    for name, (kind, config, calls) in VAES.items():
+        settings = VAE if config == "flux" else config
+        model = on_host(lambda kind=kind, settings=settings: getattr(diffusers, kind)(**settings))
+        model.to("cuda")
+        for shape, way in calls:
+            z = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+            choice = DecodeChoice(model, way=way)
+            with torch.no_grad():
+                begin = time.perf_counter()
+                choice.around_decode(model.decode, z)
+                measure.synchronize()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                begin = time.perf_counter()
+                choice.around_decode(model.decode, z)
+                measure.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
+            predicted = predicted_bytes(model, shape, torch.bfloat16, way)
+            found[f"{name}, {shape}, {way}"] = {
+                "measured": round(peak / 2**30, 3), "predicted without workspaces": round(predicted / 2**30, 3),
+                "ratio": round(peak / predicted, 3), "seconds": round(time.perf_counter() - begin, 3),
+                "reserved": round((torch.cuda.max_memory_reserved() - before) / 2**30, 3),
+            }  # fmt: skip
+            print(name, shape, way, found[f"{name}, {shape}, {way}"], flush=True)
+        del model
+        torch.cuda.empty_cache()
+    return found
+
+
+def pipeline() -> dict[str, Any]:
+    """FLUX.1's whole pipeline within 12 GiB, from the host: text encoders, denoiser and VAE at their real shapes."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import diffusers
+    from flux import SCHEDULER, TRANSFORMER, VAE
+    from tiny.components import clip_tokenizer, t5_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    t5 = T5Config(
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    pipe = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=on_host(lambda: diffusers.AutoencoderKL(**VAE)),
+        text_encoder=on_host(lambda: CLIPTextModel(clip)),
+        tokenizer=clip_tokenizer(77),
+        text_encoder_2=on_host(lambda: T5EncoderModel(t5)),
+        tokenizer_2=t5_tokenizer(512),
+        transformer=on_host(lambda: diffusers.FluxTransformer2DModel(**TRANSFORMER)),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    limit(12 * 2**30)
+    print(explain(pipe, **_BF16, offload="12GiB"), flush=True)
+    found: dict[str, Any] = {}
+    begin = time.perf_counter()
+    accelerate(pipe, **_BF16, offload="12GiB")
+    found["enabling, s"] = round(time.perf_counter() - begin, 2)
+    encode = pipe.encode_prompt
+    spent: list[float] = []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        measure.synchronize()
+        start = time.perf_counter()
+        result = encode(*args, **kwargs)
+        measure.synchronize()
+        spent.append(time.perf_counter() - start)
+        return result
+
+    pipe.encode_prompt = timed
+    for request in ("first", "second", "third"):
+        begin = time.perf_counter()
+        picture = pipe("a red fox in the snow", num_inference_steps=8, output_type="pt").images
+        measure.synchronize()
+        found[f"{request} request, s"] = round(time.perf_counter() - begin, 2)
+        found[f"{request} prompt, s"] = round(spent[-1], 3)
+    del pipe.encode_prompt
+    pipe.encode_prompt = encode
+    found["peak, GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    found["peak reserved, GiB"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
+    found["stats"] = str(stats(pipe)).splitlines()
+    found["finite"] = bool(picture.isfinite().all())
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="folder for the result")
-    parser.add_argument("--row", choices=[*ROWS, "group"])
+    parser.add_argument("--part", choices=PARTS)
     options = parser.parse_args()
     torch._dynamo.config.automatic_dynamic_shapes = False
-    if options.row:
-        figures = group() if options.row == "group" else row(options.row)
-        print(measure.write(f"memory-{options.row}", figures, options.out).read_text(), flush=True)
+    if options.part:
+        others = {"group": group, "vae": vae, "pipeline": pipeline}
+        figures = others[options.part]() if options.part in others else denoiser(options.part)
+        print(measure.write(f"memory-{options.part}", figures, options.out).read_text(), flush=True)
         return
-    folder, all_rows = options.out or measure.RESULTS, {}
-    for name in (*ROWS, "group"):
-        subprocess.run([sys.executable, __file__, "--row", name, "--out", str(folder)], check=False)
+    folder, parts = options.out or measure.RESULTS, {}
+    for name in PARTS:
+        subprocess.run([sys.executable, __file__, "--part", name, "--out", str(folder)], check=False)
         path = folder / f"memory-{name}.json"
         if path.is_file():
-            all_rows[name] = json.loads(path.read_text())
+            parts[name] = json.loads(path.read_text())
             path.unlink()
-    measure.write("memory", {"rows": all_rows}, options.out)
+    measure.write("memory", {"parts": parts}, options.out)
 
 
 if __name__ == "__main__":
