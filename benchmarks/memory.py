@@ -51,6 +51,8 @@ ROWS: dict[str, tuple[int, list[tuple[str, Any, int | None]]]] = {
     "qwen": (10, [("bf16", "16GiB", 16 * 2**30)]),
     "wan-14b": (2, [("bf16", {"level": 3, "prefetch": 1}, None), ("fp8", {"level": 3, "prefetch": 1}, None)]),
 }
+# The planned size, where it is not the pipeline's default.
+SIZES: dict[str, dict[str, Any]] = {"qwen": {"warmup": {"resolutions": ["1328x1328"]}}}
 PARTS = (*ROWS, "group", "vae", "pipeline")
 
 
@@ -119,6 +121,7 @@ def denoiser(name: str) -> dict[str, Any]:
     found["weights, GB"] = round(weights / 1e9, 2)
     given, host = inputs(model, pipe), [item.data for item in parameters]
     resident: dict[str, tuple[float, torch.Tensor]] = {}
+    size = SIZES.get(name, {})
     for kind, offload, share in rows:
         if kind not in resident:
             for item in parameters:
@@ -141,11 +144,13 @@ def denoiser(name: str) -> dict[str, Any]:
         row: dict[str, Any] = {"on the GPU before, MiB": round(torch.cuda.memory_allocated() / 2**20)}
         try:
             (plan,) = (
-                each for each in explain(pipe, **FORMATS[kind], offload=offload).rows if each.feature == "offload"
+                each
+                for each in explain(pipe, **FORMATS[kind], **size, offload=offload).rows
+                if each.feature == "offload"
             )
             row["plan"] = [plan.action, *plan.notes]
             begin = time.perf_counter()
-            accelerate(pipe, **FORMATS[kind], offload=offload)
+            accelerate(pipe, **FORMATS[kind], **size, offload=offload)
             row["enabling, s"] = round(time.perf_counter() - begin, 2)
             milliseconds, result, peak, copied = step(pipe, given, count, lambda: stats(pipe).offload["bytes"])
             statistics = stats(pipe)
