@@ -124,6 +124,7 @@ def denoiser(name: str) -> dict[str, Any]:
     size = SIZES.get(name, {})
     for kind, offload, share in rows:
         if kind not in resident:
+            limit(None)
             for item in parameters:
                 item.data = item.data.cuda()
             buffers = list(pipe.transformer.buffers())

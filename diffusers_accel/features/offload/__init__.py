@@ -89,7 +89,7 @@ def components(context: PipelineContext, config: OffloadConfig) -> tuple[str, ..
 def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
     """Slots first, then one edit for each block and each other weight, then the layers."""
     models = models_of(context, {}, _mapped(context, config))
-    plan = _plan(context, config, models, {})
+    plan = _plan(context, config, models, None)
     device = context.home
     on_host = all(next(denoiser.module.parameters()).device.type == "cpu" for denoiser in context.denoisers)
     stream = WeightStream(device, max(plan.slots, 1))
@@ -247,7 +247,7 @@ def _with_progress(blocks: list[StreamedBlock], edit: Callable[[StreamedBlock], 
 
 
 def _plan(
-    context: PipelineContext, config: OffloadConfig, models: list[Model], formats: Mapping[int, Any]
+    context: PipelineContext, config: OffloadConfig, models: list[Model], formats: Mapping[int, Any] | None
 ) -> MemoryPlan:
     """The memory plan.
 

@@ -62,14 +62,14 @@ class Model:
     buffers: list[Weight]
     denoiser: Denoiser | None = None
 
-    def sizes(self, formats: Mapping[int, Any], seconds: tuple[float, ...] = ()) -> ModelSizes:
+    def sizes(self, formats: Mapping[int, Any] | None, seconds: tuple[float, ...] = ()) -> ModelSizes:
         """Its bytes, as the planner reads them.
 
         Args:
-            formats: `id` of a stock layer -> the record of the format that it will have.
+            formats: `id` of a stock layer -> the record of the format that it will have; `None` if it has it already.
             seconds: Predicted seconds of each block.
         """
-        planned = _planned_bytes(self.module, formats)
+        planned = {} if formats is None else _planned_bytes(self.module, formats)
 
         def total(weights: list[Weight]) -> int:
             return sum(round_up(planned.get(id(weight.tensor), _stored_bytes(weight)), ALIGNED) for weight in weights)
