@@ -281,6 +281,15 @@ def test_the_matrix_notices_a_refusal(monkeypatch):
         assert [matrix.cell("CUDA graphs", each) for each in (pipes[:1], pipes[1:], pipes)] == ["✓", "no", "some"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_budgets_are_what_the_planner_says():
+    """`python docs/budgets.py` writes them anew."""
+    budgets = loaded(ROOT / "docs" / "budgets.py")
+    found = budgets.table()
+    assert "level 2" in found and "level 0" in found and " GiB on" in found
+    assert budgets.between(budgets.PAGE.read_text("utf-8"))[1] == found
+
+
 @functools.cache
 def literals():
     """All text that the package's code has, f-strings in their parts."""
