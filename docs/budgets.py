@@ -30,7 +30,7 @@ GPU = ("cuda", "NVIDIA GeForce RTX 4090", (8, 9))
 BUDGETS = (8, 12, 16, 24)
 TIMES = "\N{MULTIPLICATION SIGN}"
 _PICTURE: dict[str, Any] = {"attention": "sdpa", "compile": True, "cuda_graph": True}
-# Graphs keep a second set of activations, and gain nothing where kernels are long.
+# For graphs the plan reserves activations twice. Kernels of a video are long, and gain little from graphs.
 _VIDEO: dict[str, Any] = {"attention": "sdpa", "compile": True}
 FORMATS: dict[str, dict[str, Any]] = {"bf16": {}, "fp8": {"linear": "fp8"}}
 

@@ -1,4 +1,4 @@
-"""FLUX.1-dev or Wan2.1 14B on a card of 12 GB: weights wait in host memory, and are copied while earlier blocks compute.
+"""FLUX.1-dev or Wan2.1 14B on a card of 12 GB: weights are copied from host memory while earlier blocks compute.
 
 The pipeline is loaded to the host, which needs memory for all its weights (34 or 40 GB in bf16), and stays there:
 `accelerate` moves to the GPU what the budget has room for.
@@ -29,7 +29,7 @@ if options.model == "flux":
     arguments = {"height": 1024, "width": 1024, "num_inference_steps": 28}
 else:
     pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers", dtype=torch.bfloat16)
-    # CUDA graphs keep a second set of activations, and gain nothing where kernels are long.
+    # For CUDA graphs the plan reserves activations twice. Kernels of a video are long, and gain little from graphs.
     sections |= {"warmup": {"resolutions": ["480x832"], "num_frames": [81]}, "cuda_graph": None}
     arguments = {"height": 480, "width": 832, "num_frames": 81}
 
