@@ -1,7 +1,8 @@
 """The table of models and budgets, asked of the planner: no GPU, no weights.
 
 Each pipeline is built at its published shape on the meta device. The estimates of `features/offload` and the planner of
-`core/memory_plan.py` then see it as on an RTX 4090 behind PCIe 4, at the rates of `features/offload/estimates.py`. Figures are predicted, not measured. `tests/test_pages.py` fails until the page says the same.
+`core/memory_plan.py` then see it as on an RTX 4090 behind PCIe 4, at the rates of `features/offload/estimates.py`.
+Figures are predicted, not measured. `tests/test_pages.py` fails until the page says the same.
 
     python docs/budgets.py    # writes the table into docs/guides/memory.md, between the marks
 """
