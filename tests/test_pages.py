@@ -21,12 +21,14 @@ import pytest
 import typer
 import yaml
 from tiny import TINY
+from transfers import HostTransfers
 
 import diffusers_accel
 from diffusers_accel import AccelConfig
 from diffusers_accel.cli.main import app
 from diffusers_accel.config.cache import POLICY_NAMES
 from diffusers_accel.config.reading import parse_yaml
+from diffusers_accel.core.streaming import TRANSFERS
 from diffusers_accel.kernels.attention import KERNELS
 from diffusers_accel.kernels.linear import LINEARS
 from diffusers_accel.policies import POLICIES
@@ -90,6 +92,8 @@ def readers_machine(monkeypatch, tmp_path):
         classmethod(lambda cls, *args, **kwargs: TINY[STANDS_FOR[cls.__name__]].build()),
     )
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda self, *args, **kwargs: self)
+    monkeypatch.setattr(HostTransfers, "made", [])
+    monkeypatch.setitem(TRANSFERS, "cpu", HostTransfers)
     monkeypatch.chdir(tmp_path)
     records = [registry._records for registry in (KERNELS, LINEARS, POLICIES)]
     before = [dict(each) for each in records]
@@ -279,6 +283,15 @@ def test_the_matrix_notices_a_refusal(monkeypatch):
     pipes = [TINY["flux"].build(), TINY["pixart"].build()]
     with matrix.two_ranks():
         assert [matrix.cell("CUDA graphs", each) for each in (pipes[:1], pipes[1:], pipes)] == ["✓", "no", "some"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_budgets_are_what_the_planner_says():
+    """`python docs/budgets.py` writes them anew."""
+    budgets = loaded(ROOT / "docs" / "budgets.py")
+    found = budgets.table()
+    assert "level 2" in found and "level 0" in found and " GiB on" in found
+    assert budgets.between(budgets.PAGE.read_text("utf-8"))[1] == found
 
 
 @functools.cache
