@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 import weakref
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -409,6 +411,26 @@ def test_a_vae_that_cannot_be_predicted():
         assert estimate(pipe, (1, 8, 8)) == {"whole": 0}
 
 
+def test_peaks_of_a_gpu():
+    """Predictions are within 15% of the peaks that were measured on a GPU."""
+    measured = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "memory-vae.json").read_text())
+    kinds = {"FLUX.1": "AutoencoderKL", "Qwen-Image": "AutoencoderKLQwenImage", "Wan2.1": "AutoencoderKLWan"}
+    kinds["LTX-2"] = "AutoencoderKLLTX2Video"
+    checked = 0
+    for call, figures in measured.items():
+        name, _, rest = call.partition(", (")
+        if name not in kinds:
+            continue
+        shape, _, way = rest.partition("), ")
+        with torch.device("meta"):
+            vae = getattr(diffusers, kinds[name])(**(FLUX if name == "FLUX.1" else {}))
+        size = tuple(int(side) for side in shape.split(", "))
+        found = predicted_bytes(vae, size, torch.bfloat16, way, workspaces=True) / GIB
+        assert found == pytest.approx(figures["measured"], rel=0.15), call
+        checked += 1
+    assert checked == 10
+
+
 # --- the planner's estimate ------------------------------------------------------------------------------------------
 
 
@@ -418,7 +440,7 @@ def test_estimate():
     expected = {way: predicted_bytes(pipe.vae, (1, 4, 300, 280), torch.float32, way) for way in ("whole", "tiles")}
     assert found == expected and list(found) == ["whole", "tiles"]
     on_gpu = estimate(pipe, (1, 300, 280), torch.device("cuda"))
-    assert on_gpu == {way: needed + offload_vae.WORKSPACE for way, needed in found.items()}
+    assert all(on_gpu[way] > needed for way, needed in found.items())
     # A picture that is no larger than a tile.
     assert list(estimate(pipe, (1, 64, 64))) == ["whole"]
     pipe.vae.enable_tiling()

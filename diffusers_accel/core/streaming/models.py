@@ -88,7 +88,7 @@ class StreamedModel:
             finally:
                 stream.after(block)
                 # A block of the same slot could not be copied before.
-                stream.prefetch(self._following(block))
+                stream.prefetch(self._following(block), after=block)
 
         return forward
 

@@ -5,6 +5,7 @@ Copies are in the order in which blocks run. A copy waits for the last block tha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ class WeightStream:
         self.blocks: list[StreamedBlock] = []
         self.counts = StreamCounts()
         self._slots: list[_Slot] = []
-        self._recording = False
+        self._recording: RecordedCopies | None = None
 
     @property
     def slot_bytes(self) -> int:
@@ -155,12 +156,12 @@ class WeightStream:
         slot = self._slots[block.slot]
         if slot.running is not None and slot.running is not block:
             raise RuntimeError(f"offload: {block.name} was called while {slot.running.name} runs.")
-        if not self._recording:
+        if self._recording is None:
             self.counts.ahead += slot.held is block
             self.counts.late += slot.held is not block
         self._load(block)
         if slot.ready is not None:
-            if self._recording or self.device.type != "cuda":
+            if self._recording is not None or self.device.type != "cuda":
                 self.transfers.compute_after(slot.ready)
             else:
                 begin = timestamp(self.device)
@@ -174,12 +175,17 @@ class WeightStream:
         slot.running = None
         slot.free = self.transfers.computed()
 
-    def prefetch(self, following: Iterable[StreamedBlock]) -> None:
+    def prefetch(self, following: Iterable[StreamedBlock], after: StreamedBlock | None = None) -> None:
         """Copies the blocks that come next, as far as there are slots.
 
         Args:
             following: The blocks in the order in which they will run.
+            after: The block that has just run.
         """
+        if self._recording is not None and self._recording.ends_with(after):
+            # In the graph, nothing would be left to compute beside these copies.
+            self._recording.later = list(itertools.islice(following, len(self._slots)))
+            return
         claimed = {index for index, slot in enumerate(self._slots) if slot.running is not None}
         for block in following:
             if block.slot in claimed:
@@ -202,8 +208,10 @@ class WeightStream:
             self.transfers.copy(slot.memory[first : first + source.numel()], source)
         slot.ready = self.transfers.copied()
         slot.held = block
-        if not self._recording:
+        if self._recording is None:
             self.counts.bytes += block.bytes
+        else:
+            self._recording.bytes += block.bytes
 
     # --- CUDA graphs ---
 
@@ -222,19 +230,29 @@ class RecordedCopies:
 
     A graph begins with certain blocks in the slots: of each slot, the first block of the run that is in it. `prepare`
     brings that about before each replay, which costs nothing if the run before has left it so. The graph contains all
-    later copies of the run, and ends with the blocks in the slots that come next.
+    later copies of the run, and of blocks behind it those that have computation to hide behind. The others follow the
+    graph.
 
     Args:
         stream: The slots.
         blocks: The streamed blocks of the run, in order.
+
+    Attributes:
+        later: Blocks to copy after each replay.
+        bytes: Bytes that the graph copies.
     """
 
     def __init__(self, stream: WeightStream, blocks: Sequence[StreamedBlock]):
         self._stream = stream
         self._entry = list({block.slot: block for block in reversed(blocks)}.values())[::-1]
         self._exit: list[StreamedBlock | None] = []
-        self._bytes = 0
+        self.bytes = 0
         self._blocks = list(blocks)
+        self.later: list[StreamedBlock] = []
+
+    def ends_with(self, block: StreamedBlock | None) -> bool:
+        """Whether a block is the last of the run."""
+        return bool(self._blocks) and self._blocks[-1] is block
 
     def prepare(self) -> None:
         """Brings the slots into the state in which the graph begins."""
@@ -257,14 +275,13 @@ class RecordedCopies:
         transfers.copy_after(begun)
         for index, slot in enumerate(stream._slots):
             slot.held, slot.ready, slot.free = held.get(index), None, begun
-        stream._recording = True
+        stream._recording, self.bytes = self, 0
         try:
             yield
             transfers.compute_after(transfers.copied())
             self._exit = [slot.held for slot in stream._slots]
-            self._bytes = sum(block.bytes for block in self._blocks)
         finally:
-            stream._recording = False
+            stream._recording = None
             for slot in stream._slots:
                 # A capture computes nothing, and an interrupted one leaves events that nobody may wait for.
                 slot.held = slot.running = slot.ready = slot.free = None
@@ -275,5 +292,6 @@ class RecordedCopies:
         for slot, held in zip(stream._slots, self._exit, strict=True):
             slot.held, slot.ready, slot.free = held, done, done
             slot.state = None if held is None else held.state()
-        stream.counts.bytes += self._bytes
+        stream.prefetch(self.later)
+        stream.counts.bytes += self.bytes
         stream.counts.ahead += max(0, len(self._blocks) - len(self._entry))

@@ -24,11 +24,14 @@ _GIB = 2**30
 # (benchmarks/results/memory.json); the others are half of the data sheets' dense rates.
 _RATES = (((10, 0), 1100.0, 2000.0), ((9, 0), 700.0, 1000.0), ((12, 0), 190.0, 360.0), ((8, 9), 145.0, 250.0))
 _OTHER_RATES = (100.0, 160.0)
-# Bytes of activations for each token and channel: the streams, and the widest layer's input and output.
-_STREAMS, _WIDEST = 6, 3
+# Activations of a compiled block for each token: so many times the streams' channels, and the widest layer's. Without
+# compilation there are more. Measured peaks are 0.7 to 1 times these (benchmarks/results/memory-*.json).
+_STREAMS, _WIDEST, _EAGER = 3.3, 3.3, 1.3
 # Workspaces of cuBLAS and cuDNN, and fragmentation.
 _RESERVE = _GIB // 2
 _TEXT = _GIB // 2
+# Memory that the pool of CUDA graphs cannot share with other work.
+_GRAPHS = _GIB // 4
 # Steps for which precomputed modulations have room.
 _STEPS = 32
 # Of most VAEs, for a pipeline without one.
@@ -120,6 +123,20 @@ def block_seconds(context: PipelineContext, denoiser: Denoiser, blocks: list[nn.
     return tuple(found)
 
 
+def _largest_layer(denoiser: Denoiser) -> int:
+    """Elements of the largest weight in a block."""
+    blocks = denoiser.adapter.blocks(denoiser.module)
+    return max(
+        (
+            layer.in_features * layer.out_features
+            for block in blocks[:1]
+            for layer in block.modules()
+            if isinstance(layer, nn.Linear)
+        ),
+        default=0,
+    )
+
+
 def _precomputed_bytes(context: PipelineContext, denoiser: Denoiser, size: int) -> int:
     """Bytes of the modulations of all steps."""
     if not context.precomputes_modulations(denoiser):
@@ -175,10 +192,14 @@ def work(context: PipelineContext) -> Work:
             widest = max((layer.out_features for layer in layers), default=0)
         count = tokens(context, denoiser, request) * _batch(denoiser)
         size = torch.empty(0, dtype=denoiser.dtype).element_size()
-        activations = count * size * (_STREAMS * width + _WIDEST * widest)
+        activations = int(count * size * (_STREAMS * width + _WIDEST * widest))
+        activations = activations if context.compiled else int(_EAGER * activations)
         if context.config is not None and context.config.cuda_graph is not None:
-            # A graph keeps its memory, while the next one's blocks run once without a graph.
-            activations *= 2
+            # Each graph has buffers for its inputs and outputs.
+            activations += 2 * len(denoiser.stacks) * count * size * width + _GRAPHS
+        if context.config is not None and context.config.linear is not None:
+            # Low-bit weights may be widened for a product.
+            activations += 2 * size * _largest_layer(denoiser)
         denoise = max(denoise, activations + _precomputed_bytes(context, denoiser, size))
     reserve = _RESERVE if context.device.type == "cuda" else 0
     text = _TEXT if context.device.type == "cuda" else 0

@@ -29,8 +29,6 @@ from torch import nn
 from ...compat.torch_private import FakeTensorMode, TorchDispatchMode, buffers_of, parameters_of, pytree
 from ...core.edits import SetAttr
 
-# Bytes of cuDNN's workspaces on a GPU, which fake tensors do not have. Assumed, not measured yet: benchmarks/memory.py.
-WORKSPACE = 2**29
 # The way of a VAE whose user has turned tiling on.
 AS_SET = "as set"
 Method = Literal["decode", "encode"]
@@ -62,9 +60,15 @@ def ways(vae: Any, batch: int = 1) -> list[str]:
 
 
 def predicted_bytes(
-    vae: Any, latent_shape: Sequence[int], dtype: torch.dtype, way: str, *, method: Method = "decode"
+    vae: Any,
+    latent_shape: Sequence[int],
+    dtype: torch.dtype,
+    way: str,
+    *,
+    method: Method = "decode",
+    workspaces: bool = False,
 ) -> int:
-    """The peak bytes of a call's activations, its output included, without its input, weights and workspaces.
+    """The peak bytes of a call's activations, its output included, without its input and weights.
 
     Args:
         vae: A diffusers VAE, which is read only.
@@ -72,11 +76,12 @@ def predicted_bytes(
         dtype: The dtype that the VAE computes in.
         way: One of `ways(vae)`.
         method: The method that is called.
+        workspaces: Whether to count the workspaces of convolutions, which they have on a GPU.
     """
     kind: Any = type(vae)
     settings = _settings(vae) | _switches(vae, tuple(latent_shape), way, method)
     attributes = tuple(sorted(settings.items()))
-    return _predicted(kind, vae.to_json_string(), attributes, tuple(latent_shape), dtype, method)
+    return _predicted(kind, vae.to_json_string(), attributes, tuple(latent_shape), dtype, method, workspaces)
 
 
 def estimate(pipe: Any, latent_shape: tuple[int, int, int], device: torch.device | None = None) -> Mapping[str, int]:
@@ -100,7 +105,7 @@ def estimate(pipe: Any, latent_shape: tuple[int, int, int], device: torch.device
         shape = _latents(vae, latent_shape)
         place: Any = device or vae.device
         for way in ways(vae):
-            needed = predicted_bytes(vae, shape, _dtype(pipe, vae), way) + _workspace(place)
+            needed = predicted_bytes(vae, shape, _dtype(pipe, vae), way, workspaces=place.type == "cuda")
             if not found or needed < min(found.values()):
                 found[way] = needed
     except Exception as error:  # a VAE of another package may raise any
@@ -161,7 +166,7 @@ class DecodeChoice:
         needed: dict[str, int] = {}
         try:
             for way in offered:
-                needed[way] = predicted_bytes(self._vae, x.shape, x.dtype, way, method=method) + _workspace(x.device)
+                needed[way] = predicted_bytes(self._vae, x.shape, x.dtype, way, method=method, workspaces=x.is_cuda)
                 if needed[way] <= free:
                     return way
         except Exception as error:  # a VAE of another package may raise any
@@ -265,10 +270,6 @@ def _dtype(pipe: Any, vae: Any) -> torch.dtype:
     return torch.float32 if upcast else vae.dtype
 
 
-def _workspace(device: torch.device) -> int:
-    return WORKSPACE if device.type == "cuda" else 0
-
-
 @lru_cache(maxsize=256)
 def _predicted(
     kind: Any,
@@ -277,6 +278,7 @@ def _predicted(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     method: Method,
+    workspaces: bool,
 ) -> int:
     """The peak bytes of a call.
 
@@ -287,6 +289,7 @@ def _predicted(
         shape: Of the input.
         dtype: Of weights and input.
         method: The method that is called.
+        workspaces: Whether to count the workspaces of convolutions.
     """
     with torch.device("meta"):
         vae = kind.from_config(json.loads(config)).eval()
@@ -302,7 +305,7 @@ def _predicted(
         arguments = [x]
         if method == "decode" and vae.config.get("timestep_conditioning"):
             arguments.append(torch.empty(shape[0], dtype=dtype))
-        counter = LiveBytes([*known, *arguments])
+        counter = LiveBytes([*known, *arguments], workspaces)
         for part in ("encoder", "decoder"):
             if isinstance(getattr(vae, part, None), nn.Module):
                 module = getattr(vae, part)
@@ -333,14 +336,17 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: Tensors that are not counted.
+        workspaces: Whether to count cuDNN's workspaces. Its convolutions copy input, weight and output to another order
+            of dimensions: on an H200 peaks of five VAEs were within 1% (`benchmarks/results/memory-vae.json`).
 
     Attributes:
         live: Bytes that are there now.
         peak: The most that there were.
     """
 
-    def __init__(self, known: Sequence[torch.Tensor]):
+    def __init__(self, known: Sequence[torch.Tensor], workspaces: bool = False):
         super().__init__()
+        self._workspaces = workspaces
         self.live = self.peak = 0
         # Storages are held, so that no other gets the `id` of one.
         self._known = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)}
@@ -351,6 +357,9 @@ class LiveBytes(TorchDispatchMode):
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf.untyped_storage())
+        if self._workspaces and func is torch.ops.aten.convolution.default:
+            used = sum(item.numel() * item.element_size() for item in (args[0], args[1], out))
+            self.peak = max(self.peak, self.live + used)
         return out
 
     def _add(self, storage: Any) -> None:
