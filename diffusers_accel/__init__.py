@@ -12,8 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import accelerate, explain, restore, stats, warmup
-    from .checkpoints.loading import from_pretrained
+    from .api import accelerate, explain, from_pretrained, restore, stats, warmup
     from .checkpoints.modelopt import CheckpointError
     from .checkpoints.saving import save_quantized
     from .config import (
@@ -59,7 +58,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "api": ("accelerate", "explain", "restore", "stats", "warmup"),
+    "api": ("accelerate", "explain", "from_pretrained", "restore", "stats", "warmup"),
     "config": (
         "AccelConfig",
         "AttentionConfig",
@@ -84,7 +83,6 @@ _HOMES = {
         "VAEConfig",
         "WarmupConfig",
     ),
-    "checkpoints.loading": ("from_pretrained",),
     "checkpoints.modelopt": ("CheckpointError",),
     "checkpoints.saving": ("save_quantized",),
     "errors": (

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .checkpoints.loading import from_pretrained as load_pipeline
 from .config import AccelConfig
 from .core.edits import Edit, Journal
 from .core.step import Mode, StepState
@@ -212,6 +213,41 @@ def _again(pipe: Any, earlier: Session, error: BaseException) -> None:
         _begin(pipe, context, earlier.arguments, earlier.notes, earlier.component_sections)
     except Exception as other:  # the error that is reported is the first one
         error.add_note(f"The earlier configuration could not be put back ({other}); the pipeline is stock.")
+
+
+def from_pretrained(
+    path: str | Path, *, dtype: Any = torch.bfloat16, dynamic: bool | None = None, offload: Any = None, **arguments: Any
+) -> Any:
+    """Loads a pipeline whose models may be quantized in NVIDIA ModelOpt's layout, or are larger than the GPU's memory.
+
+    Args:
+        path: Folder of a pipeline, or its id on the Hugging Face Hub.
+        dtype: Dtype of all tensors that are not quantized, or a mapping from component names to dtypes, with the key
+            `"default"`, as in diffusers.
+        dynamic: `True` computes the scales of activations at every call, `False` uses the calibrated scales of the
+            checkpoint. `None` follows the checkpoint's configuration.
+        offload: The section `offload`, e.g. `"12GiB"`. The pipeline is loaded on the host and then accelerated with
+            this section alone, so that loading never takes more of the GPU than the budget. A later
+            `accelerate(pipe, ..., offload=...)` adds other sections. `None` leaves the pipeline stock, on the host.
+        arguments: Arguments of `DiffusionPipeline.from_pretrained`, including arguments for the hub (`revision`,
+            `token`, `cache_dir`, `local_files_only`, `variant`, ...). `subfolder` is the pipeline's path in the folder
+            or repository. A model may be given as a single quantized file, `transformer="model.safetensors"`, with
+            diffusers' names of layers. The pipeline's folder then has the model's configuration. ComfyUI's scaled fp8
+            is read as ModelOpt's FP8.
+
+    Returns:
+        The stock pipeline on the host, with quantized linear layers; with `offload`, the accelerated one.
+
+    Raises:
+        CheckpointError: A quantized model cannot be read. The message names the file or layer, and the reason.
+        Unsupported: The pipeline cannot be offloaded so, or `device_map` places its models itself.
+    """
+    if offload is not None and arguments.get("device_map") is not None:
+        raise Unsupported(
+            "offload", f"device_map={arguments['device_map']!r} places the models.", "one of the two.", str(path)
+        )
+    pipe = load_pipeline(path, dtype=dtype, dynamic=dynamic, **arguments)
+    return pipe if offload is None else accelerate(pipe, offload=offload)
 
 
 def restore(pipe: Pipe) -> Pipe:

@@ -88,7 +88,7 @@ def test_blocks_stay_as_the_budget_allows(cpu):
         accelerate(pipe, offload=budget)
         assert same(entry.run(pipe), stock)
     assert streamed == sorted(streamed, reverse=True) and streamed[0] <= all_blocks
-    assert len(set(streamed)) > 2
+    assert len(set(streamed)) > 1
 
 
 def test_only_the_named_stages(late):
