@@ -19,9 +19,14 @@ from .. import api, demo
 from ..checkpoints.files import check_file
 from ..checkpoints.loading import from_pretrained
 from ..checkpoints.modelopt import CheckpointError
-from ..config import AccelConfig, ParallelConfig, parse_yaml, read_yaml
+from ..config import AccelConfig, parse_yaml, read_yaml
+from ..core.mesh import world_size
 from ..errors import AccelError, ConfigError, nearest, shown
 from ..presets import PRESETS
+from ..resolve import begins_on_host
+
+# Sections that no preset has.
+_NO_PRESET = ("parallel", "offload")
 
 
 class CommandError(AccelError):
@@ -93,11 +98,16 @@ class RequestedConfig:
     assignments: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def parallel(self) -> ParallelConfig | None:
-        """The section `parallel`, which no preset has; `None` for a single rank."""
+    def without_preset(self) -> AccelConfig:
+        """The sections `parallel` and `offload`, which no preset has."""
         base = self.base if isinstance(self.base, AccelConfig) else AccelConfig()
-        assignments = [(key, value) for key, value in self.assignments if key.partition(".")[0] == "parallel"]
-        return assign(AccelConfig(parallel=base.parallel), assignments).parallel
+        assignments = [(key, value) for key, value in self.assignments if key.partition(".")[0] in _NO_PRESET]
+        return assign(AccelConfig(**{name: getattr(base, name) for name in _NO_PRESET}), assignments)
+
+    @property
+    def begins_on_host(self) -> bool:
+        """Whether weights wait on the host until they are sharded or offloaded."""
+        return begins_on_host(self.without_preset, {})
 
     def resolve(self, pipe: Any) -> tuple[str | AccelConfig, tuple[str, ...]]:
         """(configuration or preset's name for `accelerate`, notes of a preset that was resolved here).
@@ -107,8 +117,11 @@ class RequestedConfig:
         """
         if not self.assignments:
             return self.base, ()
-        # A preset leaves out sections that conflict with weights that ranks share.
-        sections = {"parallel": self.parallel} if self.parallel is not None and self.parallel.fsdp else {}
+        # A preset leaves out sections that conflict with weights that are sharded or offloaded.
+        others = self.without_preset
+        sections: dict[str, Any] = {} if others.offload is None else {"offload": others.offload}
+        if others.parallel is not None and others.parallel.fsdp:
+            sections["parallel"] = others.parallel
         base, notes = api.resolve(pipe, self.base, **sections)
         return assign(base, self.assignments), notes
 
@@ -220,7 +233,7 @@ def load_model(model: str, device: torch.device, dtype: DType | None, keep_on_ho
         model: The demo checkpoint's name, the folder or the id.
         device: The device to run on.
         dtype: Dtype of the weights. `None` takes bfloat16 on CUDA, else float32.
-        keep_on_host: Whether the weights stay on the host, to be divided among ranks there.
+        keep_on_host: Whether the weights stay on the host, to be sharded or offloaded there.
 
     Raises:
         CommandError: There is no such model, or it cannot be loaded.
@@ -228,7 +241,11 @@ def load_model(model: str, device: torch.device, dtype: DType | None, keep_on_ho
     """
     kind = dtype.value if dtype else "bfloat16" if device.type == "cuda" else "float32"
     torch_dtype: torch.dtype = getattr(torch, kind)
-    device = torch.device("cpu") if keep_on_host else device
+    if keep_on_host:
+        if device.index is not None and world_size() is None:
+            # Weights go from the host to the current GPU. A worker has selected its own.
+            torch.cuda.set_device(device)
+        device = torch.device("cpu")
     with quiet_loading():
         if model in demo.CHECKPOINTS:
             return demo.load(model, torch_dtype).to(device)
