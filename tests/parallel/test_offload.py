@@ -79,3 +79,26 @@ def test_fsdp_is_refused(pools):
         assert (
             "sharded among ranks already (parallel.fsdp)" in text and "parallel without fsdp, or offload=None" in text
         )
+
+
+@pytest.mark.parametrize("sections", [{}, {"linear": {"algo": "fp8", "smallest": 0}}])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_the_plan_is_of_shards(pools, name, sections):
+    """Also before there are any: otherwise budgets are refused that a rank's shards keep."""
+    for before, then, held, (work, _) in pools[2].run(
+        offload.planned, name, {"parallel": {"tp": 2}, "offload": 3, **sections}
+    ):
+        # Scales of small layers are not planned.
+        assert abs(before - held) < 0.2 * held and abs(then - held) < 0.01 * held, (before, then, held)
+    (whole, *_), (*_, (all_tokens, _)) = pools[2].run(
+        offload.planned, name, {"parallel": {"cfg": 2}, "offload": 3, **sections}
+    )
+    assert before < 0.75 * whole and work < all_tokens
+    ((*_, (half, same)), _) = pools[2].run(offload.planned, name, {"parallel": {"ulysses": 2}, "offload": 3})
+    assert half == same == pytest.approx(all_tokens / 2, rel=0.01)
+
+
+def test_pictures_are_encoded_alike(pools):
+    """Whatever each rank has left: they share the denoiser's tokens."""
+    (encode, decode), (other, small) = pools[2].run(offload.encoded, "wan-i2v", ("100MB", "46MB"))
+    assert (encode, other) == ("tiles", "tiles") and (decode, small) == ("whole", "tiles")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from offloading import on_cpu
 from tiny import TINY, tensors
 
 from diffusers_accel import accelerate, restore, stats
+from diffusers_accel.features import offload as feature
 
 from .fsdp import same_state, state
 from .requests import _pipeline, refusal
@@ -59,3 +61,46 @@ def refused(name, configuration):
     """See `requests.refusal`."""
     with offloading():
         return refusal(name, configuration)
+
+
+@contextmanager
+def plans():
+    """A context with the memory plans that are made in it: of each `accelerate` one beforehand, and one of the weights
+    that are there then."""
+    found, plan = [], feature._plan
+
+    def record(*args):
+        found.append(plan(*args))
+        return found[-1]
+
+    feature._plan = record
+    try:
+        yield found
+    finally:
+        feature._plan = plan
+
+
+def planned(name, configuration):
+    """Bytes of a denoiser's blocks in the plan beforehand, in the plan of the weights that are there then, and in the
+    slabs; and the bytes of activations in both plans."""
+    pipe = _pipeline(name, None, False)
+    with offloading(), plans() as found:
+        accelerate(pipe, **configuration)
+        stream = vars(pipe)["_diffusers_accel_session"].context.outputs.weight_stream
+        held = sum(block.bytes for block in stream.blocks)
+        restore(pipe)
+    before, then = (sum(plan.model("transformer").sizes.blocks) for plan in found)
+    return before, then, held, [plan.work.denoise for plan in found]
+
+
+def encoded(name, budgets):
+    """How an image pipeline's VAE encodes and decodes on ranks with unequal budgets, if all at once takes 50 MB and
+    tiles take nothing."""
+    pipe, entry = _pipeline(name, None, False), TINY[name]
+    with offloading(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature.vae, "predicted_bytes", lambda *args, **_: 50_000_000 if args[3] == "whole" else 0)
+        accelerate(pipe, parallel={"ulysses": 2}, offload=budgets[int(os.environ["RANK"])])
+        entry.run(pipe, steps=2)
+        found = stats(pipe).offload
+        restore(pipe)
+    return found["vae encode"], found["vae decode"]

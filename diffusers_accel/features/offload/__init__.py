@@ -177,10 +177,15 @@ def _vae_edits(
 
 
 def _cuts_vae(context: PipelineContext) -> bool:
-    """Whether this feature decides how the VAE decodes: there is one, and no ranks share it."""
-    parallel = context.config.parallel if context.config is not None else None
+    """Whether this feature decides how the VAE decodes: there is one, and no ranks share its work."""
     vae = getattr(context.pipe, "vae", None)
-    return isinstance(vae, nn.Module) and hasattr(vae, "decode") and not (parallel is not None and parallel.vae)
+    return isinstance(vae, nn.Module) and hasattr(vae, "decode") and _vae_ranks(context) == 1
+
+
+def _vae_ranks(context: PipelineContext) -> int:
+    """The number of ranks that share the VAE's work."""
+    parallel = context.config.parallel if context.config is not None else None
+    return 1 if parallel is None else parallel.vae
 
 
 def _request_hook(stream: WeightStream, models: list[StreamedModel]) -> Callable[[Any], None]:
@@ -299,7 +304,10 @@ def _plan(context: PipelineContext, config: OffloadConfig, models: list[Model], 
 def _work(context: PipelineContext, changes: Changes | None) -> Work:
     """The bytes of activations in each stage."""
     latents = latent_shape(context, largest_request(context))
-    vae = estimate(context.pipe, latents, context.home) if _cuts_vae(context) else {"whole": 0}
+    vae = estimate(context.pipe, latents, context.home)
+    if not _cuts_vae(context):
+        # A strip of each tensor, but for its halos.
+        vae = {"whole": next(iter(vae.values())) // _vae_ranks(context)}
     return replace(work(context, changes), vae=vae)
 
 
