@@ -59,8 +59,7 @@ def pipeline_context(
             "accelerate", "its weights are divided among ranks.", "restore(pipe) first, on every rank.",
             type(pipe).__name__,
         )  # fmt: skip
-    ranks = resolve_parallel(config, sections or {})
-    for_gpu = (ranks is not None and ranks.fsdp) or resolve_section("offload", config, sections or {}) is not None
+    for_gpu = begins_on_host(config, sections or {})
     loaded = {name: getattr(pipe, name, None) for name in DENOISERS if name in pipe.components}  # type: ignore[attr-defined]
     denoisers = tuple(
         Denoiser(name, module, adapter_for(module), describe(_device(pipe, module, for_gpu)))
@@ -191,6 +190,17 @@ def resolve_parallel(config: Any, sections: Mapping[str, Any]) -> ParallelConfig
     """
     found: ParallelConfig | None = resolve_section("parallel", config, sections)
     return found
+
+
+def begins_on_host(config: Any, sections: Mapping[str, Any]) -> bool:
+    """Whether weights may wait on the host until they are sharded (`parallel.fsdp`) or offloaded. The arguments are
+    those of `resolve_parallel`.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+    """
+    ranks = resolve_parallel(config, sections)
+    return (ranks is not None and ranks.fsdp) or resolve_section("offload", config, sections) is not None
 
 
 def resolve_section(name: str, config: Any, sections: Mapping[str, Any]) -> Any:

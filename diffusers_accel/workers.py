@@ -25,7 +25,7 @@ from .compat.torch_private import pytree
 from .config import AccelConfig
 from .core.mesh import free_port, rank_environment
 from .errors import AccelError, Unsupported
-from .resolve import resolve_parallel
+from .resolve import begins_on_host, resolve_parallel
 
 
 class WorkerFailed(AccelError):
@@ -235,9 +235,8 @@ def _loaded(load: Any, options: dict[str, Any], config: Any, sections: dict[str,
         # Without a type, diffusers' models are loaded in float32 and transformers' in that of their files.
         usual = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         made = from_pretrained(load, **({} if "torch_dtype" in options else {"dtype": usual}) | options)
-    ranks = resolve_parallel(config, sections)
-    # Weights that FSDP shards may exceed one GPU's memory: they stay on the host until then.
-    if torch.cuda.is_available() and not (ranks is not None and ranks.fsdp):
+    # Weights that may exceed one GPU's memory stay on the host until they are sharded or offloaded.
+    if torch.cuda.is_available() and not begins_on_host(config, sections):
         made.to(f"cuda:{torch.cuda.current_device()}")
     return accelerate(made, config, **sections)
 

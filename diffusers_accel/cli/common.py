@@ -19,9 +19,14 @@ from .. import api, demo
 from ..checkpoints.files import check_file
 from ..checkpoints.loading import from_pretrained
 from ..checkpoints.modelopt import CheckpointError
-from ..config import AccelConfig, OffloadConfig, ParallelConfig, parse_yaml, read_yaml
+from ..config import AccelConfig, parse_yaml, read_yaml
+from ..core.mesh import world_size
 from ..errors import AccelError, ConfigError, nearest, shown
 from ..presets import PRESETS
+from ..resolve import begins_on_host
+
+# Sections that no preset has.
+_NO_PRESET = ("parallel", "offload")
 
 
 class CommandError(AccelError):
@@ -93,26 +98,16 @@ class RequestedConfig:
     assignments: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def parallel(self) -> ParallelConfig | None:
-        """The section `parallel`, which no preset has; `None` for a single rank."""
-        found: ParallelConfig | None = self._section("parallel")
-        return found
-
-    @property
-    def offload(self) -> OffloadConfig | None:
-        """The section `offload`, which no preset has; `None` if it is off."""
-        found: OffloadConfig | None = self._section("offload")
-        return found
-
-    @property
-    def waits_on_host(self) -> bool:
-        """Whether the weights stay on the host until they are sharded or offloaded: they may exceed a GPU's memory."""
-        return self.offload is not None or (self.parallel is not None and self.parallel.fsdp)
-
-    def _section(self, name: str) -> Any:
+    def without_preset(self) -> AccelConfig:
+        """The sections `parallel` and `offload`, which no preset has."""
         base = self.base if isinstance(self.base, AccelConfig) else AccelConfig()
-        assignments = [(key, value) for key, value in self.assignments if key.partition(".")[0] == name]
-        return getattr(assign(AccelConfig(**{name: getattr(base, name)}), assignments), name)
+        assignments = [(key, value) for key, value in self.assignments if key.partition(".")[0] in _NO_PRESET]
+        return assign(AccelConfig(**{name: getattr(base, name) for name in _NO_PRESET}), assignments)
+
+    @property
+    def begins_on_host(self) -> bool:
+        """Whether weights wait on the host until they are sharded or offloaded."""
+        return begins_on_host(self.without_preset, {})
 
     def resolve(self, pipe: Any) -> tuple[str | AccelConfig, tuple[str, ...]]:
         """(configuration or preset's name for `accelerate`, notes of a preset that was resolved here).
@@ -122,12 +117,11 @@ class RequestedConfig:
         """
         if not self.assignments:
             return self.base, ()
-        # A preset leaves out sections that conflict with weights that ranks share, and must know of the GPU.
-        sections: dict[str, Any] = {}
-        if self.parallel is not None and self.parallel.fsdp:
-            sections["parallel"] = self.parallel
-        if self.offload is not None:
-            sections["offload"] = self.offload
+        # A preset leaves out sections that conflict with weights that are sharded or offloaded.
+        others = self.without_preset
+        sections: dict[str, Any] = {} if others.offload is None else {"offload": others.offload}
+        if others.parallel is not None and others.parallel.fsdp:
+            sections["parallel"] = others.parallel
         base, notes = api.resolve(pipe, self.base, **sections)
         return assign(base, self.assignments), notes
 
@@ -239,7 +233,7 @@ def load_model(model: str, device: torch.device, dtype: DType | None, keep_on_ho
         model: The demo checkpoint's name, the folder or the id.
         device: The device to run on.
         dtype: Dtype of the weights. `None` takes bfloat16 on CUDA, else float32.
-        keep_on_host: Whether the weights stay on the host, to be sharded or offloaded from there.
+        keep_on_host: Whether the weights stay on the host, to be sharded or offloaded there.
 
     Raises:
         CommandError: There is no such model, or it cannot be loaded.
@@ -247,10 +241,11 @@ def load_model(model: str, device: torch.device, dtype: DType | None, keep_on_ho
     """
     kind = dtype.value if dtype else "bfloat16" if device.type == "cuda" else "float32"
     torch_dtype: torch.dtype = getattr(torch, kind)
-    if keep_on_host and device.index is not None:
-        # Models on the host are meant for the current GPU.
-        torch.cuda.set_device(device)
-    device = torch.device("cpu") if keep_on_host else device
+    if keep_on_host:
+        if device.index is not None and world_size() is None:
+            # Weights go from the host to the current GPU. A worker has selected its own.
+            torch.cuda.set_device(device)
+        device = torch.device("cpu")
     with quiet_loading():
         if model in demo.CHECKPOINTS:
             return demo.load(model, torch_dtype).to(device)

@@ -33,7 +33,7 @@ def explain(
     Exits with 0 if nothing is refused, with 1 otherwise.
     """
     requested = read_requested(config, preset, settings)
-    pipe = load_model(model, read_device(device), dtype, keep_on_host=requested.waits_on_host)
+    pipe = load_model(model, read_device(device), dtype, keep_on_host=requested.begins_on_host)
     chosen, notes = requested.resolve(pipe)
     try:
         explanation = api.explain(pipe, chosen)

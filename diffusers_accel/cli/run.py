@@ -147,7 +147,8 @@ def run(
     given = {"prompt": prompt[0] if len(prompt) == 1 else prompt, **given, **extra}
     given["generator"] = torch.Generator("cpu").manual_seed(seed)
 
-    pipe = load_model(model, where, dtype, keep_on_host=requested.waits_on_host)
+    # The whole weights may exceed one GPU's memory.
+    pipe = load_model(model, where, dtype, keep_on_host=requested.begins_on_host)
     defaults = demo.call_arguments(model) if model in demo.CHECKPOINTS else {}
     arguments = call_arguments(pipe, {**defaults, **given})
     target = output or default_output(prompt[0], "num_frames" in _parameters(pipe))

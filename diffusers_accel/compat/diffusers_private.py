@@ -170,6 +170,12 @@ def execution_device(pipe: Any) -> torch.device:
     return device
 
 
+def offload_gpu(pipe: Any) -> torch.device | None:
+    """The GPU that a script has numbered in `enable_model_cpu_offload(gpu_id=...)`; `None` for none, or the first."""
+    number = vars(pipe).get(OFFLOAD_GPU_ID)
+    return torch.device("cuda", number) if number else None
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 # Key of a component's configuration on disk: the name of its class.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat.diffusers_private import execution_device
+from ..compat.diffusers_private import execution_device, offload_gpu
 from ..compat.torch_private import parameters_of
 from ..config import AccelConfig
 from ..core.mesh import rank_device
@@ -218,7 +218,9 @@ class PipelineContext:
             return torch.device(self.device.type)
         first = self.denoisers[0]
         now = next(first.module.parameters()).device
-        return rank_device() if now.type in ("cpu", "meta") and first.device.type == "cuda" else now
+        if now.type not in ("cpu", "meta") or first.device.type != "cuda":
+            return now
+        return offload_gpu(self.pipe) or rank_device()
 
     @property
     def blocks(self) -> int:

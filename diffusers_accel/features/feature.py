@@ -29,6 +29,8 @@ class Plan:
         notes: Consequences for the user, one sentence each.
         left: Parts of the request that are not done, or done otherwise; `accelerate` warns of each.
         formats: From `linear` to `offload`. `id` of a stock layer -> the record of its format.
+        shards: From the row `tensor parallel` to `offload`. `id` of a stock layer -> (outputs, inputs) of the largest
+            shard that a rank gets.
     """
 
     action: str
@@ -36,6 +38,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
     formats: Mapping[int, Any] = field(default_factory=dict)
+    shards: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class Feature(Protocol):

@@ -47,6 +47,30 @@ def test_assign_leaves_the_configuration_alone():
     assert config == AccelConfig(vae={"tiling": True})
 
 
+@pytest.mark.parametrize(
+    ("preset", "settings", "on_host"),
+    [
+        (None, None, False),
+        (None, ["offload=12GiB"], True),
+        (None, ["parallel.fsdp=true"], True),
+        (None, ["parallel.cfg=2"], False),
+        ("balanced", ["offload.level=3"], True),
+        ("balanced", ["offload=12GiB", "offload=null"], False),
+    ],
+)
+def test_weights_that_may_be_too_many_wait_on_the_host(preset, settings, on_host):
+    assert read_requested(None, preset, settings).begins_on_host is on_host
+
+
+def test_a_preset_is_for_the_gpu_that_weights_are_offloaded_from(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "diffusers_accel.api.resolve", lambda pipe, base, **sections: (seen.append(sections), (AccelConfig(), ()))[1]
+    )
+    found, _ = read_requested(None, "balanced", ["offload.level=3", "vae.tiling=true"]).resolve(None)
+    assert found.offload.level == 3 and [each["offload"].level for each in seen] == [3]
+
+
 def test_settings_go_over_a_preset(monkeypatch):
     from tiny import build
 

@@ -216,6 +216,16 @@ class TestFormats:
 
         assert copied(offload=3, linear=linear) < 0.6 * copied(offload=3)
 
+    def test_the_plan_is_kept(self, late, monkeypatch):
+        """What `explain` says of quantized blocks is done: they stay on the GPU if they fit."""
+        entry, pipe = TINY["flux"], build("flux")
+        linear = {"algo": "fp8", "smallest": 0}
+        budget = {"offload": "11MiB", "linear": linear}
+        assert row_of(pipe, offload="11MiB").modules and not row_of(pipe, **budget).modules
+        accelerate(pipe, **budget)
+        entry.run(pipe)
+        assert "bytes" not in stats(pipe).offload
+
 
 class TestWeights:
     """Weights that are read and written while they are offloaded."""

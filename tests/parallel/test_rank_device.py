@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from diffusers_accel import AccelConfig, Unsupported, api
 from diffusers_accel.core.edits import Journal, MoveTensors
+from diffusers_accel.features.context import PipelineContext
 from diffusers_accel.features.parallel import rank_device
 from diffusers_accel.features.parallel.rank_device import RankDevice, ranks_to_move
 
@@ -141,6 +142,27 @@ def test_one_on_the_host_is_offloaded_to_its_ranks_gpu(fake):
     assert pipeline.pipe._offload_gpu_id == 1 and fake.current == [1]
     journal.undo()
     assert "_offload_gpu_id" not in vars(pipeline.pipe)
+
+
+def test_one_whose_offloading_is_taken_over(fake, monkeypatch):
+    """By `offload`, before anything else: its weights wait on the host, and no hook says for which GPU."""
+    pipeline, journal = context_of(transformer=OnGPU("cpu")), Journal()
+    journal.apply(rank_device.edits(pipeline, Ranks()))
+    assert pipeline.pipe._offload_gpu_id == 1 and fake.current == [1]
+    journal.undo()
+    # A script has numbered its GPU, and the launcher means another.
+    fake.current[0] = 0
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    pipeline.pipe._offload_gpu_id = 1
+    journal.apply(rank_device.edits(pipeline, Ranks()))
+    assert pipeline.pipe._offload_gpu_id == 1 and fake.current == [1]
+    (denoiser,) = pipeline.denoisers
+    home = PipelineContext.home.fget(SimpleNamespace(denoisers=[denoiser], pipe=pipeline.pipe))
+    assert home == SECOND
+    fake.current[0] = 0
+    assert PipelineContext.home.fget(SimpleNamespace(denoisers=[denoiser], pipe=pipeline.pipe)) == SECOND
+    del pipeline.pipe._offload_gpu_id
+    assert PipelineContext.home.fget(SimpleNamespace(denoisers=[denoiser], pipe=pipeline.pipe)) == FIRST
 
 
 def test_one_that_is_alone_stays(fake):

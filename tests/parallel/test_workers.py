@@ -115,6 +115,32 @@ def test_weights_of_one_type(tmp_path):
         assert {item.dtype for item in loaded.transformer.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("config", "sections", "moved"),
+    [
+        (None, {"parallel": {"cfg": 2}}, ["cuda:1"]),
+        (None, {"parallel": {"cfg": 2, "fsdp": True}}, []),
+        (None, {"parallel": {"cfg": 2}, "offload": "12GiB"}, []),
+        ({"parallel": {"cfg": 2}, "offload": 3}, {}, []),
+        ({"parallel": {"cfg": 2}, "offload": 3}, {"offload": None}, ["cuda:1"]),
+    ],
+)
+def test_weights_that_may_be_too_many_wait_on_the_host(config, sections, moved, monkeypatch):
+    found = []
+
+    class Pipe:
+        def to(self, device):
+            found.append(device)
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(workers, "accelerate", lambda made, config, **sections: made)
+    workers._loaded(Pipe, {}, config, sections)
+    assert found == moved
+
+
 def build_like(folder):
     return diffusers.FluxPipeline.from_pretrained(folder, dtype=torch.float32)
 

@@ -16,7 +16,7 @@ weights outside of blocks (embeddings, which it reads by the row) are read from 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -29,6 +29,7 @@ from ...config.offload import AUTO, bytes_of
 from ...core.edits import AddLayer, Edit
 from ...core.host_memory import available_bytes
 from ...core.memory_plan import ENCODER_SLOTS, MemoryPlan, ModelPlan, ModelSizes, Work, least_budget, plan_memory
+from ...core.mesh import world_group
 from ...core.streaming import (
     TRANSFERS,
     MoveWeight,
@@ -44,9 +45,9 @@ from ...errors import Unsupported
 from ..context import PipelineContext
 from ..feature import Plan
 from .estimates import block_seconds, largest_request, latent_shape, work
-from .models import Model, models_of
+from .models import Changes, Model, models_of
 from .prompts import PromptCache
-from .vae import DecodeChoice, estimate
+from .vae import DecodeChoice, DecodeChoiceOfRanks, estimate
 
 _FEATURE = "offload"
 # inductor's modes that record graphs of their own.
@@ -65,11 +66,9 @@ def check(context: PipelineContext, config: OffloadConfig) -> Plan:
             records graphs, a stage is unknown, or no plan keeps the budget.
     """
     _refuse(context, config)
-    formats: dict[int, Any] = {}
-    for plan in context.plans.values():
-        formats |= plan.formats
-    models = models_of(context, formats, _mapped(context, config))
-    found = _plan(context, config, models, formats)
+    changes = _changes(context)
+    models = models_of(context, changes, _mapped(context, config))
+    found = _plan(context, config, models, changes)
     notes = [*_model_notes(found), *_vae_notes(found), *_peak_notes(found, config), *_step_notes(found)]
     left = _host_left(found, config)
     streamed = [each for each in found.models if each.streamed]
@@ -88,7 +87,7 @@ def components(context: PipelineContext, config: OffloadConfig) -> tuple[str, ..
 
 def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
     """Slots first, then one edit for each block and each other weight, then the layers."""
-    models = models_of(context, {}, _mapped(context, config))
+    models = models_of(context, None, _mapped(context, config))
     plan = _plan(context, config, models, None)
     device = context.home
     on_host = all(next(denoiser.module.parameters()).device.type == "cpu" for denoiser in context.denoisers)
@@ -156,9 +155,11 @@ def _vae_edits(
 ) -> Iterator[Edit]:
     """The layers that choose how the VAE decodes and encodes: by what is free, or, without a budget, as planned."""
     vae = getattr(context.pipe, "vae", None)
-    if plan.level == 0 or not _cuts_vae(context) or "vae" in context.shared:
-        return
     budget, device = _budget(context, config, models), context.home
+    # Ranks with different plans exchange their free bytes all the same.
+    ranks = budget is not None and context.config is not None and context.config.parallel is not None
+    if (plan.level == 0 and not ranks) or not _cuts_vae(context) or "vae" in context.shared:
+        return
 
     def free() -> int | None:
         if budget is None:
@@ -166,6 +167,9 @@ def _vae_edits(
         return budget - (torch.cuda.memory_allocated(device) if device.type == "cuda" else plan.resident_bytes)
 
     choice = DecodeChoice(vae, free, None if budget is not None else plan.vae)
+    if ranks:
+        choice = DecodeChoiceOfRanks(vae, free, world_group())
+        context.outputs.request_hooks.append(choice.begin_request)
     context.outputs.vae_choice = choice
     for method, layer in (("decode", choice.around_decode), ("encode", choice.around_encode)):
         if hasattr(vae, method):
@@ -173,10 +177,15 @@ def _vae_edits(
 
 
 def _cuts_vae(context: PipelineContext) -> bool:
-    """Whether this feature decides how the VAE decodes: there is one, and no ranks share it."""
-    parallel = context.config.parallel if context.config is not None else None
+    """Whether this feature decides how the VAE decodes: there is one, and no ranks share its work."""
     vae = getattr(context.pipe, "vae", None)
-    return isinstance(vae, nn.Module) and hasattr(vae, "decode") and not (parallel is not None and parallel.vae)
+    return isinstance(vae, nn.Module) and hasattr(vae, "decode") and _vae_ranks(context) == 1
+
+
+def _vae_ranks(context: PipelineContext) -> int:
+    """The number of ranks that share the VAE's work."""
+    parallel = context.config.parallel if context.config is not None else None
+    return 1 if parallel is None else parallel.vae
 
 
 def _request_hook(stream: WeightStream, models: list[StreamedModel]) -> Callable[[Any], None]:
@@ -246,10 +255,24 @@ def _with_progress(blocks: list[StreamedBlock], edit: Callable[[StreamedBlock], 
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    context: PipelineContext, config: OffloadConfig, models: list[Model], formats: Mapping[int, Any] | None
-) -> MemoryPlan:
+def _changes(context: PipelineContext) -> Changes:
+    """The changes to layers that the features before this one have planned."""
+    formats: dict[int, Any] = {}
+    shards: dict[int, tuple[int, int]] = {}
+    for plan in context.plans.values():
+        formats |= plan.formats
+        shards |= plan.shards
+    return Changes(formats, shards)
+
+
+def _plan(context: PipelineContext, config: OffloadConfig, models: list[Model], changes: Changes | None) -> MemoryPlan:
     """The memory plan.
+
+    Args:
+        context: The pipeline.
+        config: The section `offload`.
+        models: The pipeline's models.
+        changes: Planned changes to layers; `None` once they are applied.
 
     Raises:
         Unsupported: No plan keeps the budget.
@@ -259,13 +282,13 @@ def _plan(
     for model in models:
         seconds: tuple[float, ...] = ()
         if model.denoiser is not None:
-            seconds = block_seconds(context, model.denoiser, [block.module for block in model.blocks])
-        each = model.sizes(formats, seconds)
+            seconds = block_seconds(context, model.denoiser, [block.module for block in model.blocks], changes)
+        each = model.sizes(changes, seconds)
         may_stream = stages is None or model.name in stages
         sizes.append(each if may_stream else _fixed(each))
     budget = _budget(context, config, models)
     slots = None if config.prefetch is None else config.prefetch + 1
-    found = plan_memory(sizes, _work(context), _link(context), budget=budget, level=config.level, slots=slots)
+    found = plan_memory(sizes, _work(context, changes), _link(context), budget=budget, level=config.level, slots=slots)
     if budget is not None and found.peak > budget:
         least = least_budget(found, slots) if config.level in (None, 3) and stages is None else found.peak
         raise Unsupported(
@@ -278,11 +301,14 @@ def _plan(
     return found
 
 
-def _work(context: PipelineContext) -> Work:
+def _work(context: PipelineContext, changes: Changes | None) -> Work:
     """The bytes of activations in each stage."""
     latents = latent_shape(context, largest_request(context))
-    vae = estimate(context.pipe, latents, context.home) if _cuts_vae(context) else {"whole": 0}
-    return replace(work(context), vae=vae)
+    vae = estimate(context.pipe, latents, context.home)
+    if not _cuts_vae(context):
+        # A strip of each tensor, but for its halos.
+        vae = {"whole": next(iter(vae.values())) // _vae_ranks(context)}
+    return replace(work(context, changes), vae=vae)
 
 
 def _fixed(sizes: ModelSizes) -> ModelSizes:

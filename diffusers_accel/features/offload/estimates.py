@@ -18,6 +18,7 @@ from torch import nn
 from ...core.memory_plan import Work
 from ...core.platform import Device
 from ..context import Denoiser, PipelineContext
+from .models import Changes, layer_shape
 
 _GIB = 2**30
 # Operations of a GPU that blocks reach, in 10^12 a second: (capability, 16 bits, 8 bits). Those of sm_90 were measured
@@ -93,7 +94,7 @@ def latent_shape(context: PipelineContext, request: Request) -> tuple[int, int, 
 
 
 def tokens(context: PipelineContext, denoiser: Denoiser, request: Request) -> int:
-    """Tokens of a request in a denoiser's main stream, text included."""
+    """Tokens of a request in a denoiser's main stream, text included, over all ranks."""
     frames, height, width = latent_shape(context, request)
     config = denoiser.config
     patch = config.get("patch_size") or 1
@@ -106,19 +107,27 @@ def tokens(context: PipelineContext, denoiser: Denoiser, request: Request) -> in
     return frames * -(-height // patch) * -(-width // patch) + 512
 
 
-def block_seconds(context: PipelineContext, denoiser: Denoiser, blocks: list[nn.Module]) -> tuple[float, ...]:
-    """Predicted seconds of each block on the denoiser's device."""
-    count = tokens(context, denoiser, largest_request(context)) * _batch(denoiser)
+def block_seconds(
+    context: PipelineContext, denoiser: Denoiser, blocks: list[nn.Module], changes: Changes | None = None
+) -> tuple[float, ...]:
+    """Predicted seconds of each block on a rank's device.
+
+    Args:
+        context: The pipeline.
+        denoiser: The denoiser.
+        blocks: Its blocks.
+        changes: Planned changes to layers; `None` once they are applied.
+    """
+    length, (sequence, heads) = tokens(context, denoiser, largest_request(context)), _sharing(context)
+    count = -(-length // sequence) * _batch(context, denoiser)
     rate = _rate(denoiser.device, quantized=context.config is not None and context.config.linear is not None)
     found = []
     for block in blocks:
         layers = [part for part in block.modules() if isinstance(part, nn.Linear)]
         # Modulations have one row.
         many_rows = [layer for layer in layers if not _modulates(denoiser, block, layer)]
-        weights = sum(layer.in_features * layer.out_features for layer in many_rows)
-        width = _width(layers)
-        length = count // _batch(denoiser)
-        attention = 2 * width * length * count
+        weights = sum(math.prod(layer_shape(layer, changes)) for layer in many_rows)
+        attention = 2 * _width(layers) * length * count / heads
         found.append(2 * (weights * count + attention) / (rate * 1e12))
     return tuple(found)
 
@@ -148,7 +157,7 @@ def _precomputed_bytes(context: PipelineContext, denoiser: Denoiser, size: int) 
         for part in block.modules()
         if isinstance(part, nn.Linear) and _modulates(denoiser, block, part)
     )
-    return features * _STEPS * _batch(denoiser) * size
+    return features * _STEPS * _batch(context, denoiser) * size
 
 
 def _modulates(denoiser: Denoiser, block: nn.Module, layer: nn.Module) -> bool:
@@ -166,9 +175,17 @@ def _rate(device: Device, quantized: bool) -> float:
     return _OTHER_RATES[quantized]
 
 
-def _batch(denoiser: Denoiser) -> int:
-    """Samples of one call for one picture."""
-    return 2 if denoiser.adapter.guidance == "batched" else 1
+def _batch(context: PipelineContext, denoiser: Denoiser) -> int:
+    """Samples of one call for one picture on a rank. CFG parallelism splits a call that holds several branches."""
+    parallel = context.config.parallel if context.config is not None else None
+    split = parallel is not None and parallel.cfg > 1
+    return 2 if denoiser.adapter.guidance == "batched" and not split else 1
+
+
+def _sharing(context: PipelineContext) -> tuple[int, int]:
+    """Numbers of ranks that share a sequence's tokens, and the heads of attention."""
+    parallel = context.config.parallel if context.config is not None else None
+    return (1, 1) if parallel is None else (parallel.sequence, parallel.tp)
 
 
 def _width(layers: list[Any]) -> int:
@@ -176,8 +193,13 @@ def _width(layers: list[Any]) -> int:
     return Counter(layer.in_features for layer in layers).most_common(1)[0][0] if layers else 0
 
 
-def work(context: PipelineContext) -> Work:
-    """The bytes of activations in each stage."""
+def work(context: PipelineContext, changes: Changes | None = None) -> Work:
+    """The bytes of activations in each stage, on a rank.
+
+    Args:
+        context: The pipeline.
+        changes: Planned changes to layers; `None` once they are applied.
+    """
     request = largest_request(context)
     denoise = 0
     for denoiser in context.denoisers:
@@ -189,8 +211,8 @@ def work(context: PipelineContext) -> Work:
                 if isinstance(part, nn.Linear) and not _modulates(denoiser, block, part)
             ]
             width = _width(layers)
-            widest = max((layer.out_features for layer in layers), default=0)
-        count = tokens(context, denoiser, request) * _batch(denoiser)
+            widest = max((layer_shape(layer, changes)[0] for layer in layers), default=0)
+        count = -(-tokens(context, denoiser, request) // _sharing(context)[0]) * _batch(context, denoiser)
         size = torch.empty(0, dtype=denoiser.dtype).element_size()
         activations = int(count * size * (_STREAMS * width + _WIDEST * widest))
         activations = activations if context.compiled else int(_EAGER * activations)

@@ -1,6 +1,6 @@
 """The models of a pipeline as offloading sees them: their blocks, the weights of each block, and all other weights.
 
-Sizes are those that weights will have once `linear` has quantized them, so that a plan can be made beforehand.
+Sizes are those that weights will have once they are sharded and quantized, so that a plan can be made beforehand.
 """
 
 from __future__ import annotations
@@ -16,11 +16,34 @@ from ...compat.torch_private import buffers_of, parameters_of
 from ...core.memory_plan import ModelSizes, Role
 from ...core.streaming import can_stream, parts_of
 from ...core.weights import ALIGNED, Weight, bytes_of, find_weights, is_plain, round_up
-from ...kernels.linear import LinearProxy
+from ...kernels.linear import LinearProxy, unsharded_layer
 from ...kernels.linear.precomputed import PRECOMPUTED_FORMATS, can_precompute
 from ...models import Adapter
 from ...models.adapter import default_adapter
 from ..context import Denoiser, PipelineContext
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The changes to layers that other features have planned, while these are not applied yet.
+
+    Attributes:
+        formats: `id` of a stock layer -> the record of the format that it will have.
+        shards: `id` of a stock layer -> (outputs, inputs) of its shard on a rank.
+    """
+
+    formats: Mapping[int, Any] = field(default_factory=dict)
+    shards: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        """(outputs, inputs) that a linear layer will have."""
+        stock = unsharded_layer(layer)
+        return self.shards.get(id(stock), (stock.out_features, stock.in_features))
+
+
+def layer_shape(layer: Any, changes: Changes | None) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer after planned changes; `None` for none."""
+    return (layer.out_features, layer.in_features) if changes is None else changes.shape(layer)
 
 
 @dataclass(eq=False)
@@ -62,14 +85,14 @@ class Model:
     buffers: list[Weight]
     denoiser: Denoiser | None = None
 
-    def sizes(self, formats: Mapping[int, Any] | None, seconds: tuple[float, ...] = ()) -> ModelSizes:
+    def sizes(self, changes: Changes | None, seconds: tuple[float, ...] = ()) -> ModelSizes:
         """Its bytes, as the planner reads them.
 
         Args:
-            formats: `id` of a stock layer -> the record of the format that it will have; `None` if it has it already.
+            changes: Planned changes to layers; `None` once they are applied.
             seconds: Predicted seconds of each block.
         """
-        planned = {} if formats is None else _planned_bytes(self.module, formats)
+        planned = {} if changes is None else _planned_bytes(self.module, changes)
 
         def total(weights: list[Weight]) -> int:
             return sum(round_up(planned.get(id(weight.tensor), _stored_bytes(weight)), ALIGNED) for weight in weights)
@@ -85,12 +108,12 @@ class Model:
         )
 
 
-def models_of(context: PipelineContext, formats: Mapping[int, Any], mapped: bool) -> list[Model]:
+def models_of(context: PipelineContext, changes: Changes | None, mapped: bool) -> list[Model]:
     """The pipeline's models.
 
     Args:
         context: The pipeline.
-        formats: `id` of a stock layer -> the record of the format that it will have.
+        changes: Planned changes to layers; `None` once they are applied.
         mapped: Whether weights can be read from host memory in place.
     """
     denoisers = {denoiser.name: denoiser for denoiser in context.denoisers}
@@ -99,7 +122,7 @@ def models_of(context: PipelineContext, formats: Mapping[int, Any], mapped: bool
         if isinstance(module, nn.Module):
             denoiser = denoisers.get(name)
             adapter = denoiser.adapter if denoiser is not None else default_adapter(module)
-            in_place = _precomputed(context, denoiser, formats) if denoiser is not None and mapped else set()
+            in_place = _precomputed(context, denoiser, changes) if denoiser is not None and mapped else set()
             found.append(_model(name, _role(name, module, denoiser), module, adapter, in_place, denoiser))
     return found
 
@@ -139,7 +162,7 @@ def _model(
     return Model(name, role, module, [block for block in blocks if block.copied], rest, buffers, denoiser)
 
 
-def _precomputed(context: PipelineContext, denoiser: Denoiser, formats: Mapping[int, Any]) -> set[int]:
+def _precomputed(context: PipelineContext, denoiser: Denoiser, changes: Changes | None) -> set[int]:
     """`id` of each tensor of layers whose outputs are precomputed."""
     modulation = denoiser.adapter.modulation
     if modulation is None or not context.precomputes_modulations(denoiser):
@@ -152,32 +175,37 @@ def _precomputed(context: PipelineContext, denoiser: Denoiser, formats: Mapping[
             except AttributeError:
                 continue
             layer = getattr(layer, "base_layer", layer)
-            record = formats.get(id(layer))
+            record = None if changes is None else changes.formats.get(id(layer))
             if can_precompute(layer, denoiser.dtype) if record is None else record.name in PRECOMPUTED_FORMATS:
                 tensors = (*parameters_of(layer).values(), *buffers_of(layer).values())
                 found |= {id(tensor) for tensor in tensors if tensor is not None}
     return found
 
 
-def _planned_bytes(module: nn.Module, formats: Mapping[int, Any]) -> dict[int, int]:
-    """`id` of each weight that will be quantized, or is quantized now and will not be -> its bytes then."""
+def _planned_bytes(module: nn.Module, changes: Changes) -> dict[int, int]:
+    """`id` of each weight that changes will shard or quantize, or that is so now and will not be -> its bytes then."""
     found = {}
     for part in module.modules():
-        stock = part.stock if isinstance(part, LinearProxy) else part if isinstance(part, nn.Linear) else None
-        if not isinstance(stock, nn.Linear) or isinstance(stock, LinearProxy):
+        layer = part.stock if isinstance(part, LinearProxy) else part if isinstance(part, nn.Linear) else None
+        if not isinstance(layer, nn.Linear) or isinstance(layer, LinearProxy):
             continue
-        record, weight = formats.get(id(stock)), stock.weight
-        size = weight.numel() * weight.element_size()
-        if record is not None and record.bits is not None:
-            size = int(weight.numel() * record.bits / 8)
-        if part is stock:
-            found[id(weight)] = size
+        stock = unsharded_layer(layer)
+        if part is stock and id(stock) not in changes.formats and id(stock) not in changes.shards:
+            continue
+        outputs, inputs = changes.shape(stock)
+        record, width = changes.formats.get(id(stock)), layer.weight.element_size()
+        bits = 8 * width if record is None or record.bits is None else record.bits
+        size = int(outputs * inputs * bits / 8)
+        if part is layer:
+            found[id(layer.weight)] = size
         else:
             # The tensors of an earlier `accelerate`, which ends before this one begins.
             own = [item for item in buffers_of(part).values() if item is not None and item.numel()]
             found |= {id(item): 0 for item in own}
             if own:
                 found[id(max(own, key=torch.Tensor.numel))] = size
+        if layer.bias is not None:
+            found[id(layer.bias)] = outputs * width
     return found
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from ...compat.torch_private import FakeTensorMode, TorchDispatchMode, buffers_of, parameters_of, pytree
+from ...core.comm import Group
 from ...core.edits import SetAttr
 
 # The way of a VAE whose user has turned tiling on.
@@ -152,6 +153,10 @@ class DecodeChoice:
             for edit in reversed(edits):
                 edit.undo()
 
+    def _free_bytes(self, method: Method) -> int | None:
+        """The bytes that a call may use; `None` for no limit."""
+        return self._free() if self._free is not None else None
+
     def _choose(self, method: Method, x: torch.Tensor) -> str:
         """The way of a call."""
         offered = ways(self._vae, x.shape[0])
@@ -160,7 +165,7 @@ class DecodeChoice:
             order = ["whole", "slices", "tiles"]
             rank = order.index(self._way) if self._way in order else 0
             return next((way for way in reversed(offered) if way in order[: rank + 1]), offered[0])
-        free = self._free() if self._free is not None else None
+        free = self._free_bytes(method)
         if free is None or len(offered) == 1:
             return offered[0]
         needed: dict[str, int] = {}
@@ -184,6 +189,34 @@ class DecodeChoice:
                 stacklevel=4,
             )
         return least
+
+
+class DecodeChoiceOfRanks(DecodeChoice):
+    """The choice under parallelism. Ranks share a denoiser's tokens, so encoded pictures must be equal on all of them:
+    they encode by the least of their free bytes as a request begins. Each rank decodes by its own, since one may decode
+    alone, and an exchange would wait for the others.
+
+    Args:
+        vae: A diffusers VAE. Its switches are set during a call only.
+        free: Returns the bytes that a call on this rank may use, or `None` for no limit.
+        world: All ranks.
+    """
+
+    def __init__(self, vae: Any, free: Callable[[], int | None], world: Group):
+        super().__init__(vae, free)
+        self._world = world
+        self._least: int | None = None
+
+    def begin_request(self, pipe: Any) -> None:
+        """A request hook: gathers the free bytes of all ranks as a request begins, when it is given the pipeline."""
+        if pipe is not None:
+            everyone = self._world.all_gather_object(super()._free_bytes("encode"))
+            self._least = min((each for each in everyone if each is not None), default=None)
+
+    def _free_bytes(self, method: Method) -> int | None:
+        if method == "encode" and self._least is not None:
+            return self._least
+        return super()._free_bytes(method)
 
 
 def _warn_unpredicted(vae: Any, method: Method, error: Exception) -> None:

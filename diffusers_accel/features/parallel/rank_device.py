@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from ...compat.accelerate_private import ACCELERATE_HOOK
-from ...compat.diffusers_private import OFFLOAD_DEVICE, OFFLOAD_GPU_ID, diffusers_hooks
+from ...compat.diffusers_private import OFFLOAD_DEVICE, OFFLOAD_GPU_ID, diffusers_hooks, offload_gpu
 from ...compat.torch_private import pytree
 from ...core.comm import Group
 from ...core.edits import AddLayer, Edit, MoveTensors, SetAttr
@@ -240,8 +240,8 @@ def _current_device(context: PipelineContext) -> torch.device:
     module = context.denoisers[0].module
     found = [next(module.parameters()).device, *filter(None, map(_execution_device, _hooks(module)))]
     gpus = [device for device in found if device.type == "cuda"]
-    # Other models that wait on the host go to the rank's GPU.
-    return gpus[0] if gpus else rank_device()
+    # Other models that wait on the host go to the GPU of an offloading that has ended, or to the rank's.
+    return gpus[0] if gpus else offload_gpu(context.pipe) or rank_device()
 
 
 def _rank_device(modules: Sequence[nn.Module], here: torch.device, own: torch.device | None) -> RankDevice:

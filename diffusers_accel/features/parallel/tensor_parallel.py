@@ -55,6 +55,7 @@ def check(context: PipelineContext, config: ParallelConfig) -> Plan:
         Unsupported: No adapter has a plan, there are fewer heads than ranks, or weights are not whole stock ones.
     """
     actions, notes, modules = [], [], 0
+    shards: dict[int, tuple[int, int]] = {}
     for denoiser in context.denoisers:
         refuse_offloaded(_FEATURE, denoiser, context)
         if denoiser.adapter.tensor is None:
@@ -62,6 +63,7 @@ def check(context: PipelineContext, config: ParallelConfig) -> Plan:
         _refuse_adapters(denoiser)
         found = _layers(denoiser, config.tp)
         modules += len(found)
+        shards |= {id(layer.stock): layer.shape(0) for layer in found if not layer.norm}
         actions.append(f"{denoiser.name}: {len(found)} layers on {config.tp} ranks")
         whole = sum(_bytes(layer.stock.weight) for layer in found)
         # The first rank has the most.
@@ -78,7 +80,7 @@ def check(context: PipelineContext, config: ParallelConfig) -> Plan:
     left = []
     if config.comm == "symm_mem" and config.tp > 2:
         left.append("parallel.comm='symm_mem': sums of more than two ranks of tp use collectives, which are faster.")
-    return Plan("; ".join(actions), modules, tuple(notes), tuple(left))
+    return Plan("; ".join(actions), modules, tuple(notes), tuple(left), shards=shards)
 
 
 def edits(context: PipelineContext, config: ParallelConfig) -> Iterator[Edit]:
@@ -128,6 +130,11 @@ class _Layer:
         """The fraction of the layer that a rank has."""
         counts = [sum(last - first for first, last in parts) for parts in self.parts]
         return counts[rank] / sum(counts)
+
+    def shape(self, rank: int) -> tuple[int, int]:
+        """(outputs, inputs) of a rank's shard of a layer."""
+        own = sum(last - first for first, last in self.parts[rank])
+        return (self.stock.out_features, own) if self.place.rows else (own, self.stock.in_features)
 
 
 def _layers(denoiser: Denoiser, ranks: int) -> list[_Layer]:
