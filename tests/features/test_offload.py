@@ -19,6 +19,7 @@ from diffusers_accel import (
     Unsupported,
     accelerate,
     explain,
+    from_pretrained,
     restore,
     stats,
 )
@@ -529,3 +530,29 @@ class TestDiffusersOffloading:
         with pytest.raises(Unsupported):
             accelerate(pipe, offload="1KiB")
         assert self.enabled(pipe) == before
+
+
+class TestLoading:
+    """Pipelines that are loaded to be offloaded are never on the GPU as a whole: they stay on the host until then."""
+
+    def test_from_pretrained(self, late, tmp_path):
+        entry, stock = TINY["flux"], build("flux")
+        stock.save_pretrained(tmp_path)
+        # A copy: weights in a file have other addresses, by which products on the CPU round otherwise.
+        expected = entry.run(copy.deepcopy(type(stock).from_pretrained(tmp_path, dtype=torch.float32)))
+        pipe = from_pretrained(tmp_path, dtype=torch.float32, offload=3)
+        assert stats(pipe).requests == 0 and sum(made.locked for made in late)
+        pipe.set_progress_bar_config(disable=True)
+        assert same(entry.run(pipe), expected)
+        accelerate(pipe, attention="sdpa", offload=3)
+        assert same(entry.run(pipe), expected)
+        assert restore(pipe) is pipe and same(entry.run(pipe), expected)
+
+    def test_a_device_map_is_refused(self, tmp_path):
+        with pytest.raises(Unsupported, match="device_map"):
+            from_pretrained(tmp_path, offload="12GiB", device_map="balanced")
+
+    def test_without_a_gpu(self, tmp_path):
+        build("flux").save_pretrained(tmp_path)
+        with pytest.raises(Unsupported, match="offload=None"):
+            from_pretrained(tmp_path, offload="12GiB")
