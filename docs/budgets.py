@@ -29,9 +29,7 @@ LINK = 24e9
 GPU = ("cuda", "NVIDIA GeForce RTX 4090", (8, 9))
 BUDGETS = (8, 12, 16, 24)
 TIMES = "\N{MULTIPLICATION SIGN}"
-_PICTURE: dict[str, Any] = {"attention": "sdpa", "compile": True, "cuda_graph": True}
-# For graphs the plan reserves activations twice. Kernels of a video are long, and gain little from graphs.
-_VIDEO: dict[str, Any] = {"attention": "sdpa", "compile": True}
+_SECTIONS: dict[str, Any] = {"attention": "sdpa", "compile": True, "cuda_graph": True}
 FORMATS: dict[str, dict[str, Any]] = {"bf16": {}, "fp8": {"linear": "fp8"}}
 
 _IMAGE_VAE: dict[str, Any] = {
@@ -185,11 +183,11 @@ def _ltx2() -> Any:
 
 
 def _picture(size: str) -> dict[str, Any]:
-    return {**_PICTURE, "warmup": {"resolutions": (size,)}}
+    return {**_SECTIONS, "warmup": {"resolutions": (size,)}}
 
 
 def _video(size: str, frames: int) -> dict[str, Any]:
-    return {**_VIDEO, "warmup": {"resolutions": (size,), "num_frames": (frames,)}}
+    return {**_SECTIONS, "warmup": {"resolutions": (size,), "num_frames": (frames,)}}
 
 
 # Model and largest request -> its pipeline, and the sections beside `linear` and `offload`.
@@ -223,7 +221,7 @@ def planned(pipe: Any, sections: dict[str, Any]) -> list[Any]:
     from diffusers_accel.features import linear
     from diffusers_accel.features.context import Denoiser, PipelineContext
     from diffusers_accel.features.offload.estimates import block_seconds, largest_request, latent_shape, work
-    from diffusers_accel.features.offload.models import models_of
+    from diffusers_accel.features.offload.models import Changes, models_of
     from diffusers_accel.features.offload.vae import estimate
     from diffusers_accel.models import adapter_for
 
@@ -237,14 +235,15 @@ def planned(pipe: Any, sections: dict[str, Any]) -> list[Any]:
     context = PipelineContext(weakref.ref(pipe), denoisers, lambda name: 0, clock, config)
     with mock.patch("diffusers_accel.features.context.rank_device", return_value=torch.device("cuda", 0)):
         formats = linear.check(context, config.linear).formats if config.linear is not None else {}
+    changes = Changes(formats)
     models = [
         model.sizes(
-            formats,
+            changes,
             ()
             if model.denoiser is None
             else block_seconds(context, model.denoiser, [block.module for block in model.blocks]),
         )
-        for model in models_of(context, formats, mapped=True)
+        for model in models_of(context, changes, mapped=True)
     ]
     latents = latent_shape(context, largest_request(context))
     activations = replace(work(context), vae=estimate(pipe, latents, torch.device("cuda")))

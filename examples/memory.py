@@ -29,8 +29,7 @@ if options.model == "flux":
     arguments = {"height": 1024, "width": 1024, "num_inference_steps": 28}
 else:
     pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers", dtype=torch.bfloat16)
-    # For CUDA graphs the plan reserves activations twice. Kernels of a video are long, and gain little from graphs.
-    sections |= {"warmup": {"resolutions": ["480x832"], "num_frames": [81]}, "cuda_graph": None}
+    sections |= {"warmup": {"resolutions": ["480x832"], "num_frames": [81]}}
     arguments = {"height": 480, "width": 832, "num_frames": 81}
 
 print(explain(pipe, "lossless", **sections))
