@@ -351,7 +351,7 @@ def _offload_counts(context: PipelineContext) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if stream is not None:
         counts = stream.counts
-        found |= {"bytes": counts.bytes, "ahead": counts.ahead, "late": counts.late, "waited": counts.seconds_waited}
+        found |= {"bytes": counts.bytes, "ahead": counts.ahead, "late": counts.late, "hidden": stream.hidden}
     if prompts is not None:
         found["prompts"] = prompts.hits
     if context.outputs.vae_choice is not None:

@@ -84,10 +84,10 @@ class Stats:
         modulations_precomputed: Number of layers with precomputed modulations in the last request.
         modulations_recomputed: Number of these layers' products that were computed again, since their input differed.
         offload: With offloading: `bytes` of weights that were copied to the GPU; blocks that were copied `ahead` of
-            their turn, and those that came `late`; seconds that computation `waited` for copies in calls without CUDA
-            graphs; `prompts` whose embeddings were known; `vae decode` and `vae encode`, the ways that the
-            VAE took; `peak`, the most bytes of GPU memory that the process has
-            used since it last reset `torch.cuda.max_memory_allocated`.
+            their turn, and those that came `late`; the share of their copies' time that computation has `hidden`, in
+            calls without CUDA graphs (`None` if all had graphs); `prompts` whose embeddings were known; `vae decode`
+            and `vae encode`, the ways that the VAE took; `peak`, the most bytes of GPU memory that the process has used
+            since it last reset `torch.cuda.max_memory_allocated`.
     """
 
     requests: int = 0
@@ -146,8 +146,8 @@ class Stats:
         found, rows = self.offload, []
         if "bytes" in found:
             text = f"{found['bytes'] / 2**30:.2f} GiB copied, {found['ahead']} blocks ahead, {found['late']} late"
-            waited = f", {found['waited']:.3g} s waited" if found["waited"] else ""
-            rows.append(["offload", text + waited])
+            hidden = "" if found["hidden"] is None else f"; {found['hidden']:.0%} of the copies hid"
+            rows.append(["offload", text + hidden])
         if "peak" in found:
             rows.append(["  GPU memory", f"{found['peak'] / 2**30:.2f} GiB at most"])
         ways = [f"{method.removeprefix('vae ')} {way}" for method, way in found.items() if method.startswith("vae ")]

@@ -12,6 +12,7 @@ from tiny import ALL, TINY, build, same
 from transfers import HostTransfers
 
 from diffusers_accel import (
+    CompileConfig,
     ConfigError,
     DBCacheConfig,
     OffloadConfig,
@@ -24,7 +25,7 @@ from diffusers_accel import (
     stats,
 )
 from diffusers_accel.core.graphs import GRAPH_BACKENDS
-from diffusers_accel.core.streaming import CudaTransfers
+from diffusers_accel.core.streaming import CudaTransfers, WeightStream
 
 FORMATS = ["fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "svdq-nvfp4", "torchao:int8_weight_only"]
 FAMILIES = ["flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3"]
@@ -560,3 +561,56 @@ class TestLoading:
         build("flux").save_pretrained(tmp_path)
         with pytest.raises(Unsupported, match="offload=None"):
             from_pretrained(tmp_path, offload="12GiB")
+
+
+def test_a_graph_ends_with_its_last_block(late, monkeypatch):
+    """Copies behind the last block have nothing in the graph to hide behind: they follow the replay."""
+    monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
+    entry, pipe, recorded = TINY["flux"], build("flux"), []
+    make = WeightStream.recorded
+    monkeypatch.setattr(WeightStream, "recorded", lambda *args: recorded.append(make(*args)) or recorded[-1])
+    accelerate(pipe, attention="sdpa", offload={"level": 3, "prefetch": 1}, cuda_graph=True)
+    entry.run(pipe, steps=4)
+    assert len(recorded) == 2
+    for copies in recorded:
+        last = copies._blocks[-1]
+        # Of two slots, one holds the last block to the end, and the next block's copy ran beside it.
+        assert copies._exit[last.slot] is last
+        assert copies.later and copies.later[0] in copies._exit
+        assert copies.bytes == sum(block.bytes for block in (*copies._blocks, copies.later[0])) - sum(
+            block.bytes for block in copies._entry
+        )
+
+
+def test_stats_say_how_much_was_hidden(late):
+    entry, pipe = TINY["flux"], build("flux")
+    accelerate(pipe, offload=3)
+    entry.run(pipe)
+    found = stats(pipe).offload
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+    size = sum(item.numel() * 4 for block in blocks for item in block.parameters())
+    assert found["bytes"] >= 4 * size and found["ahead"] == 4 * len(blocks)
+    assert "blocks ahead" in str(stats(pipe))
+
+
+@pytest.mark.parametrize(
+    ("name", "linear"), [("flux", None), ("flux", "fp8"), ("flux", "nvfp4"), ("qwen", None), ("sd3", None)]
+)
+def test_precomputed_modulations_are_not_copied(name, linear, late, on_cpu):
+    """Their weights are read in place, once a request: copies and slots are smaller, results equal."""
+    entry, pipe = TINY[name], build(name)
+    sections = {"attention": "sdpa", "compile": CompileConfig(backend="eager", rewrites=True)}
+    if linear is not None:
+        sections["linear"] = {"algo": linear, "smallest": 0}
+    accelerate(pipe, **sections)
+    resident, layers = entry.run(pipe), stats(pipe).modulations_precomputed
+    accelerate(pipe, **sections, offload=3)
+    assert same(entry.run(pipe), resident) and same(entry.run(pipe), resident)
+    found = stats(pipe)
+    assert found.modulations_precomputed == layers and found.modulations_recomputed == 0
+    (row,) = [row for row in explain(pipe, **sections, offload=3).rows if row.feature == "offload"]
+    in_place = [note for note in row.notes if "precomputed modulations are read" in note]
+    assert bool(in_place) == bool(layers) == (linear != "nvfp4")
+    accelerate(pipe, **{**sections, "compile": None}, offload=3)
+    entry.run(pipe)
+    assert not layers or found.offload["bytes"] < 0.9 * stats(pipe).offload["bytes"]

@@ -49,17 +49,19 @@ class StreamCounts:
         bytes: Bytes copied to the GPU.
         ahead: Blocks that were copied before they were needed.
         late: Blocks that were copied when they were needed.
-        waits: (begin, end) timestamps of the computing stream's waits, in calls without a graph.
+        timed_bytes: Bytes copied in calls without a graph, whose waits are timed.
+        waits: (begin, end) timestamps of the computing stream's waits in these calls.
     """
 
     bytes: int = 0
     ahead: int = 0
     late: int = 0
+    timed_bytes: int = 0
     waits: list[tuple[Any, Any]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Sets all counters to zero."""
-        self.bytes = self.ahead = self.late = 0
+        self.bytes = self.ahead = self.late = self.timed_bytes = 0
         self.waits.clear()
 
     @property
@@ -75,6 +77,7 @@ class WeightStream:
     Args:
         device: The device that blocks run on.
         slots: Number of slots, at least 2.
+        link: Bytes a second of copies.
 
     Attributes:
         device: The device that blocks run on.
@@ -83,8 +86,8 @@ class WeightStream:
         transfers: Copies and events.
     """
 
-    def __init__(self, device: torch.device, slots: int):
-        self.device, self._number = device, slots
+    def __init__(self, device: torch.device, slots: int, link: float):
+        self.device, self._number, self._link = device, slots, link
         self.transfers = TRANSFERS[device.type](device)
         self.blocks: list[StreamedBlock] = []
         self.counts = StreamCounts()
@@ -101,6 +104,13 @@ class WeightStream:
             max((block.bytes for block in self.blocks if block.slot == index), default=0)
             for index in range(self._number)
         ]
+
+    @property
+    def hidden(self) -> float | None:
+        """Share of the copies' time in which blocks computed, in the last request's calls without a graph; `None` if
+        there were none. Reads from the device."""
+        copying = self.counts.timed_bytes / self._link
+        return max(0.0, 1 - self.counts.seconds_waited / copying) if copying and self.counts.waits else None
 
     def add(self, blocks: Sequence[StreamedBlock], *, repeats: bool) -> None:
         """Adds a model's blocks, and gives each its slot.
@@ -210,6 +220,7 @@ class WeightStream:
         slot.held = block
         if self._recording is None:
             self.counts.bytes += block.bytes
+            self.counts.timed_bytes += block.bytes
         else:
             self._recording.bytes += block.bytes
 

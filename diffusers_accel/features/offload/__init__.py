@@ -91,7 +91,7 @@ def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
     plan = _plan(context, config, models, None)
     device = context.home
     on_host = all(next(denoiser.module.parameters()).device.type == "cpu" for denoiser in context.denoisers)
-    stream = WeightStream(device, max(plan.slots, 1))
+    stream = WeightStream(device, max(plan.slots, 1), plan.link)
     streamed = [
         (model, placed, _blocks(model, placed))
         for model in models
@@ -143,7 +143,7 @@ def _encoder_edits(
     context: PipelineContext, model: Model, blocks: list[StreamedBlock], device: torch.device
 ) -> Iterator[Edit]:
     """The layers of a streamed text encoder. Its slots exist while it runs."""
-    stream = WeightStream(device, ENCODER_SLOTS)
+    stream = WeightStream(device, ENCODER_SLOTS, _link(context))
     added = StreamedModel(stream, model.name, [block for block in blocks if block.streamed], repeats=False)
     yield AddLayer(model.module, context.rank("offload model"), added.around_model)
     for block in added.blocks:

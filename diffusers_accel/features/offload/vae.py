@@ -369,8 +369,9 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: Tensors that are not counted.
-        workspaces: Whether to count cuDNN's workspaces. Its convolutions copy input, weight and output to another order
-            of dimensions: on an H200 peaks of five VAEs were within 1% (`benchmarks/results/memory-vae.json`).
+        workspaces: Whether to count cuDNN's workspaces: copies of input, weight and output of a convolution, in another
+            order of dimensions. Peaks of four VAEs on an H200 are met within 1%
+            (`benchmarks/results/memory-vae.json`).
 
     Attributes:
         live: Bytes that are there now.
