@@ -25,7 +25,7 @@ from diffusers_accel import (
     stats,
 )
 from diffusers_accel.core.graphs import GRAPH_BACKENDS
-from diffusers_accel.core.streaming import CudaTransfers, WeightStream
+from diffusers_accel.core.streaming import CudaTransfers, StreamedBlock, WeightStream
 
 FORMATS = ["fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "svdq-nvfp4", "torchao:int8_weight_only"]
 FAMILIES = ["flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3"]
@@ -614,3 +614,43 @@ def test_precomputed_modulations_are_not_copied(name, linear, late, on_cpu):
     accelerate(pipe, **{**sections, "compile": None}, offload=3)
     entry.run(pipe)
     assert not layers or found.offload["bytes"] < 0.9 * stats(pipe).offload["bytes"]
+
+
+@pytest.mark.parametrize("offload", [{"level": 3}, {"level": 3, "ram": "500KiB"}])
+def test_slabs_after_a_copy(offload, late):
+    """A copy undoes all edits and applies them again: weights are in slabs as before."""
+    entry, pipe = TINY["flux"], build("flux")
+    stock = entry.run(pipe)
+    accelerate(pipe, offload=offload)
+    locked = sum(made.locked for made in late)
+    assert same(entry.run(copy.deepcopy(pipe)), stock)
+    again = sum(made.locked for made in late) - locked
+    assert again == locked if "ram" not in offload else 0.9 * locked < again <= 500 * 1024
+    assert same(entry.run(pipe), stock)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted_on_the_way_out(times, late, monkeypatch):
+    """Ctrl-C while tensors over the slots are taken out of the model: none stays, and no slab is written."""
+    entry, pipe = TINY["flux"], build("flux")
+    stock, before = entry.run(pipe), weights(pipe)
+    accelerate(pipe, offload=3)
+    entry.run(pipe)
+    leave, left = StreamedBlock.leave, []
+
+    def interrupted(block):
+        left.append(block)
+        if len(left) == 3:
+            raise KeyboardInterrupt
+        leave(block)
+
+    for _ in range(times):
+        left.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamedBlock, "leave", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                entry.run(pipe)
+        assert all(torch.equal(item, value) for item, value in before)
+        assert same(entry.run(pipe), stock)
+    restore(pipe)
+    assert same(entry.run(pipe), stock) and weights(pipe)[0][0] is before[0][0]

@@ -64,7 +64,8 @@ class StreamedTensor:
 
     def leave(self) -> None:
         """Puts the tensor over the slab into the places. A value that the user has put there since stays."""
-        self._exchange(self.inside, self.outside)
+        if self.inside is not None:
+            self._exchange(self.inside, self.outside)
 
     def _exchange(self, old: Any, new: Any) -> None:
         for holder, name in self.weight.slots:
@@ -197,6 +198,11 @@ class StreamedBlock:
         for tensor in self.streamed if inside else self.tensors:
             own, views = views[: len(tensor.parts)], views[len(tensor.parts) :]
             (tensor.over if inside else tensor.point)(own)
+
+    def leave(self) -> None:
+        """Puts the tensors over the slab back into their places."""
+        for tensor in self.streamed:
+            tensor.leave()
 
     def changed(self) -> list[StreamedTensor]:
         """Tensors that the user has replaced or moved since: their values are no longer those that are copied."""

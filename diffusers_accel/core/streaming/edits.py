@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -45,7 +45,8 @@ class OffloadBlock:
 
     def undo(self) -> None:
         block = self.block
-        self.slabs.release()
+        block.leave()
+        self.slabs.release(block)
         slab = block.slab
         if slab is None:
             for tensor in block.tensors:
@@ -69,30 +70,37 @@ class OffloadBlock:
         block.slab, block.sources = None, []
 
 
+class HostBudget(Protocol):
+    """The host memory that slabs may take."""
+
+    def take(self, length: int) -> bool:
+        """Whether so many bytes may be taken; they count as taken then."""
+        ...
+
+    def give_back(self, length: int) -> None:
+        """Gives back bytes that were taken."""
+        ...
+
+
 class Slabs:
     """The slabs of blocks. The calling thread copies weights while another thread takes and locks pages.
 
     Args:
         transfers: Where host memory comes from.
         blocks: The blocks, in the order in which they are filled.
-        allowed: Called with a slab's bytes before it is taken; returns whether the host's memory suffices.
+        budget: The host memory that slabs may take.
         lock: Whether to lock pages. Otherwise weights on the host stay in the memory that they are in.
     """
 
     # Slabs that are taken ahead of the copies into them.
     _AHEAD = 2
 
-    def __init__(
-        self,
-        transfers: Transfers,
-        blocks: Sequence[StreamedBlock],
-        allowed: Callable[[int], bool],
-        lock: bool = True,
-    ):
-        self._transfers, self._allowed, self._lock = transfers, allowed, lock
+    def __init__(self, transfers: Transfers, blocks: Sequence[StreamedBlock], budget: HostBudget, lock: bool = True):
+        self._transfers, self._budget, self._lock = transfers, budget, lock
         self._waiting = deque(blocks)
         self._thread: ThreadPoolExecutor | None = None
-        self._taken: dict[int, Future[Slab]] = {}
+        # Block -> its slab, or `None` for weights that stay on the host.
+        self._taken: dict[StreamedBlock, Future[Slab] | None] = {}
 
     def fill(self, block: StreamedBlock) -> None:
         """Moves a block's weights to host memory.
@@ -100,48 +108,57 @@ class Slabs:
         Raises:
             Unsupported: The host's memory does not suffice for weights of a GPU.
         """
-        if block in self._waiting:
+        if block not in self._taken:
             self._take_ahead(block)
-        while self._waiting and len(self._taken) <= self._AHEAD:
+        while self._waiting and sum(taken is not None for taken in self._taken.values()) <= self._AHEAD:
             self._take_ahead(self._waiting[0])
-        taken = self._taken.pop(id(block), None)
+        taken = self._taken.pop(block)
         if taken is None:
-            # Without locked pages, weights on the host stay where they are.
             block.use(None)
-            return
-        slab = taken.result()
-        block.fill(slab.host)
-        block.use(slab)
-        if not self._waiting and not self._taken and self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
+        else:
+            slab = taken.result()
+            block.fill(slab.host)
+            if not slab.locked and torch.cuda.is_available():
+                torch.cuda.synchronize()
+            block.use(slab)
+        if not self._waiting:
+            self._end()
 
-    def release(self) -> None:
-        """Drops slabs that were taken ahead, after an error."""
+    def release(self, block: StreamedBlock) -> None:
+        """Gives a block's host memory back, and after an error all slabs that were taken ahead."""
+        if block.slab is not None:
+            self._budget.give_back(block.layout.length)
         self._waiting.clear()
-        for taken in self._taken.values():
-            taken.exception()
+        for each, taken in self._taken.items():
+            if taken is not None:
+                taken.exception()
+                self._budget.give_back(each.layout.length)
         self._taken.clear()
-        if self._thread is not None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._thread is not None and not any(self._taken.values()):
             self._thread.shutdown()
             self._thread = None
 
     def _take_ahead(self, block: StreamedBlock) -> None:
         """Begins to take the slab of a block."""
-        self._waiting.remove(block)
+        if block in self._waiting:
+            self._waiting.remove(block)
         on_host = all(part.device.type == "cpu" for tensor in block.tensors for part in tensor.parts)
         length = block.layout.length
         if on_host and not self._lock:
-            return
-        if not self._allowed(length):
-            if on_host:
-                return
+            self._taken[block] = None
+        elif self._budget.take(length):
+            self._taken[block] = self._submit(self._transfers.slab, length)
+        elif on_host:
+            self._taken[block] = None
+        else:
             raise Unsupported(
                 "offload",
                 f"the host has too little memory for {block.name}: {length / 2**20:.0f} MiB more are needed.",
                 "more memory or swap, a larger offload.vram or offload.ram, or linear='fp8', which halves the weights.",
             )
-        self._taken[id(block)] = self._submit(self._transfers.slab, length)
 
     def _submit(self, function: Callable[..., Slab], *args: Any) -> Future[Slab]:
         if self._thread is None:

@@ -54,7 +54,7 @@ class StreamedModel:
             self._begins = False
         else:
             self.stream.open()
-        self._inside += 1
+        self._inside = 1
         try:
             for block in self.blocks:
                 for tensor in block.streamed:
@@ -63,15 +63,23 @@ class StreamedModel:
             self.stream.prefetch(self._order)
             return inner(*args, **kwargs)
         finally:
-            for block in self.blocks:
-                for tensor in block.streamed:
-                    tensor.leave()
-            self._inside -= 1
+            try:
+                self._leave()
+            except KeyboardInterrupt:
+                # A tensor over a slot must not be taken for the model's weight.
+                self._leave()
+                raise
             self._learn()
             if self._repeats:
                 self.stream.prefetch(self._order)
             else:
                 self.stream.close()
+
+    def _leave(self) -> None:
+        """Puts the tensors over the slabs back into the model."""
+        for block in self.blocks:
+            block.leave()
+        self._inside = 0
 
     def around_block(self, block: StreamedBlock) -> Callable[..., Any]:
         """The layer around one block's forward."""

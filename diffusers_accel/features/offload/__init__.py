@@ -98,7 +98,7 @@ def edits(context: PipelineContext, config: OffloadConfig) -> Iterator[Edit]:
         if (placed := plan.model(model.name)).streamed and model.name not in context.shared
     ]
     everything = [block for _, _, blocks in streamed for block in blocks]
-    slabs = Slabs(stream.transfers, everything, _allowance(config), config.pin_memory)
+    slabs = Slabs(stream.transfers, everything, _HostBudget(config), config.pin_memory)
     denoisers = [
         StreamedModel(stream, model.name, [block for block in blocks if block.streamed], repeats=True)
         for model, _, blocks in streamed
@@ -360,27 +360,40 @@ def _mapped(context: PipelineContext, config: OffloadConfig) -> bool:
     return config.pin_memory and context.device.type in TRANSFERS
 
 
-def _allowance(config: OffloadConfig) -> Callable[[int], bool]:
-    """Whether a slab of this many bytes may still be taken from host memory. A first refusal gives a warning."""
-    left = [None if config.ram is None else bytes_of(config.ram)]
-    warned = [False]
+class _HostBudget:
+    """The host memory that slabs may take: `offload.ram`, and what the machine can spare. A first refusal gives a
+    warning.
 
-    def allowed(length: int) -> bool:
+    Args:
+        config: The section `offload`.
+    """
+
+    def __init__(self, config: OffloadConfig):
+        self._ram = config.ram
+        self._left = None if config.ram is None else bytes_of(config.ram)
+        self._warned = False
+
+    def take(self, length: int) -> bool:
+        """Whether so many bytes may be taken; they count as taken then."""
         free = available_bytes()
-        fits = (left[0] is None or length <= left[0]) and (free is None or length + _HOST_RESERVE <= free)
-        if fits and left[0] is not None:
-            left[0] -= length
-        if not fits and not warned[0]:
-            warned[0] = True
-            bound = f"offload.ram={config.ram!r}" if left[0] is not None and length > left[0] else "free host memory"
+        in_ram = self._left is None or length <= self._left
+        if in_ram and (free is None or length + _HOST_RESERVE <= free):
+            self.give_back(-length)
+            return True
+        if not self._warned:
+            self._warned = True
+            bound = "free host memory" if in_ram else f"offload.ram={self._ram!r}"
             warnings.warn(
                 f"accelerate: offload: {bound} does not suffice for all weights. The others stay in the memory, or in "
                 "the file, that they are in: their copies are several times slower and keep the host waiting.",
                 stacklevel=2,
             )
-        return fits
+        return False
 
-    return allowed
+    def give_back(self, length: int) -> None:
+        """Gives back bytes that were taken."""
+        if self._left is not None:
+            self._left += length
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
