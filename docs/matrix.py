@@ -50,6 +50,7 @@ FEATURES: dict[str, tuple[dict[str, Any], ...]] = {
     "fused projections": ({"fuse": True},),
     "compilation": ({"compile": True},),
     "CUDA graphs": ({"cuda_graph": True},),
+    "streamed weights (`offload`)": ({"offload": 3},),
     "caches that need no constants": tuple(
         {"cache": kind} for kind in ("fbcache", "seacache", "easycache", "mask")
     ),
@@ -73,11 +74,13 @@ PUBLISHED: dict[str, Callable[[Any], Any]] = {
 
 @contextmanager
 def two_ranks() -> Iterator[None]:
-    """As a check sees one of two processes; graphs are asked about as on CUDA."""
+    """As a check sees one of two processes; graphs and streamed weights are asked about as on CUDA."""
     from diffusers_accel.core.graphs import GRAPH_BACKENDS
+    from diffusers_accel.core.streaming import TRANSFERS
 
     launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    with mock.patch.dict(os.environ, launcher), mock.patch.dict(GRAPH_BACKENDS, {"cpu": GRAPH_BACKENDS["cuda"]}):
+    as_cuda = (mock.patch.dict(table, {"cpu": table["cuda"]}) for table in (GRAPH_BACKENDS, TRANSFERS))
+    with mock.patch.dict(os.environ, launcher), next(as_cuda), next(as_cuda):
         yield
 
 

@@ -243,7 +243,12 @@ def _switches(vae: Any, shape: tuple[int, ...], way: str, method: Method) -> dic
 
 
 def _has(vae: Any, names: Sequence[str]) -> bool:
-    return all(isinstance(getattr(vae, name, None), int | float) for name in names)
+    return all(isinstance(_attribute(vae, name), int | float) for name in names)
+
+
+def _attribute(vae: Any, name: str) -> Any:
+    """A plain attribute of the VAE, or the value in its configuration."""
+    return vars(vae).get(name, vae.config.get(name))
 
 
 def _tile_sizes(vae: Any, sides: Sequence[int], method: Method) -> dict[str, Any]:
@@ -254,7 +259,7 @@ def _tile_sizes(vae: Any, sides: Sequence[int], method: Method) -> dict[str, Any
         stride = _stride(_pixels(sides, ratio, method), tile, ratio)
         return dict(zip(_SQUARE, (tile, tile // ratio, (tile - stride) / tile), strict=True))
     if _has(vae, (*_STRIDED, "spatial_compression_ratio")):
-        ratio = vae.spatial_compression_ratio
+        ratio = _attribute(vae, "spatial_compression_ratio")
         tile = _TILE // ratio * ratio
         strides = [tile if side <= tile else _stride([side], tile, ratio) for side in _pixels(sides, ratio, method)]
         return dict(zip(_STRIDED, (tile, tile, *strides), strict=True))
