@@ -172,7 +172,7 @@ def execution_device(pipe: Any) -> torch.device:
 
 def offload_gpu(pipe: Any) -> torch.device | None:
     """The GPU that a script has numbered in `enable_model_cpu_offload(gpu_id=...)`; `None` for none, or the first."""
-    number = vars(pipe).get(OFFLOAD_GPU_ID)
+    number = getattr(pipe, OFFLOAD_GPU_ID, None)
     return torch.device("cuda", number) if number else None
 
 

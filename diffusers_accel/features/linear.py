@@ -103,7 +103,7 @@ def check(context: PipelineContext, config: LinearConfig) -> Plan:
                 _ways_out(denoiser, config),
                 str(denoiser),
             )
-        _try_foreign_formats(denoiser, plan.quantized, context.home)
+        _try_foreign_formats(context, denoiser, plan.quantized)
         modules += len(plan.quantized)
         formats |= {id(layer.module): layer.kernel for layer in plan.quantized}
         counts = Counter(layer.kernel.name for layer in plan.quantized)
@@ -130,13 +130,13 @@ def check(context: PipelineContext, config: LinearConfig) -> Plan:
     return Plan("; ".join(actions), modules, tuple(dict.fromkeys(notes)), tuple(skipped), formats)
 
 
-def _try_foreign_formats(denoiser: Denoiser, layers: list[_LayerPlan], home: torch.device) -> None:
+def _try_foreign_formats(context: PipelineContext, denoiser: Denoiser, layers: list[_LayerPlan]) -> None:
     """Tries each format of another package on a copy of its smallest layer: only a trial shows whether it works.
 
     Args:
+        context: The pipeline.
         denoiser: The denoiser.
         layers: The layers to be quantized.
-        home: The device that the denoiser runs on.
 
     Raises:
         Unsupported: The package raised an error on that layer.
@@ -148,7 +148,7 @@ def _try_foreign_formats(denoiser: Denoiser, layers: list[_LayerPlan], home: tor
             continue
         try:
             with torch.no_grad():
-                quantized = _quantized(replace(layer, module=copy.deepcopy(layer.module)), home)
+                quantized = _quantized(replace(layer, module=copy.deepcopy(layer.module)), context.home)
                 weight = layer.module.weight
                 if weight.device.type == denoiser.device.type:
                     quantized(torch.zeros(32, layer.module.in_features, dtype=weight.dtype, device=weight.device))

@@ -117,9 +117,12 @@ class Slabs:
             block.use(None)
         else:
             slab = taken.result()
+            devices = {part.device for tensor in block.tensors for part in tensor.parts if part.is_cuda}
             block.fill(slab.host)
-            if not slab.locked and torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if not slab.locked:
+                # The model sees this memory on the host, where nothing waits for the copies.
+                for device in devices:
+                    torch.cuda.synchronize(device)
             block.use(slab)
         if not self._waiting:
             self._end()

@@ -41,6 +41,7 @@ from ...core.streaming import (
     StreamedTensor,
     WeightStream,
 )
+from ...core.timestamps import seconds_between, timestamp
 from ...errors import Unsupported
 from ..context import PipelineContext
 from ..feature import Plan
@@ -341,14 +342,10 @@ def _measured_link(device: torch.device) -> float:
     source = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
     target.copy_(source)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.device(device):
-        begin.record()
-        for _ in range(3):
-            target.copy_(source, non_blocking=True)
-        end.record()
-    end.synchronize()
-    return 3 * source.numel() / (begin.elapsed_time(end) / 1000)
+    begin = timestamp(device)
+    for _ in range(3):
+        target.copy_(source, non_blocking=True)
+    return 3 * source.numel() / seconds_between(begin, timestamp(device))
 
 
 def _link(context: PipelineContext) -> float:
