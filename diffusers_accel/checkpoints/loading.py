@@ -35,22 +35,16 @@ _HUB_ARGUMENTS = (
 def from_pretrained(
     path: str | Path, *, dtype: Any = torch.bfloat16, dynamic: bool | None = None, **arguments: Any
 ) -> Any:
-    """Loads a pipeline whose models may be quantized in NVIDIA ModelOpt's layout.
+    """Loads a pipeline whose models may be quantized: `diffusers_accel.from_pretrained` without `offload`.
 
     Args:
         path: Folder of a pipeline, or its id on the Hugging Face Hub.
-        dtype: Dtype of all tensors that are not quantized, or a mapping from component names to dtypes, with the key
-            `"default"`, as in diffusers.
-        dynamic: `True` computes the scales of activations at every call, `False` uses the calibrated scales of the
-            checkpoint. `None` follows the checkpoint's configuration.
-        arguments: Arguments of `DiffusionPipeline.from_pretrained`, including arguments for the hub (`revision`,
-            `token`, `cache_dir`, `local_files_only`, `variant`, ...). `subfolder` is the pipeline's path in the folder
-            or repository. A model may be given as a single quantized file, `transformer="model.safetensors"`, with
-            diffusers' names of layers. The pipeline's folder then has the model's configuration. ComfyUI's scaled fp8
-            is read as ModelOpt's FP8.
+        dtype: Dtype of all tensors that are not quantized, or a mapping from component names to dtypes.
+        dynamic: Whether scales of activations are computed at every call; `None` follows the checkpoint.
+        arguments: Arguments of `DiffusionPipeline.from_pretrained`. A model may be given as a single quantized file.
 
     Returns:
-        The stock pipeline, on the host, with quantized linear layers. `accelerate` takes it like any other pipeline.
+        The stock pipeline, on the host, with quantized linear layers.
 
     Raises:
         CheckpointError: A quantized model cannot be read. The message names the file or layer, and the reason.

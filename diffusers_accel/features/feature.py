@@ -18,6 +18,9 @@ from ..core.edits import Edit
 from ..errors import Unsupported
 from .context import Denoiser, PipelineContext
 
+# inductor's modes that record graphs of their own.
+_OWN_GRAPHS = ("reduce-overhead", "max-autotune")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -66,6 +69,21 @@ def refuse_offloaded(feature: str, denoiser: Denoiser, context: PipelineContext)
             "its weights are offloaded, and the hooks that move them know the stock weights only.",
             "offload=..., which takes diffusers' offloading over, or accelerate first, then enable offloading.",
             str(denoiser),
+        )
+
+
+def refuse_own_graphs(feature: str, context: PipelineContext) -> None:
+    """Refuses modes of torch.compile that record graphs, for a feature whose weights change places.
+
+    Raises:
+        Unsupported: The configuration has such a mode.
+    """
+    compile = context.config.compile if context.config is not None else None
+    if compile is not None and compile.mode in _OWN_GRAPHS:
+        raise Unsupported(
+            feature,
+            f"torch.compile records graphs in mode {compile.mode!r}, which replay on copies of the weights.",
+            f"compile='default' or {compile.mode + '-no-cudagraphs'!r}.",
         )
 
 

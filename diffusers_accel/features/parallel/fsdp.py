@@ -27,12 +27,10 @@ from ...errors import Unsupported
 from ...kernels.linear import LinearProxy
 from ...models.adapter import default_adapter
 from ..context import Denoiser, PipelineContext
-from ..feature import Plan, refuse_offloaded
+from ..feature import Plan, refuse_offloaded, refuse_own_graphs
 from .fsdp_shards import AllocateBuffers, GatherBuffers, MoveToDevice, ShardBlock
 
 _FEATURE = "parallel.fsdp"
-# inductor modes that record graphs of their own.
-_OWN_GRAPHS = ("reduce-overhead", "max-autotune")
 # Methods of a block, a model and a pipeline that read, write, move or extend weights.
 _BLOCK = ("state_dict",)
 _MODEL = (
@@ -201,12 +199,7 @@ def _weights(context: PipelineContext) -> _Weights:
 def _refuse_graphs_and_guard(context: PipelineContext) -> None:
     """Refuses modes of torch.compile that record addresses of weights, and a cache whose guard differs among ranks."""
     others = context.config
-    if others is not None and others.compile is not None and others.compile.mode in _OWN_GRAPHS:
-        raise Unsupported(
-            _FEATURE,
-            f"torch.compile records graphs in mode {others.compile.mode!r}, which replay on copies of the weights.",
-            f"compile='default' or {others.compile.mode + '-no-cudagraphs'!r}.",
-        )
+    refuse_own_graphs(_FEATURE, context)
     if others is not None and getattr(others.cache, "guard", False):
         raise Unsupported(
             _FEATURE, "a cache's guard looks at one rank's result, so ranks would diverge.", "cache.guard=0."
