@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ from diffusers_accel import (
     stats,
 )
 from diffusers_accel.core.graphs import GRAPH_BACKENDS
+from diffusers_accel.core.platform import Device
 from diffusers_accel.core.streaming import CudaTransfers, StreamedBlock, WeightStream
+from diffusers_accel.features.offload import planning
 
 FORMATS = ["fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "svdq-nvfp4", "torchao:int8_weight_only"]
 FAMILIES = ["flux", "flux2", "wan", "ltx2", "qwen", "cosmos", "cosmos3", "sd3"]
@@ -657,3 +660,19 @@ def test_interrupted_on_the_way_out(times, late, monkeypatch):
         assert same(entry.run(pipe), stock)
     restore(pipe)
     assert same(entry.run(pipe), stock) and weights(pipe)[0][0] is before[0][0]
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(1.0, 5 + 3 - 1 + 4), (0.5, 10)])
+def test_a_budget_of_what_is_free(fraction, expected, monkeypatch):
+    """Free memory, memory that torch holds unused, and this pipeline's own; no more than the process may use."""
+    for name, value in (("mem_get_info", (5, 20)), ("memory_reserved", 3), ("memory_allocated", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    gpu = torch.device("cuda", 0)
+    context = SimpleNamespace(device=Device("cuda", "a GPU"), home=gpu)
+    own = SimpleNamespace(bytes=4, tensor=SimpleNamespace(device=gpu))
+    waiting = SimpleNamespace(bytes=9, tensor=SimpleNamespace(device=torch.device("cpu")))
+    model = SimpleNamespace(rest=[own], buffers=[], blocks=[SimpleNamespace(copied=[waiting])])
+    assert planning.budget_of(context, OffloadConfig(vram="auto"), [model]) == expected
+    assert planning.budget_of(context, OffloadConfig(vram="3 B"), [model]) == 3
+    assert planning.budget_of(context, OffloadConfig(level=2), [model]) is None
