@@ -7,14 +7,24 @@ from contextlib import contextmanager
 from transfers import HostTransfers
 
 from diffusers_accel.core.streaming import TRANSFERS, WeightStream
+from diffusers_accel.features.offload import planning
 
 
 @contextmanager
-def on_cpu(monkeypatch, order="late"):
-    """Offloading on the CPU, with all transfers that were made. Reads of slots are in their logs."""
+def on_cpu(monkeypatch, order="late", vae=False):
+    """Offloading on the CPU, with all transfers that were made. Reads of slots are in their logs.
+
+    Args:
+        monkeypatch: pytest's.
+        order: When copies are made: `"early"` or `"late"`.
+        vae: Whether peaks of VAEs are predicted.
+    """
     monkeypatch.setattr(HostTransfers, "order", order)
     monkeypatch.setattr(HostTransfers, "made", [])
     monkeypatch.setitem(TRANSFERS, "cpu", HostTransfers)
+    if not vae:
+        # A prediction takes longer than a tiny pipeline; test_offload_vae.py has them.
+        monkeypatch.setattr(planning, "estimate", lambda *_: {"whole": 0})
     before, after = WeightStream.before, WeightStream.after
 
     def read(stream, block):

@@ -67,17 +67,17 @@ def refused(name, configuration):
 def plans():
     """A context with the memory plans that are made in it: of each `accelerate` one beforehand, and one of the weights
     that are there then."""
-    found, plan = [], feature._plan
+    found, plan = [], feature.plan_of
 
     def record(*args):
         found.append(plan(*args))
         return found[-1]
 
-    feature._plan = record
+    feature.plan_of = record
     try:
         yield found
     finally:
-        feature._plan = plan
+        feature.plan_of = plan
 
 
 def planned(name, configuration):
