@@ -31,8 +31,10 @@ def same_as_resident(pool, name, way, sections=None, steps=2):
     return found
 
 
-@pytest.mark.parametrize("way", ON_2)
-@pytest.mark.parametrize("name", FAMILIES)
+# Tensor parallelism changes the weights that are streamed, other ways the tokens alone.
+@pytest.mark.parametrize(
+    ("name", "way"), [(name, way) for name in FAMILIES for way in ON_2 if way == "tp" or name in FAMILIES[:2]]
+)
 def test_two_ranks(pools, name, way):
     same_as_resident(pools[2], name, ON_2[way])
 
