@@ -1,4 +1,4 @@
-"""What a budget of GPU memory costs: denoisers at their real shapes whose blocks are streamed from host memory.
+"""The cost of a budget of GPU memory: denoisers at their real shapes, with blocks that are streamed from host memory.
 
 Each part is a process of its own. A denoiser's part times a forward with all weights on the GPU, then the same
 configuration with `offload=`, with the weights on the host beforehand, and compares the two results bit for bit. The

@@ -1,4 +1,4 @@
-"""What tests of offloading share: the stand-in for a GPU's copies, and a watch over all slots."""
+"""Set-up of tests of offloading: the stand-in for a GPU's copies, and a log of every read of a slot."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class HostTransfers:
 
     def __init__(self, device):
         self.device, self.queue = device, deque()
-        # What each stream has done, and what it knows of the other: vector clocks.
+        # Vector clocks: the operations of a stream, and those of the other that it has waited for.
         self.clock = {"compute": {"compute": 0, "copy": 0}, "copy": {"compute": 0, "copy": 0}}
         self.log = []
         self.locked = 0

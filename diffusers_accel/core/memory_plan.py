@@ -111,7 +111,7 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What is where.
+    """The placement of a pipeline's weights, and its predicted peak and steps.
 
     Attributes:
         level: The level, 0 to 3.

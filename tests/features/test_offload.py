@@ -611,7 +611,9 @@ def test_stats_say_how_much_was_hidden(late):
     assert "blocks ahead" in str(stats(pipe))
 
 
-@pytest.mark.parametrize(("name", "linear"), [("flux", None), ("flux", "fp8"), ("flux", "nvfp4"), ("qwen", None)])
+@pytest.mark.parametrize(
+    ("name", "linear"), [("flux", None), ("flux", "fp8"), ("flux", "nvfp4"), ("qwen", None), ("sd3", None)]
+)
 def test_precomputed_modulations_are_not_copied(name, linear, late, on_cpu):
     """Their weights are read in place, once a request: copies and slots are smaller, results equal."""
     entry, pipe = TINY[name], build(name)

@@ -339,7 +339,7 @@ def test_results_are_nobody_elses():
 
 
 def test_inference_mode():
-    """What was kept within it can be written to outside of it."""
+    """Embeddings that were kept under inference mode can be written to by their reader."""
     pipe, calls, stock = flux()
     with torch.inference_mode():
         pipe.encode_prompt(PROMPT, None, max_sequence_length=16)

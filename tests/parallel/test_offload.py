@@ -24,7 +24,7 @@ ON_4 = {
 
 
 def same_as_resident(pool, name, way, sections=None, steps=2):
-    """What ranks found, after it was compared with weights on the GPU."""
+    """Results of all ranks, each compared with resident weights first."""
     found = pool.run(offload.streamed, name, {"parallel": way, **(sections or {})}, steps)
     for same, copied, _, restored in found:
         assert same == [True, True] and min(copied) > 0 and restored, (same, copied, restored)

@@ -21,12 +21,12 @@ from ..context import Denoiser, PipelineContext
 from .models import Changes, layer_shape
 
 _GIB = 2**30
-# Operations of a GPU that blocks reach, in 10^12 a second: (capability, 16 bits, 8 bits). Those of sm_90 were measured
-# (benchmarks/results/memory.json); the others are half of the data sheets' dense rates.
+# Operations of a GPU that blocks reach, in 10^12 a second: (capability, 16 bits, 8 bits). Those of sm_90 follow
+# measured steps (benchmarks/results/memory-*.json); the others are assumed, and were not measured.
 _RATES = (((10, 0), 1100.0, 2000.0), ((9, 0), 700.0, 1000.0), ((12, 0), 190.0, 360.0), ((8, 9), 145.0, 250.0))
 _OTHER_RATES = (100.0, 160.0)
 # Activations of a compiled block for each token: so many times the streams' channels, and the widest layer's. Without
-# compilation there are more. Measured peaks are 0.7 to 1 times these (benchmarks/results/memory-*.json).
+# compilation there are more, assumed. Measured peaks are 0.6 to 1 times these (benchmarks/results/memory-*.json).
 _STREAMS, _WIDEST, _EAGER = 3.3, 3.3, 1.3
 # Workspaces of cuBLAS and cuDNN, and fragmentation.
 _RESERVE = _GIB // 2
