@@ -232,6 +232,8 @@ def on_host(make: Callable[[], Any], dtype: torch.dtype = torch.bfloat16) -> Any
             if parameter.ndim == 1 and name == "weight":
                 weight.add_(1)
             module.register_parameter(name, torch.nn.Parameter(weight.view(parameter.shape), requires_grad=False))
+    if hasattr(model, "tie_weights"):  # a text encoder's embedding table is in two places
+        model.tie_weights()
     return model.eval()
 
 

@@ -12,11 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Tape(TorchDispatchMode):
-    """Operators in the order they ran."""
+    """Operators in the order they ran, and functions of other stand-ins that a replay calls between them."""
+
+    # The tape that is being written.
+    active = None
 
     def __init__(self):
         super().__init__()
         self.calls = []
+
+    def __enter__(self):
+        Tape.active = self
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Tape.active = None
+        return super().__exit__(*error)
 
     @classmethod
     def is_infra_mode(cls):

@@ -3,6 +3,8 @@
 Computation runs when Python runs it. A copy runs at once (`early`), or when something waits for it (`late`). A block
 that computes before its bytes have come differs in the late order, a slot that is overwritten too soon in the early
 one. The log of all events also shows what real streams may do: `races` looks for work that nothing orders.
+
+Within a capture (`tape.py`) nothing is done: copies, records and waits become nodes, which every replay runs.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ from collections import deque
 from typing import ClassVar
 
 import torch
+from tape import Tape
 
 from diffusers_accel.core.streaming import Slab
 
 
 class Event:
-    def __init__(self, stream, time):
-        self.stream, self.time = stream, time
+    """An event. One that is not external is recorded and waited for in one capture, or outside of all."""
+
+    def __init__(self, external=False):
+        self.external, self.graph, self.time = external, None, None
 
 
 class HostTransfers:
@@ -34,33 +39,48 @@ class HostTransfers:
         self.locked = 0
         type(self).made.append(self)
 
-    def slab(self, length):
+    def slab(self, length, fill=None):
         self.locked += length
         memory = torch.full((length,), 0xEE, dtype=torch.uint8)
+        if fill is not None:
+            fill(memory)
         return Slab(memory, memory)
 
     def copy(self, target, source):
-        self._tick("copy", "copy", target.untyped_storage().data_ptr())
-        self.queue.append((target, source))
-        if self.order == "early":
-            self._run()
+        def run():
+            self._tick("copy", "copy", target.untyped_storage().data_ptr())
+            self.queue.append((target, source))
+            if self.order == "early":
+                self._run()
 
-    def computed(self):
-        return self._event("compute")
+        self._do(run)
 
-    def copied(self):
-        return self._event("copy")
+    def event(self):
+        return Event(external=True)
+
+    def computed(self, event=None):
+        return self._record("compute", event)
+
+    def copied(self, event=None):
+        return self._record("copy", event)
 
     def compute_after(self, event):
-        self._wait("compute", event)
-        self._run()
+        self._wait("compute", event, self._run)
 
     def copy_after(self, event):
         self._wait("copy", event)
 
     def read(self, address):
         """Called where computation reads a slot."""
-        self._tick("compute", "read", address)
+        self._do(lambda: self._tick("compute", "read", address))
+
+    @staticmethod
+    def _do(action):
+        """Runs an action, or makes it a node of the graph that is being captured."""
+        if Tape.active is None:
+            action()
+        else:
+            Tape.active.calls.append((action, (), {}, None))
 
     def _run(self):
         while self.queue:
@@ -72,13 +92,26 @@ class HostTransfers:
         clock[stream] += 1
         self.log.append((stream, what, address, dict(clock)))
 
-    def _event(self, stream):
-        self.clock[stream][stream] += 1
-        return Event(stream, dict(self.clock[stream]))
+    def _record(self, stream, event):
+        event = Event() if event is None else event
+        event.graph = Tape.active
 
-    def _wait(self, stream, event):
-        for name, time in event.time.items():
-            self.clock[stream][name] = max(self.clock[stream][name], time)
+        def run():
+            self.clock[stream][stream] += 1
+            event.time = dict(self.clock[stream])
+
+        self._do(run)
+        return event
+
+    def _wait(self, stream, event, then=lambda: None):
+        assert event.external or event.graph is Tape.active, "an event of another capture"
+
+        def run():
+            for name, time in event.time.items():
+                self.clock[stream][name] = max(self.clock[stream][name], time)
+            then()
+
+        self._do(run)
 
     def races(self):
         """Pairs of a copy into a slot and a read of it, in either order, that no event orders."""

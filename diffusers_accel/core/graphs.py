@@ -49,7 +49,7 @@ class GraphBackend(Protocol):
 @cache
 def _capture_stream(device: torch.device) -> Any:
     """The stream on which a device captures. torch's default capture stream belongs to the device of the process's
-    first capture. A stream per graph would make libraries keep a workspace for each."""
+    first capture."""
     return torch.cuda.Stream(device)
 
 
@@ -60,8 +60,9 @@ class CudaGraphBackend:
         self._pool, self._device, self._graph = pool, device, torch.cuda.CUDAGraph()
 
     def warm_up(self, function: Callable[[], list[torch.Tensor]]) -> None:
-        """See `GraphBackend`. The function runs on a side stream, as torch requires before a capture."""
-        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        """See `GraphBackend`. The function runs on a side stream, as torch requires before a capture: on the stream of
+        captures, since libraries keep a workspace for each stream."""
+        stream, current = _capture_stream(self._device), torch.cuda.current_stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             function()

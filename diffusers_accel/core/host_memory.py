@@ -81,6 +81,10 @@ class LockedBuffer:
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
         # Pages of its own from first to last: torch asks whether a storage's first byte is locked.
         pages = mmap.mmap(-1, -(-max(1, length) // _PAGE) * _PAGE, **private)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Pages of 2 MiB are taken and locked in half the time. A kernel without them refuses.
+            with contextlib.suppress(OSError):
+                pages.madvise(mmap.MADV_HUGEPAGE)
         return cls(torch.frombuffer(pages, dtype=torch.uint8)[: max(1, length)], device)
 
     def lock(self) -> bool:

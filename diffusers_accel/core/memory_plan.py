@@ -65,12 +65,14 @@ class Work:
         denoise: Of a denoiser call.
         vae: Way of decoding -> bytes, from the fastest way to the one that needs least.
         reserve: Workspaces of libraries, and fragmentation.
+        graphs: Held by CUDA graphs in all stages; `denoise` includes them.
     """
 
     text: int = 0
     denoise: int = 0
     vae: Mapping[str, int] = field(default_factory=lambda: {"whole": 0})
     reserve: int = 0
+    graphs: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,9 @@ class MemoryPlan:
         encoders = [each for each in self.models if each.streamed and each.sizes.role == "text encoder"]
         slots = max((_encoder_slot_bytes(each.sizes.blocks) for each in encoders), default=0)
         return {
-            "text": always + self.work.text + slots,
+            "text": always + self.work.graphs + self.work.text + slots,
             "denoise": always + self.work.denoise,
-            "vae": always + self.work.vae[self.vae],
+            "vae": always + self.work.graphs + self.work.vae[self.vae],
         }
 
     @property

@@ -8,15 +8,19 @@ from typing import Any
 import torch
 
 
-def timestamp(device: torch.device) -> Any:
+def timestamp(device: torch.device, *, in_graph: bool = False) -> Any:
     """A timestamp of a device: on a GPU, of the end of the work queued so far.
+
+    Args:
+        device: The device.
+        in_graph: Whether a CUDA graph is being captured. The timestamp is then the last replay's.
 
     Returns:
         A CUDA event on the current stream of a GPU; `time.perf_counter()` in seconds for any other device.
     """
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True, external=in_graph)
     event.record(torch.cuda.current_stream(device))
     return event
 

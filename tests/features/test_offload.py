@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from offloading import on_cpu
-from tape import TapeBackend
+from tape import Tape, TapeBackend
 from tiny import ALL, TINY, build, same
 from transfers import HostTransfers
 
@@ -27,7 +27,7 @@ from diffusers_accel import (
 )
 from diffusers_accel.core.graphs import GRAPH_BACKENDS
 from diffusers_accel.core.platform import Device
-from diffusers_accel.core.streaming import CudaTransfers, StreamedBlock, WeightStream
+from diffusers_accel.core.streaming import CudaTransfers, RecordedCopies, StreamedBlock, WeightStream
 from diffusers_accel.features.offload import planning
 
 FORMATS = ["fp8", "fp8-tensor", "fp8-block", "int8", "nvfp4", "svdq-nvfp4", "torchao:int8_weight_only"]
@@ -483,6 +483,39 @@ def test_stand_in_sees_races(monkeypatch):
             run(method, order)
 
 
+def test_stand_in_sees_races_of_graphs(monkeypatch):
+    """As above, of the two events that cross a graph's bounds."""
+    monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
+    entry, pipe = TINY["flux"], build("flux")
+    stock = entry.run(pipe)
+
+    def run(order, *patches):
+        with monkeypatch.context() as patch, on_cpu(patch, order):
+            for patched in patches:
+                patch.setattr(*patched)
+            accelerate(pipe, offload={"level": 3, "prefetch": 1}, cuda_graph=True)
+            try:
+                assert all(same(entry.run(pipe), stock) for _ in range(3))
+                assert stats(pipe).graph_replays
+            finally:
+                restore(pipe)
+
+    wait = HostTransfers.compute_after
+
+    def waits_for_its_own(transfers, event):
+        if Tape.active is None or not event.external:
+            wait(transfers, event)
+
+    run("early")
+    run("late")
+    for order, patched in (
+        ("early", (RecordedCopies, "is_last", lambda copies, block: block in copies._entry)),
+        ("late", (HostTransfers, "compute_after", waits_for_its_own)),
+    ):
+        with pytest.raises(AssertionError):
+            run(order, patched)
+
+
 def test_names_of_the_seam():
     """The stand-in has the methods of the real one."""
     public = {name for name in vars(CudaTransfers) if not name.startswith("_")}
@@ -581,8 +614,8 @@ class TestLoading:
             from_pretrained(tmp_path, offload="12GiB")
 
 
-def test_a_graph_ends_with_its_last_block(late, monkeypatch):
-    """Copies behind the last block have nothing in the graph to hide behind: they follow the replay."""
+def test_a_graph_copies_its_own_blocks(late, monkeypatch):
+    """The first block of each slot is copied before a replay, the next graph's blocks beside its end."""
     monkeypatch.setitem(GRAPH_BACKENDS, "cpu", TapeBackend)
     entry, pipe, recorded = TINY["flux"], build("flux"), []
     make = WeightStream.recorded
@@ -591,13 +624,13 @@ def test_a_graph_ends_with_its_last_block(late, monkeypatch):
     entry.run(pipe, steps=4)
     assert len(recorded) == 2
     for copies in recorded:
-        last = copies._blocks[-1]
-        # Of two slots, one holds the last block to the end, and the next block's copy ran beside it.
-        assert copies._exit[last.slot] is last
-        assert copies.later and copies.later[0] in copies._exit
-        assert copies.bytes == sum(block.bytes for block in (*copies._blocks, copies.later[0])) - sum(
+        assert len(copies._entry) == 2 < len(copies._blocks)
+        assert copies.bytes == sum(block.bytes for block in copies._blocks) - sum(
             block.bytes for block in copies._entry
         )
+    entry.run(pipe, steps=4)
+    found = stats(pipe).offload
+    assert found["late"] == 0 and found["ahead"] == 4 * sum(len(copies._blocks) for copies in recorded)
 
 
 def test_stats_say_how_much_was_hidden(late):

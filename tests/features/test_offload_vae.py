@@ -314,7 +314,7 @@ def test_the_first_way_that_fits():
     whole, slices, tiles = (predicted_bytes(vae, shape, torch.float32, way) for way in ("whole", "slices", "tiles"))
     assert whole > slices > tiles
     free = [None]
-    choice = DecodeChoice(vae, lambda: free[0])
+    choice = DecodeChoice(vae, lambda _: free[0])
     taken = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -331,7 +331,7 @@ def test_the_first_way_that_fits():
 def test_nothing_fits():
     vae, shape = build("flux").vae, (1, 4, 300, 280)
     decode, calls = recorded(vae, ["use_tiling"])
-    choice = DecodeChoice(vae, lambda: 2**20)
+    choice = DecodeChoice(vae, lambda _: 2**20)
     needed = predicted_bytes(vae, shape, torch.float32, "tiles") / GIB
     with pytest.warns(UserWarning, match=rf"needs {needed:.2f} GiB .*'tiles'.*0\.00 GiB are free.*offload\.vram"):
         choice.around_decode(decode, torch.zeros(shape))
@@ -344,7 +344,7 @@ def test_nothing_fits():
 def test_encode_is_chosen_by_its_own_prediction():
     vae, shape = build("flux").vae, (1, 3, 600, 560)
     needed = [predicted_bytes(vae, shape, torch.float32, way, method="encode") for way in ("whole", "tiles")]
-    choice = DecodeChoice(vae, lambda: needed[0] - 1)
+    choice = DecodeChoice(vae, lambda _: needed[0] - 1)
     encode, calls = recorded(vae, ["use_tiling"])
     choice.around_encode(encode, torch.zeros(shape))
     assert choice.taken == {"encode": "tiles"} and calls == [{"use_tiling": True}]
@@ -373,7 +373,7 @@ def test_a_users_switches_stay():
     vae.enable_tiling(tile_sample_min_height=96, tile_sample_stride_height=64)
     before = state(vae)
     decode, calls = recorded(vae, ["use_tiling", "tile_sample_min_height", "tile_sample_stride_height"])
-    for choice in (DecodeChoice(vae, lambda: 1), DecodeChoice(vae, way="whole"), DecodeChoice(vae, way="tiles")):
+    for choice in (DecodeChoice(vae, lambda _: 1), DecodeChoice(vae, way="whole"), DecodeChoice(vae, way="tiles")):
         choice.around_decode(decode, torch.zeros(LATENTS["wan"]))
         assert choice.taken == {"decode": AS_SET}
     assert all(list(call.values()) == [True, 96, 64] for call in calls)
@@ -401,7 +401,7 @@ class Unpredictable(SmallVAE):
 def test_a_vae_that_cannot_be_predicted():
     vae = Unpredictable()
     vae.use_tiling = False
-    choice = DecodeChoice(vae, lambda: 10)
+    choice = DecodeChoice(vae, lambda _: 10)
     with pytest.warns(UserWarning, match=r"Unpredictable\.decode cannot be predicted"):
         assert choice.around_decode(lambda z: z + 1, torch.zeros(1, 4, 8, 8)).sum() == 256
     assert choice.taken == {"decode": "whole"}

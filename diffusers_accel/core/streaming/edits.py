@@ -83,7 +83,8 @@ class HostBudget(Protocol):
 
 
 class Slabs:
-    """The slabs of blocks. The calling thread copies weights while another thread takes and locks pages.
+    """The slabs of blocks, which threads take, fill and lock ahead of the edits. The calling thread copies weights of a
+    GPU, which needs locked pages.
 
     Args:
         transfers: Where host memory comes from.
@@ -92,13 +93,15 @@ class Slabs:
         lock: Whether to lock pages. Otherwise weights on the host stay in the memory that they are in.
     """
 
-    # Slabs that are taken ahead of the copies into them.
+    # Threads: one writes pages while another locks them.
+    _THREADS = 2
+    # Slabs that are taken ahead of the block that waits for its own.
     _AHEAD = 2
 
     def __init__(self, transfers: Transfers, blocks: Sequence[StreamedBlock], budget: HostBudget, lock: bool = True):
         self._transfers, self._budget, self._lock = transfers, budget, lock
         self._waiting = deque(blocks)
-        self._thread: ThreadPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None
         # Block -> its slab, or `None` for weights that stay on the host.
         self._taken: dict[StreamedBlock, Future[Slab] | None] = {}
 
@@ -118,7 +121,8 @@ class Slabs:
         else:
             slab = taken.result()
             devices = {part.device for tensor in block.tensors for part in tensor.parts if part.is_cuda}
-            block.fill(slab.host)
+            if not _on_host(block):
+                block.fill(slab.host)
             if not slab.locked:
                 # The model sees this memory on the host, where nothing waits for the copies.
                 for device in devices:
@@ -140,20 +144,20 @@ class Slabs:
         self._end()
 
     def _end(self) -> None:
-        if self._thread is not None and not any(self._taken.values()):
-            self._thread.shutdown()
-            self._thread = None
+        if self._threads is not None and not any(self._taken.values()):
+            self._threads.shutdown()
+            self._threads = None
 
     def _take_ahead(self, block: StreamedBlock) -> None:
         """Begins to take the slab of a block."""
         if block in self._waiting:
             self._waiting.remove(block)
-        on_host = all(part.device.type == "cpu" for tensor in block.tensors for part in tensor.parts)
+        on_host = _on_host(block)
         length = block.layout.length
         if on_host and not self._lock:
             self._taken[block] = None
         elif self._budget.take(length):
-            self._taken[block] = self._submit(self._transfers.slab, length)
+            self._taken[block] = self._submit(self._transfers.slab, length, block.fill if on_host else None)
         elif on_host:
             self._taken[block] = None
         else:
@@ -164,9 +168,14 @@ class Slabs:
             )
 
     def _submit(self, function: Callable[..., Slab], *args: Any) -> Future[Slab]:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "diffusers_accel-page-locking")
-        return self._thread.submit(function, *args)
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._THREADS, "diffusers_accel-page-locking")
+        return self._threads.submit(function, *args)
+
+
+def _on_host(block: StreamedBlock) -> bool:
+    """Whether all values of a block are in host memory."""
+    return all(part.device.type == "cpu" for tensor in block.tensors for part in tensor.parts)
 
 
 @dataclass(eq=False)

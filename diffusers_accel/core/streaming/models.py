@@ -91,7 +91,7 @@ class StreamedModel:
             stream.before(block)
             self._called.append(block)
             try:
-                stream.prefetch(self._following(block))
+                stream.prefetch(self._following(block), after=block)
                 return inner(*args, **kwargs)
             finally:
                 stream.after(block)

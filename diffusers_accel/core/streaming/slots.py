@@ -6,6 +6,7 @@ Copies are in the order in which blocks run. A copy waits for the last block tha
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,11 +30,15 @@ class _Slot:
         held: The block whose weights are, or will be, in it.
         running: The block that computes from it.
         state: `StreamedBlock.state` of that block when it was copied.
+        arrived: Event of the last copy outside of CUDA graphs. Graphs wait for it within.
+        read: Event of a graph's last read, recorded within it.
         ready: Event after which it may be read.
         free: Event after which it may be overwritten.
     """
 
     memory: torch.Tensor
+    arrived: Any
+    read: Any
     held: StreamedBlock | None = None
     running: StreamedBlock | None = None
     state: Hashable = None
@@ -49,26 +54,30 @@ class StreamCounts:
         bytes: Bytes copied to the GPU.
         ahead: Blocks that were copied before they were needed.
         late: Blocks that were copied when they were needed.
-        timed_bytes: Bytes copied in calls without a graph, whose waits are timed.
-        waits: (begin, end) timestamps of the computing stream's waits in these calls.
+        waits: (begin, end) timestamps of the computing stream's waits for copies, outside of CUDA graphs.
+        replays: Graph -> number of its replays. Its waits are those of its last replay.
     """
 
     bytes: int = 0
     ahead: int = 0
     late: int = 0
-    timed_bytes: int = 0
     waits: list[tuple[Any, Any]] = field(default_factory=list)
+    replays: Counter[RecordedCopies] = field(default_factory=Counter)
 
     def clear(self) -> None:
         """Sets all counters to zero."""
-        self.bytes = self.ahead = self.late = self.timed_bytes = 0
+        self.bytes = self.ahead = self.late = 0
         self.waits.clear()
+        self.replays.clear()
 
     @property
     def seconds_waited(self) -> float:
-        """Seconds for which the computing stream waited for copies, in calls without a graph. Reads from the
-        device."""
-        return sum(seconds_between(begin, end) for begin, end in self.waits)
+        """Seconds for which the computing stream waited for copies. Reads from the device."""
+        eager = sum(seconds_between(begin, end) for begin, end in self.waits)
+        return eager + sum(
+            count * sum(seconds_between(begin, end) for begin, end in graph.waits)
+            for graph, count in self.replays.items()
+        )
 
 
 class WeightStream:
@@ -107,10 +116,11 @@ class WeightStream:
 
     @property
     def hidden(self) -> float | None:
-        """Share of the copies' time in which blocks computed, in the last request's calls without a graph; `None` if
-        there were none. Reads from the device."""
-        copying = self.counts.timed_bytes / self._link
-        return max(0.0, 1 - self.counts.seconds_waited / copying) if copying and self.counts.waits else None
+        """Share of the copies' time in which blocks computed, in the last request; `None` if nothing was timed. Reads
+        from the device."""
+        timed = self.counts.waits or any(graph.waits for graph in self.counts.replays)
+        copying = self.counts.bytes / self._link
+        return max(0.0, 1 - self.counts.seconds_waited / copying) if copying and timed else None
 
     def add(self, blocks: Sequence[StreamedBlock], *, repeats: bool) -> None:
         """Adds a model's blocks, and gives each its slot.
@@ -129,7 +139,13 @@ class WeightStream:
         """Allocates the slots, and the views of every block in its slot."""
         with torch.inference_mode(False):
             self._slots = [
-                _Slot(torch.zeros(length, dtype=torch.uint8, device=self.device)) for length in self._lengths()
+                _Slot(
+                    torch.zeros(length, dtype=torch.uint8, device=self.device),
+                    # Recorded once, since a wait for an event that never was is no node of a graph.
+                    self.transfers.copied(self.transfers.event()),
+                    self.transfers.event(),
+                )
+                for length in self._lengths()
             ]
             for block in self.blocks:
                 block.point(self._slots[block.slot].memory, inside=True)
@@ -171,12 +187,14 @@ class WeightStream:
             self.counts.late += slot.held is not block
         self._load(block)
         if slot.ready is not None:
-            if self._recording is not None or self.device.type != "cuda":
+            in_graph = self._recording is not None
+            waits = self.counts.waits if self._recording is None else self._recording.waits
+            if self.device.type == "cuda":
+                begin = timestamp(self.device, in_graph=in_graph)
                 self.transfers.compute_after(slot.ready)
+                waits.append((begin, timestamp(self.device, in_graph=in_graph)))
             else:
-                begin = timestamp(self.device)
                 self.transfers.compute_after(slot.ready)
-                self.counts.waits.append((begin, timestamp(self.device)))
         slot.running = block
 
     def after(self, block: StreamedBlock) -> None:
@@ -184,18 +202,18 @@ class WeightStream:
         slot = self._slots[block.slot]
         slot.running = None
         slot.free = self.transfers.computed()
+        if self._recording is not None and self._recording.is_last(block):
+            self.transfers.computed(slot.read)
 
     def prefetch(self, following: Iterable[StreamedBlock], after: StreamedBlock | None = None) -> None:
         """Copies the blocks that come next, as far as there are slots.
 
         Args:
             following: The blocks in the order in which they will run.
-            after: The block that has just run.
+            after: The block that runs, or has just run; `None` before the first.
         """
-        if self._recording is not None and self._recording.ends_with(after):
-            # In the graph, nothing would be left to compute beside these copies.
-            self._recording.later = list(itertools.islice(following, len(self._slots)))
-            return
+        if self._recording is not None and after is not None:
+            following = self._recording.within(following, after)
         claimed = {index for index, slot in enumerate(self._slots) if slot.running is not None}
         for block in following:
             if block.slot in claimed:
@@ -216,11 +234,10 @@ class WeightStream:
         slot.held, slot.state = None, block.state()
         for first, source in block.sources:
             self.transfers.copy(slot.memory[first : first + source.numel()], source)
-        slot.ready = self.transfers.copied()
+        slot.ready = self.transfers.copied(slot.arrived if self._recording is None else None)
         slot.held = block
         if self._recording is None:
             self.counts.bytes += block.bytes
-            self.counts.timed_bytes += block.bytes
         else:
             self._recording.bytes += block.bytes
 
@@ -239,41 +256,58 @@ class WeightStream:
 class RecordedCopies:
     """The copies of a run of blocks that a CUDA graph records.
 
-    A graph begins with certain blocks in the slots: of each slot, the first block of the run that is in it. `prepare`
-    brings that about before each replay, which costs nothing if the run before has left it so. The graph contains all
-    later copies of the run, and of blocks behind it those that have computation to hide behind. The others follow the
-    graph.
+    A graph begins with certain blocks in the slots: of each slot, the first block of the run that is in it. Their
+    copies are made outside of the graph, which waits for each where the block begins (`_Slot.arrived`). All others are
+    nodes of the graph. Blocks behind the run are copied outside of it again, once the graph has last read the slot
+    (`_Slot.read`): beside the graph's last blocks.
 
     Args:
         stream: The slots.
         blocks: The streamed blocks of the run, in order.
 
     Attributes:
-        later: Blocks to copy after each replay.
         bytes: Bytes that the graph copies.
+        waits: (begin, end) timestamps of the last replay's waits for copies.
     """
 
     def __init__(self, stream: WeightStream, blocks: Sequence[StreamedBlock]):
-        self._stream = stream
-        self._entry = list({block.slot: block for block in reversed(blocks)}.values())[::-1]
-        self._exit: list[StreamedBlock | None] = []
+        self._stream, self._blocks = stream, list(blocks)
+        self._place = {block: index for index, block in enumerate(blocks)}
+        self._entry = list({block.slot: block for block in reversed(self._blocks)}.values())[::-1]
+        self._exit = {block.slot: block for block in self._blocks}
+        self._later: list[StreamedBlock] = []
+        # Nodes of the graph refer to them.
+        self._events: list[Any] = []
         self.bytes = 0
-        self._blocks = list(blocks)
-        self.later: list[StreamedBlock] = []
+        self.waits: list[tuple[Any, Any]] = []
 
-    def ends_with(self, block: StreamedBlock | None) -> bool:
-        """Whether a block is the last of the run."""
-        return bool(self._blocks) and self._blocks[-1] is block
+    def is_last(self, block: StreamedBlock) -> bool:
+        """Whether no later block of the run is in the same slot."""
+        return self._exit.get(block.slot) is block
+
+    def within(self, following: Iterable[StreamedBlock], after: StreamedBlock) -> list[StreamedBlock]:
+        """Of the blocks that will run, those of this run. Those behind its last block are kept for `replayed`.
+
+        Args:
+            following: The blocks in the order in which they will run.
+            after: The block before them.
+        """
+        ahead = list(itertools.islice(following, len(self._stream._slots)))
+        if after is self._blocks[-1]:
+            self._later = ahead
+        here = self._place[after]
+        return [block for block in ahead if self._place.get(block, -1) > here]
 
     def prepare(self) -> None:
-        """Brings the slots into the state in which the graph begins."""
+        """Begins the copies with which the graph begins."""
         stream = self._stream
         for block in self._entry:
             slot = stream._slots[block.slot]
             stream.counts.ahead += slot.held is block
             stream.counts.late += slot.held is not block
             stream._load(block)
-            if slot.ready is not None:
+            if slot.ready is not slot.arrived:
+                # It was copied within another graph.
                 stream.transfers.compute_after(slot.ready)
 
     @contextmanager
@@ -285,12 +319,13 @@ class RecordedCopies:
         begun, held = transfers.computed(), {block.slot: block for block in self._entry}
         transfers.copy_after(begun)
         for index, slot in enumerate(stream._slots):
-            slot.held, slot.ready, slot.free = held.get(index), None, begun
+            slot.held, slot.ready, slot.free = held.get(index), slot.arrived, begun
+        self._events = [(slot.arrived, slot.read) for slot in stream._slots]
         stream._recording, self.bytes = self, 0
+        self.waits.clear()
         try:
             yield
             transfers.compute_after(transfers.copied())
-            self._exit = [slot.held for slot in stream._slots]
         finally:
             stream._recording = None
             for slot in stream._slots:
@@ -298,11 +333,12 @@ class RecordedCopies:
                 slot.held = slot.running = slot.ready = slot.free = None
 
     def replayed(self) -> None:
-        """Notes the state in which a replay leaves the slots."""
+        """Notes the state in which a replay leaves the slots, and copies the blocks that come next."""
         stream, done = self._stream, self._stream.transfers.computed()
-        for slot, held in zip(stream._slots, self._exit, strict=True):
-            slot.held, slot.ready, slot.free = held, done, done
-            slot.state = None if held is None else held.state()
-        stream.prefetch(self.later)
+        for block in self._exit.values():
+            slot = stream._slots[block.slot]
+            slot.held, slot.ready, slot.free, slot.state = block, done, slot.read, block.state()
+        stream.prefetch(self._later)
         stream.counts.bytes += self.bytes
         stream.counts.ahead += max(0, len(self._blocks) - len(self._entry))
+        stream.counts.replays[self] += 1

@@ -36,20 +36,44 @@ class Transfers(Protocol):
 
     def __init__(self, device: torch.device): ...
 
-    def slab(self, length: int) -> Slab:
-        """A slab of this many bytes, page-locked where the system allows it. Called by another thread too."""
+    def slab(self, length: int, fill: Callable[[torch.Tensor], None] | None = None) -> Slab:
+        """A slab, page-locked where the system allows it. Called by other threads too.
+
+        Args:
+            length: Its bytes.
+            fill: Function that writes all of the host memory before it is locked; `None` if it is written later.
+        """
         ...
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueues a copy on the copy stream."""
         ...
 
-    def computed(self) -> Any:
-        """An event after everything that the computing stream has been given."""
+    def event(self) -> Any:
+        """An event that CUDA graphs record, and wait for, as nodes. It can be recorded in a graph, and waited for
+        outside of it, or the reverse. Other events are not valid beyond a capture's bounds."""
         ...
 
-    def copied(self) -> Any:
-        """An event after everything that the copy stream has been given."""
+    def computed(self, event: Any = None) -> Any:
+        """Records an event after everything that the computing stream has been given.
+
+        Args:
+            event: The event to record, made by `event`; `None` for a new one.
+
+        Returns:
+            The event.
+        """
+        ...
+
+    def copied(self, event: Any = None) -> Any:
+        """Records an event after everything that the copy stream has been given.
+
+        Args:
+            event: The event to record, made by `event`; `None` for a new one.
+
+        Returns:
+            The event.
+        """
         ...
 
     def compute_after(self, event: Any) -> None:
@@ -67,11 +91,11 @@ class CudaTransfers:
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
 
-    def slab(self, length: int) -> Slab:
+    def slab(self, length: int, fill: Callable[[torch.Tensor], None] | None = None) -> Slab:
         """See `Transfers`."""
         buffer = LockedBuffer.allocate(length, self._device)
         # Pages that are there are locked in half the time.
-        buffer.memory.zero_()
+        (fill or torch.Tensor.zero_)(buffer.memory)
         locked = buffer.lock()
         return Slab(buffer.memory, buffer.on_device() if locked else buffer.memory, locked)
 
@@ -80,13 +104,17 @@ class CudaTransfers:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
-    def computed(self) -> torch.cuda.Event:
+    def event(self) -> torch.cuda.Event:
         """See `Transfers`."""
-        return self._record(torch.cuda.current_stream(self._device))
+        return torch.cuda.Event(external=True)
 
-    def copied(self) -> torch.cuda.Event:
+    def computed(self, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
         """See `Transfers`."""
-        return self._record(self._stream)
+        return self._record(torch.cuda.current_stream(self._device), event)
+
+    def copied(self, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
+        """See `Transfers`."""
+        return self._record(self._stream, event)
 
     def compute_after(self, event: torch.cuda.Event) -> None:
         """See `Transfers`."""
@@ -96,8 +124,8 @@ class CudaTransfers:
         """See `Transfers`."""
         self._stream.wait_event(event)
 
-    def _record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+    def _record(self, stream: torch.cuda.Stream, event: torch.cuda.Event | None) -> torch.cuda.Event:
+        event = torch.cuda.Event() if event is None else event
         with torch.cuda.device(self._device):
             event.record(stream)
         return event

@@ -157,14 +157,19 @@ def _vae_edits(
     if (plan.level == 0 and not ranks) or not cuts_vae(context) or "vae" in context.shared:
         return
 
-    def free() -> int | None:
+    def free(needed: int) -> int | None:
         if budget is None:
             return None
-        return budget - (torch.cuda.memory_allocated(device) if device.type == "cuda" else plan.resident_bytes)
+        if device.type != "cuda":
+            return budget - plan.resident_bytes
+        # Memory that torch holds unused counts as taken: that of CUDA graphs serves nothing else.
+        if budget - torch.cuda.memory_reserved(device) < needed:
+            torch.cuda.empty_cache()
+        return budget - torch.cuda.memory_reserved(device)
 
     choice = DecodeChoice(vae, free, None if budget is not None else plan.vae)
     if ranks:
-        choice = DecodeChoiceOfRanks(vae, free, world_group())
+        choice = DecodeChoiceOfRanks(vae, free, world_group(), plan.work.vae[plan.vae])
         context.outputs.request_hooks.append(choice.begin_request)
     context.outputs.vae_choice = choice
     for method, layer in (("decode", choice.around_decode), ("encode", choice.around_encode)):

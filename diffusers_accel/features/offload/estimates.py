@@ -31,8 +31,8 @@ _STREAMS, _WIDEST, _EAGER = 3.3, 3.3, 1.3
 # Workspaces of cuBLAS and cuDNN, and fragmentation.
 _RESERVE = _GIB // 2
 _TEXT = _GIB // 2
-# Memory that the pool of CUDA graphs cannot share with other work.
-_GRAPHS = _GIB // 4
+# Memory that the pool of CUDA graphs cannot share with other work, and its share of the activations.
+_GRAPHS, _POOL = _GIB // 4, 0.75
 # Steps for which precomputed modulations have room.
 _STEPS = 32
 # Of most VAEs, for a pipeline without one.
@@ -201,7 +201,8 @@ def work(context: PipelineContext, changes: Changes | None = None) -> Work:
         changes: Planned changes to layers; `None` once they are applied.
     """
     request = largest_request(context)
-    denoise = 0
+    records = context.config is not None and context.config.cuda_graph is not None
+    denoise = graphs = 0
     for denoiser in context.denoisers:
         widest, width = 0, 0
         for block in denoiser.adapter.blocks(denoiser.module)[:1]:
@@ -216,13 +217,15 @@ def work(context: PipelineContext, changes: Changes | None = None) -> Work:
         size = torch.empty(0, dtype=denoiser.dtype).element_size()
         activations = int(count * size * (_STREAMS * width + _WIDEST * widest))
         activations = activations if context.compiled else int(_EAGER * activations)
-        if context.config is not None and context.config.cuda_graph is not None:
-            # Each graph has buffers for its inputs and outputs.
-            activations += 2 * len(denoiser.stacks) * count * size * width + _GRAPHS
+        # Each graph has buffers for its inputs and outputs.
+        buffers = 2 * len(denoiser.stacks) * count * size * width + _GRAPHS if records else 0
         if context.config is not None and context.config.linear is not None:
             # Low-bit weights may be widened for a product.
             activations += 2 * size * _largest_layer(denoiser)
-        denoise = max(denoise, activations + _precomputed_bytes(context, denoiser, size))
+        # The graphs of two denoisers share no memory.
+        held = int(_POOL * activations) + buffers if records else 0
+        graphs += held
+        denoise = max(denoise, activations + buffers - held + _precomputed_bytes(context, denoiser, size))
     reserve = _RESERVE if context.device.type == "cuda" else 0
     text = _TEXT if context.device.type == "cuda" else 0
-    return Work(text, denoise, {"whole": 0}, reserve)
+    return Work(text, denoise + graphs, {"whole": 0}, reserve, graphs)

@@ -120,14 +120,15 @@ class DecodeChoice:
 
     Args:
         vae: A diffusers VAE. Its switches are set during a call only.
-        free: Returns the bytes that a call may use, or `None` for no limit. It is called before every call.
+        free: Returns the bytes that a call may use, or `None` for no limit. It is given the bytes of the fastest way,
+            for which it may make room.
         way: The way of all calls, without a prediction; `None` takes the first one that `free` leaves room for.
 
     Attributes:
         taken: Method -> the way of its last call.
     """
 
-    def __init__(self, vae: Any, free: Callable[[], int | None] | None = None, way: str | None = None):
+    def __init__(self, vae: Any, free: Callable[[int], int | None] | None = None, way: str | None = None):
         self.taken: dict[Method, str] = {}
         self._vae, self._free, self._way = vae, free, way
         self._warned = False
@@ -153,9 +154,14 @@ class DecodeChoice:
             for edit in reversed(edits):
                 edit.undo()
 
-    def _free_bytes(self, method: Method) -> int | None:
-        """The bytes that a call may use; `None` for no limit."""
-        return self._free() if self._free is not None else None
+    def _free_bytes(self, method: Method, needed: int) -> int | None:
+        """The bytes that a call may use; `None` for no limit.
+
+        Args:
+            method: The method that is called.
+            needed: Bytes of the fastest way.
+        """
+        return self._free(needed) if self._free is not None else None
 
     def _choose(self, method: Method, x: torch.Tensor) -> str:
         """The way of a call."""
@@ -165,14 +171,16 @@ class DecodeChoice:
             order = ["whole", "slices", "tiles"]
             rank = order.index(self._way) if self._way in order else 0
             return next((way for way in reversed(offered) if way in order[: rank + 1]), offered[0])
-        free = self._free_bytes(method)
-        if free is None or len(offered) == 1:
+        if self._free is None or len(offered) == 1:
             return offered[0]
         needed: dict[str, int] = {}
+        free: int | None = None
         try:
             for way in offered:
                 needed[way] = predicted_bytes(self._vae, x.shape, x.dtype, way, method=method, workspaces=x.is_cuda)
-                if needed[way] <= free:
+                if free is None:
+                    free = self._free_bytes(method, needed[way])
+                if free is None or needed[way] <= free:
                     return way
         except Exception as error:  # a VAE of another package may raise any
             if not self._warned:
@@ -180,6 +188,7 @@ class DecodeChoice:
                 _warn_unpredicted(self._vae, method, error)
             return offered[0]
         least = min(needed, key=lambda way: needed[way])
+        assert free is not None
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -200,23 +209,24 @@ class DecodeChoiceOfRanks(DecodeChoice):
         vae: A diffusers VAE. Its switches are set during a call only.
         free: Returns the bytes that a call on this rank may use, or `None` for no limit.
         world: All ranks.
+        planned: Bytes of the planned way.
     """
 
-    def __init__(self, vae: Any, free: Callable[[], int | None], world: Group):
+    def __init__(self, vae: Any, free: Callable[[int], int | None], world: Group, planned: int):
         super().__init__(vae, free)
-        self._world = world
+        self._world, self._planned = world, planned
         self._least: int | None = None
 
     def begin_request(self, pipe: Any) -> None:
         """A request hook: gathers the free bytes of all ranks as a request begins, when it is given the pipeline."""
         if pipe is not None:
-            everyone = self._world.all_gather_object(super()._free_bytes("encode"))
+            everyone = self._world.all_gather_object(super()._free_bytes("encode", self._planned))
             self._least = min((each for each in everyone if each is not None), default=None)
 
-    def _free_bytes(self, method: Method) -> int | None:
+    def _free_bytes(self, method: Method, needed: int) -> int | None:
         if method == "encode" and self._least is not None:
             return self._least
-        return super()._free_bytes(method)
+        return super()._free_bytes(method, needed)
 
 
 def _warn_unpredicted(vae: Any, method: Method, error: Exception) -> None:
