@@ -66,6 +66,7 @@ class Work:
         vae: Way of decoding -> bytes, from the fastest way to the one that needs least.
         reserve: Workspaces of libraries, and fragmentation.
         graphs: Held by CUDA graphs in all stages; `denoise` includes them.
+        fragmentation: Bytes that the allocator takes for each byte of the VAE's, whose tensors have many sizes.
     """
 
     text: int = 0
@@ -73,6 +74,7 @@ class Work:
     vae: Mapping[str, int] = field(default_factory=lambda: {"whole": 0})
     reserve: int = 0
     graphs: int = 0
+    fragmentation: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class MemoryPlan:
         return {
             "text": always + self.work.graphs + self.work.text + slots,
             "denoise": always + self.work.denoise,
-            "vae": always + self.work.graphs + self.work.vae[self.vae],
+            "vae": always + self.work.graphs + int(self.work.fragmentation * self.work.vae[self.vae]),
         }
 
     @property

@@ -169,6 +169,14 @@ def test_levels(budget, level, vae, resident, peaks):
     assert (plan.slots, plan.slot_bytes) in {(0, 0), (2, 80), (3, 120)}
 
 
+def test_memory_of_graphs_and_fragments():
+    """Graphs keep their memory while text encoders and the VAE run; a VAE's tensors take more than their bytes."""
+    work = Work(text=3, denoise=50, vae={"whole": 60, "tiles": 20}, reserve=2, graphs=30, fragmentation=1.5)
+    plan = plan_memory(MODELS, work, 1e6)
+    assert tuple(plan.peaks.values()) == (298, 315, 263 + 2 + 30 + 90)
+    assert plan_memory(MODELS, work, 1e6, budget=plan.peak - 1).vae == "tiles"
+
+
 def test_levels_that_are_asked_for():
     assert [planned(level=level).vae for level in range(4)] == ["whole", "tiles", "tiles", "tiles"]
     assert planned(level=0, budget=10).peak == 325

@@ -341,6 +341,37 @@ def test_nothing_fits():
         choice.around_decode(decode, torch.zeros(shape))
 
 
+def test_a_way_that_did_not_fit_after_all():
+    """Free memory in pieces: the call begins again in the next way, and that shape never tries the first one again."""
+    vae, shape = build("wan").vae, (1, 16, 2, 80, 80)
+    ran, cleared = [], []
+    vae.clear_cache = lambda: cleared.append(True)
+
+    def decode(z):
+        ran.append(vae.use_tiling)
+        if not vae.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return z
+
+    choice = DecodeChoice(vae, lambda _: 2**40)
+    with pytest.warns(UserWarning, match="begins again in another way"):
+        choice.around_decode(decode, torch.zeros(shape))
+    assert ran == [False, True] and cleared and choice.taken == {"decode": "tiles"} and not vae.use_tiling
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice.around_decode(decode, torch.zeros(shape))
+    assert ran == [False, True, True]
+
+    def never(z):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for choice in (DecodeChoice(vae), DecodeChoice(vae, way="whole"), DecodeChoice(vae, lambda _: 0)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*begins again")
+            with pytest.raises(torch.OutOfMemoryError):
+                choice.around_decode(never, torch.zeros(shape))
+
+
 def test_encode_is_chosen_by_its_own_prediction():
     vae, shape = build("flux").vae, (1, 3, 600, 560)
     needed = [predicted_bytes(vae, shape, torch.float32, way, method="encode") for way in ("whole", "tiles")]

@@ -93,10 +93,10 @@ class Slabs:
         lock: Whether to lock pages. Otherwise weights on the host stay in the memory that they are in.
     """
 
-    # Threads: one writes pages while another locks them.
-    _THREADS = 2
+    # Threads: some write pages while others lock them.
+    _THREADS = 4
     # Slabs that are taken ahead of the block that waits for its own.
-    _AHEAD = 2
+    _AHEAD = 4
 
     def __init__(self, transfers: Transfers, blocks: Sequence[StreamedBlock], budget: HostBudget, lock: bool = True):
         self._transfers, self._budget, self._lock = transfers, budget, lock

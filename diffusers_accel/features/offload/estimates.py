@@ -30,9 +30,12 @@ _OTHER_RATES = (100.0, 160.0)
 _STREAMS, _WIDEST, _EAGER = 3.3, 3.3, 1.3
 # Workspaces of cuBLAS and cuDNN, and fragmentation.
 _RESERVE = _GIB // 2
+# Bytes that the allocator takes for each byte of a VAE's tensors. Without a limit it takes 1.1 to 1.8
+# (benchmarks/results/memory-vae.json), some of which it gives back where memory is short.
+_FRAGMENTATION = 1.4
 _TEXT = _GIB // 2
 # Memory that the pool of CUDA graphs cannot share with other work, and its share of the activations.
-_GRAPHS, _POOL = _GIB // 4, 0.75
+_GRAPHS, _POOL = _GIB // 8, 0.6
 # Steps for which precomputed modulations have room.
 _STEPS = 32
 # Of most VAEs, for a pipeline without one.
@@ -228,4 +231,5 @@ def work(context: PipelineContext, changes: Changes | None = None) -> Work:
         denoise = max(denoise, activations + buffers - held + _precomputed_bytes(context, denoiser, size))
     reserve = _RESERVE if context.device.type == "cuda" else 0
     text = _TEXT if context.device.type == "cuda" else 0
-    return Work(text, denoise + graphs, {"whole": 0}, reserve, graphs)
+    fragmentation = _FRAGMENTATION if context.device.type == "cuda" else 1.0
+    return Work(text, denoise + graphs, {"whole": 0}, reserve, graphs, fragmentation)

@@ -65,11 +65,12 @@ def plan_of(
     )
     if budget is not None and found.peak > budget:
         least = least_budget(found, slots) if config.level in (None, 3) and stages is None else found.peak
+        graphs = f", cuda_graph=None, whose graphs hold {gib(found.work.graphs)}," if found.work.graphs else ""
         raise Unsupported(
             "offload",
             f"the least that this pipeline needs is {gib(least)} with these settings, and {gib(budget)} are allowed.",
-            f"offload='{-(-least // 2**20)}MiB' or more, smaller sizes in warmup.resolutions, or linear='fp8', which "
-            "halves the weights.",
+            f"offload='{-(-least // 2**20)}MiB' or more, smaller sizes in warmup.resolutions{graphs} or linear='fp8', "
+            "which halves the weights.",
             str(context),
         )
     return found

@@ -132,6 +132,8 @@ class DecodeChoice:
         self.taken: dict[Method, str] = {}
         self._vae, self._free, self._way = vae, free, way
         self._warned = False
+        # (method, shape, way) of calls for which memory did not suffice.
+        self._failed: set[tuple[Method, tuple[int, ...], str]] = set()
 
     def around_decode(self, inner: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """A layer around `decode`."""
@@ -142,8 +144,36 @@ class DecodeChoice:
         return self._call("encode", inner, x, args, kwargs)
 
     def _call(self, method: Method, inner: Callable[..., Any], x: torch.Tensor, args: Any, kwargs: Any) -> Any:
-        way = self._choose(method, x)
-        self.taken[method] = way
+        while True:
+            way = self._choose(method, x)
+            self.taken[method] = way
+            try:
+                return self._run(way, method, inner, x, args, kwargs)
+            except torch.OutOfMemoryError:
+                if not self._can_retry(method, x, way):
+                    raise
+            # Outside of the handler, whose traceback holds tensors.
+            self._failed.add((method, tuple(x.shape), way))
+            warnings.warn(
+                f"accelerate: offload: {type(self._vae).__name__}.{method} of {tuple(x.shape)} was predicted to fit "
+                f"in one piece ({way!r}), and did not: free memory is in pieces. It begins again in another way. A "
+                "larger offload.vram, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, would avoid that.",
+                stacklevel=3,
+            )
+            if hasattr(self._vae, "clear_cache"):
+                self._vae.clear_cache()  # frames of the call that failed
+            torch.cuda.empty_cache()
+
+    def _can_retry(self, method: Method, x: torch.Tensor, way: str) -> bool:
+        """Whether a call for which memory did not suffice may begin again in another way."""
+        return self._free is not None and way != self._offered(method, x)[-1]
+
+    def _offered(self, method: Method, x: torch.Tensor) -> list[str]:
+        """The ways of a call, without those for which memory did not suffice before."""
+        found = ways(self._vae, x.shape[0])
+        return [way for way in found if (method, tuple(x.shape), way) not in self._failed] or found[-1:]
+
+    def _run(self, way: str, method: Method, inner: Callable[..., Any], x: torch.Tensor, args: Any, kwargs: Any) -> Any:
         switches = _switches(self._vae, tuple(x.shape), way, method)
         edits = [SetAttr(self._vae, name, value) for name, value in switches.items()]
         try:
@@ -165,7 +195,7 @@ class DecodeChoice:
 
     def _choose(self, method: Method, x: torch.Tensor) -> str:
         """The way of a call."""
-        offered = ways(self._vae, x.shape[0])
+        offered = self._offered(method, x)
         if self._way is not None:
             # Of a way that this batch does not have, the one before it.
             order = ["whole", "slices", "tiles"]
@@ -222,6 +252,9 @@ class DecodeChoiceOfRanks(DecodeChoice):
         if pipe is not None:
             everyone = self._world.all_gather_object(super()._free_bytes("encode", self._planned))
             self._least = min((each for each in everyone if each is not None), default=None)
+
+    def _can_retry(self, method: Method, x: torch.Tensor, way: str) -> bool:
+        return method == "decode" and super()._can_retry(method, x, way)
 
     def _free_bytes(self, method: Method, needed: int) -> int | None:
         if method == "encode" and self._least is not None:
