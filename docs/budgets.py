@@ -187,7 +187,8 @@ def _picture(size: str) -> dict[str, Any]:
 
 
 def _video(size: str, frames: int) -> dict[str, Any]:
-    return {**_SECTIONS, "warmup": {"resolutions": (size,), "num_frames": (frames,)}}
+    # A call takes seconds, of which graphs save none, and their memory holds a few blocks.
+    return {**_SECTIONS, "cuda_graph": None, "warmup": {"resolutions": (size,), "num_frames": (frames,)}}
 
 
 # Model and largest request -> its pipeline, and the sections beside `linear` and `offload`.

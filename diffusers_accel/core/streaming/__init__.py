@@ -10,8 +10,8 @@ Outside of its model's forward, a block's tensors are the slab itself, read by t
 therefore works on the master copy. Within the forward, views of the slots take the tensors' places. Each block's views
 never change, so compiled code sees no change, and CUDA graphs stay valid.
 
-A CUDA graph records the copies of its blocks as nodes beside the kernels (`slots.RecordedCopies`), since a wait for an
-event outside of the graph would end the capture.
+A CUDA graph records the copies of its blocks as nodes beside the kernels (`slots.RecordedCopies`). Events that a graph
+records, and waits for, as nodes order it against the copies outside of it: no copy waits for a whole graph.
 
 - `transfers.py`: the seam between streaming and a device.
 - `blocks.py`: one block's tensors and its slab.

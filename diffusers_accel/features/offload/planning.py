@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -112,14 +113,15 @@ def budget_of(context: PipelineContext, config: OffloadConfig, models: list[Mode
 
 @cache
 def _measured_link(device: torch.device) -> float:
-    """Bytes a second from page-locked memory to a GPU, measured once with 64 MiB."""
+    """Bytes a second from page-locked memory to a GPU, measured once: the fastest of some copies of 64 MiB, since a link
+    that was idle is slow at first."""
     source = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
-    target.copy_(source)
-    begin = timestamp(device)
-    for _ in range(3):
+    times = [timestamp(device)]
+    for _ in range(8):
         target.copy_(source, non_blocking=True)
-    return 3 * source.numel() / seconds_between(begin, timestamp(device))
+        times.append(timestamp(device))
+    return source.numel() / min(seconds_between(begin, end) for begin, end in pairwise(times))
 
 
 def link_of(context: PipelineContext) -> float:
