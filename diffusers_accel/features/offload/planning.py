@@ -113,8 +113,8 @@ def budget_of(context: PipelineContext, config: OffloadConfig, models: list[Mode
 
 @cache
 def _measured_link(device: torch.device) -> float:
-    """Bytes a second from page-locked memory to a GPU, measured once: the fastest of some copies of 64 MiB, since a link
-    that was idle is slow at first."""
+    """Bytes a second from page-locked memory to a GPU, measured once: the fastest of some copies of 64 MiB, since an
+    idle link is slow at first."""
     source = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
     times = [timestamp(device)]

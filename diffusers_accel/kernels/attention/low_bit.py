@@ -16,6 +16,7 @@ Only the loaders of kernel records import this module: it needs triton.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,9 @@ import triton.language as tl
 from ..launching import on_its_device
 from ..operands import tensor_descriptor
 from ..rounding import to_e4m3
+from .block_lists import BlockLists, long_first
 from .norm import padded_dim
-from .quantize import LOG2E, quantize
+from .quantize import LOG2E, Quantized, quantize
 from .recipe import Recipe
 from .record import Inputs, key_bias
 
@@ -111,14 +113,20 @@ def _add_values(
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _attention(
     q_desc, k_desc, v_desc, o_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, correction_ptr, lse_ptr,
-    tiles_ptr, count_ptr, logit_scale, q_len, k_len, heads, groups,
+    index_ptr, count_ptr, order_ptr, logit_scale, q_len, k_len, query_blocks, heads, groups,
     QK: tl.constexpr, PV: tl.constexpr, KB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PREFETCH_LOGITS: tl.constexpr,
     TAIL: tl.constexpr, BIAS: tl.constexpr, BLOCK_SPARSE: tl.constexpr, LSE: tl.constexpr, CORRECT_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of M queries, batch x head). QK: 0 int8, 1 e4m3, 2 as it is; PV: 0 as it is, 1 e4m3."""
-    start = tl.program_id(0) * M
-    index = tl.program_id(1)
+    """Program (tile of M queries, batch x head). QK: 0 int8, 1 e4m3, 2 as it is; PV: 0 as it is, 1 e4m3. BLOCK_SPARSE:
+    the number of tiles that share a list of key tiles, 0 for all keys; program (tile in the order of the lists)."""
+    if BLOCK_SPARSE > 0:
+        place = tl.load(order_ptr + tl.program_id(0) // BLOCK_SPARSE)
+        index = place // query_blocks
+        start = (place % query_blocks * BLOCK_SPARSE + tl.program_id(0) % BLOCK_SPARSE) * M
+    else:
+        index = tl.program_id(1)
+        start = tl.program_id(0) * M
     b, h = index // heads, index % heads
     kv_heads = heads // groups
     hk = h // groups
@@ -134,17 +142,51 @@ def _attention(
     scales = k_scale_ptr + (b * kv_heads + hk) * tl.cdiv(k_len, KB)
     bias = bias_ptr + b * k_len
     full = k_len // N
-    if BLOCK_SPARSE:
-        tiles = tl.cdiv(k_len, N)
-        place = index.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        for item in tl.range(0, tl.load(count_ptr + place), num_stages=STAGES):
-            tile = tl.load(tiles_ptr + place * tiles + item)
-            k = k_desc.load([b, hk, tile * N, 0]).reshape(N, DP)
+    if BLOCK_SPARSE > 0:
+        listed = index_ptr + place.to(tl.int64) * tl.cdiv(k_len, N)
+        count = tl.load(count_ptr + place)
+        tail = False
+        if TAIL:
+            # The list is in ascending order: a partial tile is its last.
+            tail = tl.load(listed + count - 1, mask=count > 0, other=0) == full
+            count -= tail.to(tl.int32)
+        tile = tl.load(listed, mask=count > 0, other=0)
+        if PREFETCH_LOGITS:
+            if count > 0:
+                k = k_desc.load([b, hk, tile * N, 0]).reshape(N, DP)
+                s = _logits(q, k, QK, M, N)
+                for item in tl.range(1, count, num_stages=STAGES):
+                    next_tile = tl.load(listed + item)
+                    k = k_desc.load([b, hk, next_tile * N, 0]).reshape(N, DP)
+                    following = _logits(q, k, QK, M, N)
+                    p, top, total, factor = _softmax(
+                        s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
+                    )
+                    acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
+                    s = following
+                    tile = next_tile
+                p, top, total, factor = _softmax(
+                    s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
+                )
+                acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
+        else:
+            for item in tl.range(0, count, num_stages=STAGES):
+                # The next index is there before its keys are asked for.
+                next_tile = tl.load(listed + item + 1, mask=item + 1 < count, other=0)
+                k = k_desc.load([b, hk, tile * N, 0]).reshape(N, DP)
+                s = _logits(q, k, QK, M, N)
+                p, top, total, factor = _softmax(
+                    s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
+                )
+                acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
+                tile = next_tile
+        if tail:
+            k = k_desc.load([b, hk, full * N, 0]).reshape(N, DP)
             s = _logits(q, k, QK, M, N)
             p, top, total, factor = _softmax(
-                s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, TAIL, BIAS
+                s, top, total, row_scale, scales, bias, full, k_len, QK, PV, KB, N, True, BIAS
             )
-            acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
+            acc = _add_values(p, acc, factor, v_desc, b, hk, full, PV, M, N, DP)
     else:
         if PREFETCH_LOGITS:
             # The matrix units compute the next tile's logits while this tile's softmax runs.
@@ -268,15 +310,40 @@ def tma_compatible(x: torch.Tensor) -> torch.Tensor:
     return x if dense and x.data_ptr() % 16 == 0 else x.contiguous()
 
 
-def attention(x: Inputs, recipe: Recipe, *, block_mask: torch.Tensor | None = None, tile: Tile | None = None) -> Any:
+def sparse_tile(recipe: Recipe, head_dim: int, arch: tuple[int, int] | None, query_block: int, key_block: int) -> Tile:
+    """The tile for blocks of these sizes: as many keys as a block has, and a part of its queries.
+
+    Args:
+        recipe: The rounding of the operands.
+        head_dim: Channels of a head, unpadded.
+        arch: Compute capability; `None` off CUDA.
+        query_block: Queries of a block.
+        key_block: Keys of a block.
+    """
+    rows = min(query_block, 64)
+    if recipe.qk is None and recipe.pv is None and head_dim > 64:
+        return Tile(min(query_block, 128), key_block, 8 if query_block >= 128 else 4, 2)
+    return Tile(rows, key_block, 4, 2 if key_block >= 128 else 3, prefetch_logits=recipe.qk is None)
+
+
+def attention(
+    x: Inputs,
+    recipe: Recipe,
+    *,
+    choose: Callable[[Inputs, Quantized], BlockLists] | None = None,
+    pool: tuple[int, int] | None = None,
+    tile: Tile | None = None,
+) -> Any:
     """Quantizes the operands and computes attention.
 
     Args:
         x: The call. Query, key and value are bf16 or fp16, head_dim is at most 128, and a mask is over keys alone.
             `norm` and `rotary` need a recipe that rounds QK.
         recipe: The rounding of the operands.
-        block_mask: bool (batch, heads, query tiles, key tiles); False skips a tile. `tile` gives the sizes of a tile.
-        tile: Tile sizes; `choose_tile` picks them if `None`.
+        choose: Returns the blocks of keys that each block of queries attends to, from the call and its rounded
+            operands. `None` for all keys.
+        pool: Tokens whose queries, and whose keys, are averaged for `choose`; see `quantize`. `None` for no averages.
+        tile: Tile sizes; `choose_tile` or `sparse_tile` picks them if `None`. With `choose`, they divide the blocks.
 
     Returns:
         The output, (batch, sequence, heads, head_dim), in the query's dtype; with `return_lse` also the LSE, float32
@@ -284,22 +351,29 @@ def attention(x: Inputs, recipe: Recipe, *, block_mask: torch.Tensor | None = No
     """
     (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = x.query.shape, x.key.shape
     device, bias = x.query.device, key_bias(x)
-    if tile is None:
-        tile = choose_tile(recipe, dim, *_gpu(device), q_len, batch * heads)
-    data = quantize(x, recipe)
+    data = quantize(x, recipe, pool)
+    lists = None if choose is None else choose(x, data)
+    arch, processors = _gpu(device)
+    if tile is None and lists is None:
+        tile = choose_tile(recipe, dim, arch, processors, q_len, batch * heads)
+    elif tile is None:
+        assert lists is not None
+        tile = sparse_tile(recipe, dim, arch, lists.query_block, lists.key_block)
     q, k, v = (tma_compatible(item) for item in (data.query, data.key, data.value))
     out = torch.empty((batch, q_len, heads, dim), dtype=x.query.dtype, device=device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=device) if x.return_lse else None
     padded, m, n = padded_dim(dim), tile.queries, tile.keys
     unused = data.query_scale
-    kept_tiles, counts = unused, unused
-    if block_mask is not None:
-        counts = block_mask.sum(-1, dtype=torch.int32).contiguous()
-        # Kept tiles first, in their order.
-        kept_tiles = (
-            block_mask.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices.to(torch.int32).contiguous()
-        )
-    _attention[(triton.cdiv(q_len, m), batch * heads)](
+    indices, counts, order, shared, query_blocks = unused, unused, unused, 0, 0
+    grid: tuple[int, ...] = (triton.cdiv(q_len, m), batch * heads)
+    if lists is not None:
+        shared = lists.query_block // m
+        if lists.query_block % m or lists.key_block != n:
+            raise ValueError(f"tiles of {m} x {n} do not divide blocks of {lists.query_block} x {lists.key_block}")
+        indices, counts, query_blocks = lists.indices, lists.counts, lists.counts.shape[2]
+        order = long_first(counts)
+        grid = (counts.numel() * shared,)
+    _attention[grid](
         tensor_descriptor(q, [1, 1, m, padded]),
         tensor_descriptor(k, [1, 1, n, padded]),
         tensor_descriptor(v, [1, 1, padded, n] if recipe.pv else [1, 1, n, padded]),
@@ -308,10 +382,10 @@ def attention(x: Inputs, recipe: Recipe, *, block_mask: torch.Tensor | None = No
         unused if bias is None else bias.contiguous(),
         unused if data.lse_correction is None else data.lse_correction,
         unused if lse is None else lse,
-        kept_tiles, counts, x.softmax_scale * LOG2E, q_len, k_len, heads, heads // kv_heads,
+        indices, counts, order, x.softmax_scale * LOG2E, q_len, k_len, query_blocks, heads, heads // kv_heads,
         QK={"int8": 0, "fp8": 1, None: 2}[recipe.qk], PV=int(bool(recipe.pv)), KB=recipe.k_block or n,
         D=dim, DP=padded, M=m, N=n, STAGES=tile.stages, PREFETCH_LOGITS=tile.prefetch_logits,
-        TAIL=k_len % n != 0, BIAS=bias is not None, BLOCK_SPARSE=block_mask is not None,
+        TAIL=k_len % n != 0, BIAS=bias is not None, BLOCK_SPARSE=shared,
         LSE=lse is not None, CORRECT_LSE=data.lse_correction is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,0 +1,175 @@
+"""The cost of sparse attention on a GPU: kernels over lists of key blocks, and the choice of the blocks.
+
+Inputs are Gaussian with outlying channels in K. Times are medians of `do_bench`. A sparse call has the choice of its
+blocks within it: means of tokens, their scores, lists. *Share of the dense rate* is the time that the same kernel would
+take for the kept blocks at its dense rate, over the time that it takes. Rates are TFLOP/s of dense work. Beside it are
+the kernel of dense attention, and cuDNN's.
+
+    python benchmarks/sparse.py            # sparse.json
+    python benchmarks/sparse.py --tiles    # every tile of our kernels; sparse-tiles.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from attention import inputs
+
+from diffusers_accel.kernels.attention import KERNELS, RECIPES, Inputs
+from diffusers_accel.kernels.attention.recipe import Recipe
+
+# batch, heads, sequence, head_dim
+SHAPES = {
+    "Wan2.1 1.3B, 480p, 81 frames": (1, 12, 32760, 128),
+    "Wan2.1 14B, 720p, 81 frames, on 4 GPUs": (1, 10, 75600, 128),
+}
+KEPT = (0.5, 0.25, 0.1)
+# Parts of a block whose means are scored.
+PARTS = 4
+RECIPE_16 = Recipe(qk=None, k_block=0, pv=None)
+
+
+def recipe_of(backend: str) -> Recipe:
+    """The first recipe of a backend; `"16-bit"` rounds nothing."""
+    return RECIPE_16 if backend == "16-bit" else next(iter(RECIPES[backend].values()))
+
+
+def milliseconds(function: Callable[[], Any], repeat: int = 120) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(function, warmup=20, rep=repeat, return_mode="median"))
+
+
+def selection(shape: tuple[int, ...], kept: float, block: tuple[int, int]) -> tuple[Any, Any]:
+    """A function of `low_bit.attention(choose=)` and its `pool`."""
+    from diffusers_accel.kernels.attention.block_lists import block_scores, select
+
+    budget = torch.full((shape[0] * shape[1],), float(round(kept * -(-shape[2] // block[1]))), device="cuda")
+
+    def choose(x: Inputs, data: Any) -> Any:
+        scores = block_scores(data.query_means, data.key_means, PARTS, PARTS, x.softmax_scale)
+        return select(scores, budget, *block)
+
+    return choose, (block[0] // PARTS, block[1] // PARTS)
+
+
+def kernels() -> dict[str, Any]:
+    """Dense and sparse attention, and the parts of a sparse call."""
+    from diffusers_accel.kernels.attention import low_bit
+    from diffusers_accel.kernels.attention.block_lists import block_scores, long_first
+    from diffusers_accel.kernels.attention.quantize import quantize
+
+    found: dict[str, Any] = {}
+    for label, shape in SHAPES.items():
+        x = Inputs(*inputs(*shape))
+        work = 4 * shape[0] * shape[1] * shape[2] ** 2 * shape[3] / 1e9
+        row: dict[str, Any] = {"cudnn, ms": round(milliseconds(lambda x=x: KERNELS.get("cudnn").load()(x)), 3)}
+        for backend, block in (
+            ("sage-fp8", (128, 128)), ("sage-fp8", (64, 64)), ("sage", (128, 64)), ("qk16pv8", (128, 128)),
+            ("16-bit", (128, 128)),
+        ):  # fmt: skip
+            recipe = recipe_of(backend)
+            each: dict[str, Any] = {}
+            try:
+                name = backend if backend in KERNELS else "cudnn"
+                dense = milliseconds(lambda x=x, name=name: KERNELS.get(name).load()(x))
+                each["dense, ms"] = round(dense, 3)
+                for kept in KEPT:
+                    choose, pool = selection(shape, kept, block)
+                    time = milliseconds(
+                        lambda x=x, r=recipe, c=choose, p=pool: low_bit.attention(x, r, choose=c, pool=p)
+                    )
+                    each[f"{kept:.0%} kept"] = {
+                        "ms": round(time, 3), "TFLOP/s of dense work": round(work / time),
+                        "share of the dense rate": round(dense * kept / time, 3),
+                    }  # fmt: skip
+                data = quantize(x, recipe, pool)
+                scores = block_scores(data.query_means, data.key_means, PARTS, PARTS, x.softmax_scale)
+                lists = choose(x, data)
+                each["parts, ms"] = {
+                    "quantize": round(milliseconds(lambda x=x, r=recipe: quantize(x, r)), 3),
+                    "quantize with means": round(milliseconds(lambda x=x, r=recipe, p=pool: quantize(x, r, p)), 3),
+                    "scores": round(
+                        milliseconds(
+                            lambda d=data, s=x.softmax_scale: block_scores(d.query_means, d.key_means, PARTS, PARTS, s)
+                        ),
+                        3,
+                    ),
+                    "scores and lists": round(milliseconds(lambda c=choose, x=x, d=data: c(x, d)), 3),
+                    "order": round(milliseconds(lambda c=lists.counts: long_first(c)), 3),
+                    "blocks": list(scores.shape[2:]),
+                }
+            except Exception as error:  # the other kernels are of interest too
+                each["failed"] = f"{type(error).__name__}: {error}"[:300]
+            row[f"{backend}, blocks {block[0]} x {block[1]}"] = each
+            print(label, backend, block, each, flush=True)
+        found[label] = row
+    return found
+
+
+# Backend -> (block, tile) of each trial: queries, keys, warps, stages, logits ahead.
+TRIALS: dict[str, list[tuple[tuple[int, int], tuple[Any, ...]]]] = {
+    "sage-fp8": [
+        ((128, 128), (64, 128, 4, 2, False)), ((128, 128), (64, 128, 4, 2, True)), ((128, 128), (64, 128, 4, 3, False)),
+        ((128, 128), (128, 128, 8, 2, False)), ((64, 64), (64, 64, 4, 3, False)), ((64, 64), (64, 64, 4, 4, False)),
+        ((64, 64), (64, 64, 4, 3, True)), ((128, 64), (128, 64, 8, 3, False)),
+    ],
+    "16-bit": [
+        ((128, 128), (128, 128, 8, 2, False)), ((128, 128), (128, 128, 8, 2, True)),
+        ((128, 64), (128, 64, 8, 3, False)), ((128, 64), (128, 64, 8, 3, True)), ((128, 128), (64, 128, 4, 2, True)),
+    ],
+    "qk16pv8": [((128, 128), (64, 128, 4, 2, True)), ((128, 128), (128, 128, 8, 2, False))],
+    "sage": [((128, 64), (128, 64, 8, 3, False)), ((128, 128), (64, 128, 4, 2, False))],
+}  # fmt: skip
+
+
+def tiles() -> dict[str, Any]:
+    """Milliseconds of each tile at each share kept, with the choice of blocks."""
+    from diffusers_accel.kernels.attention import low_bit
+
+    found: dict[str, Any] = {}
+    label, shape = next(iter(SHAPES.items()))
+    x = Inputs(*inputs(*shape))
+    for backend, trials in TRIALS.items():
+        recipe = recipe_of(backend)
+        for block, values in trials:
+            tile = low_bit.Tile(*values[:4], prefetch_logits=values[4])
+            row: dict[str, Any] = {}
+            try:
+                row["dense"] = round(milliseconds(lambda r=recipe, t=tile: low_bit.attention(x, r, tile=t), 60), 3)
+                for kept in KEPT:
+                    choose, pool = selection(shape, kept, block)
+                    row[f"{kept:.0%}"] = round(
+                        milliseconds(
+                            lambda r=recipe, t=tile, c=choose, p=pool: low_bit.attention(
+                                x, r, choose=c, pool=p, tile=t
+                            ),
+                            60,
+                        ),
+                        3,
+                    )
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {error}"[:200]
+            found[f"{backend}, blocks {block}, tile {values}"] = row
+            print(backend, block, values, row, flush=True)
+    return {label: found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result")
+    options = parser.parse_args()
+    if options.tiles:
+        measure.write("sparse-tiles", tiles(), options.out)
+    else:
+        measure.write("sparse", kernels(), options.out)
+
+
+if __name__ == "__main__":
+    main()
