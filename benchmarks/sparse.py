@@ -45,23 +45,30 @@ def milliseconds(function: Callable[[], Any], repeat: int = 120) -> float:
     return float(do_bench(function, warmup=20, rep=repeat, return_mode="median"))
 
 
-def selection(shape: tuple[int, ...], kept: float, block: tuple[int, int]) -> tuple[Any, Any]:
-    """A function of `low_bit.attention(choose=)` and its `pool`."""
-    from diffusers_accel.kernels.attention.block_lists import block_scores, select
+def selection(shape: tuple[int, ...], kept: float, block: tuple[int, int]) -> Any:
+    """A function for `low_bit.attention(choose=)`."""
+    from diffusers_accel.kernels.attention.block_lists import select
 
     budget = torch.full((shape[0] * shape[1],), float(round(kept * -(-shape[2] // block[1]))), device="cuda")
 
     def choose(x: Inputs, data: Any) -> Any:
-        scores = block_scores(data.query_means, data.key_means, PARTS, PARTS, x.softmax_scale)
-        return select(scores, budget, *block)
+        return select(scores(x, data, block), budget, *block)
 
-    return choose, (block[0] // PARTS, block[1] // PARTS)
+    return choose
+
+
+def scores(x: Inputs, data: Any, block: tuple[int, int]) -> torch.Tensor:
+    """The scores of pairs of blocks, from means of their parts."""
+    from diffusers_accel.kernels.attention.block_lists import block_scores, operand_means
+
+    query, key = operand_means(x, data, block[0] // PARTS, block[1] // PARTS)
+    return block_scores(query, key, PARTS, PARTS, x.softmax_scale)
 
 
 def kernels() -> dict[str, Any]:
     """Dense and sparse attention, and the parts of a sparse call."""
     from diffusers_accel.kernels.attention import low_bit
-    from diffusers_accel.kernels.attention.block_lists import block_scores, long_first
+    from diffusers_accel.kernels.attention.block_lists import long_first, operand_means
     from diffusers_accel.kernels.attention.quantize import quantize
 
     found: dict[str, Any] = {}
@@ -80,29 +87,22 @@ def kernels() -> dict[str, Any]:
                 dense = milliseconds(lambda x=x, name=name: KERNELS.get(name).load()(x))
                 each["dense, ms"] = round(dense, 3)
                 for kept in KEPT:
-                    choose, pool = selection(shape, kept, block)
-                    time = milliseconds(
-                        lambda x=x, r=recipe, c=choose, p=pool: low_bit.attention(x, r, choose=c, pool=p)
-                    )
+                    choose = selection(shape, kept, block)
+                    time = milliseconds(lambda x=x, r=recipe, c=choose: low_bit.attention(x, r, choose=c))
                     each[f"{kept:.0%} kept"] = {
                         "ms": round(time, 3), "TFLOP/s of dense work": round(work / time),
                         "share of the dense rate": round(dense * kept / time, 3),
                     }  # fmt: skip
-                data = quantize(x, recipe, pool)
-                scores = block_scores(data.query_means, data.key_means, PARTS, PARTS, x.softmax_scale)
-                lists = choose(x, data)
+                data = quantize(x, recipe)
+                lists, found_scores = choose(x, data), scores(x, data, block)
+                parts = (block[0] // PARTS, block[1] // PARTS)
                 each["parts, ms"] = {
                     "quantize": round(milliseconds(lambda x=x, r=recipe: quantize(x, r)), 3),
-                    "quantize with means": round(milliseconds(lambda x=x, r=recipe, p=pool: quantize(x, r, p)), 3),
-                    "scores": round(
-                        milliseconds(
-                            lambda d=data, s=x.softmax_scale: block_scores(d.query_means, d.key_means, PARTS, PARTS, s)
-                        ),
-                        3,
-                    ),
-                    "scores and lists": round(milliseconds(lambda c=choose, x=x, d=data: c(x, d)), 3),
-                    "order": round(milliseconds(lambda c=lists.counts: long_first(c)), 3),
-                    "blocks": list(scores.shape[2:]),
+                    "means": round(milliseconds(lambda x=x, d=data, p=parts: operand_means(x, d, *p)), 3),
+                    "means and scores": round(milliseconds(lambda x=x, d=data, b=block: scores(x, d, b)), 3),
+                    "choice": round(milliseconds(lambda c=choose, x=x, d=data: c(x, d)), 3),
+                    "order of uneven lists": round(milliseconds(lambda c=lists.counts: long_first(c)), 3),
+                    "blocks": list(found_scores.shape[2:]),
                 }
             except Exception as error:  # the other kernels are of interest too
                 each["failed"] = f"{type(error).__name__}: {error}"[:300]
@@ -143,12 +143,10 @@ def tiles() -> dict[str, Any]:
             try:
                 row["dense"] = round(milliseconds(lambda r=recipe, t=tile: low_bit.attention(x, r, tile=t), 60), 3)
                 for kept in KEPT:
-                    choose, pool = selection(shape, kept, block)
+                    choose = selection(shape, kept, block)
                     row[f"{kept:.0%}"] = round(
                         milliseconds(
-                            lambda r=recipe, t=tile, c=choose, p=pool: low_bit.attention(
-                                x, r, choose=c, pool=p, tile=t
-                            ),
+                            lambda r=recipe, t=tile, c=choose: low_bit.attention(x, r, choose=c, tile=t),
                             60,
                         ),
                         3,

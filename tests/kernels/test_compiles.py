@@ -19,6 +19,15 @@ FORMS = {
         for per_head, norm, rope, dim in ((True, "", "", 128), (False, "head", "half", 96),
                                             (True, "head", "interleaved", 128), (True, "all", "interleaved", 128))
     ],
+    "attention.block_lists._means": [
+        {"SCALED": scaled, "GROUP": 128, "POOL": 32, "D": 96, "DP": 128} for scaled in (True, False)
+    ],
+    "attention.block_lists._scores": [
+        {"QS": parts, "KS": parts, "D": 96, "DP": 128, "R": 64 // parts, "C": 64 // parts} for parts in (4, 1)
+    ],
+    "attention.block_lists._select": [
+        {"RULE": rule, "FORCED": rule == "mass", "WIDTH": 1024} for rule in ("count", "mass", "mask")
+    ],
     "attention.norm._rstd": [{"D": 128, "DP": 128, "HEADS": 16, "TOKENS": 4}],
     "attention.quantize._combine": [{"MEAN": True, "VALUES": True, "D": 96, "DP": 128, "SPLITS": 16}],
     "attention.quantize._round": [
@@ -72,6 +81,10 @@ TYPES = {
     **dict.fromkeys(("a_ptr", "ag_ptr", "b_ptr", "bg_ptr", "qo_ptr", "ko_ptr"), "*bf16"),
     **dict.fromkeys(("eps", "softmax_scale_log2", "logit_scale"), "fp32"),
     "packed_ptr": "*u8",
+    "forced_ptr": "*u8",
+    **dict.fromkeys(("index_ptr", "count_ptr"), "*i32"),
+    "factor": "fp32",
+    "scale": "fp32",
 }
 OUTPUTS = {
     "_round": {"qo_ptr": "*i8", "ko_ptr": "*i8", "vo_ptr": "*fp8e4nv"},
@@ -79,6 +92,8 @@ OUTPUTS = {
     "_pack": {"out_ptr": "*u8"},
     "_dequantize_nvfp4": {"out_ptr": "*bf16", "scale_ptr": "*fp8e4nv"},
     "_add": {"out_ptr": "*bf16"},
+    "_means": {"x_ptr": "*i8", "out_ptr": "*fp32"},
+    "_scores": {"q_ptr": "*fp32", "k_ptr": "*fp32", "out_ptr": "*fp32"},
     "_qk_norm_rope": dict.fromkeys(("qo_ptr", "ko_ptr"), "*bf16"),
 }
 

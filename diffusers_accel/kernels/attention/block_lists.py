@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 
 from ..launching import on_its_device
+from .quantize import LOG2E, Quantized
+from .record import Inputs
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,87 @@ class BlockLists:
         counts: int32 (batch, heads, query blocks), the number of kept blocks.
         query_block: Queries of a block.
         key_block: Keys of a block.
+        even: Whether all counts are equal.
     """
 
     indices: torch.Tensor
     counts: torch.Tensor
     query_block: int
     key_block: int
+    even: bool = False
+
+
+@on_its_device
+@triton.jit(do_not_specialize=["length"])
+def _means(
+    x_ptr, scale_ptr, out_ptr, s_b, s_s, s_h, length, heads, factor,
+    SCALED: tl.constexpr, GROUP: tl.constexpr, POOL: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """The mean of POOL neighbouring tokens, times a factor. Program (mean, batch x head). SCALED: the values are
+    rounded, and GROUP tokens share a scale."""
+    group, index = tl.program_id(0), tl.program_id(1)
+    rows, d = group * POOL + tl.arange(0, POOL), tl.arange(0, DP)
+    at = x_ptr + (index // heads).to(tl.int64) * s_b + index % heads * s_h
+    inside = (rows < length)[:, None] & (d < D)[None, :]
+    x = tl.load(at + rows.to(tl.int64)[:, None] * s_s + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        scales = scale_ptr + index.to(tl.int64) * tl.cdiv(length, GROUP)
+        x = x * tl.load(scales + rows // GROUP, mask=rows < length, other=0.0)[:, None]
+    mean = tl.sum(x, 0) * (factor / tl.minimum(length - group * POOL, POOL))
+    tl.store(out_ptr + (index.to(tl.int64) * tl.num_programs(0) + group) * D + d, mean, mask=d < D)
+
+
+def means(x: torch.Tensor, size: int, scale: torch.Tensor | None = None, factor: float = 1.0) -> torch.Tensor:
+    """The means of neighbouring tokens.
+
+    Args:
+        x: (batch, heads, sequence, head_dim) with contiguous channels; a floating dtype, int8 or e4m3.
+        size: Number of tokens of a mean, a power of two. The last mean may have fewer.
+        scale: float32 (batch, heads, scales): the factors of rounded values, each for as many neighbours; `None` for
+            values that are not rounded.
+        factor: Factor of the means.
+
+    Returns:
+        float32 (batch, heads, means, head_dim).
+    """
+    batch, heads, length, dim = x.shape
+    groups = triton.cdiv(length, size)
+    out = torch.empty((batch, heads, groups, dim), dtype=torch.float32, device=x.device)
+    each = 1 if scale is None else shared_by(length, scale.shape[2])
+    _means[(groups, batch * heads)](
+        x, out if scale is None else scale, out, x.stride(0), x.stride(2), x.stride(1), length, heads, factor,
+        SCALED=scale is not None, GROUP=each, POOL=size, D=dim, DP=triton.next_power_of_2(dim),
+        num_warps=max(1, min(4, size // 16)),
+    )  # fmt: skip
+    return out
+
+
+def operand_means(x: Inputs, data: Quantized, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means of neighbouring queries, and of neighbouring keys, whose products are logits without the softmax scale.
+    Of a rounded key, its mean over the sequence is subtracted, which changes all logits of a row alike.
+
+    Args:
+        x: The call.
+        data: Its operands, rounded or not.
+        queries: Number of queries of a mean, a power of two.
+        keys: Number of keys of a mean, a power of two.
+
+    Returns:
+        float32 (batch, heads, means, head_dim), and float32 (batch, kv_heads, means, head_dim).
+    """
+    if data.query.is_floating_point() and data.query.element_size() > 1:
+        return means(data.query, queries), means(data.key, keys)
+    # The scale of a rounded query has the softmax scale and log2(e) within it.
+    factor = 1 / (x.softmax_scale * LOG2E)
+    return means(data.query, queries, data.query_scale, factor), means(data.key, keys, data.key_scale)
+
+
+def shared_by(length: int, scales: int) -> int:
+    """The number of tokens that share a scale, a power of two, where `scales` of them cover a length."""
+    size = 1
+    while triton.cdiv(length, size) > scales:
+        size *= 2
+    return size
 
 
 @on_its_device
@@ -196,7 +273,7 @@ def _launch(
         scores, scores if forced is None else forced, scores if budget is None else budget, indices, counts, rows,
         columns, RULE=rule, FORCED=forced is not None, WIDTH=width, num_warps=max(1, min(8, width // 256)),
     )  # fmt: skip
-    return BlockLists(indices, counts, query_block, key_block)
+    return BlockLists(indices, counts, query_block, key_block, even=rule == "count" and forced is None)
 
 
 def long_first(counts: torch.Tensor) -> torch.Tensor:

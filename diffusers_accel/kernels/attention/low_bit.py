@@ -116,12 +116,16 @@ def _attention(
     index_ptr, count_ptr, order_ptr, logit_scale, q_len, k_len, query_blocks, heads, groups,
     QK: tl.constexpr, PV: tl.constexpr, KB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PREFETCH_LOGITS: tl.constexpr,
-    TAIL: tl.constexpr, BIAS: tl.constexpr, BLOCK_SPARSE: tl.constexpr, LSE: tl.constexpr, CORRECT_LSE: tl.constexpr,
+    TAIL: tl.constexpr, BIAS: tl.constexpr, BLOCK_SPARSE: tl.constexpr, ORDERED: tl.constexpr,
+    LSE: tl.constexpr, CORRECT_LSE: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of M queries, batch x head). QK: 0 int8, 1 e4m3, 2 as it is; PV: 0 as it is, 1 e4m3. BLOCK_SPARSE:
-    the number of tiles that share a list of key tiles, 0 for all keys; program (tile in the order of the lists)."""
+    the number of tiles that share a list of key tiles, 0 for all keys; program (tile of all heads), in the order of
+    `order_ptr` if ORDERED."""
     if BLOCK_SPARSE > 0:
-        place = tl.load(order_ptr + tl.program_id(0) // BLOCK_SPARSE)
+        place = tl.program_id(0) // BLOCK_SPARSE
+        if ORDERED:
+            place = tl.load(order_ptr + place)
         index = place // query_blocks
         start = (place % query_blocks * BLOCK_SPARSE + tl.program_id(0) % BLOCK_SPARSE) * M
     else:
@@ -320,10 +324,11 @@ def sparse_tile(recipe: Recipe, head_dim: int, arch: tuple[int, int] | None, que
         query_block: Queries of a block.
         key_block: Keys of a block.
     """
-    rows = min(query_block, 64)
-    if recipe.qk is None and recipe.pv is None and head_dim > 64:
-        return Tile(min(query_block, 128), key_block, 8 if query_block >= 128 else 4, 2)
-    return Tile(rows, key_block, 4, 2 if key_block >= 128 else 3, prefetch_logits=recipe.qk is None)
+    if recipe.qk is None and recipe.pv is None and head_dim > 64 and query_block >= 128:
+        return Tile(128, key_block, 8, 2 if key_block >= 128 else 3, prefetch_logits=True)
+    # Three stages where their memory lets two programs share a multiprocessor.
+    deep = key_block < 128 or (recipe.qk is not None and recipe.pv is not None)
+    return Tile(min(query_block, 64), key_block, 4, 3 if deep else 2, prefetch_logits=recipe.qk is None)
 
 
 def attention(
@@ -331,7 +336,6 @@ def attention(
     recipe: Recipe,
     *,
     choose: Callable[[Inputs, Quantized], BlockLists] | None = None,
-    pool: tuple[int, int] | None = None,
     tile: Tile | None = None,
 ) -> Any:
     """Quantizes the operands and computes attention.
@@ -342,7 +346,6 @@ def attention(
         recipe: The rounding of the operands.
         choose: Returns the blocks of keys that each block of queries attends to, from the call and its rounded
             operands. `None` for all keys.
-        pool: Tokens whose queries, and whose keys, are averaged for `choose`; see `quantize`. `None` for no averages.
         tile: Tile sizes; `choose_tile` or `sparse_tile` picks them if `None`. With `choose`, they divide the blocks.
 
     Returns:
@@ -351,7 +354,7 @@ def attention(
     """
     (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = x.query.shape, x.key.shape
     device, bias = x.query.device, key_bias(x)
-    data = quantize(x, recipe, pool)
+    data = quantize(x, recipe)
     lists = None if choose is None else choose(x, data)
     arch, processors = _gpu(device)
     if tile is None and lists is None:
@@ -371,7 +374,7 @@ def attention(
         if lists.query_block % m or lists.key_block != n:
             raise ValueError(f"tiles of {m} x {n} do not divide blocks of {lists.query_block} x {lists.key_block}")
         indices, counts, query_blocks = lists.indices, lists.counts, lists.counts.shape[2]
-        order = long_first(counts)
+        order = counts if lists.even else long_first(counts)
         grid = (counts.numel() * shared,)
     _attention[grid](
         tensor_descriptor(q, [1, 1, m, padded]),
@@ -385,7 +388,7 @@ def attention(
         indices, counts, order, x.softmax_scale * LOG2E, q_len, k_len, query_blocks, heads, heads // kv_heads,
         QK={"int8": 0, "fp8": 1, None: 2}[recipe.qk], PV=int(bool(recipe.pv)), KB=recipe.k_block or n,
         D=dim, DP=padded, M=m, N=n, STAGES=tile.stages, PREFETCH_LOGITS=tile.prefetch_logits,
-        TAIL=k_len % n != 0, BIAS=bias is not None, BLOCK_SPARSE=shared,
+        TAIL=k_len % n != 0, BIAS=bias is not None, BLOCK_SPARSE=shared, ORDERED=lists is not None and not lists.even,
         LSE=lse is not None, CORRECT_LSE=data.lse_correction is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -35,7 +35,6 @@ from .rows import (
     quarters_abs_max,
     scale_from_amax,
     store_heads,
-    store_means,
     subtract_vector,
 )
 
@@ -149,16 +148,14 @@ def _combine(
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _round(
     q_ptr, k_ptr, v_ptr, qn_ptr, kn_ptr, q_rstd_ptr, k_rstd_ptr, qcos_ptr, qsin_ptr, kcos_ptr, ksin_ptr, mean_ptr,
-    qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, correction_ptr, qpool_ptr, kpool_ptr,
+    qo_ptr, ko_ptr, vo_ptr, qscale_ptr, kscale_ptr, vscale_ptr, correction_ptr,
     sq_b, sq_s, sq_h, sk_b, sk_s, sk_h, sv_b, sv_s, sv_h, sqt_b, sqt_s, sqt_h, skt_b, skt_s, skt_h,
     q_len, k_len, heads, kv_heads, eps, softmax_scale_log2, logit_scale,
     NORM: tl.constexpr, ROPE: tl.constexpr, LEVELS: tl.constexpr, INT8: tl.constexpr, KB: tl.constexpr,
-    CORRECT_LSE: tl.constexpr, QPOOL: tl.constexpr, KPOOL: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
+    CORRECT_LSE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
     """Rounds Q, K and V by a recipe. Program (rows, batch x head, which): which = 0 is V, 1 is K, 2 is Q. The tensor
-    that the first launch read last comes first, while it may still lie in the L2 cache. QPOOL and KPOOL: tokens whose
-    mean is stored too, 0 for none."""
+    that the first launch read last comes first, while it may still lie in the L2 cache."""
     block, index, which = tl.program_id(0), tl.program_id(1), tl.program_id(2) + FIRST
     rows = block * ROWS + tl.arange(0, ROWS)
     W: tl.constexpr = DP // 4
@@ -178,10 +175,6 @@ def _round(
                 mean = load_vector_quarters(mean_ptr + (b * kv_heads + h // (heads // kv_heads)) * DP, D, W)
                 tl.store(correction_ptr + at, dot_vector(x, mean) * logit_scale, mask=rows < q_len)
             x = hadamard(x, LEVELS)
-            if QPOOL > 0:
-                pools = tl.cdiv(q_len, QPOOL)
-                first = block * (ROWS // QPOOL)
-                store_means(qpool_ptr + index.to(tl.int64) * pools * D, x, first, q_len, 1.0 / GAIN, QPOOL, D, W)
             scale = scale_from_amax(tl.max(quarters_abs_max(x), 1), LARGEST)
             store_heads(qo_ptr + at * D, x, (1.0 / scale)[:, None], inside, INT8, D // 4, W)
             tl.store(qscale_ptr + at, bounded_scale(scale) * (softmax_scale_log2 / GAIN), mask=rows < q_len)
@@ -196,10 +189,6 @@ def _round(
                     ksin_ptr + table_at, skt_s, NORM, ROPE, D, W,
                 )  # fmt: skip
                 x = hadamard(subtract_vector(x, load_vector_quarters(mean_ptr + index * DP, D, W), inside), LEVELS)
-                if KPOOL > 0:
-                    pools = tl.cdiv(k_len, KPOOL)
-                    first = block * (ROWS // KPOOL)
-                    store_means(kpool_ptr + index.to(tl.int64) * pools * D, x, first, k_len, 1.0 / GAIN, KPOOL, D, W)
                 scale = scale_from_amax(tl.max(tl.max(quarters_abs_max(x), 1).reshape(ROWS // KB, KB), 1), LARGEST)
                 each = tl.broadcast_to((1.0 / scale)[:, None], (ROWS // KB, KB)).reshape(ROWS)
                 at = index.to(tl.int64) * k_len + rows
@@ -220,25 +209,6 @@ def _round(
                 x = tl.trans(x * (1.0 / scale)[None, :])
                 to = vo_ptr + index.to(tl.int64) * D * v_len + d.to(tl.int64)[:, None] * v_len + rows[None, :]
                 store_rounded(to, x, (d < D)[:, None] & (rows < v_len)[None, :], False)
-
-
-@on_its_device
-@triton.jit(do_not_specialize=["length"])
-def _means(
-    x_ptr, out_ptr, s_b, s_s, s_h, length, heads,
-    POOL: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The means of POOL neighbouring tokens. Program (ROWS tokens, batch x head)."""
-    block, index = tl.program_id(0), tl.program_id(1)
-    rows, d = block * ROWS + tl.arange(0, ROWS), tl.arange(0, DP)
-    inside = (rows < length)[:, None] & (d < D)[None, :]
-    x = load_rows(x_ptr + (index // heads).to(tl.int64) * s_b + index % heads * s_h, s_s, rows, inside, DP, False)
-    group = block * (ROWS // POOL) + tl.arange(0, ROWS // POOL)
-    count = tl.minimum(tl.maximum(length - group * POOL, 1), POOL)
-    mean = tl.sum(x.reshape(ROWS // POOL, POOL, DP), 1) / count[:, None]
-    groups = tl.cdiv(length, POOL)
-    at = out_ptr + index.to(tl.int64) * groups * D + group[:, None] * D + d[None, :]
-    tl.store(at, mean, mask=(group < groups)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -395,10 +365,6 @@ class Quantized:
             row, to be added to the LSE. `None` if no LSE is wanted.
         value_mean: float32 (batch, kv_heads, head_dim), subtracted from the value before rounding, to be added to the
             output. `None` for a recipe.
-        query_means: float32 (batch, heads, groups of tokens, head_dim), the means of the query's neighbouring tokens
-            after norm and rotation, in the channels of `query`. `None` if none are wanted.
-        key_means: float32 (batch, kv_heads, groups of tokens, head_dim), the means of the key's neighbouring tokens, in
-            the channels of `key`, less the key's mean. `None` if none are wanted.
     """
 
     query: torch.Tensor
@@ -409,19 +375,15 @@ class Quantized:
     value_scale: torch.Tensor
     lse_correction: torch.Tensor | None
     value_mean: torch.Tensor | None = None
-    query_means: torch.Tensor | None = None
-    key_means: torch.Tensor | None = None
 
 
-def quantize(x: Inputs, recipe: Recipe, pool: tuple[int, int] | None = None) -> Quantized:
+def quantize(x: Inputs, recipe: Recipe) -> Quantized:
     """Rounds the operands of one attention call by a recipe.
 
     Args:
         x: The call. Query, key and value are bf16, fp16 or float32 with any strides; a mask plays no part. `norm` and
             `rotary` are applied to query and key in this order, and `return_lse` asks for `Quantized.lse_correction`.
         recipe: The types and scales of the rounding.
-        pool: Numbers of neighbouring queries, and of neighbouring keys, whose means are wanted: powers of two up to
-            128. `None` for no means.
     """
     query, key, value = row_contiguous(x.query), row_contiguous(x.key), row_contiguous(x.value)
     (batch, q_len, heads, dim), (_, k_len, kv_heads, _) = query.shape, key.shape
@@ -455,30 +417,17 @@ def quantize(x: Inputs, recipe: Recipe, pool: tuple[int, int] | None = None) -> 
     q_scale = new(batch, heads, q_len) if low else unused
     k_scale = new(batch, kv_heads, triton.cdiv(k_len, recipe.k_block)) if low else unused
     lse_correction = new(batch, heads, q_len) if x.return_lse and low else None
-    q_means = k_means = None
-    if pool is not None:
-        q_means = new(batch, heads, triton.cdiv(q_len, pool[0]), dim)
-        k_means = new(batch, kv_heads, triton.cdiv(k_len, pool[1]), dim)
-    if pool is not None and not low:
-        assert q_means is not None and k_means is not None
-        for item, means, length, size in ((query, q_means, q_len, pool[0]), (key, k_means, k_len, pool[1])):
-            _means[(triton.cdiv(length, _ROWS), batch * item.shape[2])](
-                item, means, *strides_of(item), length, item.shape[2], POOL=size, ROWS=_ROWS,
-                num_warps=_ROUND_WARPS, **shape,
-            )  # fmt: skip
     if not (low or values):
-        return Quantized(q, k, v, q_scale, k_scale, v_scale, None, None, q_means, k_means)
-    pooled = pool if pool is not None and low else (0, 0)
+        return Quantized(q, k, v, q_scale, k_scale, v_scale, None)
     _round[(triton.cdiv(max(q_len if low else 0, v_len), _ROWS), batch * heads, 2 * low + values)](
         query, key, value, *norms.weights, *norms.rstd, *tables, mean, q, k, v, q_scale, k_scale, v_scale,
-        unused if lse_correction is None else lse_correction, unused if q_means is None else q_means,
-        unused if k_means is None else k_means, *strides, *t_strides, q_len, k_len, heads, kv_heads,
+        unused if lse_correction is None else lse_correction, *strides, *t_strides, q_len, k_len, heads, kv_heads,
         norms.eps, x.softmax_scale * LOG2E, x.softmax_scale, LEVELS=hadamard_levels(dim), INT8=recipe.qk == "int8",
-        KB=recipe.k_block or _ROWS, CORRECT_LSE=lse_correction is not None, QPOOL=pooled[0], KPOOL=pooled[1],
-        ROWS=_ROWS, FIRST=0 if values else 1, num_warps=_ROUND_WARPS,
+        KB=recipe.k_block or _ROWS, CORRECT_LSE=lse_correction is not None, ROWS=_ROWS, FIRST=0 if values else 1,
+        num_warps=_ROUND_WARPS,
         **first, **shape,
     )  # fmt: skip
-    return Quantized(q, k, v, q_scale, k_scale, v_scale, lse_correction, None, q_means, k_means)
+    return Quantized(q, k, v, q_scale, k_scale, v_scale, lse_correction)
 
 
 def _sampled(length: int, sample: int) -> int:

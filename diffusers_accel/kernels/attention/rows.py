@@ -238,21 +238,6 @@ def bounded_scale(scale):
 
 
 @triton.jit
-def store_means(base, x, first, length, factor, POOL: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
-    """Stores the means of POOL neighbouring rows, times a factor, as float32 (means, D). Rows beyond `length` are zero.
-    first: Index of the first mean."""
-    Q: tl.constexpr = D // 4
-    GROUPS: tl.constexpr = x[0].shape[0] // POOL
-    group, w = first + tl.arange(0, GROUPS), tl.arange(0, W)
-    each = factor / tl.minimum(tl.maximum(length - group * POOL, 1), POOL)
-    at = base + group[:, None] * D + w[None, :]
-    inside = (group * POOL < length)[:, None] & (w < Q)[None, :]
-    for quarter in tl.static_range(4):
-        mean = tl.sum(x[quarter].reshape(GROUPS, POOL, W), 1) * each[:, None]
-        tl.store(at + quarter * Q, mean, mask=inside)
-
-
-@triton.jit
 def store_heads(base, x, each, inside, INT8: tl.constexpr, Q: tl.constexpr, W: tl.constexpr):
     """Stores four quarters of rows, times one factor per row, rounded. `base`: pointers to the first channel of each
     row, (rows,). INT8: int8 instead of e4m3."""
