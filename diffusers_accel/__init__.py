@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         PolicyConfig,
         RequestConfig,
         SeaCacheConfig,
+        SparseConfig,
         StepMaskConfig,
         TaylorSeerConfig,
         TeaCacheConfig,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
         UnknownName,
         Unsupported,
     )
-    from .kernels.attention import register_attention
+    from .kernels.attention import register_attention, register_sparse
     from .kernels.linear import register_linear
     from .policies import register_policy
     from .quality.calibrate import calibrate
@@ -77,6 +78,7 @@ _HOMES = {
         "PolicyConfig",
         "RequestConfig",
         "SeaCacheConfig",
+        "SparseConfig",
         "StepMaskConfig",
         "TaylorSeerConfig",
         "TeaCacheConfig",
@@ -95,7 +97,7 @@ _HOMES = {
         "UnknownName",
         "Unsupported",
     ),
-    "kernels.attention": ("register_attention",),
+    "kernels.attention": ("register_attention", "register_sparse"),
     "kernels.linear": ("register_linear",),
     "policies": ("register_policy",),
     "quality.calibrate": ("calibrate",),
@@ -128,6 +130,7 @@ __all__ = [
     "RanksDiffer",
     "RequestConfig",
     "SeaCacheConfig",
+    "SparseConfig",
     "StepMaskConfig",
     "TaylorSeerConfig",
     "TeaCacheConfig",
@@ -144,6 +147,7 @@ __all__ = [
     "register_attention",
     "register_linear",
     "register_policy",
+    "register_sparse",
     "restore",
     "save_quantized",
     "stats",

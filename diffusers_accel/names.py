@@ -12,16 +12,16 @@ from typing import Any
 
 from .config import AccelConfig
 from .config.cache import MAGCACHE_ROW, POLICY, TEACACHE_ROW
-from .config.sections import BACKEND, FORMAT, KERNEL, MODE
+from .config.sections import BACKEND, FORMAT, KERNEL, MODE, SELECTOR
 from .core.registry import Registry
 from .errors import UnknownName, nearest, shown
 from .features.compile import options
-from .kernels.attention import KERNELS
+from .kernels.attention import KERNELS, SELECTORS
 from .kernels.linear import LINEARS
 from .models import MAGCACHE_ROWS, TEACACHE_ROWS
 from .policies import POLICIES
 
-_REGISTRIES: dict[str, Registry[Any]] = {KERNEL: KERNELS, FORMAT: LINEARS, POLICY: POLICIES}
+_REGISTRIES: dict[str, Registry[Any]] = {KERNEL: KERNELS, FORMAT: LINEARS, POLICY: POLICIES, SELECTOR: SELECTORS}
 _NAMES: dict[str, Callable[[], Iterable[str]]] = {
     TEACACHE_ROW: lambda: TEACACHE_ROWS,
     MAGCACHE_ROW: lambda: MAGCACHE_ROWS,

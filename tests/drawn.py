@@ -14,12 +14,26 @@ SECTIONS = [
     for section in [entry.metadata["section"]]
     for kind in (section.values() if isinstance(section, dict) else [section])
 ]
+# Sections within sections: fields of these hold them.
+INNER = [
+    kind
+    for section in SECTIONS
+    for annotation in typing.get_type_hints(section).values()
+    for kind in typing.get_args(annotation)
+    if isinstance(kind, type) and hasattr(kind, "section")
+]
 # What a section must have besides the field that is drawn.
 BESIDE = {"LinearConfig": {"algo": "fp8"}, "PolicyConfig": {"name": "mine"}}
 
 
 def of(section, field, value):
     return section(**{**BESIDE.get(section.__name__, {}), field.name: value})
+
+
+def whole(section):
+    """The configuration that holds a section, which may be within another one."""
+    outer, _, inner = section.section.partition(".")
+    return AccelConfig(**{outer: {inner: section} if inner else section})
 
 
 def kinds_of(section, field):

@@ -39,6 +39,7 @@ from .sections import (
     FuseConfig,
     LinearConfig,
     RequestConfig,
+    SparseConfig,
     VAEConfig,
     WarmupConfig,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "PolicyConfig",
     "RequestConfig",
     "SeaCacheConfig",
+    "SparseConfig",
     "Section",
     "StepMaskConfig",
     "TaylorSeerConfig",

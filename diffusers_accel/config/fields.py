@@ -146,6 +146,8 @@ class Section:
         """(field with section, kind of registry, name, extra choices) of every name that a registry must know."""
         for field in fields(self):
             spec, value = spec_of(field), getattr(self, field.name)
+            if isinstance(value, Section):
+                yield from value.registry_names()
             if spec.registry is None:
                 continue
             items = value.items() if isinstance(value, Mapping) else [(None, value)]
@@ -218,6 +220,8 @@ def _convert(kind: Any, value: Any, spec: FieldSpec) -> Any:
     origin = typing.get_origin(kind) or kind
     if kind is Any:
         return _frozen_data(value)
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return _nested(kind, value)
     if origin is tuple and isinstance(value, (list, tuple)):
         of = typing.get_args(kind)
         each = [of[0]] * len(value) if of[-1] is Ellipsis else of
@@ -253,6 +257,29 @@ def _convert(kind: Any, value: Any, spec: FieldSpec) -> Any:
         return text
     if kind is type(None) and value is None:
         return None
+    raise _Invalid(value)
+
+
+def _nested(kind: type[Section], value: Any) -> Section:
+    """A section within a section: an instance, a mapping of its fields, its shorthand, or `True`.
+
+    Raises:
+        _Invalid: The value is none of these.
+        ConfigError: A key is unknown, or a value of the inner section is invalid.
+    """
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, Mapping):
+        known = [field.name for field in fields(kind)]
+        for key in value:
+            if key not in known:
+                written = key if isinstance(key, str) else ""
+                raise ConfigError(f"{kind.section}: unknown key {shown(key)}. {nearest(written, known)}")
+        return kind(**value)
+    if value is True and kind.switch:
+        return kind()
+    if kind.shorthand is not None and isinstance(value, str):
+        return kind(**{kind.shorthand: value})
     raise _Invalid(value)
 
 
@@ -301,7 +328,9 @@ def _frozen_data(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A field's value with lists for tuples and dicts for read-only mappings, as YAML writes it."""
+    """A field's value with lists for tuples, and dicts for read-only mappings and inner sections, as YAML writes it."""
+    if isinstance(value, Section):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -332,6 +361,10 @@ def _describe_type(kind: Any, spec: FieldSpec, plural: bool = False) -> str:
         return f"a list of {number}{_describe_type(of[0], spec, plural=True)}{empty}"
     if origin is dict:
         return f"a mapping of {spec.key_kind} to {_describe_type(typing.get_args(kind)[1], spec, plural=True)}"
+    if isinstance(kind, type) and issubclass(kind, Section):
+        words = [kind.__name__, f"a mapping of its fields ({', '.join(field.name for field in fields(kind))})"]
+        words += [f"a string (its {kind.shorthand})"] if kind.shorthand is not None else []
+        return ", ".join([*words, *(["true"] if kind.switch else [])])
     if kind is bool:
         return "true or false"
     if kind is int:

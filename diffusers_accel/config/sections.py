@@ -12,7 +12,42 @@ from .fields import Section, option, plain
 
 # Kinds of registered names (`FieldSpec.registry`).
 KERNEL, FORMAT = "attention kernel", "linear kernel"
+SELECTOR = "selector of sparse attention"
 BACKEND, MODE = "torch.compile backend", "torch.compile mode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig(Section):
+    """Sparse self-attention over video tokens: each block of queries attends to the blocks of keys that score highest.
+
+    Rules: `"sub-blocks"` scores pairs of blocks by the logits between means of their quarters, `"means"` by the logit
+    between their means; `"window"` takes the nearest blocks; or a name given to `register_sparse`.
+
+    Raises:
+        ConfigError: A value has another type than its field, or is out of its range.
+    """
+
+    selector: str = option("sub-blocks", "The rule that scores pairs of blocks.", registry=SELECTOR)
+    keep: float = option(
+        0.5,
+        "Share of the blocks of keys that each block of queries attends to; above 0 and up to 1.",
+        exclusive_minimum=0,
+        maximum=1,
+    )
+    block: int = option(
+        128,
+        "Tokens of a block, in the order of the model: 64 or 128.",
+        condition=lambda value: value in (64, 128),
+        expected="64 or 128",
+        examples=(64, 128),
+    )
+    min_tokens: int = option(
+        4096, "Number of tokens from which on a call is sparse. Shorter calls are dense.", minimum=1
+    )
+
+    section: typing.ClassVar[str] = "attention.sparse"
+    shorthand: typing.ClassVar[str | None] = "selector"
+    switch: typing.ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +109,13 @@ class AttentionConfig(Section):
         overrides the fields above.""",
         registry=KERNEL,
         extra_choices=("auto",),
+    )
+
+    sparse: SparseConfig | None = option(
+        None,
+        """Sparse self-attention over video tokens: a rule's name, `True` for the default, or `SparseConfig`. `None`
+        computes all of it.""",
+        examples=(None, "window", {"keep": 0.25}, {"selector": "means", "block": 64}),
     )
 
     section: typing.ClassVar[str] = "attention"

@@ -180,6 +180,8 @@ class Adapter:
             them become numbers outside a compiled block, which cannot read tensors.
         unbatched: Arguments of the denoiser whose first dimension is not the batch.
         cross_attention: Names of a block's attention modules whose keys come from another stream.
+        sparse_attention: Names of a block's self-attention modules whose tokens are all of pictures or frames, so that
+            each may attend to a part of the others.
         fusable_processors: Classes of attention processors whose QK-norm and rotation a kernel may apply: they rotate
             right before attention, with a function that `features/attention/processors.py` supports.
         projections: Groups of linear layers in a block, by path, that read one tensor and belong to several modules.
@@ -211,6 +213,7 @@ class Adapter:
     static_arguments: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     cross_attention: tuple[str, ...] = ()
+    sparse_attention: tuple[str, ...] = ()
     fusable_processors: tuple[str, ...] = ()
     projections: tuple[tuple[str, ...], ...] = ()
     activated: tuple[str, ...] = ()

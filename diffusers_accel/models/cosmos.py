@@ -60,6 +60,7 @@ COSMOS = Adapter(
     classes=("CosmosTransformer3DModel",),
     fusable_processors=("CosmosAttnProcessor2_0", "CosmosAttnProcessor2_5"),
     cross_attention=("attn2",),
+    sparse_attention=("attn1",),
     stacks=(Stack("transformer_blocks", ("hidden_states",)),),
     block_signal=_signal,
     sequence=_SEQUENCE,

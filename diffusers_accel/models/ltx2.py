@@ -99,6 +99,7 @@ LTX2 = Adapter(
     value_only_processors=("LTX2PerturbedAttnProcessor",),
     fusable_processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
     cross_attention=("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
+    sparse_attention=("attn1",),
     stacks=(Stack("transformer_blocks", ("hidden_states", "audio_hidden_states")),),
     guidance="batched",
     branches=("cond_uncond", "uncond_stg", "uncond_modality"),

@@ -171,6 +171,7 @@ WAN = Adapter(
     unquantized_ends=(3, 3),
     fusable_processors=("WanAttnProcessor",),
     cross_attention=("attn2",),
+    sparse_attention=("attn1",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     timestep_signal=_signal,
     sequence=_SEQUENCE,
@@ -190,6 +191,7 @@ WAN_VACE = Adapter(
     # One value for each side block.
     unbatched=("control_hidden_states_scale",),
     cross_attention=("attn2",),
+    sparse_attention=("attn1",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     side_stacks=(Stack("vace_blocks", ("control_hidden_states",)),),
     timestep_signal=_signal,

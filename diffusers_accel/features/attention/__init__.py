@@ -76,10 +76,19 @@ def check(context: PipelineContext, config: AttentionConfig) -> Plan:
                         str(denoiser),
                     )
         modules += touched
+        kernels.refuse_sparse(context, denoiser, roles, config)
         used: dict[str, Choice] = {}
         for role in roles:
             for backend in dict.fromkeys(role.backends):
                 used[backend] = kernels.choice(denoiser, role, backend, config)
+            sparse = kernels.sparse_of(denoiser, role, config)
+            listed = sum(map(kernels.takes_lists, role.backends))
+            if sparse is not None and listed:
+                some = "" if listed == len(role.backends) else f" in {listed} of {len(role.backends)} layers"
+                notes.append(
+                    f"{denoiser.name}: {role.name}{some} attends to {sparse.keep:.0%} of blocks of {sparse.block} "
+                    f"tokens, chosen by {sparse.selector.name!r}, in calls of {sparse.min_tokens} tokens or more."
+                )
         # The kernel is checked for a denoiser without attention layers too.
         used = used or {layers.named(config): kernels.choice(denoiser, None, layers.named(config), config)}
         actions.append(f"{denoiser.name}: {kernels.described(roles, used)}")

@@ -9,6 +9,7 @@ Importing this package registers the records and imports no kernel package. The 
   same idea as operators of compiled graphs. `qk_norm_rope.py`: norm and rotation alone, in Triton.
 - `context_parallel.py`: attention over a sequence that is sharded among ranks. `ulysses.py`: its all-to-all over
   symmetric memory; `peer_writes.py`: the Triton kernels of that.
+- `sparse.py`: sparse attention, and the rules that choose blocks of keys. `block_lists.py`: its Triton kernels.
 - `recipe.py`: the rounding of 8-bit attention, with plain references. Its Triton kernels, which only loaders import:
   `rows.py`, `norm.py`, `quantize.py`, `low_bit.py`.
 """
@@ -23,12 +24,14 @@ from .dispatch import DISPATCHERS, AttentionDispatcher, dispatch
 from .fused_qk_norm_rope import apply_rope, fused_qk_norm_rope_attention
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
+from .sparse import SELECTORS, Selector, Sparse, register_sparse
 from .ulysses import Operand, UlyssesAllToAll
 
 __all__ = [
     "DISPATCHERS",
     "KERNELS",
     "RECIPES",
+    "SELECTORS",
     "AttentionDispatcher",
     "AttentionKernel",
     "Call",
@@ -39,6 +42,8 @@ __all__ = [
     "Inputs",
     "Layout",
     "Operand",
+    "Selector",
+    "Sparse",
     "ContextParallelAttention",
     "Timings",
     "UlyssesAllToAll",
@@ -49,4 +54,5 @@ __all__ = [
     "margin",
     "recipes",
     "register_attention",
+    "register_sparse",
 ]

@@ -24,6 +24,7 @@ import torch
 
 from ...core.platform import Device, versions
 from .record import KERNELS, AttentionKernel, Call, Inputs
+from .sparse import Sparse
 
 # Compute capability -> exact kernels in order of preference, for calls that cannot be measured: during the capture of a
 # CUDA graph.
@@ -50,12 +51,18 @@ class Choice(Protocol):
         """All kernels that `pick` may return."""
         ...
 
+    @property
+    def sparse(self) -> Sparse | None:
+        """Sparse attention of the calls that it takes; `None` for dense attention."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fixed:
-    """One kernel for every call."""
+    """One kernel for every call, dense or sparse."""
 
     kernel: AttentionKernel
+    sparse: Sparse | None = None
 
     def pick(self, call: Call, run: Callable[[AttentionKernel], Any], shape: str) -> AttentionKernel:
         return self.kernel
@@ -79,6 +86,7 @@ class Fastest:
     kernels: tuple[AttentionKernel, ...]
     timings: Timings
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
+    sparse: None = field(default=None, init=False)
 
     def pick(self, call: Call, run: Callable[[AttentionKernel], Any], shape: str) -> AttentionKernel:
         able = [kernel for kernel in self.kernels if kernel.refuses(call) is None]

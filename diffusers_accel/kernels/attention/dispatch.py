@@ -92,7 +92,12 @@ class AttentionDispatcher:
                 self._warned.add(reason)
                 warnings.warn(f"attention {kernel.name!r} {reason}: such calls run on 'sdpa'.", stacklevel=2)
             kernel = KERNELS.get("sdpa")
-        self.counts[kernel.name] += 1
+        sparse = choice.sparse
+        if sparse is not None and kernel.sparse and sparse.takes(inputs):
+            inputs, fused = replace(inputs, sparse=sparse), replace(fused, sparse=sparse)
+            self.counts[f"{kernel.name}, {sparse.share(inputs.query.shape[1]):.0%} of blocks"] += 1
+        else:
+            self.counts[kernel.name] += 1
         return run(kernel)
 
     def _function(self, kernel: AttentionKernel) -> AttentionFunction:

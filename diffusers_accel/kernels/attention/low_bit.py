@@ -268,6 +268,9 @@ _HOPPER: dict[tuple[bool, bool, bool], tuple[Tile, ...]] = {
     (True, False, True): (Tile(64, 128, 4, 2),),
     (False, True, False): (Tile(64, 128, 4, 2, prefetch_logits=True),),
     (False, True, True): (Tile(128, 128, 8, 3, rate=503), Tile(64, 128, 4, 2, rate=483)),
+    # `benchmarks/sparse.py --tiles`; a head_dim of 64 was not measured.
+    (False, False, False): (Tile(128, 64, 8, 3, prefetch_logits=True),),
+    (False, False, True): (Tile(128, 64, 8, 3, prefetch_logits=True),),
 }
 
 

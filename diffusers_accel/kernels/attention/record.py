@@ -9,12 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...core.platform import Device, has_module
 from ...core.registry import Registry
+
+if TYPE_CHECKING:
+    from .sparse import Sparse
 
 NO_MASK, KEY_MASK, FULL_MASK = "none", "keys", "full"
 
@@ -74,6 +77,8 @@ class Inputs:
             record says `fuses_qk_norm_rope`.
         norm: An RMS norm for the kernel to apply to query and key. `None` unless the kernel's record says
             `fuses_qk_norm_rope`.
+        sparse: Chooses the blocks of keys that each block of queries attends to. `None` for all keys, and unless the
+            kernel's record says `sparse`.
     """
 
     query: torch.Tensor
@@ -85,6 +90,7 @@ class Inputs:
     return_lse: bool = False
     rotary: Rotary | None = None
     norm: QKNorm | None = None
+    sparse: Sparse | None = None
 
     @property
     def grouped(self) -> bool:
@@ -205,6 +211,7 @@ class AttentionKernel:
         lse: Whether the kernel can return the LSE.
         exact: Whether the kernel computes in the precision of its inputs, without quantization.
         fuses_qk_norm_rope: Whether the kernel applies the QK-norm and the rotary embedding of its `Inputs`.
+        sparse: Whether the kernel takes the `sparse` of its `Inputs`.
         auto: Whether `"auto"` may choose the kernel. A user's own function is used by name only.
         refusal: Returns the reason why an installed package cannot be used (e.g. a version with a known error), or
             `None`.
@@ -228,6 +235,7 @@ class AttentionKernel:
     lse: bool = False
     exact: bool = True
     fuses_qk_norm_rope: bool = False
+    sparse: bool = False
     auto: bool = True
     refusal: Callable[[], str | None] = lambda: None
 
@@ -327,8 +335,10 @@ def register_attention(name: str, function: Any = None, *, replace: bool = False
             `dtypes=(torch.bfloat16,)`). A call beyond them runs on SDPA, with a warning, and is counted for SDPA.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: The name is taken, or `properties` has `sparse`.
     """
+    if properties.get("sparse"):
+        raise ValueError(f"register_attention: {name!r}: a registered function is given no blocks. Leave out sparse.")
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def adapted(inputs: Inputs) -> torch.Tensor:

@@ -19,7 +19,7 @@ def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
         from .low_bit import attention as low_bit
 
         def attention(x: Inputs) -> Any:
-            return low_bit(x, recipe)
+            return low_bit(x, recipe, choose=None if x.sparse is None else x.sparse.choose)
 
         return attention
 
@@ -42,6 +42,7 @@ def _record(name: str, recipe: Recipe) -> AttentionKernel:
         lse=True,
         exact=False,
         fuses_qk_norm_rope=recipe.qk is not None,
+        sparse=True,
         auto="/" not in name,
     )
 
