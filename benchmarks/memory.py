@@ -196,6 +196,12 @@ def group() -> dict[str, Any]:
     return found
 
 
+_WAN_22 = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True], "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_temporal": 4, "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+}  # fmt: skip
 # VAE -> class, configuration, and (shape of the latents, way) of each decode.
 VAES: dict[str, tuple[str, dict[str, Any], list[tuple[tuple[int, ...], str]]]] = {
     "FLUX.1": ("AutoencoderKL", "flux", [((1, 16, 128, 128), "whole"), ((1, 16, 128, 128), "tiles"),
@@ -203,6 +209,10 @@ VAES: dict[str, tuple[str, dict[str, Any], list[tuple[tuple[int, ...], str]]]] =
     "Qwen-Image": ("AutoencoderKLQwenImage", {}, [((1, 16, 1, 166, 166), "whole"), ((1, 16, 1, 166, 166), "tiles")]),
     "Wan2.1": ("AutoencoderKLWan", {}, [((1, 16, 21, 60, 104), "whole"), ((1, 16, 21, 60, 104), "tiles")]),
     "LTX-2": ("AutoencoderKLLTX2Video", {}, [((1, 128, 16, 16, 24), "whole"), ((1, 128, 16, 16, 24), "tiles")]),
+    "FLUX.2": ("AutoencoderKLFlux2", {}, [((1, 32, 128, 128), "whole"), ((1, 32, 128, 128), "tiles")]),
+    "Wan2.2 5B": ("AutoencoderKLWan", _WAN_22, [((1, 48, 11, 44, 80), "whole"), ((1, 48, 11, 44, 80), "tiles")]),
+    # Its `use_tiling` changes nothing.
+    "Cosmos": ("AutoencoderKLCosmos", {}, [((1, 16, 4, 88, 160), "whole")]),
 }  # type: ignore[dict-item]  # fmt: skip
 
 

@@ -134,6 +134,7 @@ def test_packages_and_timings_run_where_their_tensors_are(current):
 
     class Chosen:
         kernels = (None, None)
+        sparse = None
 
         def pick(self, call, run, shape):
             run(kernel)

@@ -33,9 +33,9 @@ pytest.importorskip("triton")
 BLOCK = 16
 # Larger pictures where one block would hold all tokens, and larger blocks where there are many.
 SIZES = {"cosmos": {"height": 64, "width": 96}}
-BLOCKS = {"ltx2": 256}
+BLOCKS = {"ltx2-no-cfg": 256}
 EXACT = Recipe(qk=None, k_block=0, pv=None)
-FAMILIES = ("wan", "wan-vace", "cosmos", "ltx2")
+FAMILIES = ("wan", "wan-vace", "cosmos", "ltx2-no-cfg")
 
 
 @pytest.fixture(autouse=True)
@@ -169,8 +169,17 @@ def test_a_rule_of_the_user(monkeypatch):
         register_attention("listed", lambda *args: args[0], sparse=True)
 
 
-def test_calls_that_stay_dense():
-    """Short ones, those of which all blocks would be kept, cross-attention, dense steps and layers."""
+def test_calls_that_stay_dense(monkeypatch):
+    """Short ones, those of which all blocks would be kept, cross-attention, dense steps and layers. A kernel that
+    counts is enough."""
+
+    def function(x):
+        listed.append(x.sparse is not None)
+        q, k, v = (item.transpose(1, 2) for item in (x.query, x.key, x.value))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, x.attn_mask, scale=x.scale).transpose(1, 2)
+
+    listed = []
+    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
     entry, pipe = TINY["wan"], build("wan")
     plain = {"backend": "exact", "cross_attention": "sdpa"}
     accelerate(pipe, attention=plain)
@@ -178,12 +187,12 @@ def test_calls_that_stay_dense():
     for sparse in ({"keep": 0.34, "min_tokens": 37}, {"keep": 0.9, "min_tokens": 1}, {"keep": 1, "min_tokens": 1}):
         accelerate(pipe, attention={**plain, "sparse": sparse})
         assert same(entry.run(pipe, steps=1), dense)
-        assert set(stats(pipe).attention_kernels) == {"exact", "sdpa"}
+        assert set(stats(pipe).attention_kernels) == {"exact", "sdpa"} and not any(listed)
     sparse = {"keep": 0.34, "min_tokens": 1}
     accelerate(pipe, attention={**plain, "sparse": sparse})
     entry.run(pipe, steps=1)
     everywhere = stats(pipe).attention_kernels["exact, 33% of blocks"]
-    assert "exact" not in stats(pipe).attention_kernels
+    assert "exact" not in stats(pipe).attention_kernels and sum(listed) == everywhere
     accelerate(pipe, attention={**plain, "sparse": sparse, "dense_layers": 0.34, "dense_backend": "exact"})
     entry.run(pipe, steps=1)
     # Two of three blocks.
