@@ -9,15 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from ...core.platform import Device, has_module
 from ...core.registry import Registry
-
-if TYPE_CHECKING:
-    from .sparse import Sparse
 
 NO_MASK, KEY_MASK, FULL_MASK = "none", "keys", "full"
 
@@ -61,6 +58,22 @@ class QKNorm:
     eps: float
 
 
+class BlockChoice(Protocol):
+    """Sparse attention of a call (`sparse.Sparse`)."""
+
+    def choose(self, x: Inputs, data: Any) -> Any:
+        """The blocks of keys that each block of queries attends to.
+
+        Args:
+            x: The call.
+            data: Its operands as the kernel has rounded them, `quantize.Quantized`.
+
+        Returns:
+            `block_lists.BlockLists`.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The arguments of one attention call.
@@ -90,7 +103,7 @@ class Inputs:
     return_lse: bool = False
     rotary: Rotary | None = None
     norm: QKNorm | None = None
-    sparse: Sparse | None = None
+    sparse: BlockChoice | None = None
 
     @property
     def grouped(self) -> bool:
