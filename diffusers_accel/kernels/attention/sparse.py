@@ -62,8 +62,11 @@ class Sparse:
     min_tokens: int
 
     def takes(self, inputs: Inputs) -> bool:
-        """Whether a call is sparse: its queries and keys are the same tokens, and there are enough of them."""
+        """Whether a call is sparse: its queries and keys are the same tokens, there are enough of them, and none is
+        masked, since a rule could keep blocks that a mask hides."""
         tokens = inputs.query.shape[1]
+        if inputs.attn_mask is not None or inputs.is_causal:
+            return False
         return tokens == inputs.key.shape[1] and tokens >= self.min_tokens and self.kept(tokens) < self._blocks(tokens)
 
     def kept(self, tokens: int) -> int:
@@ -80,12 +83,21 @@ class Sparse:
         Args:
             x: The call.
             data: Its operands, rounded or not.
+
+        Raises:
+            ValueError: The rule returned scores of another shape, whose blocks do not exist.
         """
         from .block_lists import operand_means, select
 
         size = self.block // self.selector.parts
         scores = self.selector.scores(*operand_means(x, data, size, size), x.softmax_scale)
         batch, heads = x.query.shape[0], x.query.shape[2]
+        expected = (batch, heads, self._blocks(x.query.shape[1]), self._blocks(x.key.shape[1]))
+        if tuple(scores.shape) != expected or not scores.is_floating_point():
+            raise ValueError(
+                f"The rule registered as {self.selector.name!r} returned {tuple(scores.shape)} {scores.dtype}; it must "
+                f"return {expected} of a floating dtype, which is (batch, heads, query blocks, key blocks)."
+            )
         budget = torch.full((batch * heads,), float(self.kept(x.key.shape[1])), device=x.query.device)
         return select(scores, budget, self.block, self.block)
 
@@ -132,7 +144,7 @@ def register_sparse(name: str, function: Any = None, *, replace: bool = False, p
         parts: Parts of a block whose means it reads: 1, 2, 4 or 8.
 
     Raises:
-        ValueError: The name is taken, or `parts` is none of these.
+        ValueError: The name is taken, or `parts` is none of these. A call raises it for scores of another shape.
     """
     if parts not in (1, 2, 4, 8):
         raise ValueError(f"register_sparse: parts is 1, 2, 4 or 8, got {parts!r}.")
