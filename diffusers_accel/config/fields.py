@@ -260,6 +260,33 @@ def _convert(kind: Any, value: Any, spec: FieldSpec) -> Any:
     raise _Invalid(value)
 
 
+def from_mapping(name: str, section: type[Section], values: Mapping[str, Any]) -> Any:
+    """The section of a mapping of its fields.
+
+    Args:
+        name: The section's name, for the message.
+        section: Its class.
+        values: The mapping.
+
+    Raises:
+        ConfigError: A key is unknown, or a value is invalid.
+    """
+    known = [field.name for field in fields(section)]
+    for key in values:
+        if key not in known:
+            written = str(key) if isinstance(key, str) else ""
+            raise ConfigError(f"{name}: unknown key {shown(key)}. {nearest(written, known)}")
+    return section(**values)
+
+
+def accepted_inputs(section: type[Section]) -> str:
+    """The inputs that a section accepts, in words."""
+    words = [section.__name__, f"a mapping of its fields ({', '.join(field.name for field in fields(section))})"]
+    words += [f"a string (its {section.shorthand})"] if section.shorthand is not None else []
+    words += [f"a whole number ({section.number})"] if section.number is not None else []
+    return ", ".join([*words, *(["true"] if section.switch else [])])
+
+
 def _nested(kind: type[Section], value: Any) -> Section:
     """A section within a section: an instance, a mapping of its fields, its shorthand, or `True`.
 
@@ -270,12 +297,7 @@ def _nested(kind: type[Section], value: Any) -> Section:
     if isinstance(value, kind):
         return value
     if isinstance(value, Mapping):
-        known = [field.name for field in fields(kind)]
-        for key in value:
-            if key not in known:
-                written = key if isinstance(key, str) else ""
-                raise ConfigError(f"{kind.section}: unknown key {shown(key)}. {nearest(written, known)}")
-        return kind(**value)
+        return from_mapping(kind.section, kind, value)
     if value is True and kind.switch:
         return kind()
     if kind.shorthand is not None and isinstance(value, str):
@@ -362,9 +384,7 @@ def _describe_type(kind: Any, spec: FieldSpec, plural: bool = False) -> str:
     if origin is dict:
         return f"a mapping of {spec.key_kind} to {_describe_type(typing.get_args(kind)[1], spec, plural=True)}"
     if isinstance(kind, type) and issubclass(kind, Section):
-        words = [kind.__name__, f"a mapping of its fields ({', '.join(field.name for field in fields(kind))})"]
-        words += [f"a string (its {kind.shorthand})"] if kind.shorthand is not None else []
-        return ", ".join([*words, *(["true"] if kind.switch else [])])
+        return accepted_inputs(kind)
     if kind is bool:
         return "true or false"
     if kind is int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, nearest, shown
 from .cache import POLICY_NAMES, CacheConfig, PolicyConfig
-from .fields import Section
+from .fields import Section, accepted_inputs, from_mapping
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
@@ -95,14 +95,14 @@ def build_section(entry: dataclasses.Field[Any], value: Any) -> Any:
                 got = "" if kind is None else f", got {shown(kind)}"
                 raise ConfigError(f"{entry.name}.kind: expected the name of a rule{got}. {nearest('', known)}")
             if kind in choices:
-                return _build(entry.name, choices[kind], values)
+                return from_mapping(entry.name, choices[kind], values)
             if kind in POLICY_NAMES:
                 return _registered(entry.name, kind, values)
             raise ConfigError(f"{entry.name}.kind: unknown kind {shown(kind)}. {nearest(kind, known)}")
     else:
         if isinstance(value, Mapping):
             value = section.normalize_mapping(value) if hasattr(section, "normalize_mapping") else value
-            return None if value is None else _build(entry.name, section, value)
+            return None if value is None else from_mapping(entry.name, section, value)
         if value is True and section.switch:
             return section()
         if section.shorthand is not None and isinstance(value, str):
@@ -116,10 +116,7 @@ def _accepted_inputs(section: Any) -> str:
     """The inputs that a section accepts, in words."""
     if isinstance(section, dict):
         return f"the class of a rule, a mapping of its kind and its fields, a kind ({', '.join(section)})"
-    words = [section.__name__, f"a mapping of its fields ({', '.join(item.name for item in fields(section))})"]
-    words += [f"a string (its {section.shorthand})"] if section.shorthand is not None else []
-    words += [f"a whole number ({section.number})"] if section.number is not None else []
-    return ", ".join([*words, *(["true"] if section.switch else [])])
+    return accepted_inputs(section)
 
 
 def _registered(section: str, name: str, values: Mapping[str, Any]) -> PolicyConfig:
@@ -129,13 +126,3 @@ def _registered(section: str, name: str, values: Mapping[str, Any]) -> PolicyCon
     options = {key: value for key, value in values.items() if key not in shared}
     given = {key: values[key] for key in shared & set(values)}
     return PolicyConfig(name=name, options=options or None, **given)
-
-
-def _build(name: str, section: type[Section], values: Mapping[str, Any]) -> Any:
-    known = [item.name for item in fields(section)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(
-                f"{name}: unknown key {shown(key)}. {nearest(str(key) if isinstance(key, str) else '', known)}"
-            )
-    return section(**values)

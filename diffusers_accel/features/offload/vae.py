@@ -156,8 +156,8 @@ class DecodeChoice:
             self._failed.add((method, tuple(x.shape), way))
             warnings.warn(
                 f"accelerate: offload: {type(self._vae).__name__}.{method} of {tuple(x.shape)} was predicted to fit "
-                f"in one piece ({way!r}), and did not: free memory is in pieces. It begins again in another way. A "
-                "larger offload.vram, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, would avoid that.",
+                f"as {way!r}, and did not: free memory is in pieces. It begins again in another way. A larger"
+                " offload.vram, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, would avoid that.",
                 stacklevel=3,
             )
             if hasattr(self._vae, "clear_cache"):
