@@ -1,0 +1,44 @@
+"""Functions that ranks run in tests of sparse attention."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from tiny import TINY, tensors
+
+from diffusers_accel import accelerate, restore, stats
+from diffusers_accel.features.attention import kernels
+from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, Sparse
+from diffusers_accel.kernels.attention.recipe import Recipe
+
+from .requests import _pipeline
+
+
+def divided(name, parallel):
+    """A request with sparse attention in blocks of 16 tokens, on this rank alone and divided among ranks.
+
+    Returns:
+        The largest difference over the largest value, and the counts of attention calls of the divided request.
+    """
+    from diffusers_accel.kernels.attention.low_bit import attention
+
+    def function(x):
+        choose = None if x.sparse is None else x.sparse.choose
+        return attention(x, Recipe(qk=None, k_block=0, pv=None), choose=choose)
+
+    pipe, entry = _pipeline(name, None, False), TINY[name]
+    record = AttentionKernel(name="exact", load=lambda: function, sparse=True, mask=False, key_mask=True, causal=False)
+    settings = {"backend": "sdpa", "layers": {"*.attn1": "exact"}, "sparse": {"keep": 0.34, "min_tokens": 1}}
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        patch.setitem(KERNELS._records, "exact", record)
+        patch.setattr(kernels, "Sparse", lambda **values: Sparse(**{**values, "block": 16}))
+        accelerate(pipe, attention=settings)
+        alone = [item.clone() for item in tensors(entry.run(pipe, steps=1))]
+        accelerate(pipe, attention=settings, parallel=parallel)
+        found = tensors(entry.run(pipe, steps=1))
+        counts = dict(stats(pipe).attention_kernels)
+        restore(pipe)
+    errors = [float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, alone, strict=True)]
+    return max(errors), counts
