@@ -5,14 +5,19 @@ blocks within it: means of tokens, their scores, lists. *Share of the dense rate
 take for the kept blocks at its dense rate, over the time that it takes. Rates are TFLOP/s of dense work. Beside it are
 the kernel of dense attention, and cuDNN's.
 
-    python benchmarks/sparse.py            # sparse.json
-    python benchmarks/sparse.py --tiles    # every tile of our kernels; sparse-tiles.json
+Forwards are of Wan's shapes with random weights, in 8 bits and compiled, on the same kernel with and without lists. A
+random weight costs as much as a trained one where the number of blocks is fixed.
+
+    python benchmarks/sparse.py               # sparse.json
+    python benchmarks/sparse.py --tiles       # every tile of our kernels; sparse-tiles.json
+    python benchmarks/sparse.py --forwards    # sparse-forwards.json
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +50,21 @@ def milliseconds(function: Callable[[], Any], repeat: int = 120) -> float:
     return float(do_bench(function, warmup=20, rep=repeat, return_mode="median"))
 
 
-def selection(shape: tuple[int, ...], kept: float, block: tuple[int, int]) -> Any:
+def with_centroids(choose: Any, block: int) -> Any:
+    """The same choice, with the means of the blocks that are left out."""
+    from diffusers_accel.kernels.attention.block_lists import centroids
+
+    return lambda x, data: replace(choose(x, data), centroids=centroids(x, data, block))
+
+
+def selection(shape: tuple[int, ...], kept: float, block: tuple[int, int], mark: bool = False) -> Any:
     """A function for `low_bit.attention(choose=)`."""
     from diffusers_accel.kernels.attention.block_lists import select
 
     budget = torch.full((shape[0] * shape[1],), float(round(kept * -(-shape[2] // block[1]))), device="cuda")
 
     def choose(x: Inputs, data: Any) -> Any:
-        return select(scores(x, data, block), budget, *block)
+        return select(scores(x, data, block), budget, *block, mark=mark)
 
     return choose
 
@@ -93,7 +105,11 @@ def kernels() -> dict[str, Any]:
                         "ms": round(time, 3), "TFLOP/s of dense work": round(work / time),
                         "share of the dense rate": round(dense * kept / time, 3),
                     }  # fmt: skip
+                choose = with_centroids(selection(shape, 0.25, block, mark=True), block[1])
+                time = milliseconds(lambda x=x, r=recipe, c=choose: low_bit.attention(x, r, choose=c))
+                each["25% kept, centroids"] = {"ms": round(time, 3), "TFLOP/s of dense work": round(work / time)}
                 data = quantize(x, recipe)
+                choose = selection(shape, 0.25, block)
                 lists, found_scores = choose(x, data), scores(x, data, block)
                 parts = (block[0] // PARTS, block[1] // PARTS)
                 each["parts, ms"] = {
@@ -158,12 +174,82 @@ def tiles() -> dict[str, Any]:
     return {label: found}
 
 
+# Model -> shape of the latents, and the shares that are kept.
+FORWARDS = {
+    "wan": ("480x832, 81 frames", (1, 16, 21, 60, 104), (0.5, 0.25)),
+    "wan-14b": ("720x1280, 81 frames", (1, 16, 21, 90, 160), (0.5, 0.25)),
+}
+_8BIT: dict[str, Any] = {"linear": "fp8", "compile": True}
+
+
+def forwards() -> dict[str, Any]:
+    """Seconds of a forward, stock, lossless, in 8 bits, and in 8 bits with sparse attention."""
+    from denoisers import MODELS, build
+    from denoisers import inputs as arguments
+
+    from diffusers_accel import accelerate, stats
+    from diffusers_accel import restore as undo
+
+    found: dict[str, Any] = {}
+    for name, (label, shape, shares) in FORWARDS.items():
+        pipe = build(MODELS[name])
+        given = {**arguments(MODELS[name]), "hidden_states": torch.randn(shape, device="cuda", dtype=torch.bfloat16)}
+        pipe.scheduler.set_timesteps(28, device="cuda")
+        pipe.scheduler.set_begin_index(14)
+
+        def forward(pipe: Any = pipe, given: Any = given) -> torch.Tensor:
+            with torch.no_grad():
+                return pipe.transformer(**given, return_dict=False)[0]
+
+        variants: dict[str, Any] = {
+            "stock": None,
+            "lossless": {"attention": "auto", "compile": True},
+            "8 bits": {"attention": "sage-fp8", **_8BIT},
+            "8 bits, fastest": {"attention": {"backend": "auto", "fidelity": "8bit"}, **_8BIT},
+        }
+        for share in shares:
+            for words, more in (("", {}), (", cubes", {"order": "cubes"}), (
+                ", cubes and centroids", {"order": "cubes", "centroids": True})):  # fmt: skip
+                sparse = {"keep": share, "min_tokens": 1, **more}
+                variants[f"8 bits, {share:.0%} kept{words}"] = {
+                    "attention": {"backend": "sage-fp8", "cross_attention": "sage-fp8", "sparse": sparse}, **_8BIT
+                }  # fmt: skip
+        row: dict[str, Any] = {"work": f"{name}, {label}"}
+        for variant, config in variants.items():
+            try:
+                if config is not None:
+                    accelerate(pipe, **config)
+                forward()
+                measure.synchronize()
+                times = measure.seconds(forward, 2 if name == "wan-14b" else 5)
+                row[variant] = {"seconds": round(min(times), 4)}
+                if config is not None:
+                    row[variant]["kernels"] = stats(pipe).attention_kernels
+            except Exception as error:  # the other variants are of interest too
+                row[variant] = {"failed": f"{type(error).__name__}: {error}"[:300]}
+            print(name, variant, row[variant], flush=True)
+        undo(pipe)
+        dense = row["8 bits"].get("seconds", float("nan"))
+        for variant, each in row.items():
+            if isinstance(each, dict) and "kept" in variant and "seconds" in each:
+                each["speed-up over 8 bits"] = round(dense / each["seconds"], 3)
+                each["speed-up over stock"] = round(row["stock"]["seconds"] / each["seconds"], 3)
+                each["40 steps, first 20% dense"] = round(40 * dense / (8 * dense + 32 * each["seconds"]), 3)
+        found[f"{name}, {label}"] = row
+        del pipe
+        torch.cuda.empty_cache()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--forwards", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result")
     options = parser.parse_args()
-    if options.tiles:
+    if options.forwards:
+        measure.write("sparse-forwards", forwards(), options.out)
+    elif options.tiles:
         measure.write("sparse-tiles", tiles(), options.out)
     else:
         measure.write("sparse", kernels(), options.out)

@@ -92,8 +92,10 @@ ORDER = (
     "fsdp",
     "cache block",
     "sequence sharding of a block",
+    "token order of a block",
     "graph denoiser",
     "sequence sharding",
+    "token order",
     "cache denoiser",
     "data parallel",
     "cfg parallel",
@@ -320,6 +322,7 @@ def stats(pipe: Any) -> Stats:
         for _, module in stock_modules(denoiser.module)
         if isinstance(module, nn.Linear)
     )
+    by_layer, by_step = _sparse_shares(session.context)
     return Stats(
         requests=clock.requests,
         steps_computed=len(steps) - skipped,
@@ -327,6 +330,8 @@ def stats(pipe: Any) -> Stats:
         branches=branches,
         **_seconds(session.context),
         attention_kernels=dict(session.context.stats.attention_calls),
+        sparse_by_layer=by_layer,
+        sparse_by_step=by_step,
         attention_timings={shape: dict(times) for shape, times in session.context.stats.attention_timings.items()},
         attention_broadcasts=dict(session.context.stats.attention_broadcasts),
         cache_bytes=sum(session.context.stats.cache_bytes.values()),
@@ -503,6 +508,20 @@ def _resolved(pipe: Any, config: Any, sections: Mapping[str, Any]) -> tuple[Pipe
     context = _context(pipe, config, sections)
     found, notes = resolve_config(context, config, sections)
     return replace(context, config=found), notes
+
+
+def _sparse_shares(context: PipelineContext) -> tuple[dict[str, float], dict[int, float]]:
+    """The shares of blocks that sparse attention computed, by layer and by step."""
+    layers: dict[str, list[float]] = {}
+    steps: dict[int, list[float]] = {}
+    for (_, step, _), shares in context.stats.kept_blocks.shares().items():
+        for (denoiser, role, block), share in shares.items():
+            layers.setdefault(f"{denoiser}/{role}" if block is None else f"{denoiser}/{block}.{role}", []).append(share)
+            steps.setdefault(step, []).append(share)
+    return (
+        {name: sum(found) / len(found) for name, found in layers.items()},
+        {step: sum(found) / len(found) for step, found in steps.items()},
+    )
 
 
 def _weight_bytes(context: PipelineContext) -> int:

@@ -71,6 +71,9 @@ class Stats:
         speed_up: Factor by which skipping has made the denoisers faster: the median computed step times the number of
             steps, over the time of all calls. `None` if nothing was skipped.
         attention_kernels: Kernel name -> calls.
+        sparse_by_layer: With sparse attention: layer -> share of the pairs of blocks that it computed, over the sparse
+            steps.
+        sparse_by_step: With sparse attention: sparse step -> share of the pairs of blocks that its layers computed.
         attention_timings: Class of shapes -> kernel -> measured seconds of one call, if `"auto"` chose among several.
         attention_broadcasts: Under PAB, attention outputs `"computed"` and `"reused"`.
         cache_bytes: Bytes that step caching kept between steps, over denoisers and branches.
@@ -97,6 +100,8 @@ class Stats:
     seconds_per_step: float | None = None
     speed_up: float | None = None
     attention_kernels: dict[str, int] = field(default_factory=dict)
+    sparse_by_layer: dict[str, float] = field(default_factory=dict)
+    sparse_by_step: dict[int, float] = field(default_factory=dict)
     attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
     attention_broadcasts: dict[str, int] = field(default_factory=dict)
     cache_bytes: int = 0
@@ -129,6 +134,11 @@ class Stats:
         if self.cache_bytes:
             rows.append(["kept between steps", f"{self.cache_bytes / 2**20:.1f} MiB"])
         rows.append(["attention kernels", _counts(self.attention_kernels)])
+        if self.sparse_by_step:
+            least, most = min(self.sparse_by_layer.values()), max(self.sparse_by_layer.values())
+            mean = sum(self.sparse_by_step.values()) / len(self.sparse_by_step)
+            spread = "" if most - least < 0.005 else f", {least:.0%} to {most:.0%} by layer"
+            rows.append(["sparse attention", f"{mean:.0%} of blocks{spread}, in {len(self.sparse_by_step)} steps"])
         for shape, times in self.attention_timings.items():
             rows.append([f"  {shape}", margin(times)])
         rows.append(["linear layers", _counts(self.linear_layers)])

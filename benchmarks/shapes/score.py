@@ -30,10 +30,10 @@ import scenes as scene_data
 from scenes import COLOURS, MOTION_NAMES, PLACE_CENTRES, SHAPES, SIZES, TONES, TRAVEL, Scenes
 
 MAX_SEQUENCE_LENGTH = 64
-FRAMES = 17
+FRAMES = 17  # of a clip, unless its plan says otherwise
 SEED_OF_HELD_OUT = 20_000
 IMAGE_CALL: dict[str, Any] = {"num_inference_steps": 24}
-VIDEO_CALL: dict[str, Any] = {"num_inference_steps": 24, "guidance_scale": 4.0}
+VIDEO_CALL: dict[str, Any] = {"num_frames": FRAMES, "num_inference_steps": 24, "guidance_scale": 4.0}
 CELL_REACH = 0.175  # half the side of the window that is read around a cell's centre
 ENOUGH_AREA = 0.35  # share of the smallest shape's area that counts as present
 MOVED = 0.4 * TRAVEL  # a displacement above this counts as a motion
@@ -170,24 +170,37 @@ def judge(scenes: Scenes, pictures: torch.Tensor) -> dict[str, float]:
     return {name: round(float(values.mean()), 4) for name, values in results.items()}
 
 
-def judge_the_judge(kind: str, count: int, size: int, device: torch.device) -> dict[str, dict[str, float]]:
+def judge_the_judge(
+    kind: str, count: int, size: int, device: torch.device, frames: int = FRAMES
+) -> dict[str, dict[str, float]]:
     """What the measurement says of perfect pictures, with their own captions and with another's."""
     scenes, _ = scene_data.held_out_captions(kind, count, SEED_OF_HELD_OUT + 1)
-    pictures = scene_data.render(scenes, size, device, FRAMES) / 2 + 0.5
+    batch = 16  # the renderer holds many copies of what it draws
+    parts = [
+        scene_data.render(scenes.take(slice(begin, begin + batch)), size, device, frames)
+        for begin in range(0, count, batch)
+    ]
+    pictures = torch.cat(parts) / 2 + 0.5
     shuffled = scenes.take(numpy.roll(numpy.arange(count), 1))
     return {"ground truth": judge(scenes, pictures), "shuffled captions": judge(shuffled, pictures)}
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: Any, kind: str, size: int, count: int, batch: int = 16) -> float:
-    """PSNR in dB of encode and decode on held-out scenes (mean squared error taken over all of them)."""
+def reconstruction_psnr(
+    vae: Any, kind: str, size: int, count: int, batch: int = 16, frames: int = FRAMES, last: int = 0
+) -> float:
+    """PSNR in dB of encode and decode on held-out scenes (mean squared error taken over all of them).
+
+    With `last`, only that many frames at the end of each clip count: a causal decoder that drifts is worst there.
+    """
     device, dtype = next(vae.parameters()).device, next(vae.parameters()).dtype
     scenes, _ = scene_data.held_out_captions(kind, count, SEED_OF_HELD_OUT + 2)
     total = 0.0
     for begin in range(0, count, batch):
-        pictures = scene_data.render(scenes.take(slice(begin, begin + batch)), size, device, FRAMES)
+        pictures = scene_data.render(scenes.take(slice(begin, begin + batch)), size, device, frames)
         decoded = vae.decode(vae.encode(pictures.to(dtype)).latent_dist.mode(), return_dict=False)[0]
-        total += float((decoded.float().clamp(-1, 1) - pictures).div(2).square().mean()) * len(pictures)
+        error = (decoded.float().clamp(-1, 1) - pictures).div(2).square()
+        total += float((error[:, :, -last:] if last else error).mean()) * len(pictures)
     return round(-10 * math.log10(max(total / count, 1e-10)), 2)
 
 
@@ -203,7 +216,7 @@ def generate(
         some = captions[begin : begin + batch]
         arguments = {"height": size, "width": size, "max_sequence_length": MAX_SEQUENCE_LENGTH, **call}
         if video:
-            output = pipeline(some, num_frames=FRAMES, generator=generator, output_type="pt", **arguments).frames
+            output = pipeline(some, generator=generator, output_type="pt", **arguments).frames
             output = output.transpose(1, 2)
         else:
             output = pipeline(some, generator=generator, output_type="pt", **arguments).images
@@ -231,11 +244,12 @@ def score(
     steps: int | None = None,
     batch: int = 100,
     deadline: float = math.inf,
+    frames: int = FRAMES,
 ) -> dict[str, Any]:
     """All numbers of one checkpoint; later parts are left out once time.monotonic() passes the deadline."""
     pipeline = load_pipeline(folder, device, dtype)
     kind = "video" if "Wan" in type(pipeline).__name__ else "image"
-    call = dict(VIDEO_CALL if kind == "video" else IMAGE_CALL)
+    call = {**VIDEO_CALL, "num_frames": frames} if kind == "video" else dict(IMAGE_CALL)
     if steps is not None:
         call["num_inference_steps"] = steps
     scenes, captions = scene_data.held_out_captions(kind, count, SEED_OF_HELD_OUT)
@@ -252,11 +266,18 @@ def score(
         seconds = round(time.monotonic() - begin, 2)
         report["scores"][name] = {**judge(scenes, pictures), "seconds": seconds}
         print(f"score {name}: {report['scores'][name]}", flush=True)
-    report["judge"] = judge_the_judge(kind, count, sizes[0], device)
+    report["judge"] = judge_the_judge(kind, count, sizes[0], device, frames)
     vae = pipeline.vae.float()
+    long = kind == "video" and frames > FRAMES
+    some = min(count, 16 if long else 64)
     report["vae psnr dB"] = {
-        f"{size} px": reconstruction_psnr(vae, kind, size, min(count, 64)) for size in sizes if size <= 256
+        f"{size} px": reconstruction_psnr(vae, kind, size, some, 16, frames) for size in sizes if size <= 256
     }
+    if long:
+        ends = {
+            f"{size} px, last 8 frames": reconstruction_psnr(vae, kind, size, some, 16, frames, 8) for size in sizes
+        }
+        report["vae psnr dB"].update(ends)
     print(f"score judge: {report['judge']}; vae: {report['vae psnr dB']}", flush=True)
     return report
 
@@ -268,6 +289,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", help="default: 128 256 for images, 128 for video")
+    parser.add_argument("--frames", type=int, default=FRAMES, help="of a video")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
@@ -277,7 +299,9 @@ def main() -> None:
     video = "Wan" in json.loads((options.checkpoint / "model_index.json").read_text())["_class_name"]
     sizes = tuple(options.sizes or ((128,) if video else (128, 256)))
     device = torch.device("cuda" if cuda else "cpu")
-    report = score(options.checkpoint, options.count, device, dtype, sizes, options.steps, options.batch)
+    report = score(
+        options.checkpoint, options.count, device, dtype, sizes, options.steps, options.batch, frames=options.frames
+    )
     text = json.dumps(report, indent=2)
     print(text)
     if options.json:

@@ -1,4 +1,4 @@
-"""Train flux-shapes and wan-shapes from scratch, as checkpoints in the stock diffusers classes and format.
+"""Train flux-shapes, wan-shapes and wan-shapes-long as checkpoints in the stock diffusers classes and format.
 
 Owns the model sizes (below), the tokenizers, the training phases and the saving. The idea: one process, one GPU and a
 strict budget of minutes. (1) a VAE on procedural scenes; (2) the latents of a large set of scenes, encoded once and
@@ -10,6 +10,7 @@ moving average) is captured in a CUDA graph per input shape. The moving average 
     python benchmarks/shapes/train.py flux-shapes --out DIR --minutes 8
     python benchmarks/shapes/train.py wan-shapes --out DIR --minutes 9.5
     python benchmarks/shapes/train.py flux-shapes --out DIR2 --minutes 8 --resume DIR     # goes on from DIR
+    python benchmarks/shapes/train.py wan-shapes-long --out DIR --minutes 8 --from WAN    # WAN: wan-shapes' folder
 
 DIR gets three files per model: NAME.tar (pipeline folder, log, scores), NAME-state.tar (raw weights to go on from) and
 NAME.png (held-out samples). They are also written now and then on the way, so that a kill loses little.
@@ -34,7 +35,7 @@ import tempfile  # noqa: E402
 import textwrap  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
+from dataclasses import dataclass, field, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -126,18 +127,35 @@ class VaeStage:
 
 
 @dataclass
+class FlowStream:
+    """One input shape of the flow matching."""
+
+    size: int
+    batch: int
+    share: float = 1.0  # of the steps, among the streams of the same time
+    frames: int | None = None  # the first of the clip's; None: all (the VAE is causal: the latents are the same)
+    span: tuple[float, float] = (0.0, 1.0)  # the part of phase 3 in which it is drawn
+
+    @property
+    def name(self) -> str:
+        return f"flow {self.size}" + (f"x{self.frames}" if self.frames else "")
+
+
+@dataclass
 class Plan:
-    """How one model is trained; the streams are (resolution, batch, share of the steps)."""
+    """How one model is trained."""
 
     kind: str
     vae_share: float  # of the minutes
     encode_share: float
     reserve_seconds: float  # for sampling, scoring and saving at the end
     vae_stages: list[VaeStage]  # each with an optimizer and a learning-rate schedule of its own
-    streams: list[tuple[int, int, float]]
+    streams: list[FlowStream]
     samples: dict[int, int]  # scenes to encode per resolution, at most
     pool: dict[int, int]  # rendered scenes for the VAE per resolution
     drop_captions: float
+    frames: int = 1  # of a clip
+    train_encoder: bool = True  # the VAE's; without it the latents stay what they were
     peak_rate: float = 1.5e-3
     score_sizes: tuple[int, ...] = (128,)
     score_count: int = 200
@@ -147,7 +165,7 @@ PLANS: dict[str, Plan] = {
     "flux-shapes": Plan(
         kind="image", vae_share=0.24, encode_share=0.1, reserve_seconds=30,
         vae_stages=[VaeStage(1.0, 2e-3, [(128, 64, 1, 96, 0.75), (128, 128, 1, 32, 0.15), (256, 256, 1, 8, 0.1)])],
-        streams=[(128, 384, 0.72), (192, 192, 0.12), (256, 128, 0.16)],
+        streams=[FlowStream(128, 384, 0.72), FlowStream(192, 192, 0.12), FlowStream(256, 128, 0.16)],
         samples={128: 160_000, 192: 40_000, 256: 40_000}, pool={128: 12_000, 256: 2_000},
         drop_captions=0.05, score_sizes=(128, 256),
     ),
@@ -159,28 +177,45 @@ PLANS: dict[str, Plan] = {
             VaeStage(0.72, 2e-3, [(128, 64, 5, 16, 0.85), (128, 128, 9, 6, 0.15)]),
             VaeStage(0.28, 1e-3, [(128, 64, 17, 8, 0.55), (128, 64, 5, 16, 0.3), (128, 128, 17, 4, 0.15)]),
         ],
-        streams=[(128, 192, 1.0)],
+        streams=[FlowStream(128, 192)],
         samples={128: 30_000}, pool={128: 2_500},
-        drop_captions=0.12,
+        drop_captions=0.12, frames=FRAMES,
+    ),
+    # 4,096 tokens: 16 latent frames of 16x16. What is new (sixteen frames, sixteen rows and columns) is learned on few
+    # tokens first: the frames at 128 pixels (1,024 tokens), the rows and columns on the clip's beginning (1,280).
+    "wan-shapes-long": Plan(
+        kind="video", vae_share=0.2, encode_share=0.12, reserve_seconds=40,
+        # wan-shapes' decoder saw 17 frames and drifts beyond them. Large batches: 16 chunks are many small kernels.
+        vae_stages=[VaeStage(1.0, 1e-3, [(256, 128, 61, 12, 1.0)])],
+        streams=[
+            FlowStream(128, 96, 0.5, span=(0.0, 0.4)), FlowStream(256, 96, 0.5, frames=17, span=(0.0, 0.4)),
+            FlowStream(256, 32, span=(0.4, 1.0)),
+        ],
+        samples={256: 6_000, 128: 4_000}, pool={256: 200},
+        drop_captions=0.12, frames=61, train_encoder=False, peak_rate=1e-3, score_sizes=(256,), score_count=96,
     ),
 }  # fmt: skip
 
 
 def tiny_plan(plan: Plan) -> Plan:
-    """The same phases, a few steps each: for a dry run on a CPU."""
-    size = 64
-    if plan.kind == "image":
-        plan.vae_stages = [VaeStage(1.0, 2e-3, [(size, 32, 1, 2, 0.5), (32, 32, 1, 2, 0.5)])]
-    else:
-        plan.vae_stages = [
-            VaeStage(0.5, 2e-3, [(size, 32, 5, 2, 1.0)]),
-            VaeStage(0.5, 1e-3, [(size, size, 17, 1, 1.0)]),
-        ]
-    plan.streams = [(size, 4, 0.5), (32, 4, 0.5)] if plan.kind == "image" else [(size, 4, 1.0)]
-    plan.samples = {size: 16, 32: 16} if plan.kind == "image" else {size: 8}
-    plan.pool = {size: 8, 32: 8} if plan.kind == "image" else {size: 4}
-    plan.score_sizes, plan.score_count, plan.reserve_seconds = (size,), 4, 15
-    return plan
+    """The same phases on small pictures, for a dry run of a few steps each on a CPU."""
+    frames = min(plan.frames, 21)
+    stages = [
+        replace(stage, streams=[(size // 4, min(crop, size // 4), min(clip, frames), 2, share)
+                                for size, crop, clip, _, share in stage.streams])
+        for stage in plan.vae_stages
+    ]  # fmt: skip
+    return replace(
+        plan,
+        frames=frames,
+        vae_stages=stages,
+        streams=[replace(stream, size=stream.size // 4, batch=4) for stream in plan.streams],
+        samples={size // 4: 8 for size in plan.samples},
+        pool={size // 4: 4 for size in plan.pool},
+        score_sizes=tuple(size // 4 for size in plan.score_sizes),
+        score_count=4,
+        reserve_seconds=15,
+    )
 
 
 class Clock:
@@ -260,6 +295,7 @@ class Parts:
     """The components of one pipeline while they are trained."""
 
     name: str
+    kind: str  # "image" or "video"
     vae: Any  # the stock classes; their attributes are made at run time
     transformer: Any
     encoders: dict[str, Any]  # keyed as the pipeline names them
@@ -284,7 +320,8 @@ def build_parts(name: str) -> Parts:
 
     t5_tokenizer = build_t5_tokenizer()
     t5_options = {**T5_TEXT, "vocab_size": len(t5_tokenizer), "pad_token_id": 0, "eos_token_id": 1}
-    if name == "flux-shapes":
+    kind = PLANS[name].kind
+    if kind == "image":
         from diffusers import AutoencoderKL, FluxTransformer2DModel
 
         clip_tokenizer = build_clip_tokenizer()
@@ -297,12 +334,14 @@ def build_parts(name: str) -> Parts:
             "text_encoder_2": T5EncoderModel(T5Config(**t5_options)),
         }
         tokenizers = {"tokenizer": clip_tokenizer, "tokenizer_2": t5_tokenizer}
-        return Parts(name, AutoencoderKL(**FLUX_VAE), FluxTransformer2DModel(**FLUX_TRANSFORMER), encoders, tokenizers)
+        transformer = FluxTransformer2DModel(**FLUX_TRANSFORMER)
+        return Parts(name, kind, AutoencoderKL(**FLUX_VAE), transformer, encoders, tokenizers)
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     encoders = {"text_encoder": UMT5EncoderModel(UMT5Config(**t5_options))}
     tokenizers = {"tokenizer": t5_tokenizer}
-    return Parts(name, AutoencoderKLWan(**WAN_VAE), WanTransformer3DModel(**WAN_TRANSFORMER), encoders, tokenizers)
+    transformer = WanTransformer3DModel(**WAN_TRANSFORMER)
+    return Parts(name, kind, AutoencoderKLWan(**WAN_VAE), transformer, encoders, tokenizers)
 
 
 def initialise(transformer: nn.Module) -> None:
@@ -321,11 +360,11 @@ def initialise(transformer: nn.Module) -> None:
 def load_parts(name: str, folder: Path) -> Parts:
     """The components of a saved pipeline, in float32."""
     pipeline = scoring.load_pipeline(folder, torch.device("cpu"), torch.float32)
-    keys = ["text_encoder", "text_encoder_2"] if name == "flux-shapes" else ["text_encoder"]
+    kind = PLANS[name].kind
+    keys = ["text_encoder", "text_encoder_2"] if kind == "image" else ["text_encoder"]
     encoders = {key: getattr(pipeline, key) for key in keys}
-    tokenizers = {key.replace("text_encoder", "tokenizer"): None for key in keys}
-    tokenizers = {key: getattr(pipeline, key) for key in tokenizers}
-    return Parts(name, pipeline.vae, pipeline.transformer, encoders, tokenizers)
+    tokenizers = build_parts(name).tokenizers  # the same; loaded ones would be saved with what loading adds to them
+    return Parts(name, kind, pipeline.vae, pipeline.transformer, encoders, tokenizers)
 
 
 def build_pipeline(parts: Parts) -> Any:
@@ -333,7 +372,7 @@ def build_pipeline(parts: Parts) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, UniPCMultistepScheduler, WanPipeline
 
     common = {"vae": parts.vae, "transformer": parts.transformer, **parts.encoders, **parts.tokenizers}
-    if parts.name == "flux-shapes":
+    if parts.kind == "image":
         return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=FLUX_SHIFT), **common)
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=WAN_SHIFT, num_train_timesteps=1000
@@ -361,6 +400,7 @@ class Stream:
     fill: Callable[[], None]
     loss: Callable[[], torch.Tensor]
     result: torch.Tensor
+    span: tuple[float, float] = (0.0, 1.0)
     graph: Any = None
     warm: int = 0
 
@@ -399,8 +439,15 @@ class Trainer:
         self.side = torch.cuda.Stream(device) if self.cuda else None
         self.keep_snapshot()
 
-    def add_stream(self, name: str, share: float, fill: Callable[[], None], loss: Callable[[], torch.Tensor]) -> None:
-        self.streams.append(Stream(name, share, fill, loss, torch.zeros((), device=self.device)))
+    def add_stream(
+        self,
+        name: str,
+        share: float,
+        fill: Callable[[], None],
+        loss: Callable[[], torch.Tensor],
+        span: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
+        self.streams.append(Stream(name, share, fill, loss, torch.zeros((), device=self.device), span))
 
     def _work(self, stream: Stream) -> None:
         """Forward, backward, clipping, optimizer and moving average: what a graph holds."""
@@ -508,7 +555,6 @@ class Trainer:
         first_step, every = self.steps, 25 if self.cuda else 1
         recent: dict[str, float] = {}
         last_checkpoint, failures = begin, 0
-        shares = [stream.share for stream in self.streams]
         while True:
             progress = (clock.elapsed() - begin) / max(until - begin, 1e-6)
             if progress >= 1 or (most_steps is not None and self.steps - first_step >= most_steps):
@@ -516,7 +562,10 @@ class Trainer:
             warm_up = min(1.0, (self.steps - first_step + 1) / 300)
             # flat for the first third, then a cosine to zero
             fall = 1.0 if progress < 0.35 else 0.5 * (1 + math.cos(math.pi * (progress - 0.35) / 0.65))
-            stream = picker.choices(self.streams, shares)[0]
+            # a cut of the steps, as in a dry run, stands for the time
+            place = progress if most_steps is None else (self.steps - first_step) / most_steps
+            active = [one for one in self.streams if one.span[0] <= place < one.span[1]]
+            stream = picker.choices(active, [one.share for one in active])[0]
             cold = next((one for one in self.streams if one.graph is None), None)
             if self.capture and cold is not None:
                 stream = cold  # capture every shape first, so that the rest runs at full speed
@@ -595,27 +644,29 @@ def vae_loss(
 
 
 @torch.no_grad()
-def render_pool(kind: str, size: int, count: int, seed: int, device: torch.device) -> torch.Tensor:
+def render_pool(plan: Plan, size: int, seed: int, device: torch.device) -> torch.Tensor:
     """Rendered scenes as bytes on the device."""
-    some = scene_data.sample_scenes(kind, count, seed)
-    step = 256 if kind == "image" else 32
+    count = plan.pool[size]
+    some = scene_data.sample_scenes(plan.kind, count, seed)
+    step = 256 if plan.kind == "image" else 32 if plan.frames <= FRAMES else 8
     parts = [
-        ((scene_data.render(some.take(slice(begin, begin + step)), size, device, FRAMES) + 1) * 127.5).round().byte()
-        for begin in range(0, count, step)
-    ]
+        ((scene_data.render(some.take(slice(begin, begin + step)), size, device, plan.frames) + 1) * 127.5)
+        .round().byte() for begin in range(0, count, step)
+    ]  # fmt: skip
     return torch.cat(parts)
 
 
 def add_vae_stream(
     trainer: Trainer,
     vae: Any,
-    video: bool,
+    plan: Plan,
     pools: dict[int, torch.Tensor],
     stream: tuple[int, int, int, int, float],
     device: torch.device,
 ) -> None:
     """Random crops and moments of the rendered scenes, in static buffers, and the loss on them."""
     size, crop, clip_frames, batch, share = stream
+    video = plan.kind == "video"
     shape = (batch, 3, clip_frames, crop, crop) if video else (batch, 3, crop, crop)
     target = torch.zeros(shape, device=device)
     latent_shape = (batch, 16, (clip_frames - 1) // 4 + 1, crop // 8, crop // 8)
@@ -628,7 +679,7 @@ def add_vae_stream(
         left, top = random.randint(0, room), random.randint(0, room)
         chosen = chosen[..., top : top + crop, left : left + crop]
         if video:
-            first = random.randrange(FRAMES - clip_frames + 1)
+            first = random.randrange(plan.frames - clip_frames + 1)
             chosen = chosen[:, :, first : first + clip_frames]
         target.copy_(chosen).div_(127.5).sub_(1)
         noise.normal_()
@@ -648,34 +699,34 @@ def train_vae(
     parts: Parts, plan: Plan, clock: Clock, device: torch.device, seed: int, log: Any, most_steps: int | None
 ) -> dict[str, Any]:
     """Phase 1; sets the latent statistics in the VAE's config."""
-    vae: Any = parts.vae.to(device).train()
-    video = plan.kind == "video"
-    if device.type == "cuda":  # the layout of the tensor-core convolutions
-        for parameter in vae.parameters():
-            if parameter.ndim in (4, 5):
-                layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
-                parameter.data = parameter.data.contiguous(memory_format=layout)
+    vae: Any = parts.vae.to(device).train().requires_grad_(True)
+    if not plan.train_encoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     sizes = sorted({stream[0] for stage in plan.vae_stages for stream in stage.streams})
-    pools = {size: render_pool(plan.kind, size, plan.pool[size], seed + size, device) for size in sizes}
+    pools = {size: render_pool(plan, size, seed + size, device) for size in sizes}
     say(f"VAE pools rendered: {plan.pool}")
     begin = clock.elapsed()
     seconds = max(1.0, plan.vae_share * clock.total - begin)
     summary: dict[str, Any] = {"stages": []}
     spent = 0.0
     for number, stage in enumerate(plan.vae_stages, start=1):
-        trainer = Trainer(list(vae.parameters()), device, stage.rate, average=False, decay=0.0)
+        weights = [weight for weight in vae.parameters() if weight.requires_grad]
+        trainer = Trainer(weights, device, stage.rate, average=False, decay=0.0)
         for stream in stage.streams:
-            add_vae_stream(trainer, vae, video, pools, stream, device)
+            add_vae_stream(trainer, vae, plan, pools, stream, device)
         spent += stage.share / sum(one.share for one in plan.vae_stages)
         until = begin + seconds * spent
         summary["stages"].append(trainer.run(f"vae {number}", clock, until, log, seed, most_steps=most_steps))
         trainer.release()
     vae.eval().requires_grad_(False)
-    size = plan.vae_stages[0].streams[0][0]
+    size = plan.score_sizes[0]
     batch = 16 if most_steps is None else 2
-    summary["psnr dB"] = scoring.reconstruction_psnr(vae, plan.kind, size, 4 * batch, batch)
+    count = 4 * batch if plan.frames <= FRAMES else batch
+    summary["psnr dB"] = scoring.reconstruction_psnr(vae, plan.kind, size, count, batch, plan.frames)
     say(f"VAE reconstruction of held-out scenes: {summary['psnr dB']} dB")
-    measure_latents(vae, plan, device, seed, batch * 16)
+    if plan.train_encoder:
+        measure_latents(vae, plan, device, seed, batch * 16)
     return summary
 
 
@@ -685,7 +736,7 @@ def measure_latents(vae: Any, plan: Plan, device: torch.device, seed: int, count
     some = scene_data.sample_scenes(plan.kind, count, seed + 5)
     step = 64 if plan.kind == "image" else 16
     latents = torch.cat([
-        vae.encode(scene_data.render(some.take(slice(begin, begin + step)), plan.streams[0][0], device, FRAMES))
+        vae.encode(scene_data.render(some.take(slice(begin, begin + step)), plan.streams[0].size, device, plan.frames))
         .latent_dist.mode() for begin in range(0, count, step)
     ])  # fmt: skip
     if plan.kind == "image":
@@ -728,7 +779,7 @@ def tokenise(parts: Parts, captions: list[str]) -> dict[str, torch.Tensor]:
     """Token ids (and the mask that Wan uses) exactly as the stock pipelines make them."""
     ids: dict[str, torch.Tensor] = {}
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    if parts.name == "flux-shapes":
+    if parts.kind == "image":
         clip = parts.tokenizers["tokenizer"]
         ids["clip"] = clip(captions, max_length=clip.model_max_length, **options).input_ids
         ids["t5"] = parts.tokenizers["tokenizer_2"](captions, max_length=MAX_SEQUENCE_LENGTH, **options).input_ids
@@ -746,7 +797,7 @@ def tokenise_fast(parts: Parts, captions: list[str]) -> dict[str, torch.Tensor]:
     """
     sample = captions[:: max(1, len(captions) // 200)]
     tokenizers = {"clip": parts.tokenizers.get("tokenizer"), "t5": parts.tokenizers.get("tokenizer_2")}
-    if parts.name == "wan-shapes":
+    if parts.kind == "video":
         tokenizers = {"t5": parts.tokenizers["tokenizer"]}
     words = [caption.replace(",", " ,").split() for caption in captions]
 
@@ -768,7 +819,7 @@ def tokenise_fast(parts: Parts, captions: list[str]) -> dict[str, torch.Tensor]:
 
     try:
         ids = {key: table_ids(key, words) for key in tokenizers}
-        if parts.name == "wan-shapes":
+        if parts.kind == "video":
             ids["mask"] = (ids["t5"] != 0).long()
         chosen = slice(None, None, max(1, len(captions) // 200))
         exact = tokenise(parts, sample)
@@ -787,11 +838,11 @@ def encode_material(
     """Render and encode scenes until there are `count` of them or the clock says stop."""
     vae: Any = parts.vae
     some = scene_data.sample_scenes(plan.kind, count, seed + 10 * size)
-    batch = (512 * 128 * 128 // (size * size)) if plan.kind == "image" else 64
+    batch = 512 * 128 * 128 // (size * size) if plan.kind == "image" else 64 if size <= 128 else 16
     batch = min(batch, count)
     chunks: list[torch.Tensor] = []
     for begin in range(0, count, batch):
-        pictures = scene_data.render(some.take(slice(begin, begin + batch)), size, device, FRAMES)
+        pictures = scene_data.render(some.take(slice(begin, begin + batch)), size, device, plan.frames)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             latents = vae.encode(pictures).latent_dist.mode()
         chunks.append(normalise_latents(vae, latents.float()).to(torch.bfloat16))
@@ -857,17 +908,20 @@ def wan_prediction(
 def add_flow_streams(
     trainer: Trainer, parts: Parts, plan: Plan, materials: dict[int, Material], device: torch.device
 ) -> None:
-    """One stream per resolution; everything that varies is written into static buffers on the device."""
-    predict = flux_prediction if parts.name == "flux-shapes" else wan_prediction
-    shift = FLUX_SHIFT if parts.name == "flux-shapes" else WAN_SHIFT
+    """The plan's streams; everything that varies is written into static buffers on the device."""
+    predict = flux_prediction if parts.kind == "image" else wan_prediction
+    shift = FLUX_SHIFT if parts.kind == "image" else WAN_SHIFT
     empty = {name: values.to(device) for name, values in tokenise(parts, [""]).items()}
-    for size, batch, share in plan.streams:
-        material = materials[size]
+    for stream in plan.streams:
+        material, batch = materials[stream.size], stream.batch
+        if stream.frames is not None:
+            latents = material.latents[:, :, : (stream.frames - 1) // 4 + 1]
+            material = Material(latents, material.ids)
         clean = torch.zeros(batch, *material.latents.shape[1:], device=device)
         noise = torch.zeros_like(clean)
         sigma = torch.zeros(batch, device=device)
         ids = {name: values[:1].repeat(batch, 1) for name, values in material.ids.items()}
-        if parts.name == "flux-shapes":
+        if parts.kind == "image":
             ids["text positions"], ids["image positions"] = position_ids(clean.shape[2], clean.shape[3], device)
 
         def fill(
@@ -892,7 +946,7 @@ def add_flow_streams(
             noisy = (1 - level) * clean + level * noise
             return (predict(parts, noisy, sigma, ids).float() - (noise - clean)).square().mean()
 
-        trainer.add_stream(f"flow {size}", share, fill, loss)
+        trainer.add_stream(stream.name, stream.share, fill, loss, stream.span)
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -975,23 +1029,36 @@ frames = pipeline(
     "a large red circle moving right, on a striped dark background",
     height=128, width=128, num_frames=17, num_inference_steps=24, guidance_scale=4.0, max_sequence_length=64,
 ).frames[0]""",
+    "wan-shapes-long": """from diffusers import WanPipeline
+
+pipeline = WanPipeline.from_pretrained("benchmarks/shapes/wan-shapes-long", dtype=torch.bfloat16).to("cuda")
+frames = pipeline(
+    "a large red circle moving right, on a striped dark background",
+    height=256, width=256, num_frames=61, num_inference_steps=24, guidance_scale=4.0, max_sequence_length=64,
+).frames[0]""",
 }
 
 
 def model_card(parts: Parts, facts: dict[str, Any]) -> str:
     """README.md of the checkpoint: only what was measured."""
-    subject = "text to image" if parts.name == "flux-shapes" else "text to video"
+    subject = "text to image" if parts.kind == "image" else "text to video"
     counts = "\n".join(f"| {name} | {count:,} |" for name, count in count_parameters(parts).items())
     vocabulary = (
         f"Colours: {', '.join(scene_data.COLOUR_NAMES)}. Shapes: {', '.join(scene_data.SHAPES)}. Sizes: large, small. "
-        + (f"Places: {', '.join(scene_data.PLACES)}. " if parts.name == "flux-shapes" else "")
-        + (f"Motions: {', '.join(scene_data.MOTION_NAMES)}. " if parts.name == "wan-shapes" else "")
+        + (f"Places: {', '.join(scene_data.PLACES)}. " if parts.kind == "image" else "")
+        + (f"Motions: {', '.join(scene_data.MOTION_NAMES)}. " if parts.kind == "video" else "")
         + f"Backgrounds: {', '.join(scene_data.TEXTURES)}; {', '.join(scene_data.TONE_NAMES)}."
     )
     guidance = (
         "There is no guidance embedding; any `guidance_scale` is ignored."
-        if parts.name == "flux-shapes"
+        if parts.kind == "image"
         else "Captions were dropped in 12% of the samples; `guidance_scale` around 4 matters."
+    )
+    start = facts.get("started from")
+    purpose = (
+        f"A very small {subject} model in the stock diffusers classes, trained from {start or 'scratch'} on procedural "
+        "captioned scenes (`benchmarks/shapes/scenes.py`). It exists to test and measure inference code on a real, "
+        "working checkpoint."
     )
     return f"""---
 license: apache-2.0
@@ -1000,12 +1067,11 @@ library_name: diffusers
 
 # {parts.name}
 
-A very small {subject} model in the stock diffusers classes, trained from scratch on procedural captioned scenes
-(`benchmarks/shapes/scenes.py`). It exists to test and measure inference code on a real, working checkpoint.
+{textwrap.fill(purpose, 118)}
 
 {textwrap.fill(vocabulary, 118)}
 
-Captions read like the one below. About one (colour, shape, {"place" if parts.name == "flux-shapes" else "motion"})
+Captions read like the one below. About one (colour, shape, {"place" if parts.kind == "image" else "motion"})
 combination in ten never occurred in training; the scores are measured on scenes made of those only.
 
 ```python
@@ -1030,18 +1096,21 @@ Licence: Apache-2.0. The data is generated by the code; no other data was used.
 
 
 def contact_sheet(pipeline: Any, parts: Parts, plan: Plan, path: Path, count: int, steps: int | None) -> None:
-    """Held-out samples with their captions as one PNG; a video is a row of frames."""
+    """Held-out samples with their captions as one PNG, at most 128 pixels each; a video is a row of frames."""
     from PIL import Image, ImageDraw
 
     size = plan.score_sizes[0]
-    call = dict(scoring.VIDEO_CALL if plan.kind == "video" else scoring.IMAGE_CALL)
+    video = plan.kind == "video"
+    call = {**scoring.VIDEO_CALL, "num_frames": plan.frames} if video else dict(scoring.IMAGE_CALL)
     if steps is not None:
         call["num_inference_steps"] = steps
     _, captions = scene_data.held_out_captions(plan.kind, count, scoring.SEED_OF_HELD_OUT)
     pictures = scoring.generate(pipeline, captions, size, 7, count, call)
+    if size > 128:
+        pictures = nn.functional.avg_pool2d(pictures.flatten(1, -3), size // 128).unflatten(1, pictures.shape[1:-2])
     pixels = (pictures.clamp(0, 1) * 255).byte().cpu().numpy()
-    if plan.kind == "video":
-        shown = numpy.linspace(0, FRAMES - 1, 5).round().astype(int)
+    if video:
+        shown = numpy.linspace(0, plan.frames - 1, 5).round().astype(int)
         tiles = [numpy.concatenate([video[:, frame] for frame in shown], 2) for video in pixels]
         columns, letters = 2, 100
     else:
@@ -1101,7 +1170,7 @@ def run(options: argparse.Namespace) -> None:
         # With cuDNN's attention, training flux-shapes ended in an illegal memory access (torch 2.11, cuDNN 9.19), and
         # never without it. CLIP's causal attention over 77 tokens is the suspect. Others are as fast at these sizes.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    else:
+    elif options.tiny:
         torch.set_num_threads(1)
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -1119,6 +1188,11 @@ def run(options: argparse.Namespace) -> None:
     if options.resume is not None:
         parts, raw, earlier = read_state(name, options.resume, scratch)
         facts["earlier runs"] = [*earlier.pop("earlier runs", []), earlier]
+    elif options.start is not None:
+        parts = load_parts(name, options.start)
+        facts["started from"] = options.start.name
+    elif not plan.train_encoder:
+        raise SystemExit(f"{name} keeps the VAE's encoder: give --from or --resume")
     else:
         parts = build_parts(name)
         initialise(parts.transformer)
@@ -1130,6 +1204,11 @@ def run(options: argparse.Namespace) -> None:
         plan.vae_stages = plan.vae_stages[-1:]
         facts["vae started from"] = options.vae.name
     parts.vae.to(device)
+    if device.type == "cuda":  # the layout of the tensor-core convolutions
+        for parameter in parts.vae.parameters():
+            if parameter.ndim in (4, 5):
+                layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
+                parameter.data = parameter.data.contiguous(memory_format=layout)
     for module in parts.trained().values():
         module.to(device).train()
     say(f"{name} on {gpu}, torch {torch.__version__}; parameters {count_parameters(parts)}")
@@ -1215,7 +1294,7 @@ def run(options: argparse.Namespace) -> None:
         deadline = START + clock.total - 0.3 * plan.reserve_seconds
         count = plan.score_count if clock.left() > 0.5 * plan.reserve_seconds else 50
         facts["scores"] = scoring.score(
-            folder, count, device, dtype, plan.score_sizes, sample_steps, batch=100, deadline=deadline
+            folder, count, device, dtype, plan.score_sizes, sample_steps, 100, deadline, plan.frames
         )
     except Exception as error:
         say(f"warning: scoring failed: {error!r}")
@@ -1241,6 +1320,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="a folder with NAME.tar and NAME-state.tar to go on from")
+    parser.add_argument("--from", dest="start", type=Path, help="a pipeline folder of the same sizes to start from")
     parser.add_argument("--rate", type=float, help="peak learning rate of phase 3")
     parser.add_argument("--vae-share", type=float, help="share of the minutes for the VAE")
     parser.add_argument("--vae", type=Path, help="a VAE folder that has been through all but the last stage of phase 1")

@@ -297,7 +297,8 @@ def _nested(kind: type[Section], value: Any) -> Section:
     if isinstance(value, kind):
         return value
     if isinstance(value, Mapping):
-        return from_mapping(kind.section, kind, value)
+        normalized = kind.normalize_mapping(value) if hasattr(kind, "normalize_mapping") else value
+        return from_mapping(kind.section, kind, normalized)
     if value is True and kind.switch:
         return kind()
     if kind.shorthand is not None and isinstance(value, str):

@@ -27,6 +27,7 @@ from ..core.step import StepClock, StepState
 from ..core.streaming import WeightStream
 from ..core.submodules import submodules
 from ..core.symm_mem import SymmetricMemory
+from ..kernels.attention import KeptBlocks
 from ..models import Adapter, Stack
 
 # Devices whose graphs are worth rewriting: it saves passes over memory, in kernels made for GPUs.
@@ -79,6 +80,7 @@ class RunStats:
     Attributes:
         attention_calls: Kernel name -> calls.
         attention_timings: Shape class -> kernel name -> seconds, where `"auto"` chose among several.
+        kept_blocks: The shares of blocks that sparse attention computed.
         attention_broadcasts: `"computed"` and `"reused"` -> attention outputs, under PAB.
         cache_bytes: (denoiser, branch) -> bytes that step caching keeps between steps.
         cache_guarded: (denoiser, branch) -> report of the cache's guard.
@@ -87,6 +89,7 @@ class RunStats:
 
     attention_calls: Counter[str] = field(default_factory=Counter)
     attention_timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    kept_blocks: KeptBlocks = field(default_factory=KeptBlocks)
     attention_broadcasts: Counter[str] = field(default_factory=Counter)
     cache_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
     cache_guarded: dict[tuple[str, str], Any] = field(default_factory=dict)

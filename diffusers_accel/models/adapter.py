@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..compat.diffusers_private import block_class_names
-from .sequence import SequenceShardingPlan
+from .sequence import SequenceShardingPlan, VisualTokens
 from .tensor_parallel import TensorParallelPlan
 
 
@@ -180,8 +180,6 @@ class Adapter:
             them become numbers outside a compiled block, which cannot read tensors.
         unbatched: Arguments of the denoiser whose first dimension is not the batch.
         cross_attention: Names of a block's attention modules whose keys come from another stream.
-        sparse_attention: Names of a block's self-attention modules whose tokens are all of pictures or frames, so that
-            each may attend to a part of the others.
         fusable_processors: Classes of attention processors whose QK-norm and rotation a kernel may apply: they rotate
             right before attention, with a function that `features/attention/processors.py` supports.
         projections: Groups of linear layers in a block, by path, that read one tensor and belong to several modules.
@@ -192,6 +190,7 @@ class Adapter:
             outside the blocks never are. The lists of NVIDIA ModelOpt, which come from measurements, agree.
         max_unquantized_features: Linear layers with at most this number of input or output features are not quantized.
         sequence: The plan for sharding tokens among ranks; `None` if they cannot be sharded.
+        visual: The tokens of pictures or frames, for sparse attention, which needs `sequence` too; `None` if unknown.
         tensor: The plan for sharding the blocks' weights among ranks; `None` if they cannot be sharded.
         default: Whether this is a default adapter.
     """
@@ -213,7 +212,6 @@ class Adapter:
     static_arguments: tuple[str, ...] = ()
     unbatched: tuple[str, ...] = ()
     cross_attention: tuple[str, ...] = ()
-    sparse_attention: tuple[str, ...] = ()
     fusable_processors: tuple[str, ...] = ()
     projections: tuple[tuple[str, ...], ...] = ()
     activated: tuple[str, ...] = ()
@@ -222,6 +220,7 @@ class Adapter:
     unquantized_ends: tuple[int, int] = (0, 0)
     max_unquantized_features: int = 512
     sequence: SequenceShardingPlan | None = None
+    visual: VisualTokens | None = None
     tensor: TensorParallelPlan | None = None
     default: bool = False
 

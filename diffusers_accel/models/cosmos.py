@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, Stack, TeaCacheRow
-from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim, VisualTokens, patches
 from .tensor_parallel import (
     HEADS,
     TensorParallelPlan,
@@ -60,10 +60,10 @@ COSMOS = Adapter(
     classes=("CosmosTransformer3DModel",),
     fusable_processors=("CosmosAttnProcessor2_0", "CosmosAttnProcessor2_5"),
     cross_attention=("attn2",),
-    sparse_attention=("attn1",),
     stacks=(Stack("transformer_blocks", ("hidden_states",)),),
     block_signal=_signal,
     sequence=_SEQUENCE,
+    visual=VisualTokens(("attn1",), patches),
     tensor=_TENSOR,
     teacache_rows={
         "cosmos-1.0": TeaCacheRow(

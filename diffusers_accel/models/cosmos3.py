@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Stack
-from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim, VisualTokens
 from .tensor_parallel import FEATURES, HEADS, KEY_HEADS, TensorParallelPlan, attention_columns, attention_rows
 
 
@@ -25,6 +25,13 @@ def _latents(denoiser: Any, arguments: Mapping[str, Any], grid: Any) -> list[tor
     pairs = zip(arguments["vision_tokens"], arguments["vision_noisy_frame_indexes"], strict=True)
     made = [latents for latents, noisy in pairs if noisy.numel()]
     return [item if item.ndim == 5 else item.unsqueeze(0) for item in made]
+
+
+def _grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    # The generation stream begins with the first item's patches; sides that a patch does not divide are padded.
+    frames, height, width = arguments["vision_tokens"][0].shape[-3:]
+    patch = denoiser.config.latent_patch_size
+    return frames, -(-height // patch), -(-width // patch)
 
 
 # The few tokens of the understanding stream attend to themselves alone, causally; every rank has all of them.
@@ -54,6 +61,7 @@ COSMOS3 = Adapter(
     stacks=(Stack("layers", ("und_seq", "gen_seq")),),
     block_signal=_signal,
     sequence=_SEQUENCE,
+    visual=VisualTokens(("self_attn",), _grid, stream="gen_seq"),
     tensor=_TENSOR,
     denoised=("vision_tokens", "sound_tokens", "action_tokens"),
     latents=_latents,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, grid_of_ids, unpacked
-from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim, VisualTokens
 from .tensor_parallel import (
     FEATURES,
     HEADS,
@@ -95,6 +95,7 @@ FLUX = Adapter(
     ),
     guidance="embedded",
     sequence=_SEQUENCE,
+    visual=VisualTokens(("attn",), lambda denoiser, arguments: (1, *grid_of_ids(arguments["img_ids"]))),
     tensor=_TENSOR,
     block_signal=_signal,
     teacache_rows={

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Stack
-from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim, VisualTokens
 from .tensor_parallel import (
     HEADS,
     TensorParallelPlan,
@@ -99,12 +99,12 @@ LTX2 = Adapter(
     value_only_processors=("LTX2PerturbedAttnProcessor",),
     fusable_processors=("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
     cross_attention=("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
-    sparse_attention=("attn1",),
     stacks=(Stack("transformer_blocks", ("hidden_states", "audio_hidden_states")),),
     guidance="batched",
     branches=("cond_uncond", "uncond_stg", "uncond_modality"),
     block_signal=_signal,
     sequence=_SEQUENCE,
+    visual=VisualTokens(("attn1",), lambda denoiser, arguments: _grid(arguments)),
     tensor=_TENSOR,
     denoised=("hidden_states", "audio_hidden_states"),
     grid=_grid,

@@ -9,7 +9,7 @@ import torch
 
 from ..compat.diffusers_private import modulate_qwen
 from .adapter import Adapter, Checkpoint, MagCacheRow, Modulation, Stack, TeaCacheRow, unpacked
-from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim, VisualTokens
 from .tensor_parallel import (
     TensorParallelPlan,
     attention_columns,
@@ -101,6 +101,7 @@ QWEN = Adapter(
     stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     block_signal=_signal,
     sequence=_SEQUENCE,
+    visual=VisualTokens(("attn",), lambda denoiser, arguments: (1, *_grid(arguments))),
     tensor=_TENSOR,
     teacache_rows={"qwen-image": TeaCacheRow((-450.0, 280.0, -45.0, 3.2, -0.02), 0.2, "vllm-omni")},
     magcache_rows=_MAG_ROWS,

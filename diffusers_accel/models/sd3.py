@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Modulation, Stack
-from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim, VisualTokens, patches
 from .tensor_parallel import (
     TensorParallelPlan,
     attention_columns,
@@ -52,6 +52,7 @@ SD3 = Adapter(
     stacks=(Stack("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     guidance="batched",
     sequence=_SEQUENCE,
+    visual=VisualTokens(("attn", "attn2"), patches),
     tensor=_TENSOR,
     branches=("cond_uncond",),
     special_branch=_special_branch,

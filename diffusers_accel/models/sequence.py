@@ -8,9 +8,11 @@ corresponds to diffusers' context-parallel plan, and covers joint streams and un
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,56 @@ class AttentionStreams:
     queries: tuple[str, ...]
     keys: tuple[str, ...]
     replicated_keys: bool = False
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Tokens of pictures or frames, each of which may attend to a part of the others.
+
+    Attributes:
+        attention: Names of the self-attention modules that they take part in, alone or with other streams.
+        grid: Their frames, rows and columns, from the denoiser and its arguments. Called once in a request for each
+            shape, because a read from the device is allowed.
+        stream: The argument of the blocks that begins with them. Tokens behind them belong to other pictures.
+        beside: Other streams whose tokens are at the same places.
+    """
+
+    attention: tuple[str, ...]
+    grid: Callable[[Any, Mapping[str, Any]], tuple[int, int, int]]
+    stream: str = "hidden_states"
+    beside: tuple[str, ...] = ()
+
+
+def patches(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """The grid of a denoiser that cuts its latents, (batch, channels, *space), into patches."""
+    patch = denoiser.config.patch_size
+    space = tuple(arguments["hidden_states"].shape[2:])
+    sides = (patch,) * len(space) if isinstance(patch, int) else tuple(patch)
+    counts = tuple(size // side for size, side in zip(space, sides, strict=True))
+    return counts if len(counts) == 3 else (1, *counts)  # type: ignore[return-value]
+
+
+def map_token_dims(value: Any, dims: Any, function: Callable[[torch.Tensor, TokenDim], torch.Tensor]) -> Any:
+    """An argument, with a function applied to every tensor in it that has a token dimension.
+
+    Args:
+        value: The argument.
+        dims: Its entry in `SequenceShardingPlan.arguments`.
+        function: Returns the new tensor, from a tensor and its token dimension.
+    """
+    if value is None or dims is None:
+        return value
+    if isinstance(dims, tuple):
+        return tuple(map_token_dims(item, place, function) for item, place in zip(value, dims, strict=True))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_token_dims(item, dims, function) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    for place in dims if isinstance(dims, list) else [dims]:
+        # A tensor that broadcasts over tokens stays whole.
+        if place.ndim in (None, value.ndim) and value.shape[place.dim] != 1:
+            return function(value, place)
+    return value
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .adapter import Adapter, Checkpoint, MagCacheRow, Stack, TeaCacheRow
-from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim
+from .sequence import AttentionStreams, SequenceShardingPlan, TokenDim, VisualTokens, patches
 from .tensor_parallel import (
     HEADS,
     TensorParallelPlan,
@@ -171,10 +171,10 @@ WAN = Adapter(
     unquantized_ends=(3, 3),
     fusable_processors=("WanAttnProcessor",),
     cross_attention=("attn2",),
-    sparse_attention=("attn1",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     timestep_signal=_signal,
     sequence=_SEQUENCE,
+    visual=VisualTokens(("attn1",), patches),
     tensor=_TENSOR,
     teacache_rows=ROWS,
     magcache_rows=MAG_ROWS,
@@ -191,11 +191,11 @@ WAN_VACE = Adapter(
     # One value for each side block.
     unbatched=("control_hidden_states_scale",),
     cross_attention=("attn2",),
-    sparse_attention=("attn1",),
     stacks=(Stack("blocks", ("hidden_states",)),),
     side_stacks=(Stack("vace_blocks", ("control_hidden_states",)),),
     timestep_signal=_signal,
     sequence=_VACE_SEQUENCE,
+    visual=VisualTokens(("attn1",), patches, beside=("control_hidden_states",)),
     tensor=_TENSOR,
     teacache_rows=ROWS,
     magcache_rows=MAG_ROWS,

@@ -1,7 +1,8 @@
 """Sparse attention in stock pipelines, through Triton's interpreter, against masked attention in plain torch.
 
-Small pipelines have few tokens: blocks are of 16 here. The reference is a kernel of its own, which scores pairs of
-blocks as the rule says, and masks the others.
+Small pipelines have few tokens: blocks are of 16 here. The reference is a kernel of its own. It puts the tokens of
+pictures and frames in the order that is asked for, scores pairs of blocks as the rule says, masks the others, and takes
+the order back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tiny import TINY, build, same
 
 from diffusers_accel import (
     AccelConfig,
+    ConfigError,
     SparseConfig,
     Unsupported,
     accelerate,
@@ -24,18 +26,36 @@ from diffusers_accel import (
     restore,
     stats,
 )
-from diffusers_accel.features.attention import kernels
-from diffusers_accel.kernels.attention import KERNELS, SELECTORS, AttentionKernel, Inputs, Sparse
+from diffusers_accel.features.attention import sparse as sparse_attention
+from diffusers_accel.kernels.attention import KERNELS, SELECTORS, AttentionKernel, Inputs, KeptBlocks, Span, Sparse
 from diffusers_accel.kernels.attention.recipe import Recipe
+from diffusers_accel.kernels.attention.token_grid import cube
 from diffusers_accel.models import adapter_for
 
 pytest.importorskip("triton")
 BLOCK = 16
-# Larger pictures where one block would hold all tokens, and larger blocks where there are many.
-SIZES = {"cosmos": {"height": 64, "width": 96}}
-BLOCKS = {"ltx2-no-cfg": 256}
 EXACT = Recipe(qk=None, k_block=0, pv=None)
-FAMILIES = ("wan", "wan-vace", "cosmos", "ltx2-no-cfg")
+# Family -> larger pictures where one block would hold all tokens; larger blocks where there are many; the modules whose
+# attention is sparse; and the grid, with the numbers of queries and keys before it, for a number of queries and keys.
+SIZES = {
+    "cosmos": {"height": 64, "width": 96},
+    "cosmos-predict25": {"height": 64, "width": 96},
+    "cosmos3": {"height": 64, "width": 96},
+}
+BLOCKS = {"ltx2-no-cfg": 256, "flux-kontext": 32}
+SPARSE = {
+    "wan": "attn1",
+    "wan-vace": "attn1",
+    "cosmos": "attn1",
+    "cosmos-predict25": "attn1",
+    "ltx2-no-cfg": "attn1",
+    "cosmos3": "self_attn",
+    "flux": "attn",
+    "flux-kontext": "attn",
+    "flux2": "attn",
+    "qwen": "attn",
+    "sd3": "attn",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -44,52 +64,94 @@ def exact(monkeypatch):
     from diffusers_accel.kernels.attention.low_bit import attention
 
     def function(x):
+        if x.is_causal:
+            return sdpa(x)
         return attention(x, EXACT, choose=None if x.sparse is None else x.sparse.choose)
 
-    record = AttentionKernel(name="exact", load=lambda: function, sparse=True, mask=False, key_mask=True, causal=False)
-    monkeypatch.setitem(KERNELS._records, "exact", record)
+    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
     in_blocks(monkeypatch, BLOCK)
 
 
 def in_blocks(monkeypatch, size):
-    monkeypatch.setattr(kernels, "Sparse", lambda **values: Sparse(**{**values, "block": size}))
+    """Blocks of a size that no configuration may have."""
+
+    def settings(config):
+        if config.sparse is None:
+            return None
+        found = replace(config.sparse.resolved())
+        object.__setattr__(found, "block", size)
+        return found
+
+    monkeypatch.setattr(sparse_attention, "settings", settings)
 
 
-def chosen(x: Inputs, keep: float, parts: int | None, block: int) -> torch.Tensor:
-    """The mask of pairs of tokens that a rule keeps; `parts` of None is the window."""
-    query, key = (item.double().transpose(1, 2) for item in (x.query, x.key))
-    count = -(-query.shape[2] // block)
-    if parts is None:
-        at = torch.arange(count)
-        scores = -(at[:, None] - at).abs().double().expand(*query.shape[:2], -1, -1)
-    else:
-        means = [
-            torch.stack([part.mean(2) for part in item.split(block // parts, 2)], 2) for item in (query, key)
-        ]  # fmt: skip
-        logits = means[0] @ means[1].transpose(2, 3) * x.softmax_scale
-        scores = torch.stack(
-            [
-                torch.stack([pair.flatten(-2).logsumexp(-1) for pair in row.split(parts, 3)], -1)
-                for row in logits.split(parts, 2)
-            ],
-            2,
-        )
-    kept = max(1, round(keep * count))
+def sdpa(x: Inputs, mask=None) -> torch.Tensor:
+    x = x.ungrouped()
+    q, k, v = (item.transpose(1, 2) for item in (x.query, x.key, x.value))
+    mask = x.attn_mask if mask is None else mask
+    found = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=x.is_causal, scale=x.scale)
+    return found.transpose(1, 2)
+
+
+def ordered(grid, order, block):
+    """The tokens of a grid in an order, by sorting."""
+    places = [(f, r, c) for f in range(grid[0]) for r in range(grid[1]) for c in range(grid[2])]
+    sides = cube(grid, block)
+
+    def key(place):
+        if order == "cubes":
+            return [at // side for at, side in zip(place, sides, strict=True)], place
+        digits = [f"{at:08b}" for at in place]
+        return "".join(frame + row + column for frame, row, column in zip(*digits, strict=True))
+
+    numbers = {place: number for number, place in enumerate(places)}
+    return torch.tensor([numbers[place] for place in (places if order == "model" else sorted(places, key=key))])
+
+
+def chosen(x: Inputs, span: Span, keep: float, parts: int, block: int) -> torch.Tensor:
+    """The mask of pairs of tokens that the rule of means of parts keeps."""
+    query, key = (item.double().transpose(1, 2) for item in (x.query, x.ungrouped().key))
+    rows, columns = -(-query.shape[2] // block), -(-key.shape[2] // block)
+    means = [torch.stack([part.mean(2) for part in item.split(block // parts, 2)], 2) for item in (query, key)]
+    logits = means[0] @ means[1].transpose(2, 3) * x.softmax_scale
+    scores = torch.stack(
+        [
+            torch.stack([pair.flatten(-2).logsumexp(-1) for pair in row.split(parts, 3)], -1)
+            for row in logits.split(parts, 2)
+        ],
+        2,
+    )
+    others = []
+    for before, total in ((span.queries, query.shape[2]), (span.keys, key.shape[2])):
+        outside = torch.tensor([not before <= at < before + span.tokens for at in range(total)])
+        others.append(torch.tensor([bool(part.any()) for part in outside.split(block)]))
+    scores[..., others[1]] = float("inf")
+    kept = max(1, round(keep * columns))
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
+    mask |= others[0][:, None] | others[1][None, :]
+    assert mask.shape[2:] == (rows, columns)
     return mask.repeat_interleave(block, 2).repeat_interleave(block, 3)[..., : query.shape[2], : key.shape[2]]
 
 
-def reference(monkeypatch, keep, parts, block=BLOCK):
-    """A kernel `"reference"` that masks self-attention by a rule."""
+def reference(monkeypatch, spans, keep, parts=4, block=BLOCK, order="model"):
+    """A kernel `"reference"` that masks the calls of some lengths by the rule of means of parts.
+
+    Args:
+        spans: Returns the place of the tokens of pictures or frames, from the numbers of queries and keys, or `None`.
+    """
 
     def function(x):
-        mask = chosen(x, keep, parts, block)
-        q, k, v = (item.transpose(1, 2) for item in (x.query, x.key, x.value))
-        if x.attn_mask is not None:
-            mask = mask & x.attn_mask if x.attn_mask.dtype == torch.bool else x.attn_mask.masked_fill(~mask, -1e30)
-        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=x.scale)
-        return found.transpose(1, 2)
+        span = spans(x.query.shape[1], x.key.shape[1])
+        if span is None or x.is_causal:
+            return sdpa(x)
+        tokens = ordered(span.grid, order, block)
+        whole = []
+        for before, total in ((span.queries, x.query.shape[1]), (span.keys, x.key.shape[1])):
+            rest = torch.arange(before + len(tokens), total)
+            whole.append(torch.cat([torch.arange(before), tokens + before, rest]))
+        moved = replace(x, query=x.query[:, whole[0]], key=x.key[:, whole[1]], value=x.value[:, whole[1]])
+        return sdpa(moved, chosen(moved, span, keep, parts, block))[:, whole[0].argsort()]
 
     monkeypatch.setitem(KERNELS._records, "reference", AttentionKernel(name="reference", load=lambda: function))
 
@@ -101,34 +163,60 @@ def close(found, expected):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-3 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def place_in(name):
+    """The place of the tokens of pictures and frames in a family's calls, from the sizes of its small pipeline."""
+    grid = {
+        "wan": (3, 3, 4), "wan-vace": (3, 3, 4), "cosmos": (2, 4, 6), "cosmos-predict25": (3, 4, 6),
+        "ltx2-no-cfg": (3, 16, 16), "cosmos3": (3, 4, 6),
+    }.get(name, (1, 8, 8) if name != "qwen" else (1, 4, 4))  # fmt: skip
+    tokens = grid[0] * grid[1] * grid[2]
+
+    def span(queries, keys):
+        if name == "cosmos3":
+            return Span(grid, 0, keys - tokens) if queries == tokens else None
+        if queries != keys or queries < tokens:
+            return None
+        # Text comes first, but in Stable Diffusion 3; a reference picture comes last.
+        before = {"sd3": 0, "flux-kontext": 16, "qwen": queries - tokens}.get(name, queries - tokens)
+        return Span(grid, before, before)
+
+    return span
+
+
+@pytest.mark.parametrize("name", SPARSE)
 def test_families(name, monkeypatch):
     entry, pipe, block = TINY[name], build(name), BLOCKS.get(name, BLOCK)
-    call = {"steps": 2 if name == "cosmos" else 1, **SIZES.get(name, {})}
+    order = {"flux2": "morton", "wan": "morton", "qwen": "model", "cosmos": "model"}.get(name, "cubes")
+    call = {"steps": 2 if name.startswith("cosmos") else 1, **SIZES.get(name, {})}
+    layers = f"*.{SPARSE[name]}"
     stock = entry.run(pipe, **call)
-    reference(monkeypatch, 0.34, 4, block)
-    accelerate(pipe, attention={"backend": "sdpa", "layers": {"*.attn1": "reference"}})
+    reference(monkeypatch, place_in(name), 0.34, 4, block, order)
+    accelerate(pipe, attention={"backend": "sdpa", "layers": {layers: "reference"}})
     expected = entry.run(pipe, **call)
     assert not same(expected, stock)
     in_blocks(monkeypatch, block)
-    sparse = {"keep": 0.34, "min_tokens": 1}
-    accelerate(pipe, attention={"backend": "sdpa", "layers": {"*.attn1": "exact"}, "sparse": sparse})
+    sparse = {"keep": 0.34, "min_tokens": 1, "order": order}
+    accelerate(pipe, attention={"backend": "sdpa", "layers": {layers: "exact"}, "sparse": sparse})
     close(entry.run(pipe, **call), expected)
     counts = stats(pipe).attention_kernels
     assert any(key.startswith("exact, ") and key.endswith("% of blocks") for key in counts), counts
+    shares = stats(pipe).sparse_by_layer
+    assert len(shares) and all(0 < share < 1 for share in shares.values())
     (row,) = [row for row in explain(pipe, attention={"backend": "exact", "sparse": sparse}).rows
               if row.feature == "attention"]  # fmt: skip
+    words = "" if order == "model" else f" in {order} order"
     assert any(
-        f"attn1 attends to 34% of blocks of {block} tokens, chosen by 'sub-blocks'" in note for note in row.notes
+        f"{SPARSE[name]} attends to 34% of blocks of {block} tokens{words}, chosen by 'sub-blocks'" in note
+        for note in row.notes
     )
     restore(pipe)
     assert same(entry.run(pipe, **call), stock)
 
 
-@pytest.mark.parametrize(("selector", "parts"), [("means", 1), ("window", None), ("sub-blocks", 4)])
+@pytest.mark.parametrize(("selector", "parts"), [("means", 1), ("sub-blocks", 4)])
 def test_rules(selector, parts, monkeypatch):
     entry, pipe = TINY["wan"], build("wan")
-    reference(monkeypatch, 0.67, parts)
+    reference(monkeypatch, place_in("wan"), 0.67, parts)
     accelerate(pipe, attention={"backend": "sdpa", "layers": {"*attn1": "reference"}})
     expected = entry.run(pipe, steps=1)
     sparse = SparseConfig(selector=selector, keep=0.67, min_tokens=1)
@@ -144,18 +232,18 @@ def test_a_rule_of_the_user(monkeypatch):
     seen = []
 
     @register_sparse("farthest", parts=2)
-    def farthest(query_means, key_means, scale):
-        seen.append((query_means.shape[2], key_means.shape[2], scale))
-        at = torch.arange(-(-query_means.shape[2] // 2))
-        return (at[:, None] - at).abs().double().expand(*query_means.shape[:2], -1, -1)
+    def farthest(blocks):
+        seen.append((blocks.query_means.shape[2], blocks.key_means.shape[2], blocks.scale, blocks.grid, blocks.kept))
+        assert torch.allclose(blocks.query_centers[0], torch.tensor([0.25, 0.75, 1.5]))
+        at = torch.arange(-(-blocks.query_means.shape[2] // 2))
+        return (at[:, None] - at).abs().double().expand(*blocks.query_means.shape[:2], -1, -1)
 
     def function(x):
         at = torch.arange(x.query.shape[1]) // BLOCK
         far = (at[:, None] - at).abs()
         # Of two blocks at one distance, the first: the middle block of three attends to the first.
         last = (far == far.max(-1, keepdim=True).values) & ~((at[:, None] == 1) & (at == 2))
-        q, k, v = (item.transpose(1, 2) for item in (x.query, x.key, x.value))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, last, scale=x.scale).transpose(1, 2)
+        return sdpa(x, last)
 
     monkeypatch.setitem(KERNELS._records, "reference", AttentionKernel(name="reference", load=lambda: function))
     accelerate(pipe, attention={"backend": "sdpa", "layers": {"*attn1": "reference"}})
@@ -163,8 +251,8 @@ def test_a_rule_of_the_user(monkeypatch):
     sparse = SparseConfig(selector="farthest", keep=0.3, min_tokens=1)
     accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
     close(entry.run(pipe, steps=1), expected)
-    assert {item[:2] for item in seen} == {(5, 5)} and seen[0][2] == 16**-0.5
-    with pytest.raises(ValueError, match="parts is 1, 2, 4 or 8, got 3"):
+    assert set(seen) == {(5, 5, 16**-0.5, (3, 3, 4), 1)}
+    with pytest.raises(ValueError, match="parts is 0, 1, 2, 4 or 8, got 3"):
         register_sparse("odd", farthest, parts=3)
     with pytest.raises(ValueError, match="given no blocks"):
         register_attention("listed", lambda *args: args[0], sparse=True)
@@ -208,22 +296,125 @@ def test_calls_that_stay_dense(monkeypatch):
 
 def test_what_is_refused():
     pipe = build("wan")
-    for backend in ("auto", "sdpa"):
-        with pytest.raises(Unsupported, match=rf"'{backend}' takes no lists of blocks.*'sage-fp8'"):
-            accelerate(pipe, attention={"backend": backend, "sparse": True})
+    with pytest.raises(Unsupported, match=r"'sdpa' takes no lists of blocks.*'sage-fp8'"):
+        accelerate(pipe, attention={"backend": "sdpa", "sparse": True})
+    with pytest.raises(Unsupported, match=r"'auto' takes no lists of blocks on cpu.*'triton' on a CUDA device"):
+        accelerate(pipe, attention={"sparse": "auto"})
     config = AccelConfig(attention={"backend": "exact", "sparse": True}, parallel={"ring": 2})
-    denoiser = SimpleNamespace(adapter=adapter_for(pipe.transformer))
+    context = SimpleNamespace(config=config)
+    accelerate(pipe, attention="sdpa")
+    denoiser = SimpleNamespace(adapter=adapter_for(pipe.transformer), device="cpu")
+    role = SimpleNamespace(name="attn1", backends=["exact"], layers=[SimpleNamespace(path="blocks.0.attn1")])
     with pytest.raises(Unsupported, match=r"parallel\.ulysses"):
-        kernels.refuse_sparse(
-            SimpleNamespace(config=config),
-            denoiser,
-            [SimpleNamespace(name="attn1", backends=["exact"])],
-            config.attention,
-        )
-    with pytest.raises(Unsupported, match=r"no self-attention over the tokens of pictures or frames"):
-        accelerate(build("flux"), attention={"backend": "exact", "sparse": True})
+        sparse_attention.refuse(context, denoiser, [role], config.attention)
+    with pytest.raises(Unsupported, match=r"places of picture and video tokens in its self-attention are not known"):
+        accelerate(build("auraflow"), attention={"backend": "exact", "sparse": True})
     with pytest.raises(Unsupported, match=r"attention\.sparse\.selector='sub-block'.*Did you mean 'sub-blocks'"):
         accelerate(pipe, attention={"backend": "exact", "sparse": "sub-block"})
+    with pytest.raises(Unsupported, match=r"layers\['blocks\.9\.\*'\].*matches no layer that may be sparse"):
+        accelerate(pipe, attention={"backend": "exact", "sparse": {"layers": {"blocks.9.*": 1.0}}})
+    with pytest.raises(ConfigError, match=r"sparse\.tau: keep=0\.3 decides how many blocks already"):
+        SparseConfig(keep=0.3, tau=1.0)
+    with pytest.raises(Unsupported, match=r"top_p.*'window'.*'sub-blocks'"):
+        accelerate(pipe, attention={"backend": "exact", "sparse": {"selector": "window", "top_p": 0.9}})
+
+
+def test_the_automatic_rule():
+    """A value that is given stays; one amount replaces another."""
+    found = SparseConfig(selector="auto").resolved()
+    assert found.selector != "auto" and found.dense_steps == 0.2 and found.min_tokens == 16384
+    assert SparseConfig(selector="auto", min_tokens=5).resolved() == replace(found, min_tokens=5)
+    other = SparseConfig(selector="auto", tau=1.5).resolved()
+    assert (other.tau, other.keep, other.top_p) == (1.5, None, None)
+    assert SparseConfig(keep=0.2).resolved() == SparseConfig(keep=0.2)
+
+
+def test_settings_of_visual_gen():
+    found = AccelConfig(attention={"sparse": {"algorithm": "vsa", "vsa_sparsity": 0.8}}).attention.sparse
+    assert found == SparseConfig(selector="means", block=64, order="cubes", keep=0.2)
+    sol = {
+        "algorithm": "sol_attn",
+        "tau": 1.5,
+        "thresh_type": "diag",
+        "disabled_until_timestep": 0.9,
+        "dense_layers": 2,
+    }
+    assert AccelConfig(attention={"sparse": sol}).attention.sparse == SparseConfig(
+        selector="means", block=64, order="morton", centroids=True, tau=1.5, dense_until=0.9,
+        layers={"*.0.*": 1.0, "*.1.*": 1.0},
+    )  # fmt: skip
+    for values, message in (
+        ({"algorithm": "skip_softmax", "threshold_scale_factor": 5000}, "which no kernel here does"),
+        ({"algorithm": "vsb"}, "unknown algorithm 'vsb'.*'vsa'"),
+        ({"algorithm": "vsa", "vsa_sparsty": 0.8}, "unknown key 'vsa_sparsty' of 'vsa'.*'vsa_sparsity'"),
+        ({"algorithm": "vsa", "vsa_sparsity": "much"}, "expected numbers of 'vsa'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AccelConfig(attention={"sparse": values})
+
+
+def test_dense_phases(monkeypatch):
+    """The first steps by number or by noise, and the first blocks, run on the same kernel without lists."""
+    listed = []
+
+    def function(x):
+        listed.append(x.sparse is not None)
+        if x.sparse is not None:
+            x.sparse._count(x, SimpleNamespace(even=True, counts=None))
+        return sdpa(x)
+
+    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
+    entry, pipe = TINY["wan"], build("wan")
+    plain = {"backend": "exact", "cross_attention": "sdpa"}
+    sparse = {"keep": 0.34, "min_tokens": 1}
+
+    def shares(**given):
+        listed.clear()
+        accelerate(pipe, attention={**plain, "sparse": {**sparse, **given}})
+        entry.run(pipe, steps=4)
+        found = stats(pipe)
+        assert set(found.attention_kernels) <= {"exact", "exact, 33% of blocks", "sdpa"}
+        assert sum(listed) == found.attention_kernels.get("exact, 33% of blocks", 0)
+        return sum(listed) / len(listed), set(found.sparse_by_step), found
+
+    assert shares()[:2] == (1.0, {0, 1, 2, 3})
+    assert shares(dense_steps=0.5)[:2] == (0.5, {2, 3})
+    sigmas = pipe.scheduler.sigmas.tolist()
+    assert shares(dense_until=sigmas[1])[:2] == (0.5, {2, 3})
+    assert shares(dense_until=sigmas[1] + 1e-3)[:2] == (0.75, {1, 2, 3})
+    # One of three blocks.
+    assert shares(dense_layers=0.3)[0] == pytest.approx(2 / 3)
+    assert shares(layers={"blocks.2.*": 1.0})[0] == pytest.approx(2 / 3)
+    assert "the first 50% of steps and steps with a noise level of 0.9 or more stay dense" in str(
+        explain(pipe, attention={**plain, "sparse": {**sparse, "dense_steps": 0.5, "dense_until": 0.9}})
+    )
+
+
+def test_shares_by_layer_and_step():
+    """Those that depend on values are read from what the lists say."""
+    entry, pipe = TINY["wan"], build("wan")
+    sparse = {"selector": "means", "tau": 0.0, "min_tokens": 1, "layers": {"blocks.1.attn1": 0.34}, "dense_steps": 0.5}
+    counts = []
+    original = KeptBlocks.add
+
+    def counting(self, layer, found, columns):
+        counts.append((layer, float(found.double().mean()) / columns))
+        return original(self, layer, found, columns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeptBlocks, "add", counting)
+        accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
+        for steps in (1, 2):  # the first request has no sparse step
+            counts.clear()
+            entry.run(pipe, steps=steps)
+    found = stats(pipe)
+    assert set(found.sparse_by_step) == {1}
+    assert found.sparse_by_layer["transformer/1.attn1"] == pytest.approx(1 / 3)
+    for block in (0, 2):
+        expected = [share for layer, share in counts if layer[2] == block]
+        assert len(expected) == len(found.branches)
+        assert found.sparse_by_layer[f"transformer/{block}.attn1"] == pytest.approx(sum(expected) / len(expected))
+    assert "sparse attention" in str(found) and "by layer, in 1 steps" in str(found)
 
 
 def test_compiled_blocks():
@@ -237,16 +428,17 @@ def test_compiled_blocks():
 
 
 def test_records():
-    assert all(KERNELS.get(name).sparse for name in ("sage", "sage-fp8", "qk16pv8"))
+    assert all(KERNELS.get(name).sparse for name in ("sage", "sage-fp8", "qk16pv8", "triton"))
     assert not any(KERNELS.get(name).sparse for name in ("sdpa", "fa3"))
-    whole = Sparse(selector=SELECTORS.get("means"), keep=0.5, block=64, min_tokens=1)
-    assert (whole.kept(64), whole.kept(640), whole.kept(641), replace(whole, keep=0.01).kept(640)) == (1, 5, 6, 1)
-    assert whole.share(640) == 0.5
+    assert KERNELS.get("triton").exact and not KERNELS.get("triton").auto
+    whole = Sparse(selector=SELECTORS.get("means"), amount=0.5, block=64, min_tokens=1)
+    assert (whole.kept(64), whole.kept(640), whole.kept(641), replace(whole, amount=0.01).kept(640)) == (1, 5, 6, 1)
+    assert whole.label(640) == "50% of blocks" and replace(whole, rule="tau").kept(640) is None
 
 
 def test_masked_calls_are_dense():
     """A rule does not see masks: it could keep blocks that are hidden."""
-    sparse = Sparse(selector=SELECTORS.get("means"), keep=0.5, block=64, min_tokens=1)
+    sparse = Sparse(selector=SELECTORS.get("means"), amount=0.5, block=64, min_tokens=1)
     query = torch.zeros(1, 640, 2, 16)
     mask = torch.ones(1, 1, 1, 640, dtype=torch.bool)
     assert sparse.takes(Inputs(query, query, query))
@@ -261,11 +453,11 @@ def test_scores_of_another_shape_are_refused(monkeypatch):
     query = torch.zeros(1, 64, 2, 16)
     data = SimpleNamespace(query=query.transpose(1, 2), key=query.transpose(1, 2))
     for name, scores in (
-        ("wide", lambda q, k, scale: q.new_zeros(1, 2, 4, 8)),
-        ("flat", lambda q, k, scale: q.new_zeros(2, 4, 4)),
-        ("whole", lambda q, k, scale: q.new_zeros(1, 2, 4, 4, dtype=torch.int32)),
+        ("wide", lambda blocks: torch.zeros(1, 2, 4, 8)),
+        ("flat", lambda blocks: torch.zeros(2, 4, 4)),
+        ("whole", lambda blocks: torch.zeros(1, 2, 4, 4, dtype=torch.int32)),
     ):
         register_sparse(name, scores)
-        sparse = Sparse(selector=SELECTORS.get(name), keep=0.5, block=BLOCK, min_tokens=1)
+        sparse = Sparse(selector=SELECTORS.get(name), amount=0.5, block=BLOCK, min_tokens=1)
         with pytest.raises(ValueError, match=rf"'{name}' returned .*must return \(1, 2, 4, 4\)"):
             sparse.choose(Inputs(query, query, query), data)

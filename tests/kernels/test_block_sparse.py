@@ -4,6 +4,7 @@ attention. On the CPU through Triton's interpreter, which multiplies bf16 as if 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import exact
 import pytest
@@ -94,6 +95,34 @@ def test_blocks_that_are_always_kept(rule):
         assert lists.counts[:, :, 0].eq(20).all() and lists.counts[:, :, 1:].eq(5).all()
 
 
+@pytest.mark.parametrize("tau", [-0.5, 0.0, 1.0, 9.0])
+def test_scores_above_the_spread(tau):
+    scores = 3 * torch.randn(2, 2, 6, 90, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    scores[0, 0, 0] = 1.0  # no spread at all
+    mask = kept(block_lists.select(scores, torch.full((4,), tau, device=DEVICE), 64, 64, rule="spread"), 90)
+    row = scores.double().cpu()
+    expected = row > row.mean(-1, keepdim=True) + tau * row.std(-1, keepdim=True, correction=0)
+    # The highest score is kept at least.
+    expected |= row == row.amax(-1, keepdim=True)
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize(("rule", "amount"), [("count", 4.0), ("mass", 0.3), ("spread", 1.5)])
+def test_a_score_of_infinity_is_always_kept(rule, amount):
+    """It has no part in the mean, the spread or the softmax of the others."""
+    scores = torch.randn(1, 1, 3, 20, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    budget = torch.full((1,), amount, device=DEVICE)
+    others = kept(block_lists.select(scores[..., 2:].contiguous(), budget, 64, 64, rule=rule), 18)
+    scores[..., :2] = float("inf")
+    lists = block_lists.select(scores, budget, 64, 64, rule=rule, mark=True)
+    mask = kept(lists, 20)
+    assert mask[..., :2].all() and torch.equal(lists.kept.bool().cpu(), mask)
+    if rule == "count":
+        assert lists.counts.eq(4).all()
+    else:
+        assert torch.equal(mask[..., 2:], others)
+
+
 def test_lists_of_a_mask():
     mask = torch.rand(2, 3, 4, 37, generator=torch.Generator().manual_seed(3)) < 0.4
     mask[0, 0, 0], mask[0, 0, 1] = False, True
@@ -145,6 +174,22 @@ def test_means_of_neighbours(recipe, pool):
         torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=0.05 if recipe.qk else 2e-3)
 
 
+@pytest.mark.parametrize("length", [128, 150])
+def test_similarity_of_a_blocks_tokens(length):
+    """The mean of all cosines of a block, each token's own included, whatever the tokens' lengths."""
+    x = torch.randn(2, 3, length, 48, generator=torch.Generator().manual_seed(0)) + 0.5
+    x *= torch.rand(2, 3, length, 1, generator=torch.Generator().manual_seed(1)) + 0.1
+    expected = torch.stack(
+        [
+            torch.nn.functional.cosine_similarity(part[..., :, None, :], part[..., None, :, :], dim=-1).mean((-1, -2))
+            for part in x.double().split(64, 2)
+        ],
+        -1,
+    )
+    found = block_lists.self_similarity(x.to(DEVICE), 64).double().cpu()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +232,61 @@ def test_all_blocks_are_dense_attention(recipe):
         expected, expected_lse = exact.attention(query, key, value, given)
         assert exact.cosine(found, expected) > (0.999999 if recipe is EXACT else 0.999)
         assert (lse.double() - expected_lse).abs().max() < (2e-3 if recipe is EXACT else 0.03)
+
+
+def with_centroids(query, key, value, mask, block, scale=None):
+    """Attention in float64 in which the mean of each block that is left out stands for its keys."""
+    q, k, v = (item.double().transpose(1, 2) for item in (query, key, value))
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    spread = mask.repeat_interleave(block[0], 2).repeat_interleave(block[1], 3)[:, :, : q.shape[2], : k.shape[2]]
+    logits = (q @ k.transpose(2, 3) * scale).masked_fill(~spread.to(q.device), -math.inf)
+    means = [torch.stack([part.mean(2) for part in item.split(block[1], 2)], 2) for item in (k, v)]
+    number = torch.tensor([part.shape[2] for part in k.split(block[1], 2)], device=q.device).double()
+    rows = mask.repeat_interleave(block[0], 2)[:, :, : q.shape[2]].to(q.device)
+    coarse = (q @ means[0].transpose(2, 3) * scale + number.log()).masked_fill(rows, -math.inf)
+    logits = torch.cat([logits, coarse], -1)
+    return (logits.softmax(-1) @ torch.cat([v, means[1]], 2)).transpose(1, 2), logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("recipe", DEFAULTS, ids=NAMES)
+@pytest.mark.parametrize(("block", "length"), [((64, 64), 200), ((128, 128), 384), ((32, 32), 150)])
+def test_centroids(recipe, block, length):
+    query, key, value = inputs(length=length, keys=length, kv_heads=1, dim=48)
+    value += 1.0
+    x = Inputs(query, key, value, return_lse=True)
+    rows, columns = -(-length // block[0]), -(-length // block[1])
+    mask = torch.rand(1, 2, rows, columns, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask[0, 0, 0], mask[0, 1, 0] = True, False  # all of them, and none
+
+    def choose(x, data):
+        lists = block_lists.lists_of(mask.to(DEVICE), *block, mark=True)
+        return replace(lists, centroids=block_lists.centroids(x, data, block[1]))
+
+    found, lse = low_bit.attention(x, recipe, choose=choose)
+    expected, expected_lse = with_centroids(query, key, value, mask, block)
+    without, _ = low_bit.attention(x, recipe, choose=lambda *_: block_lists.lists_of(mask.to(DEVICE), *block))
+    assert exact.cosine(found, expected) > (0.99999 if recipe is EXACT else 0.999)
+    assert exact.cosine(without, expected) < 0.95
+    assert (lse.double() - expected_lse).abs().max() < (4e-3 if recipe is EXACT else 0.05)
+
+
+@pytest.mark.parametrize("recipe", [EXACT, DEFAULTS[0]], ids=["16-bit", NAMES[0]])
+def test_centroids_of_constant_keys_are_exact(recipe):
+    """A block of equal keys has the same part by its mean, and so dense attention is found whatever is kept."""
+    query, key, value = inputs(length=128, keys=256)
+    key = key[:, ::64].repeat_interleave(64, 1)
+    mask = torch.zeros(1, 2, 2, 4, dtype=torch.bool)
+    mask[..., 1] = True
+
+    def choose(x, data):
+        lists = block_lists.lists_of(mask.to(DEVICE), 64, 64, mark=True)
+        return replace(lists, centroids=block_lists.centroids(x, data, 64))
+
+    found = low_bit.attention(Inputs(query, key, value), recipe, choose=choose)
+    expected, _ = exact.attention(query, key, value, None)
+    assert exact.cosine(found, expected) > (0.99999 if recipe is EXACT else 0.999)
 
 
 def test_tiles_that_do_not_divide_blocks():

@@ -20,13 +20,15 @@ FORMS = {
                                             (True, "head", "interleaved", 128), (True, "all", "interleaved", 128))
     ],
     "attention.block_lists._means": [
-        {"SCALED": scaled, "GROUP": 128, "POOL": 32, "D": 96, "DP": 128} for scaled in (True, False)
+        {"SCALED": scaled, "GROUP": 128, "POOL": 32, "TOKENS": 64, "D": 96, "DP": 128, "DIRECTIONS": not scaled}
+        for scaled in (True, False)
     ],
     "attention.block_lists._scores": [
         {"QS": parts, "KS": parts, "D": 96, "DP": 128, "R": 64 // parts, "C": 64 // parts} for parts in (4, 1)
     ],
     "attention.block_lists._select": [
-        {"RULE": rule, "FORCED": rule == "mass", "WIDTH": 1024} for rule in ("count", "mass", "mask")
+        {"RULE": rule, "FORCED": rule == "mass", "MARK": rule != "count", "WIDTH": 1024}
+        for rule in ("count", "mass", "spread", "mask")
     ],
     "attention.norm._rstd": [{"D": 128, "DP": 128, "HEADS": 16, "TOKENS": 4}],
     "attention.quantize._combine": [{"MEAN": True, "VALUES": True, "D": 96, "DP": 128, "SPLITS": 16}],
@@ -81,7 +83,7 @@ TYPES = {
     **dict.fromkeys(("a_ptr", "ag_ptr", "b_ptr", "bg_ptr", "qo_ptr", "ko_ptr"), "*bf16"),
     **dict.fromkeys(("eps", "softmax_scale_log2", "logit_scale"), "fp32"),
     "packed_ptr": "*u8",
-    "forced_ptr": "*u8",
+    **dict.fromkeys(("forced_ptr", "kept_ptr"), "*u8"),
     **dict.fromkeys(("index_ptr", "count_ptr"), "*i32"),
     "factor": "fp32",
     "scale": "fp32",

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 from tiny import TINY, tensors
 
 from diffusers_accel import accelerate, restore, stats
-from diffusers_accel.features.attention import kernels
-from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, Sparse
+from diffusers_accel.features.attention import sparse
+from diffusers_accel.kernels.attention import KERNELS, AttentionKernel
 from diffusers_accel.kernels.attention.recipe import Recipe
 
 from .requests import _pipeline
+
+
+def _in_small_blocks(config):
+    if config.sparse is None:
+        return None
+    found = replace(config.sparse)
+    object.__setattr__(found, "block", 16)
+    return found
 
 
 def divided(name, parallel):
@@ -29,11 +38,15 @@ def divided(name, parallel):
 
     pipe, entry = _pipeline(name, None, False), TINY[name]
     record = AttentionKernel(name="exact", load=lambda: function, sparse=True, mask=False, key_mask=True, causal=False)
-    settings = {"backend": "sdpa", "layers": {"*.attn1": "exact"}, "sparse": {"keep": 0.34, "min_tokens": 1}}
+    settings = {
+        "backend": "sdpa",
+        "layers": {"*.attn1": "exact"},
+        "sparse": {"keep": 0.34, "min_tokens": 1, "order": "cubes"},
+    }
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.setitem(KERNELS._records, "exact", record)
-        patch.setattr(kernels, "Sparse", lambda **values: Sparse(**{**values, "block": 16}))
+        patch.setattr(sparse, "settings", _in_small_blocks)
         accelerate(pipe, attention=settings)
         alone = [item.clone() for item in tensors(entry.run(pipe, steps=1))]
         accelerate(pipe, attention=settings, parallel=parallel)

@@ -2,6 +2,7 @@
 
 - `layers.py`: the modules that call attention, and the roles that they share.
 - `kernels.py`: the kernels that a configuration's names, globs and shares stand for on a device.
+- `sparse.py`, `token_order.py`: sparse attention, and the place and order of the tokens that it is about.
 - `backends.py`, `processors.py`: the two ways from a stock processor to a dispatcher.
 - Here: the feature's check and its edits. If the configuration depends on the block, layers around the blocks note the
   running block. The compiled code of a block then does not depend on its number.
@@ -25,7 +26,7 @@ from ...errors import Unsupported
 from ...kernels.attention import DISPATCHERS, AttentionDispatcher, Choice, Fastest, margin
 from ..context import Denoiser, PipelineContext
 from ..feature import Plan
-from . import kernels, layers
+from . import kernels, layers, sparse
 from .backends import registered_backend
 from .processors import SetProcessor, rebindable, rebound_processor
 
@@ -76,19 +77,12 @@ def check(context: PipelineContext, config: AttentionConfig) -> Plan:
                         str(denoiser),
                     )
         modules += touched
-        kernels.refuse_sparse(context, denoiser, roles, config)
+        sparse.refuse(context, denoiser, roles, config)
         used: dict[str, Choice] = {}
         for role in roles:
             for backend in dict.fromkeys(role.backends):
                 used[backend] = kernels.choice(denoiser, role, backend, config)
-            sparse = kernels.sparse_of(denoiser, role, config)
-            listed = sum(map(kernels.takes_lists, role.backends))
-            if sparse is not None and listed:
-                some = "" if listed == len(role.backends) else f" in {listed} of {len(role.backends)} layers"
-                notes.append(
-                    f"{denoiser.name}: {role.name}{some} attends to {sparse.keep:.0%} of blocks of {sparse.block} "
-                    f"tokens, chosen by {sparse.selector.name!r}, in calls of {sparse.min_tokens} tokens or more."
-                )
+        notes += sparse.notes(denoiser, roles, config)
         # The kernel is checked for a denoiser without attention layers too.
         used = used or {layers.named(config): kernels.choice(denoiser, None, layers.named(config), config)}
         actions.append(f"{denoiser.name}: {kernels.described(roles, used)}")
@@ -125,10 +119,17 @@ def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
     for denoiser in context.denoisers:
         roles, _ = layers.roles(denoiser, config)
         running, dense = _RunningBlock(), kernels.dense(denoiser, config)
+        settings = sparse.settings(config)
+        chosen = None
+        if settings is not None:
+            chosen = sparse.SparseAttention(denoiser, settings, context, lambda running=running: running.block)  # type: ignore[misc]
+            yield from chosen.edits(context)
         owners = Counter(id(layer.module.processor) for role in roles for layer in role.layers)
         for role in roles:
+            of_role = None if chosen is None else chosen.of(role)
             choices = {
-                name: kernels.choice(denoiser, role, name, config, context) for name in dict.fromkeys(role.backends)
+                name: kernels.choice(denoiser, role, name, config, context, of_role)
+                for name in dict.fromkeys(role.backends)
             }
             by_block = {layer.block: choices[name] for layer, name in zip(role.layers, role.backends, strict=True)}
             # The key of a module outside the blocks is None.
@@ -163,7 +164,8 @@ def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
                     clone: Any = object.__new__(rebound_processor(kind, dispatcher.number, defer, use_operator))
                     vars(clone).update(vars(processor))
                     yield SetProcessor(layer.module, "processor", clone)
-        if config.dense_layers or any(len(set(role.backends)) > 1 for role in roles):
+        # Sparse attention counts by block.
+        if chosen is not None or config.dense_layers or any(len(set(role.backends)) > 1 for role in roles):
             yield from _block_layers(denoiser, context, config, running)
 
 

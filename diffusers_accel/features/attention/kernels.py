@@ -4,16 +4,23 @@ the kernel of dense steps. Also describes choices for `explain`."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from ...config import AttentionConfig
 from ...errors import Unsupported
-from ...kernels.attention import KERNELS, SELECTORS, Call, Choice, Fastest, Fixed, Sparse, Timings, candidates
+from ...kernels.attention import KERNELS, Call, Choice, Fastest, Fixed, Sparse, Timings, candidates
 from ..context import Denoiser, PipelineContext
+from . import sparse as sparse_attention
 from .layers import Role, matches, named
 
 
 def choice(
-    denoiser: Denoiser, role: Role | None, backend: str, config: AttentionConfig, context: PipelineContext | None = None
+    denoiser: Denoiser,
+    role: Role | None,
+    backend: str,
+    config: AttentionConfig,
+    context: PipelineContext | None = None,
+    sparse: Sparse | None = None,
 ) -> Choice:
     """The choice that a kernel's name stands for on a denoiser.
 
@@ -23,12 +30,15 @@ def choice(
         backend: The kernel's name, or `"auto"`.
         config: The section of the configuration.
         context: Receives the measurements of `"auto"` in its statistics; `None` to keep none.
+        sparse: Sparse attention of the role's calls; `None` for dense attention.
 
     Raises:
         Unsupported: The kernel cannot run on the device, or not with the denoiser's dtype and head_dim.
     """
     if backend == "auto":
-        return _fastest(denoiser, config.fidelity == "exact", context)
+        found = _fastest(denoiser, config.fidelity == "exact", context)
+        engine = sparse_attention.engine(denoiser, config) if sparse is not None else None
+        return found if engine is None else replace(found, sparse=sparse, sparse_kernel=engine)
     kernel = KERNELS.get(backend)
     field = _field(denoiser, role, backend, config)
     feature = f"attention{field}={backend!r}"
@@ -41,60 +51,7 @@ def choice(
     if refused is not None:
         where = f" in {role.layers[0].path}" if role is not None else ""
         raise Unsupported(feature, f"{kernel.name} {refused}{where}.", instead, str(denoiser))
-    return Fixed(kernel, sparse_of(denoiser, role, config) if kernel.sparse else None)
-
-
-def takes_lists(backend: str) -> bool:
-    """Whether a kernel's name stands for one that takes lists of blocks."""
-    return backend != "auto" and KERNELS.get(backend).sparse
-
-
-def sparse_of(denoiser: Denoiser, role: Role | None, config: AttentionConfig) -> Sparse | None:
-    """Sparse attention of a role's layers whose kernel takes lists of blocks; `None` if all its calls are dense."""
-    settings = config.sparse
-    if settings is None or role is None or role.name.rpartition(".")[2] not in denoiser.adapter.sparse_attention:
-        return None
-    return Sparse(
-        selector=SELECTORS.get(settings.selector),
-        keep=settings.keep,
-        block=settings.block,
-        min_tokens=settings.min_tokens,
-    )
-
-
-def refuse_sparse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> None:
-    """Refuses sparse attention where no layer would be sparse, and where keys are sharded among ranks.
-
-    Raises:
-        Unsupported: The denoiser's adapter names no layer that may be sparse, no kernel of these takes lists of blocks,
-            or blocks of keys would be chosen within a rank's shard.
-    """
-    if config.sparse is None:
-        return
-    able = [role for role in roles if sparse_of(denoiser, role, config)]
-    if not able:
-        raise Unsupported(
-            "attention.sparse",
-            "no self-attention over the tokens of pictures or frames alone is known in it.",
-            "attention.sparse=None for this model.",
-            str(denoiser),
-        )
-    backends = dict.fromkeys(backend for role in able for backend in role.backends)
-    if not any(map(takes_lists, backends)):
-        raise Unsupported(
-            "attention.sparse",
-            f"{', '.join(map(repr, backends))} takes no lists of blocks.",
-            "attention.backend='sage-fp8', 'sage' or 'qk16pv8', or sparse=None.",
-            str(denoiser),
-        )
-    parallel = context.config.parallel if context.config is not None else None
-    if parallel is not None and parallel.partial:
-        raise Unsupported(
-            "attention.sparse",
-            "parallel.ring and parallel.attn2d shard the keys, and blocks would be chosen within each shard.",
-            "parallel.ulysses, which shards heads, or attention.sparse=None.",
-            str(denoiser),
-        )
+    return Fixed(kernel, sparse if kernel.sparse else None)
 
 
 def _field(denoiser: Denoiser, role: Role | None, backend: str, config: AttentionConfig) -> str:

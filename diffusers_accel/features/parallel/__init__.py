@@ -233,7 +233,7 @@ def _context_parallel(
     context: PipelineContext, denoiser: Denoiser, mesh: Mesh, config: ParallelConfig
 ) -> Iterator[Edit]:
     """Layers around one denoiser and its blocks, and the context parallelism of its attention modules."""
-    adapter, plan = denoiser.adapter, denoiser.adapter.sequence
+    plan = denoiser.adapter.sequence
     assert plan is not None
     sharding = SequenceSharding(denoiser, plan, mesh.sequence())
     ulysses = mesh.group("ulysses")
@@ -250,14 +250,4 @@ def _context_parallel(
     )
     for name, attends in plan.attention.items():
         context.outputs.context_parallel[denoiser.name, name] = ShardedAttention(sharding, attends, context_parallel)
-    yield AddLayer(denoiser.module, context.rank("sequence sharding"), sharding.around_denoiser)
-    for stack in (*adapter.side_stacks, *adapter.stacks):
-        blocks = stack.blocks(denoiser.module)
-        for block in blocks:
-            last = stack is adapter.stacks[-1] and block is blocks[-1]
-            yield AddLayer(
-                block, context.rank("sequence sharding of a block"), sharding.around_block(stack, block, last)
-            )
-    if plan.gathered_before is not None:
-        module = denoiser.module.get_submodule(plan.gathered_before)
-        yield AddLayer(module, context.rank("sequence sharding of a block"), sharding.before_module)
+    yield from sharding.edits(context, "sequence sharding", "sequence sharding of a block")

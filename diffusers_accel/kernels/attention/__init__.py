@@ -9,7 +9,8 @@ Importing this package registers the records and imports no kernel package. The 
   same idea as operators of compiled graphs. `qk_norm_rope.py`: norm and rotation alone, in Triton.
 - `context_parallel.py`: attention over a sequence that is sharded among ranks. `ulysses.py`: its all-to-all over
   symmetric memory; `peer_writes.py`: the Triton kernels of that.
-- `sparse.py`: sparse attention, and the rules that choose blocks of keys. `block_lists.py`: its Triton kernels.
+- `sparse.py`: sparse attention of a role's calls. `selectors.py`: the rules that score blocks of keys, and
+  `register_sparse`. `token_grid.py`: orders of tokens and places of blocks. `block_lists.py`: Triton kernels of these.
 - `recipe.py`: the rounding of 8-bit attention, with plain references. Its Triton kernels, which only loaders import:
   `rows.py`, `norm.py`, `quantize.py`, `low_bit.py`.
 """
@@ -24,7 +25,9 @@ from .dispatch import DISPATCHERS, AttentionDispatcher, dispatch
 from .fused_qk_norm_rope import apply_rope, fused_qk_norm_rope_attention
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
-from .sparse import SELECTORS, Selector, Sparse, register_sparse
+from .selectors import SELECTORS, Selector, register_sparse
+from .sparse import KeptBlocks, Sparse
+from .token_grid import Span
 from .ulysses import Operand, UlyssesAllToAll
 
 __all__ = [
@@ -40,9 +43,11 @@ __all__ = [
     "Fastest",
     "Fixed",
     "Inputs",
+    "KeptBlocks",
     "Layout",
     "Operand",
     "Selector",
+    "Span",
     "Sparse",
     "ContextParallelAttention",
     "Timings",

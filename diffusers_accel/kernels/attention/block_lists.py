@@ -31,6 +31,9 @@ class BlockLists:
         query_block: Queries of a block.
         key_block: Keys of a block.
         even: Whether all counts are equal.
+        kept: uint8 (batch, heads, query blocks, key blocks), 1 for a kept block; `None` if it was not asked for.
+        centroids: The means of the blocks of keys and of values, which stand for the blocks that are not kept. `None`
+            leaves these blocks out.
     """
 
     indices: torch.Tensor
@@ -38,29 +41,44 @@ class BlockLists:
     query_block: int
     key_block: int
     even: bool = False
+    kept: torch.Tensor | None = None
+    centroids: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @on_its_device
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "means"])
 def _means(
-    x_ptr, scale_ptr, out_ptr, s_b, s_s, s_h, length, heads, factor,
-    SCALED: tl.constexpr, GROUP: tl.constexpr, POOL: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    x_ptr, scale_ptr, out_ptr, s_b, s_s, s_h, length, means, heads, factor,
+    SCALED: tl.constexpr, GROUP: tl.constexpr, POOL: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, DIRECTIONS: tl.constexpr,
 ):  # fmt: skip
-    """The mean of POOL neighbouring tokens, times a factor. Program (mean, batch x head). SCALED: the values are
-    rounded, and GROUP tokens share a scale."""
-    group, index = tl.program_id(0), tl.program_id(1)
-    rows, d = group * POOL + tl.arange(0, POOL), tl.arange(0, DP)
+    """The means of POOL neighbouring tokens, times a factor. Program (TOKENS tokens, batch x head). SCALED: the values
+    are rounded, and GROUP tokens share a scale. DIRECTIONS: each token is divided by its length first."""
+    index = tl.program_id(1)
+    rows, d = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, DP)
     at = x_ptr + (index // heads).to(tl.int64) * s_b + index % heads * s_h
     inside = (rows < length)[:, None] & (d < D)[None, :]
     x = tl.load(at + rows.to(tl.int64)[:, None] * s_s + d[None, :], mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         scales = scale_ptr + index.to(tl.int64) * tl.cdiv(length, GROUP)
         x = x * tl.load(scales + rows // GROUP, mask=rows < length, other=0.0)[:, None]
-    mean = tl.sum(x, 0) * (factor / tl.minimum(length - group * POOL, POOL))
-    tl.store(out_ptr + (index.to(tl.int64) * tl.num_programs(0) + group) * D + d, mean, mask=d < D)
+    if DIRECTIONS:
+        x = x * tl.rsqrt(tl.maximum(tl.sum(x * x, 1), 1e-20))[:, None]
+    group = tl.program_id(0) * (TOKENS // POOL) + tl.arange(0, TOKENS // POOL)
+    number = tl.maximum(tl.minimum(length - group * POOL, POOL), 1)
+    mean = tl.sum(x.reshape(TOKENS // POOL, POOL, DP), 1) * (factor / number)[:, None]
+    to = out_ptr + (index.to(tl.int64) * means + group)[:, None] * D + d[None, :]
+    tl.store(to, mean, mask=(group < means)[:, None] & (d < D)[None, :])
 
 
-def means(x: torch.Tensor, size: int, scale: torch.Tensor | None = None, factor: float = 1.0) -> torch.Tensor:
+def means(
+    x: torch.Tensor,
+    size: int,
+    scale: torch.Tensor | None = None,
+    factor: float = 1.0,
+    *,
+    directions: bool = False,
+) -> torch.Tensor:
     """The means of neighbouring tokens.
 
     Args:
@@ -69,6 +87,7 @@ def means(x: torch.Tensor, size: int, scale: torch.Tensor | None = None, factor:
         scale: float32 (batch, heads, scales): the factors of rounded values, each for as many neighbours; `None` for
             values that are not rounded.
         factor: Factor of the means.
+        directions: Whether each token is divided by its length first, so that no scale matters.
 
     Returns:
         float32 (batch, heads, means, head_dim).
@@ -77,10 +96,11 @@ def means(x: torch.Tensor, size: int, scale: torch.Tensor | None = None, factor:
     groups = triton.cdiv(length, size)
     out = torch.empty((batch, heads, groups, dim), dtype=torch.float32, device=x.device)
     each = 1 if scale is None else shared_by(length, scale.shape[2])
-    _means[(groups, batch * heads)](
-        x, out if scale is None else scale, out, x.stride(0), x.stride(2), x.stride(1), length, heads, factor,
-        SCALED=scale is not None, GROUP=each, POOL=size, D=dim, DP=triton.next_power_of_2(dim),
-        num_warps=max(1, min(4, size // 16)),
+    tokens = max(size, 64)
+    _means[(triton.cdiv(length, tokens), batch * heads)](
+        x, out if scale is None else scale, out, x.stride(0), x.stride(2), x.stride(1), length, groups, heads, factor,
+        SCALED=scale is not None, GROUP=each, POOL=size, TOKENS=tokens, D=dim, DP=triton.next_power_of_2(dim),
+        DIRECTIONS=directions, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -103,6 +123,42 @@ def operand_means(x: Inputs, data: Quantized, queries: int, keys: int) -> tuple[
     # The scale of a rounded query has the softmax scale and log2(e) within it.
     factor = 1 / (x.softmax_scale * LOG2E)
     return means(data.query, queries, data.query_scale, factor), means(data.key, keys, data.key_scale)
+
+
+def centroids(x: Inputs, data: Quantized, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The means of each block of keys and of values. A block whose keys are equal has the same part in attention by its
+    mean, with the number of its tokens as weight.
+
+    Args:
+        x: The call.
+        data: Its operands, rounded or not.
+        block: Number of keys of a block, a power of two.
+
+    Returns:
+        Means of the rounded keys and means of the values over the value's scales, (batch, kv_heads, blocks, head_dim)
+        each, in the dtype of the call.
+    """
+    rounded = data.key.element_size() == 1
+    keys = means(data.key, block, data.key_scale if rounded else None)
+    values = means(x.value.transpose(1, 2), block)
+    if data.value.element_size() == 1:
+        # The kernel multiplies its sum by these scales.
+        values = values / data.value_scale.view(*values.shape[:2], 1, -1)
+    return keys.to(x.value.dtype), values.to(x.value.dtype)
+
+
+def self_similarity(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The mean cosine between all pairs of tokens of a block: the squared length of the mean of their directions.
+
+    Args:
+        x: (batch, heads, sequence, head_dim) with contiguous channels; a floating dtype, int8 or e4m3 whose scales are
+            shared by tokens of a block, or by one token each.
+        size: Number of tokens of a block, a power of two. The last block may have fewer.
+
+    Returns:
+        float32 (batch, heads, blocks).
+    """
+    return means(x, size, directions=True).square().sum(-1)
 
 
 def shared_by(length: int, scales: int) -> int:
@@ -180,11 +236,12 @@ def _ordered(x):
 @on_its_device
 @triton.jit(do_not_specialize=["columns", "rows"])
 def _select(
-    score_ptr, forced_ptr, budget_ptr, index_ptr, count_ptr, rows, columns,
-    RULE: tl.constexpr, FORCED: tl.constexpr, WIDTH: tl.constexpr,
+    score_ptr, forced_ptr, budget_ptr, index_ptr, count_ptr, kept_ptr, rows, columns,
+    RULE: tl.constexpr, FORCED: tl.constexpr, MARK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One row's kept blocks. Program (row of all heads). RULE: "count" keeps the highest scores, as many as the budget;
-    "mass" the highest ones whose softmax sums to the budget; "mask" those that are not zero."""
+    "mass" the highest ones whose softmax sums to the budget; "spread" those above the row's mean by so many standard
+    deviations, and the highest one; "mask" those that are not zero. A score of infinity is always kept."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, WIDTH)
     inside = c < columns
@@ -192,30 +249,43 @@ def _select(
         kept = tl.load(score_ptr + row * columns + c, mask=inside, other=0) != 0
     else:
         score = tl.load(score_ptr + row * columns + c, mask=inside, other=-float("inf")).to(tl.float32)
-        always = c < 0
+        always = score == float("inf")
         if FORCED:
-            always = tl.load(forced_ptr + row % rows * columns + c, mask=inside, other=0) != 0
+            always = always | (tl.load(forced_ptr + row % rows * columns + c, mask=inside, other=0) != 0)
+        finite = inside & (score != float("inf"))
         budget = tl.load(budget_ptr + row // rows)
-        if RULE == "mass":
-            top = tl.max(score, 0)
-            weight = tl.where(inside, tl.exp(score - top), 0.0)
-            weight = weight / tl.sum(weight, 0)
+        if RULE == "spread":
+            number = tl.maximum(tl.sum(finite.to(tl.float32), 0), 1.0)
+            known = tl.where(finite, score, 0.0)
+            mean = tl.sum(known, 0) / number
+            away = tl.where(finite, score - mean, 0.0)
+            deviation = tl.sqrt(tl.sum(away * away, 0) / number)
+            top = tl.max(tl.where(finite, score, -float("inf")), 0)
+            kept = finite & ((score > mean + budget * deviation) | (score == top))
         else:
-            weight = tl.where(inside, 1.0, 0.0)
-        # Blocks that are kept anyway come first, and count.
-        value = _ordered(tl.where(always, float("inf"), score))
-        threshold = tl.zeros([1], tl.uint32)
-        for place in tl.static_range(32):
-            tried = threshold | (1 << (31 - place))
-            reached = tl.sum(tl.where(value >= tried, weight, 0.0), 0)
-            threshold = tl.where(reached >= budget, tried, threshold)
-        kept = inside & (value > threshold)
-        equal = inside & (value == threshold)
-        if RULE == "count":
-            # Of equal scores the first ones, up to the budget.
-            left = budget - tl.sum(kept.to(tl.float32), 0)
-            equal = equal & (tl.cumsum(equal.to(tl.int32), 0).to(tl.float32) <= left)
-        kept = kept | equal | (always & inside)
+            if RULE == "mass":
+                top = tl.max(tl.where(finite, score, -float("inf")), 0)
+                weight = tl.where(finite, tl.exp(score - top), 0.0)
+                weight = weight / tl.maximum(tl.sum(weight, 0), 1e-30)
+            else:
+                weight = tl.where(inside, 1.0, 0.0)
+            # Blocks that are kept anyway come first, and count.
+            value = _ordered(tl.where(always, float("inf"), score))
+            threshold = tl.zeros([1], tl.uint32)
+            for place in tl.static_range(32):
+                tried = threshold | (1 << (31 - place))
+                reached = tl.sum(tl.where(value >= tried, weight, 0.0), 0)
+                threshold = tl.where(reached >= budget, tried, threshold)
+            kept = inside & (value > threshold)
+            equal = inside & (value == threshold)
+            if RULE == "count":
+                # Of equal scores the first ones, up to the budget.
+                left = budget - tl.sum(kept.to(tl.float32), 0)
+                equal = equal & (tl.cumsum(equal.to(tl.int32), 0).to(tl.float32) <= left)
+            kept = kept | equal
+        kept = kept | (always & inside)
+    if MARK:
+        tl.store(kept_ptr + row * columns + c, kept.to(tl.uint8), mask=inside)
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(index_ptr + row * columns + place, c, mask=kept)
     tl.store(count_ptr + row, tl.sum(kept.to(tl.int32), 0))
@@ -229,32 +299,36 @@ def select(
     *,
     rule: str = "count",
     forced: torch.Tensor | None = None,
+    mark: bool = False,
 ) -> BlockLists:
-    """Keeps the blocks with the highest scores.
+    """Keeps the blocks with the highest scores. A block with a score of infinity is always kept.
 
     Args:
         scores: (batch, heads, query blocks, key blocks), of any floating dtype. Logits for the rule `"mass"`.
         budget: float32 (batch * heads,). The number of blocks of each row for `"count"`, blocks that are kept anyway
-            included; their share of the softmax, between 0 and 1, for `"mass"`.
+            included; their share of the softmax, between 0 and 1, for `"mass"`; the number of standard deviations above
+            the row's mean for `"spread"`.
         query_block: Queries of a block.
         key_block: Keys of a block.
-        rule: `"count"` or `"mass"`.
+        rule: `"count"`, `"mass"` or `"spread"`.
         forced: bool (query blocks, key blocks), the blocks that are kept whatever their score.
+        mark: Whether the lists have `kept` too.
     """
     scores = scores.contiguous()
-    kept = None if forced is None else forced.to(torch.uint8).contiguous()
-    return _launch(scores, budget, kept, rule, query_block, key_block)
+    always = None if forced is None else forced.to(torch.uint8).contiguous()
+    return _launch(scores, budget, always, rule, query_block, key_block, mark)
 
 
-def lists_of(mask: torch.Tensor, query_block: int, key_block: int) -> BlockLists:
+def lists_of(mask: torch.Tensor, query_block: int, key_block: int, *, mark: bool = False) -> BlockLists:
     """The lists of a mask.
 
     Args:
         mask: bool (batch, heads, query blocks, key blocks), True for a block that is kept.
         query_block: Queries of a block.
         key_block: Keys of a block.
+        mark: Whether the lists have `kept` too.
     """
-    return _launch(mask.to(torch.uint8).contiguous(), None, None, "mask", query_block, key_block)
+    return _launch(mask.to(torch.uint8).contiguous(), None, None, "mask", query_block, key_block, mark)
 
 
 def _launch(
@@ -264,16 +338,19 @@ def _launch(
     rule: str,
     query_block: int,
     key_block: int,
+    mark: bool,
 ) -> BlockLists:
     batch, heads, rows, columns = scores.shape
+    kept = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device) if mark else None
     indices = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=scores.device)
     width = triton.next_power_of_2(columns)
     _select[(batch * heads * rows,)](
-        scores, scores if forced is None else forced, scores if budget is None else budget, indices, counts, rows,
-        columns, RULE=rule, FORCED=forced is not None, WIDTH=width, num_warps=max(1, min(8, width // 256)),
+        scores, scores if forced is None else forced, scores if budget is None else budget, indices, counts,
+        counts if kept is None else kept, rows, columns, RULE=rule, FORCED=forced is not None, MARK=mark, WIDTH=width,
+        num_warps=max(1, min(8, width // 256)),
     )  # fmt: skip
-    return BlockLists(indices, counts, query_block, key_block, even=rule == "count" and forced is None)
+    return BlockLists(indices, counts, query_block, key_block, even=rule == "count" and forced is None, kept=kept)
 
 
 def long_first(counts: torch.Tensor) -> torch.Tensor:

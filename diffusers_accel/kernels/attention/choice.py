@@ -56,6 +56,11 @@ class Choice(Protocol):
         """Sparse attention of the calls that it takes; `None` for dense attention."""
         ...
 
+    @property
+    def sparse_kernel(self) -> AttentionKernel | None:
+        """The kernel of sparse calls; `None` without any."""
+        ...
+
 
 @dataclass(frozen=True)
 class Fixed:
@@ -71,6 +76,10 @@ class Fixed:
     def kernels(self) -> tuple[AttentionKernel, ...]:
         return (self.kernel,)
 
+    @property
+    def sparse_kernel(self) -> AttentionKernel | None:
+        return None if self.sparse is None else self.kernel
+
 
 @dataclass
 class Fastest:
@@ -81,12 +90,15 @@ class Fastest:
             that supports the call is picked.
         timings: The kept measurements.
         measured: Class of shapes -> kernel -> seconds, for this pipeline. The pipeline's statistics own it.
+        sparse: Sparse attention of the calls that it takes; `None` for dense attention.
+        sparse_kernel: The kernel of sparse calls; `None` without any.
     """
 
     kernels: tuple[AttentionKernel, ...]
     timings: Timings
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
-    sparse: None = field(default=None, init=False)
+    sparse: Sparse | None = None
+    sparse_kernel: AttentionKernel | None = None
 
     def pick(self, call: Call, run: Callable[[AttentionKernel], Any], shape: str) -> AttentionKernel:
         able = [kernel for kernel in self.kernels if kernel.refuses(call) is None]

@@ -83,19 +83,22 @@ class AttentionDispatcher:
 
         call = Call.of(fused)
         choice = self.select()
-        kernel = choice.kernels[0]
-        if len(choice.kernels) > 1:
-            kernel = choice.pick(call, run, shape_class(fused, call))
+        sparse, kernel = choice.sparse, choice.kernels[0]
+        if sparse is not None and choice.sparse_kernel is not None and sparse.takes(inputs):
+            kernel = choice.sparse_kernel
+        elif len(choice.kernels) > 1:
+            sparse, kernel = None, choice.pick(call, run, shape_class(fused, call))
+        else:
+            sparse = None
         reason = kernel.refuses(call)
         if reason is not None:
             if reason not in self._warned:
                 self._warned.add(reason)
                 warnings.warn(f"attention {kernel.name!r} {reason}: such calls run on 'sdpa'.", stacklevel=2)
-            kernel = KERNELS.get("sdpa")
-        sparse = choice.sparse
-        if sparse is not None and kernel.sparse and sparse.takes(inputs):
+            sparse, kernel = None, KERNELS.get("sdpa")
+        if sparse is not None:
             inputs, fused = replace(inputs, sparse=sparse), replace(fused, sparse=sparse)
-            self.counts[f"{kernel.name}, {sparse.share(inputs.query.shape[1]):.0%} of blocks"] += 1
+            self.counts[f"{kernel.name}, {sparse.label(inputs.key.shape[1])}"] += 1
         else:
             self.counts[kernel.name] += 1
         return run(kernel)

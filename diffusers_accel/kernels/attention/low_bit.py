@@ -109,19 +109,50 @@ def _add_values(
         return tl.dot(p.to(v_desc.dtype), v, acc * factor[:, None])
 
 
+@triton.jit
+def _add_centroids(
+    q, row_scale, top, total, acc, kept_ptr, k_mean_ptr, v_mean_ptr, k_len,
+    PV: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    """The part of key tiles that are not listed, by their means: the running maximum, sum and result."""
+    LIFT: tl.constexpr = _P_SCALE if PV == 1 else 0.0
+    WIDTH: tl.constexpr = 32
+    tiles, d = tl.cdiv(k_len, N), tl.arange(0, DP)
+    for first in tl.range(0, tiles, WIDTH, num_stages=1):
+        at = first + tl.arange(0, WIDTH)
+        inside = (at < tiles)[:, None] & (d < D)[None, :]
+        k = tl.load(k_mean_ptr + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        left_out = tl.load(kept_ptr + at, mask=at < tiles, other=1) == 0
+        # exp(s) of each of a tile's keys: the number of keys is a term of the exponent.
+        number = tl.log2(tl.maximum(tl.minimum(k_len - at * N, N), 1).to(tl.float32))
+        s = tl.dot(q.to(k.dtype), k.T) * row_scale[:, None] + number[None, :]
+        s = tl.where(left_out[None, :], s, -float("inf"))
+        raised = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(raised == -float("inf"), 0.0, raised)
+        p = tl.exp2(s - (base - LIFT)[:, None])
+        factor = tl.exp2(top - base)
+        v = tl.load(v_mean_ptr + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+        acc = acc * factor[:, None] + tl.dot(p.to(v.dtype), v)
+        total = total * factor[:, None] + tl.sum(p.reshape(p.shape[0], WIDTH // 8, 8), 1)
+        top = raised
+    return top, total, acc
+
+
 @on_its_device
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _attention(
     q_desc, k_desc, v_desc, o_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, correction_ptr, lse_ptr,
-    index_ptr, count_ptr, order_ptr, logit_scale, q_len, k_len, query_blocks, heads, groups,
+    index_ptr, count_ptr, order_ptr, kept_ptr, k_mean_ptr, v_mean_ptr,
+    logit_scale, q_len, k_len, query_blocks, heads, groups,
     QK: tl.constexpr, PV: tl.constexpr, KB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PREFETCH_LOGITS: tl.constexpr,
     TAIL: tl.constexpr, BIAS: tl.constexpr, BLOCK_SPARSE: tl.constexpr, ORDERED: tl.constexpr,
-    LSE: tl.constexpr, CORRECT_LSE: tl.constexpr,
+    CENTROIDS: tl.constexpr, LSE: tl.constexpr, CORRECT_LSE: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of M queries, batch x head). QK: 0 int8, 1 e4m3, 2 as it is; PV: 0 as it is, 1 e4m3. BLOCK_SPARSE:
     the number of tiles that share a list of key tiles, 0 for all keys; program (tile of all heads), in the order of
-    `order_ptr` if ORDERED."""
+    `order_ptr` if ORDERED. CENTROIDS: the means of the key tiles that are not listed take part, each as many times as
+    the tile has keys."""
     if BLOCK_SPARSE > 0:
         place = tl.program_id(0) // BLOCK_SPARSE
         if ORDERED:
@@ -155,6 +186,13 @@ def _attention(
             tail = tl.load(listed + count - 1, mask=count > 0, other=0) == full
             count -= tail.to(tl.int32)
         tile = tl.load(listed, mask=count > 0, other=0)
+        if CENTROIDS:
+            top, total, acc = _add_centroids(
+                q, row_scale, top, total, acc, kept_ptr + place.to(tl.int64) * tl.cdiv(k_len, N),
+                k_mean_ptr + (b * kv_heads + hk).to(tl.int64) * tl.cdiv(k_len, N) * D,
+                v_mean_ptr + (b * kv_heads + hk).to(tl.int64) * tl.cdiv(k_len, N) * D,
+                k_len, PV, N, D, DP,
+            )  # fmt: skip
         if PREFETCH_LOGITS:
             if count > 0:
                 k = k_desc.load([b, hk, tile * N, 0]).reshape(N, DP)
@@ -371,6 +409,7 @@ def attention(
     padded, m, n = padded_dim(dim), tile.queries, tile.keys
     unused = data.query_scale
     indices, counts, order, shared, query_blocks = unused, unused, unused, 0, 0
+    kept, k_means, v_means, replaced = unused, unused, unused, False
     grid: tuple[int, ...] = (triton.cdiv(q_len, m), batch * heads)
     if lists is not None:
         shared = lists.query_block // m
@@ -379,6 +418,8 @@ def attention(
         indices, counts, query_blocks = lists.indices, lists.counts, lists.counts.shape[2]
         order = counts if lists.even else long_first(counts)
         grid = (counts.numel() * shared,)
+        if lists.centroids is not None and lists.kept is not None:
+            kept, (k_means, v_means), replaced = lists.kept, lists.centroids, True
     _attention[grid](
         tensor_descriptor(q, [1, 1, m, padded]),
         tensor_descriptor(k, [1, 1, n, padded]),
@@ -388,11 +429,12 @@ def attention(
         unused if bias is None else bias.contiguous(),
         unused if data.lse_correction is None else data.lse_correction,
         unused if lse is None else lse,
-        indices, counts, order, x.softmax_scale * LOG2E, q_len, k_len, query_blocks, heads, heads // kv_heads,
+        indices, counts, order, kept, k_means, v_means,
+        x.softmax_scale * LOG2E, q_len, k_len, query_blocks, heads, heads // kv_heads,
         QK={"int8": 0, "fp8": 1, None: 2}[recipe.qk], PV=int(bool(recipe.pv)), KB=recipe.k_block or n,
         D=dim, DP=padded, M=m, N=n, STAGES=tile.stages, PREFETCH_LOGITS=tile.prefetch_logits,
         TAIL=k_len % n != 0, BIAS=bias is not None, BLOCK_SPARSE=shared, ORDERED=lists is not None and not lists.even,
-        LSE=lse is not None, CORRECT_LSE=data.lse_correction is not None,
+        CENTROIDS=replaced, LSE=lse is not None, CORRECT_LSE=data.lse_correction is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return (out, lse) if x.return_lse else out

@@ -1,4 +1,5 @@
-"""The 8-bit attention of this package, a record for each backend and recipe: `"sage"`, `"sage-fp8"`, `"qk16pv8"`.
+"""The attention kernels of this package in Triton: a record for each 8-bit backend and recipe, `"sage"`, `"sage-fp8"`,
+`"qk16pv8"`, and the 16-bit kernel `"triton"`, which rounds nothing and takes lists of blocks.
 
 The name of a backend alone stands for its first recipe. Another recipe follows a slash: `"sage-fp8/fp8-1-4-1"`.
 """
@@ -40,13 +41,15 @@ def _record(name: str, recipe: Recipe) -> AttentionKernel:
         key_mask=True,
         causal=False,
         lse=True,
-        exact=False,
+        exact=recipe.qk is None and recipe.pv is None,
         fuses_qk_norm_rope=recipe.qk is not None,
         sparse=True,
-        auto="/" not in name,
+        auto="/" not in name and name != "triton",
     )
 
 
+# Dense calls have faster kernels, so that only its name, or sparse attention, takes it.
+KERNELS.add("triton", _record("triton", Recipe(qk=None, k_block=0, pv=None)))
 for _backend, _recipes in RECIPES.items():
     for _place, (_name, _recipe) in enumerate(_recipes.items()):
         KERNELS.add(f"{_backend}/{_name}", _record(f"{_backend}/{_name}", _recipe))

@@ -1,48 +1,99 @@
-"""Sparse attention: which blocks of keys each block of queries attends to, and the records of rules that choose them.
+"""Sparse attention of a role's calls: which calls are sparse, and the lists of key blocks that a rule gives them.
 
-A call's tokens form blocks in the order that the model has them. A selector scores all pairs of blocks from means of
-their tokens, and each block of queries attends to the highest scores. Kernels that take lists of key blocks call
-`Sparse.choose` with their operands. Importing this module needs no Triton.
+A call's tokens form blocks in the order that they come in. A rule (`selectors.py`) scores all pairs of blocks, and each
+block of queries attends to the highest scores. Blocks with tokens of text or sound are always kept, and their queries
+attend to everything. Kernels that take lists call `Sparse.choose` with their operands. Importing this module needs no
+Triton.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...core.registry import Registry
+from . import token_grid
 from .record import Inputs
+from .selectors import Blocks, Selector, no_similarity
+from .token_grid import Span
 
 if TYPE_CHECKING:
     from .block_lists import BlockLists
     from .quantize import Quantized
 
+# How many blocks of keys a block of queries keeps: a share of them, the fewest with a share of the softmax, or those
+# above the mean by so many standard deviations.
+KEEP, TOP_P, TAU = "keep", "top_p", "tau"
+# Layers whose numbers of kept blocks are told apart.
+_LAYERS = 1024
+_RULES = {KEEP: "count", TOP_P: "mass", TAU: "spread"}
 
-# (means of queries, means of keys, softmax scale) -> scores; see `register_sparse`.
-Scores = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
+@dataclass(eq=False)
+class KeptBlocks:
+    """Shares of pairs of blocks that are computed, by layer and denoiser call. Shares that depend on values are summed
+    on the GPU, so that replays of CUDA graphs count too.
 
-@dataclass(frozen=True, kw_only=True)
-class Selector:
-    """A rule that scores pairs of blocks.
+    A layer and a call are tuples that begin with the denoiser's name.
 
     Attributes:
-        name: Its name in a configuration.
-        parts: Parts of a block whose means it reads, a power of two. The last block may have fewer.
-        scores: From means of queries, float32 (batch, heads, means, head_dim), means of keys, float32 (batch, kv_heads,
-            means, head_dim), and the softmax scale: scores, (batch, heads, query blocks, key blocks), of any floating
-            dtype.
+        fixed: Layer -> share, where it depends on no value.
+        calls: The sparse denoiser calls of the request.
     """
 
-    name: str
-    parts: int
-    scores: Scores
+    fixed: dict[Any, float] = field(default_factory=dict)
+    calls: list[tuple[Any, dict[torch.device, torch.Tensor]]] = field(default_factory=list)
+    _sums: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    _rows: dict[Any, int] = field(default_factory=dict)
+    _before: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, layer: Any, counts: torch.Tensor, columns: int) -> None:
+        """Adds the counts of a call's lists, without a read.
+
+        Args:
+            layer: The layer, by any name.
+            counts: int32 (batch, heads, query blocks).
+            columns: Number of key blocks.
+        """
+        device = counts.device
+        if device not in self._sums:
+            self._sums[device] = torch.zeros(_LAYERS, 2, dtype=torch.int64, device=device)
+        sums = self._sums[device][self._rows.setdefault(layer, len(self._rows) % _LAYERS)]
+        sums[0] += counts.sum(dtype=torch.int64)
+        sums[1] += counts.numel() * columns
+
+    def end_call(self, call: Any) -> None:
+        """Notes the sums after a sparse denoiser call, by its name."""
+        self.calls.append((call, {device: sums.clone() for device, sums in self._sums.items()}))
+
+    def clear(self) -> None:
+        """Forgets all calls, as a request begins."""
+        self.calls.clear()
+        # Graphs write to the sums, which therefore stay.
+        self._before = {device: sums.clone() for device, sums in self._sums.items()}
+
+    def shares(self) -> dict[Any, dict[Any, float]]:
+        """Call -> layer -> share of the pairs of blocks that were computed. Reads from the GPU."""
+        found: dict[Any, dict[Any, float]] = {}
+        before = {device: sums.cpu() for device, sums in self._before.items()}
+        for call, sums in self.calls:
+            shares = found.setdefault(call, {})
+            shares |= {layer: share for layer, share in self.fixed.items() if layer[0] == call[0]}
+            for device, each in sums.items():
+                now = each.cpu()
+                kept, every = (now - before.get(device, torch.zeros_like(now))).unbind(1)
+                shares |= {layer: float(kept[row] / every[row]) for layer, row in self._rows.items() if every[row]}
+                before[device] = now
+        return found
 
 
-SELECTORS: Registry[Selector] = Registry("selector of sparse attention", "register_sparse")
+def whole_sequence(queries: int, keys: int) -> Span | None:
+    """The place of a call whose tokens are all of one row of blocks, as without a denoiser; `None` if its queries and
+    keys are not the same tokens."""
+    return Span((1, 1, queries)) if queries == keys else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,31 +102,55 @@ class Sparse:
 
     Attributes:
         selector: The rule.
-        keep: Share of the blocks of keys that each block of queries attends to.
+        rule: How many blocks are kept: `"keep"`, `"top_p"` or `"tau"`.
+        amount: The share of the blocks for `"keep"`, the share of the softmax for `"top_p"`, or the number of standard
+            deviations for `"tau"`.
         block: Tokens of a block.
-        min_tokens: Number of tokens from which on a call is sparse.
+        centroids: Whether the mean of each block that is not kept stands for it.
+        min_tokens: Number of tokens of pictures or frames from which on a call is sparse.
+        by_layer: Layer -> share kept, instead of `amount`; 1 for a dense layer.
+        span: Returns the place of the tokens of pictures or frames, from the numbers of queries and keys of a call;
+            `None` where it is not known, which makes the call dense.
+        layer: Returns the running layer.
+        kept_blocks: Receives the shares of computed blocks; `None` to count nothing.
     """
 
     selector: Selector
-    keep: float
+    rule: str = KEEP
+    amount: float
     block: int
+    centroids: bool = False
     min_tokens: int
+    by_layer: dict[Any, float] = field(default_factory=dict)
+    span: Callable[[int, int], Span | None] = whole_sequence
+    layer: Callable[[], Any] = lambda: None
+    kept_blocks: KeptBlocks | None = None
+    _static: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def takes(self, inputs: Inputs) -> bool:
-        """Whether a call is sparse: its queries and keys are the same tokens, there are enough of them, and none is
-        masked, since a rule could keep blocks that a mask hides."""
-        tokens = inputs.query.shape[1]
+        """Whether a call is sparse: it has enough tokens of pictures or frames, and their place is known. A call with a
+        mask is dense, since a rule could keep blocks that the mask hides."""
         if inputs.attn_mask is not None or inputs.is_causal:
             return False
-        return tokens == inputs.key.shape[1] and tokens >= self.min_tokens and self.kept(tokens) < self._blocks(tokens)
+        keys = inputs.key.shape[1]
+        span = self.span(inputs.query.shape[1], keys)
+        if span is None or span.tokens < self.min_tokens:
+            return False
+        kept = self.kept(keys)
+        return kept is None or kept < self._blocks(keys)
 
-    def kept(self, tokens: int) -> int:
-        """The number of key blocks that each block of queries attends to."""
-        return max(1, round(self.keep * self._blocks(tokens)))
+    def kept(self, keys: int) -> int | None:
+        """The number of key blocks that each block of queries attends to in the running layer; `None` if it depends on
+        values."""
+        rule, amount = self._amount()
+        return max(1, round(amount * self._blocks(keys))) if rule == KEEP else None
 
-    def share(self, tokens: int) -> float:
-        """The share of pairs of blocks that are computed."""
-        return self.kept(tokens) / self._blocks(tokens)
+    def label(self, keys: int) -> str:
+        """The share of the running layer's blocks, in words."""
+        kept = self.kept(keys)
+        if kept is not None:
+            return f"{kept / self._blocks(keys):.0%} of blocks"
+        return f"blocks by {self.rule} {self.amount:g}"
 
     def choose(self, x: Inputs, data: Quantized) -> BlockLists:
         """The blocks of keys that each block of queries attends to.
@@ -87,70 +162,104 @@ class Sparse:
         Raises:
             ValueError: The rule returned scores of another shape, whose blocks do not exist.
         """
-        from .block_lists import operand_means, select
+        from .block_lists import centroids
 
-        size = self.block // self.selector.parts
-        scores = self.selector.scores(*operand_means(x, data, size, size), x.softmax_scale)
-        batch, heads = x.query.shape[0], x.query.shape[2]
-        expected = (batch, heads, self._blocks(x.query.shape[1]), self._blocks(x.key.shape[1]))
+        lists = self._lists(x, data)
+        self._count(x, lists)
+        return replace(lists, centroids=centroids(x, data, self.block)) if self.centroids else lists
+
+    def _lists(self, x: Inputs, data: Quantized) -> BlockLists:
+        """The lists of a call; those of a rule that reads no values are kept for the next call of its shape."""
+        from .block_lists import select
+
+        batch, heads, device = x.query.shape[0], x.query.shape[2], x.query.device
+        queries, keys = x.query.shape[1], x.key.shape[1]
+        span = self.span(queries, keys)
+        assert span is not None
+        rule, amount = self._amount()
+        key = (batch, heads, queries, keys, span, rule, amount, device)
+        if key in self._static:
+            found: BlockLists = self._static[key]
+            return found
+        scores = self._scores(x, data, span)
+        expected: tuple[int, ...] = (batch, heads, self._blocks(queries), self._blocks(keys))
+        if not self.selector.parts:
+            expected = expected[2:]
         if tuple(scores.shape) != expected or not scores.is_floating_point():
+            names = "(batch, heads, query blocks, key blocks)" if self.selector.parts else "(query blocks, key blocks)"
             raise ValueError(
                 f"The rule registered as {self.selector.name!r} returned {tuple(scores.shape)} {scores.dtype}; it must "
-                f"return {expected} of a floating dtype, which is (batch, heads, query blocks, key blocks)."
+                f"return {expected} of a floating dtype, which is {names}."
             )
-        budget = torch.full((batch * heads,), float(self.kept(x.key.shape[1])), device=x.query.device)
-        return select(scores, budget, self.block, self.block)
+        if not self.selector.parts:
+            scores = scores.expand(batch, heads, -1, -1)
+        kept = self.kept(keys)
+        budget = torch.full((batch * heads,), float(amount if kept is None else kept), device=device)
+        lists = select(
+            scores.nan_to_num(0.0) if not self.selector.logits else scores,
+            budget, self.block, self.block, rule=_RULES[rule], forced=_others(span, queries, keys, self.block, device),
+            mark=self.centroids,
+        )  # fmt: skip
+        if not self.selector.parts:
+            self._static[key] = lists
+        return lists
+
+    def _scores(self, x: Inputs, data: Quantized, span: Span) -> torch.Tensor:
+        from .block_lists import operand_means, self_similarity
+
+        parts, device = self.selector.parts, x.query.device
+        query_means = key_means = None
+        similarity: Callable[[], Any] = no_similarity
+        if parts:
+            size = max(1, self.block // parts)
+            query_means, key_means = operand_means(x, data, size, size)
+            similarity = functools.partial(_similarities, data, self.block, self_similarity)
+        query_centers, key_centers = (
+            token_grid.centers(span.grid, span.order, span.block, before, total, self.block, device)
+            for before, total in ((span.queries, x.query.shape[1]), (span.keys, x.key.shape[1]))
+        )
+        known = Blocks(
+            query_means=query_means,
+            key_means=key_means,
+            scale=x.softmax_scale,
+            parts=parts,
+            grid=span.grid,
+            query_centers=query_centers,
+            key_centers=key_centers,
+            kept=self.kept(x.key.shape[1]),
+            similarity=similarity,
+        )
+        return self.selector.scores(known)
+
+    def _amount(self) -> tuple[str, float]:
+        layer = self.layer() if self.by_layer else None
+        return (KEEP, self.by_layer[layer]) if layer in self.by_layer else (self.rule, self.amount)
+
+    def _count(self, x: Inputs, lists: BlockLists) -> None:
+        if self.kept_blocks is None:
+            return
+        columns = self._blocks(x.key.shape[1])
+        if lists.even:
+            self.kept_blocks.fixed[self.layer()] = (self.kept(x.key.shape[1]) or 0) / columns
+        else:
+            self.kept_blocks.add(self.layer(), lists.counts, columns)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.block)
 
 
-def _block_scores(parts: int) -> Scores:
-    def scores(query_means: torch.Tensor, key_means: torch.Tensor, scale: float) -> torch.Tensor:
-        from .block_lists import block_scores
-
-        return block_scores(query_means, key_means, parts, parts, scale)
-
-    return scores
+def _similarities(data: Quantized, block: int, of: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return of(data.query, block), of(data.key, block)
 
 
-def _nearest(query_means: torch.Tensor, key_means: torch.Tensor, scale: float) -> torch.Tensor:
-    """The nearest blocks in the order of the tokens, whatever they hold."""
-    rows = torch.arange(query_means.shape[2], device=query_means.device)
-    columns = torch.arange(key_means.shape[2], device=query_means.device)
-    near = -(rows[:, None] - columns[None, :]).abs().float()
-    return near.expand(*query_means.shape[:2], -1, -1)
-
-
-for _selector in (
-    # Sub-blocks: the log of the sum of exp over 4 x 4 logits between means of quarters of the blocks.
-    Selector(name="sub-blocks", parts=4, scores=_block_scores(4)),
-    Selector(name="means", parts=1, scores=_block_scores(1)),
-    Selector(name="window", parts=1, scores=_nearest),
-):
-    SELECTORS.add(_selector.name, _selector)
-
-
-def register_sparse(name: str, function: Any = None, *, replace: bool = False, parts: int = 1) -> Any:
-    """Registers a user's rule under a name that `attention.sparse` accepts. Also usable as a decorator.
-
-    Args:
-        name: The name in a configuration.
-        function: `fn(query_means, key_means, scale)`. `query_means`: float32 (batch, heads, means, head_dim).
-            `key_means`: float32 (batch, kv_heads, means, head_dim). `scale`: the softmax scale. It returns scores,
-            (batch, heads, query blocks, key blocks); the highest of each row are kept. It must not read a value on the
-            host: CUDA graphs record it.
-        replace: Whether to replace a registered rule of that name.
-        parts: Parts of a block whose means it reads: 1, 2, 4 or 8.
-
-    Raises:
-        ValueError: The name is taken, or `parts` is none of these. A call raises it for scores of another shape.
-    """
-    if parts not in (1, 2, 4, 8):
-        raise ValueError(f"register_sparse: parts is 1, 2, 4 or 8, got {parts!r}.")
-
-    def register(function: Scores) -> Scores:
-        SELECTORS.add(name, Selector(name=name, parts=parts, scores=function), replace)
-        return function
-
-    return register if function is None else register(function)
+@functools.lru_cache(maxsize=64)
+def _others(span: Span, queries: int, keys: int, block: int, device: torch.device) -> torch.Tensor | None:
+    """The pairs of blocks with a token outside the grid: bool (query blocks, key blocks); `None` if there is none."""
+    sides = []
+    for before, total in ((span.queries, queries), (span.keys, keys)):
+        outside = torch.ones(total, dtype=torch.bool)
+        outside[before : before + span.tokens] = False
+        sides.append(torch.stack([part.any() for part in outside.split(block)]))
+    if not sides[0].any() and not sides[1].any():
+        return None
+    return (sides[0][:, None] | sides[1][None, :]).to(device)

@@ -1,0 +1,110 @@
+"""Checks of sparse attention on a GPU, in the stock Wan pipeline of wan-shapes with 4,096 tokens.
+
+Each row is a configuration beside the same one without it: CUDA graphs, streamed weights and both (bit for bit, and
+equal shares of blocks by step), compiled blocks and step caching (PSNR). Lists of all blocks are compared with dense
+attention on the same kernel.
+
+    python benchmarks/check_sparse.py      # check-gpu-sparse.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+
+from diffusers_accel import accelerate, demo, restore, stats
+
+CALL: dict[str, Any] = {"height": 256, "width": 256, "num_frames": 61, "num_inference_steps": 8}
+PROMPT = "a large red circle moving right, on a striped dark background"
+RULES: dict[str, dict[str, Any]] = {
+    "count": {"keep": 0.34, "block": 64, "order": "cubes", "centroids": True, "dense_steps": 0.25},
+    "spread": {"selector": "means", "tau": 0.5, "block": 64, "order": "morton", "centroids": True},
+    "mass": {"top_p": 0.5, "block": 32, "dense_until": 0.8},
+    "static": {"selector": "radial", "keep": 0.25, "block": 128},
+    "bands": {"selector": "bands", "keep": 0.25, "block": 64},
+}
+BESIDE: dict[str, tuple[dict[str, Any], float]] = {
+    "graphs": ({"cuda_graph": True}, float("inf")),
+    "offload": ({"offload": {"level": 3}}, float("inf")),
+    "graphs, offload": ({"cuda_graph": True, "offload": {"level": 3}}, float("inf")),
+    "compiled": ({"compile": True}, 20.0),
+    "compiled, graphs": ({"compile": True, "cuda_graph": True}, 20.0),
+}
+
+
+def psnr(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return -10 * float((found - expected).square().mean().log10()) if (found != expected).any() else float("inf")
+
+
+def check() -> tuple[dict[str, Any], list[str]]:
+    """The figures of each row, and what is wrong."""
+    pipe = demo.load("wan-shapes", torch.bfloat16).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+
+    def run() -> torch.Tensor:
+        generator = torch.Generator("cpu").manual_seed(0)
+        arguments = {**demo.CHECKPOINTS["wan-shapes"].arguments, **CALL}
+        return pipe(PROMPT, generator=generator, output_type="latent", **arguments).frames.float().cpu()
+
+    found: dict[str, Any] = {}
+    wrong: list[str] = []
+
+    def note(name: str, figures: dict[str, Any], good: bool) -> None:
+        found[name] = figures
+        print(name, figures, flush=True)
+        if not good:
+            wrong.append(f"{name}: {figures}")
+
+    stock = run()
+    for backend in ("triton", "sage-fp8"):
+        attention = {"backend": backend, "cross_attention": "sdpa"}
+        accelerate(pipe, attention=attention)
+        dense = run()
+        whole = {"selector": "means", "tau": -10.0, "block": 64, "min_tokens": 1, "centroids": True}
+        accelerate(pipe, attention={**attention, "sparse": whole})
+        same = psnr(run(), dense)
+        note(f"{backend}, all blocks", {"psnr": same, "shares": stats(pipe).sparse_by_step}, same > 40)
+        for rule, sparse in RULES.items():
+            settings = {"attention": {**attention, "sparse": {**sparse, "min_tokens": 1}}}
+            accelerate(pipe, **settings)
+            expected, shares = run(), stats(pipe).sparse_by_step
+            note(f"{backend}, {rule}", {"psnr against dense": psnr(expected, dense), "shares": shares}, bool(shares))
+            for name, (beside, least) in BESIDE.items():
+                if backend != "triton" and name not in ("graphs", "compiled, graphs"):
+                    continue
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    accelerate(pipe, **settings, **beside)
+                results = [run(), run()]
+                figures = {
+                    "psnr": [psnr(each, expected) for each in results], "shares": stats(pipe).sparse_by_step,
+                    "replays": stats(pipe).graph_replays,
+                }  # fmt: skip
+                equal = all(abs(figures["shares"].get(step, -1) - share) < 1e-3 for step, share in shares.items())
+                replayed = "graphs" not in name or figures["replays"] > 0
+                good = min(figures["psnr"]) >= least and (equal or least < 100) and replayed
+                note(f"{backend}, {rule}, {name}", figures, good)
+    restore(pipe)
+    same = psnr(run(), stock)
+    note("restored", {"psnr": same}, same == float("inf"))
+    return found, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result")
+    options = parser.parse_args()
+    found, wrong = check()
+    print(measure.write("check-gpu-sparse", {"rows": found, "wrong": wrong}, options.out))
+    print("\n".join(wrong))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Sparse attention of a denoiser: which layers, calls and steps are sparse, by which rule, and with what share.
+
+Owns the reading of `SparseConfig`, its refusals, and the state of a denoiser that sparse calls share: the place and
+order of tokens, the dense phase, and the shares that `stats` reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ...config import AttentionConfig, SparseConfig
+from ...core.edits import Edit
+from ...core.noise import noise_fractions
+from ...errors import Unsupported
+from ...kernels.attention import KERNELS, SELECTORS, AttentionKernel, KeptBlocks, Sparse
+from ...kernels.attention.sparse import KEEP, TAU, TOP_P
+from ..context import Denoiser, PipelineContext
+from .layers import Role, matches
+from .token_order import TokenOrder
+
+# The kernels of sparse calls where `backend="auto"` chooses: by fidelity, the first that can run.
+_ENGINES = {"exact": ("triton",), "8bit": ("sage-fp8", "sage", "triton")}
+
+
+class SparseAttention:
+    """Sparse attention of one denoiser.
+
+    Args:
+        denoiser: The denoiser.
+        config: The section, with its rule resolved.
+        context: The pipeline.
+        layer: Returns the running block; `None` outside of blocks.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        config: SparseConfig,
+        context: PipelineContext,
+        layer: Callable[[], int | None] = lambda: None,
+    ):
+        self.denoiser, self.config = denoiser, config
+        self.kept: KeptBlocks = context.stats.kept_blocks
+        self.dense = dense_phase(context, config)
+        self._layer = layer
+        self._order = TokenOrder(denoiser, context, config.order, config.block, self.dense, self.kept)
+
+    def edits(self, context: PipelineContext) -> Iterator[Edit]:
+        """The layers that order tokens."""
+        if self.config.dense_steps or self.config.dense_until is not None:
+            context.outputs.graph_keys.append(self.dense)
+        yield from self._order.edits(context, "token order", "token order of a block")
+
+    def of(self, role: Role) -> Sparse | None:
+        """Sparse attention of a role's layers; `None` if they are dense."""
+        name = role.name.rpartition(".")[2]
+        if not is_visual(self.denoiser, role):
+            return None
+        plan = self.denoiser.adapter.sequence
+        assert plan is not None
+        attends = plan.attention[name]
+        return rule_of(
+            self.denoiser,
+            role,
+            self.config,
+            span=lambda queries, keys: None if self.dense() else self._order.span(attends, queries, keys),
+            layer=lambda: (self.denoiser.name, role.name, self._layer()),
+            kept_blocks=self.kept,
+        )
+
+
+def settings(config: AttentionConfig) -> SparseConfig | None:
+    """The section with its rule resolved; `None` if all attention is dense."""
+    return None if config.sparse is None else config.sparse.resolved()
+
+
+def is_visual(denoiser: Denoiser, role: Role) -> bool:
+    """Whether a role's layers are self-attention of pictures or frames whose place among the tokens is known."""
+    visual, plan = denoiser.adapter.visual, denoiser.adapter.sequence
+    name = role.name.rpartition(".")[2]
+    return visual is not None and plan is not None and name in visual.attention and name in plan.attention
+
+
+def rule_of(denoiser: Denoiser, role: Role, config: SparseConfig, **running: Any) -> Sparse:
+    """The rule of a role's layers.
+
+    Args:
+        denoiser: The denoiser.
+        role: The role.
+        config: The section, with its rule resolved.
+        running: The attributes of `Sparse` that know the running call.
+    """
+    amounts = {TOP_P: config.top_p, TAU: config.tau}
+    rule, amount = next(((name, value) for name, value in amounts.items() if value is not None), (KEEP, config.share))
+    blocks = denoiser.adapter.blocks(denoiser.module)
+    dense = math.ceil(config.dense_layers * len(blocks))
+    by_layer: dict[Any, float] = {}
+    for layer in role.layers:
+        for glob, keep in (config.layers or {}).items():
+            if matches(denoiser, layer.path, glob):
+                by_layer.setdefault((denoiser.name, role.name, layer.block), keep)
+        if layer.block is not None and layer.block < dense:
+            by_layer[denoiser.name, role.name, layer.block] = 1.0
+    return Sparse(
+        selector=SELECTORS.get(config.selector),
+        rule=rule,
+        amount=float(amount),
+        block=config.block,
+        centroids=config.centroids,
+        min_tokens=config.min_tokens,
+        by_layer=by_layer,
+        **running,
+    )
+
+
+def dense_phase(context: PipelineContext, config: SparseConfig) -> Callable[[], bool]:
+    """A function that says whether the running step is dense: one of the first, or one with much noise."""
+    known: dict[int, list[float] | None] = {}
+
+    def dense() -> bool:
+        if not config.dense_steps and config.dense_until is None:
+            return False
+        state = context.clock.current
+        if state is None or state.step is None:
+            return True  # an unknown step counts as a dense one
+        if state.step - state.first < math.ceil(config.dense_steps * (state.total - state.first)):
+            return True
+        if config.dense_until is None:
+            return False
+        if state.request not in known:
+            known.clear()
+            known[state.request] = noise_fractions(context.clock.scheduler)
+        noise = known[state.request]
+        return noise is None or state.step >= len(noise) or noise[state.step] >= config.dense_until
+
+    return dense
+
+
+def engine(denoiser: Denoiser, config: AttentionConfig) -> AttentionKernel | None:
+    """The kernel of sparse calls where `"auto"` chooses that of dense ones; `None` if none can run on the device."""
+    for name in _ENGINES[config.fidelity]:
+        if KERNELS.get(name).missing(denoiser.device) is None:
+            return KERNELS.get(name)
+    return None
+
+
+def takes_lists(denoiser: Denoiser, config: AttentionConfig, backend: str) -> bool:
+    """Whether a kernel's name stands for one that takes lists of blocks."""
+    return engine(denoiser, config) is not None if backend == "auto" else KERNELS.get(backend).sparse
+
+
+def refuse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> None:
+    """Refuses sparse attention where no layer would be sparse, and where keys are sharded among ranks.
+
+    Raises:
+        Unsupported: The denoiser's adapter does not say where the tokens of pictures or frames are, no kernel of these
+            takes lists of blocks, a glob of `layers` matches no sparse layer, or blocks of keys would be chosen within
+            a rank's shard.
+    """
+    found = settings(config)
+    if found is None:
+        return
+    able = [role for role in roles if is_visual(denoiser, role)]
+    if not able:
+        raise Unsupported(
+            "attention.sparse",
+            "the places of picture and video tokens in its self-attention are not known.",
+            "attention.sparse=None for this model.",
+            str(denoiser),
+        )
+    if found.top_p is not None and not SELECTORS.get(found.selector).logits:
+        able_rules = ", ".join(repr(name) for name in SELECTORS if SELECTORS.get(name).logits)
+        raise Unsupported(
+            "attention.sparse.top_p",
+            f"scores of {found.selector!r} are no logits, so that a share of their softmax means nothing.",
+            f"keep or tau, or one of the rules {able_rules}.",
+            str(denoiser),
+        )
+    backends = dict.fromkeys(backend for role in able for backend in role.backends)
+    if not any(takes_lists(denoiser, config, backend) for backend in backends):
+        raise Unsupported(
+            "attention.sparse",
+            f"{', '.join(map(repr, backends))} takes no lists of blocks on {denoiser.device}.",
+            "attention.backend='sage-fp8', 'sage', 'qk16pv8' or 'triton' on a CUDA device, or sparse=None.",
+            str(denoiser),
+        )
+    for glob in found.layers or {}:
+        if not any(matches(denoiser, layer.path, glob) for role in able for layer in role.layers):
+            raise Unsupported(
+                f"attention.sparse.layers[{glob!r}]",
+                "it matches no layer that may be sparse.",
+                f"a glob over names like {able[0].layers[0].path!r}.",
+                str(denoiser),
+            )
+    parallel = context.config.parallel if context.config is not None else None
+    if parallel is not None and parallel.partial:
+        raise Unsupported(
+            "attention.sparse",
+            "parallel.ring and parallel.attn2d shard the keys, and blocks would be chosen within each shard.",
+            "parallel.ulysses, which shards heads, or attention.sparse=None.",
+            str(denoiser),
+        )
+
+
+def notes(denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> list[str]:
+    """Sparse attention in words: one sentence for each role, and one for the dense phase."""
+    found = settings(config)
+    if found is None:
+        return []
+    lines = []
+    for role in roles:
+        listed = [takes_lists(denoiser, config, backend) for backend in role.backends]
+        if not is_visual(denoiser, role) or not any(listed):
+            continue
+        some = "" if all(listed) else f" in {sum(listed)} of {len(listed)} layers"
+        lines.append(
+            f"{denoiser.name}: {role.name}{some} attends to {found.described()}, in calls of {found.min_tokens} "
+            "picture or video tokens or more; shorter calls are dense."
+        )
+    if lines and (phase := dense_parts(found)):
+        lines.append(f"{denoiser.name}: {phase} stay dense.")
+    return lines
+
+
+def dense_parts(config: SparseConfig) -> str:
+    """The dense steps and layers, in words."""
+    parts = []
+    if config.dense_steps:
+        parts.append(f"the first {config.dense_steps:.0%} of steps")
+    if config.dense_until is not None:
+        parts.append(f"steps with a noise level of {config.dense_until:g} or more")
+    if config.dense_layers:
+        parts.append(f"the first {config.dense_layers:.0%} of blocks")
+    return " and ".join(parts)
