@@ -85,6 +85,12 @@ class SparseConfig(Section):
         False,
         "Whether blocks that are not kept take part by the mean of their keys and of their values, with their number.",
     )
+    refresh: int = option(
+        1,
+        "Number of steps that share a choice of blocks, of each layer and guidance branch. 1 chooses in every step.",
+        minimum=1,
+        maximum=1000,
+    )
     dense_steps: float = option(
         0.0, "Share of the steps, at the beginning, that are dense; between 0 and 1.", minimum=0, maximum=1
     )

@@ -31,6 +31,7 @@ from diffusers_accel.kernels.attention import KERNELS, SELECTORS, AttentionKerne
 from diffusers_accel.kernels.attention.recipe import Recipe
 from diffusers_accel.kernels.attention.token_grid import cube
 from diffusers_accel.models import adapter_for
+from diffusers_accel.sessions import session_of
 
 pytest.importorskip("triton")
 BLOCK = 16
@@ -60,7 +61,25 @@ SPARSE = {
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    """The kernel `"exact"`, which takes lists of blocks and any dtype, and blocks of 16 tokens."""
+    """The kernel `"exact"`, which takes lists of blocks, and blocks of 16 tokens. It masks what the lists leave out, as
+    the engine does."""
+
+    def function(x):
+        if x.sparse is None:
+            return sdpa(x)
+        lists = x.sparse.choose(x, SimpleNamespace(query=x.query.transpose(1, 2), key=x.key.transpose(1, 2)))
+        place = torch.arange(lists.indices.shape[3])
+        columns = lists.indices.long().where(place < lists.counts[..., None], torch.tensor(len(place)))
+        mask = torch.zeros(*lists.counts.shape, len(place) + 1, dtype=torch.bool).scatter(-1, columns, True)[..., :-1]
+        mask = mask.repeat_interleave(lists.query_block, 2).repeat_interleave(lists.key_block, 3)
+        return sdpa(x, mask[..., : x.query.shape[1], : x.key.shape[1]])
+
+    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
+    in_blocks(monkeypatch, BLOCK)
+
+
+def by_engine(monkeypatch):
+    """The engine in Triton, of any dtype, as the kernel `"exact"`."""
     from diffusers_accel.kernels.attention.low_bit import attention
 
     def function(x):
@@ -69,7 +88,6 @@ def exact(monkeypatch):
         return attention(x, EXACT, choose=None if x.sparse is None else x.sparse.choose)
 
     monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
-    in_blocks(monkeypatch, BLOCK)
 
 
 def in_blocks(monkeypatch, size):
@@ -195,6 +213,8 @@ def test_families(name, monkeypatch):
     expected = entry.run(pipe, **call)
     assert not same(expected, stock)
     in_blocks(monkeypatch, block)
+    if name in ("wan", "flux"):
+        by_engine(monkeypatch)
     sparse = {"keep": 0.34, "min_tokens": 1, "order": order}
     accelerate(pipe, attention={"backend": "sdpa", "layers": {layers: "exact"}, "sparse": sparse})
     close(entry.run(pipe, **call), expected)
@@ -388,6 +408,51 @@ def test_dense_phases(monkeypatch):
     assert "the first 50% of steps and steps with a noise level of 0.9 or more stay dense" in str(
         explain(pipe, attention={**plain, "sparse": {**sparse, "dense_steps": 0.5, "dense_until": 0.9}})
     )
+
+
+@pytest.mark.parametrize("cache", [None, {"kind": "mask", "mask": [1, 1, 0, 1]}], ids=["", "cache"])
+def test_a_choice_serves_several_steps(cache, monkeypatch):
+    """Of each layer and branch by itself, and not beyond a request; a skipped step chooses nothing."""
+    entry, pipe = TINY["wan"], build("wan")
+    beside = {} if cache is None else {"cache": cache}
+    masks, step, chosen_at = {}, [], []
+
+    def clock():
+        return session_of(pipe).context.clock
+
+    def function(x):
+        state = clock().current
+        if x.query.shape[1] != x.key.shape[1]:
+            return sdpa(x)
+        place = (state.branch, len(step) % 3)
+        step.append(1)
+        if place not in masks or masks[place][0] != state.request or state.step - masks[place][1] >= 2:
+            masks[place] = (state.request, state.step, chosen(x, place_in("wan")(36, 36), 0.34, 4, BLOCK))
+            chosen_at.append((state.request, state.step, *place))
+        return sdpa(x, masks[place][2])
+
+    monkeypatch.setitem(KERNELS._records, "reference", AttentionKernel(name="reference", load=lambda: function))
+    accelerate(pipe, attention={"backend": "sdpa", "layers": {"*attn1": "reference"}}, **beside)
+    entry.run(pipe, steps=1)
+    expected = entry.run(pipe, steps=4)
+    picked = []
+    scores = SELECTORS.get("sub-blocks").scores
+
+    def noted(blocks):
+        state = clock().current
+        picked.append((state.request, state.step, state.branch))
+        return scores(blocks)
+
+    monkeypatch.setattr(SELECTORS, "_records", {**SELECTORS._records, "noted": replace(
+        SELECTORS.get("sub-blocks"), name="noted", scores=noted)})  # fmt: skip
+    sparse = {"selector": "noted", "keep": 0.34, "min_tokens": 1, "refresh": 2}
+    accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse}, **beside)
+    entry.run(pipe, steps=1)
+    close(entry.run(pipe, steps=4), expected)
+    first = chosen_at[0][0] - picked[0][0]
+    assert [(request + first, *rest) for request, *rest in picked] == [each[:3] for each in chosen_at]
+    with pytest.raises(Unsupported, match=r"refresh.*cache='pab'"):
+        accelerate(pipe, attention={"backend": "exact", "sparse": sparse}, cache="pab")
 
 
 def test_shares_by_layer_and_step():

@@ -129,6 +129,21 @@ def test_lists_of_a_mask():
     assert torch.equal(kept(block_lists.lists_of(mask.to(DEVICE), 64, 64), 37), mask)
 
 
+@pytest.mark.parametrize("columns", [5, 32, 70, 200])
+def test_lists_of_bits(columns):
+    """A choice is the same after its bits were written and read."""
+    scores = torch.randn(2, 2, 3, columns, generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    bits = torch.full((2, 2, 3, -(-columns // 32)), -1, dtype=torch.int32, device=DEVICE)
+    tau = torch.zeros(4, device=DEVICE)
+    lists = block_lists.select(scores, tau, 64, 64, rule="spread", bits=bits)
+    found = block_lists.lists_of_bits(bits, columns, 64, 64, mark=True)
+    assert torch.equal(kept(found, columns), kept(lists, columns))
+    assert torch.equal(found.kept.bool().cpu(), kept(lists, columns)) and not found.even
+    # No bit beyond the last block.
+    ones = sum(((bits.long() & 0xFFFFFFFF) >> place) & 1 for place in range(32)).sum(-1)
+    assert torch.equal(ones.cpu(), lists.counts.long().cpu())
+
+
 def test_long_rows_first():
     counts = torch.tensor([[[3, 100, 4, 101, 0, 50]]], dtype=torch.int32, device=DEVICE)
     assert block_lists.long_first(counts).tolist() == [1, 3, 5, 2, 0, 4]

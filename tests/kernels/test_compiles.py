@@ -27,8 +27,8 @@ FORMS = {
         {"QS": parts, "KS": parts, "D": 96, "DP": 128, "R": 64 // parts, "C": 64 // parts} for parts in (4, 1)
     ],
     "attention.block_lists._select": [
-        {"RULE": rule, "FORCED": rule == "mass", "MARK": rule != "count", "WIDTH": 1024}
-        for rule in ("count", "mass", "spread", "mask")
+        {"RULE": rule, "FORCED": rule == "mass", "MARK": rule != "count", "PACK": rule == "spread", "WIDTH": 1024}
+        for rule in ("count", "mass", "spread", "mask", "bits")
     ],
     "attention.norm._rstd": [{"D": 128, "DP": 128, "HEADS": 16, "TOKENS": 4}],
     "attention.quantize._combine": [{"MEAN": True, "VALUES": True, "D": 96, "DP": 128, "SPLITS": 16}],
@@ -84,7 +84,7 @@ TYPES = {
     **dict.fromkeys(("eps", "softmax_scale_log2", "logit_scale"), "fp32"),
     "packed_ptr": "*u8",
     **dict.fromkeys(("forced_ptr", "kept_ptr"), "*u8"),
-    **dict.fromkeys(("index_ptr", "count_ptr"), "*i32"),
+    **dict.fromkeys(("index_ptr", "count_ptr", "bits_ptr"), "*i32"),
     "factor": "fp32",
     "scale": "fp32",
 }
@@ -128,6 +128,8 @@ def main() -> None:
                 outputs = {"out_ptr": "*bf16", "weight_ptr": "*fp8e4nv" if constants["SCALE"] else "*bf16"}
                 outputs |= dict.fromkeys(("bias_ptr", "rows_ptr", "outputs_ptr"), "*bf16")
                 outputs |= dict.fromkeys(("step_ptr", "misses_ptr"), "*i32")
+            if constants.get("RULE") == "bits":
+                outputs = {"score_ptr": "*i32"}
             if constants.get("ROUND") is False:
                 outputs = {"out_ptr": "*bf16"}
             if "INT8" in constants and name == "_round" and not constants["INT8"]:

@@ -14,7 +14,7 @@ from ...config import AttentionConfig, SparseConfig
 from ...core.edits import Edit
 from ...core.noise import noise_fractions
 from ...errors import Unsupported
-from ...kernels.attention import KERNELS, SELECTORS, AttentionKernel, KeptBlocks, Sparse
+from ...kernels.attention import KERNELS, SELECTORS, AttentionKernel, Carried, KeptBlocks, Sparse
 from ...kernels.attention.sparse import KEEP, TAU, TOP_P
 from ..context import Denoiser, PipelineContext
 from .layers import Role, matches
@@ -45,12 +45,18 @@ class SparseAttention:
         self.kept: KeptBlocks = context.stats.kept_blocks
         self.dense = dense_phase(context, config)
         self._layer = layer
-        self._order = TokenOrder(denoiser, context, config.order, config.block, self.dense, self.kept)
+        self.carried = Carried() if config.refresh > 1 else None
+        self._order = TokenOrder(
+            denoiser, context, config.order, config.block, self.dense, self.kept, self.carried, config.refresh
+        )
 
     def edits(self, context: PipelineContext) -> Iterator[Edit]:
         """The layers that order tokens."""
         if self.config.dense_steps or self.config.dense_until is not None:
             context.outputs.graph_keys.append(self.dense)
+        if (carried := self.carried) is not None:
+            # Each branch has bits of its own.
+            context.outputs.graph_keys.append(lambda: (carried.choosing, carried.branch))
         yield from self._order.edits(context, "token order", "token order of a block")
 
     def of(self, role: Role) -> Sparse | None:
@@ -68,6 +74,7 @@ class SparseAttention:
             span=lambda queries, keys: None if self.dense() else self._order.span(attends, queries, keys),
             layer=lambda: (self.denoiser.name, role.name, self._layer()),
             kept_blocks=self.kept,
+            carried=self.carried,
         )
 
 
@@ -194,6 +201,14 @@ def refuse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], conf
                 f"a glob over names like {able[0].layers[0].path!r}.",
                 str(denoiser),
             )
+    cache = context.config.cache if context.config is not None else None
+    if found.refresh > 1 and getattr(cache, "kind", "") == "pab":
+        raise Unsupported(
+            "attention.sparse.refresh",
+            "cache='pab' leaves out attention layers one by one, so that a step may choose for some of them only.",
+            "refresh=1, or another cache.",
+            str(denoiser),
+        )
     parallel = context.config.parallel if context.config is not None else None
     if parallel is not None and parallel.partial:
         raise Unsupported(
@@ -219,6 +234,8 @@ def notes(denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> lis
             f"{denoiser.name}: {role.name}{some} attends to {found.described()}, in calls of {found.min_tokens} "
             "picture or video tokens or more; shorter calls are dense."
         )
+    if lines and found.refresh > 1:
+        lines.append(f"{denoiser.name}: a choice of blocks serves {found.refresh} steps.")
     if lines and (phase := dense_parts(found)):
         lines.append(f"{denoiser.name}: {phase} stay dense.")
     return lines

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ...core.step import Mode, StepState
 from ...errors import Unsupported
-from ...kernels.attention import KeptBlocks, Span, token_grid
+from ...kernels.attention import Carried, KeptBlocks, Span, token_grid
 from ...models.adapter import by_name
 from ...models.sequence import AttentionStreams, TokenDim
 from ..context import Denoiser, PipelineContext
@@ -31,6 +32,8 @@ class TokenOrder(TokenStreams):
         block: Tokens of a block.
         dense: Returns whether all attention of the running call is dense.
         kept: Is told of each sparse call of the denoiser; `None` for no one.
+        carried: Is told which calls choose blocks anew; `None` if all do.
+        refresh: Number of steps that share a choice.
     """
 
     feature = "attention.sparse"
@@ -44,12 +47,16 @@ class TokenOrder(TokenStreams):
         block: int,
         dense: Callable[[], bool] = lambda: False,
         kept: KeptBlocks | None = None,
+        carried: Carried | None = None,
+        refresh: int = 1,
     ):
         plan, visual = denoiser.adapter.sequence, denoiser.adapter.visual
         assert plan is not None and visual is not None
         super().__init__(denoiser, plan)
         self._clock, self._visual, self._order, self._block = context.clock, visual, order, block
-        self._dense, self._kept = dense, kept
+        self._dense, self._kept, self._carried, self._refresh = dense, kept, carried, refresh
+        # Branch -> request and step of the last call that chose blocks.
+        self._chosen: dict[str, tuple[int, int]] = {}
         # (request, shapes of the latents) -> the grid. Replaced as another request begins.
         self._grids: dict[tuple[int | None, tuple[Any, ...]], token_grid.Grid] = {}
         self._grid: token_grid.Grid | None = None
@@ -58,7 +65,14 @@ class TokenOrder(TokenStreams):
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self._clock.current
         self._grid = self._grid_of(by_name(self._names, args, kwargs), None if state is None else state.request)
+        if self._carried is not None:
+            self._carried.choosing = self._chooses(state)
+            self._carried.branch = "" if state is None else state.branch
         out = super().around_denoiser(inner, *args, **kwargs)
+        # A step that a cache skips computes a part of the layers at most: it chooses for none.
+        chose = self._carried is not None and self._carried.choosing and not self._dense()
+        if chose and state is not None and state.step is not None and state.mode is Mode.FULL:
+            self._chosen[state.branch] = (state.request, state.step)
         if self._kept is not None and not self._dense():
             place = (None, "") if state is None else (state.step, state.branch)
             self._kept.end_call((self.denoiser.name, *place))
@@ -86,6 +100,12 @@ class TokenOrder(TokenStreams):
                 return None
             before.append(replicated + sum(lengths[: names.index(stream)]))
         return Span(self._grid, before[0], before[1], self._order, self._block)
+
+    def _chooses(self, state: StepState | None) -> bool:
+        if state is None or state.step is None or state.repeated or state.branch not in self._chosen:
+            return True
+        request, step = self._chosen[state.branch]
+        return request != state.request or not 0 < state.step - step < self._refresh
 
     # --- the walk -----------------------------------------------------------------------------------------------------
 

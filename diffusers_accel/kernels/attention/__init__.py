@@ -26,7 +26,7 @@ from .fused_qk_norm_rope import apply_rope, fused_qk_norm_rope_attention
 from .recipe import RECIPES
 from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
 from .selectors import SELECTORS, Selector, register_sparse
-from .sparse import KeptBlocks, Sparse
+from .sparse import Carried, KeptBlocks, Sparse
 from .token_grid import Span
 from .ulysses import Operand, UlyssesAllToAll
 
@@ -38,6 +38,7 @@ __all__ = [
     "AttentionDispatcher",
     "AttentionKernel",
     "Call",
+    "Carried",
     "Choice",
     "DeferredQK",
     "Fastest",

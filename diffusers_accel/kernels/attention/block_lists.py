@@ -9,7 +9,7 @@ Only the loaders of kernel records import this module: it needs triton.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -236,17 +236,21 @@ def _ordered(x):
 @on_its_device
 @triton.jit(do_not_specialize=["columns", "rows"])
 def _select(
-    score_ptr, forced_ptr, budget_ptr, index_ptr, count_ptr, kept_ptr, rows, columns,
-    RULE: tl.constexpr, FORCED: tl.constexpr, MARK: tl.constexpr, WIDTH: tl.constexpr,
+    score_ptr, forced_ptr, budget_ptr, index_ptr, count_ptr, kept_ptr, bits_ptr, rows, columns,
+    RULE: tl.constexpr, FORCED: tl.constexpr, MARK: tl.constexpr, PACK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One row's kept blocks. Program (row of all heads). RULE: "count" keeps the highest scores, as many as the budget;
     "mass" the highest ones whose softmax sums to the budget; "spread" those above the row's mean by so many standard
-    deviations, and the highest one; "mask" those that are not zero. A score of infinity is always kept."""
+    deviations, and the highest one; "mask" those that are not zero; "bits" those whose bit is set. A score of infinity
+    is always kept. PACK: the bits of the kept blocks are written too."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, WIDTH)
     inside = c < columns
     if RULE == "mask":
         kept = tl.load(score_ptr + row * columns + c, mask=inside, other=0) != 0
+    elif RULE == "bits":
+        word = tl.load(score_ptr + row * tl.cdiv(columns, 32) + c // 32, mask=inside, other=0)
+        kept = ((word >> (c % 32)) & 1) != 0
     else:
         score = tl.load(score_ptr + row * columns + c, mask=inside, other=-float("inf")).to(tl.float32)
         always = score == float("inf")
@@ -286,6 +290,10 @@ def _select(
         kept = kept | (always & inside)
     if MARK:
         tl.store(kept_ptr + row * columns + c, kept.to(tl.uint8), mask=inside)
+    if PACK:
+        words = tl.arange(0, WIDTH // 32)
+        bits = tl.sum(kept.to(tl.int32).reshape(WIDTH // 32, 32) << tl.arange(0, 32)[None, :], 1)
+        tl.store(bits_ptr + row * tl.cdiv(columns, 32) + words, bits, mask=words < tl.cdiv(columns, 32))
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(index_ptr + row * columns + place, c, mask=kept)
     tl.store(count_ptr + row, tl.sum(kept.to(tl.int32), 0))
@@ -300,6 +308,7 @@ def select(
     rule: str = "count",
     forced: torch.Tensor | None = None,
     mark: bool = False,
+    bits: torch.Tensor | None = None,
 ) -> BlockLists:
     """Keeps the blocks with the highest scores. A block with a score of infinity is always kept.
 
@@ -313,10 +322,12 @@ def select(
         rule: `"count"`, `"mass"` or `"spread"`.
         forced: bool (query blocks, key blocks), the blocks that are kept whatever their score.
         mark: Whether the lists have `kept` too.
+        bits: int32 (batch, heads, query blocks, words of 32 key blocks), which receives a bit for each kept block;
+            `None` to write none.
     """
     scores = scores.contiguous()
     always = None if forced is None else forced.to(torch.uint8).contiguous()
-    return _launch(scores, budget, always, rule, query_block, key_block, mark)
+    return _launch(scores, scores.shape, budget, always, rule, query_block, key_block, mark, bits)
 
 
 def lists_of(mask: torch.Tensor, query_block: int, key_block: int, *, mark: bool = False) -> BlockLists:
@@ -328,26 +339,48 @@ def lists_of(mask: torch.Tensor, query_block: int, key_block: int, *, mark: bool
         key_block: Keys of a block.
         mark: Whether the lists have `kept` too.
     """
-    return _launch(mask.to(torch.uint8).contiguous(), None, None, "mask", query_block, key_block, mark)
+    return _launch(
+        mask.to(torch.uint8).contiguous(), mask.shape, None, None, "mask", query_block, key_block, mark, None
+    )
+
+
+def lists_of_bits(
+    bits: torch.Tensor, key_blocks: int, query_block: int, key_block: int, *, even: bool = False, mark: bool = False
+) -> BlockLists:
+    """The lists of bits that `select` has written.
+
+    Args:
+        bits: int32 (batch, heads, query blocks, words of 32 key blocks).
+        key_blocks: Number of key blocks.
+        query_block: Queries of a block.
+        key_block: Keys of a block.
+        even: Whether all rows have as many bits.
+        mark: Whether the lists have `kept` too.
+    """
+    shape = torch.Size((*bits.shape[:3], key_blocks))
+    return replace(_launch(bits, shape, None, None, "bits", query_block, key_block, mark, None), even=even)
 
 
 def _launch(
     scores: torch.Tensor,
+    shape: torch.Size,
     budget: torch.Tensor | None,
     forced: torch.Tensor | None,
     rule: str,
     query_block: int,
     key_block: int,
     mark: bool,
+    bits: torch.Tensor | None,
 ) -> BlockLists:
-    batch, heads, rows, columns = scores.shape
-    kept = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device) if mark else None
-    indices = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    batch, heads, rows, columns = shape
+    kept = torch.empty(shape, dtype=torch.uint8, device=scores.device) if mark else None
+    indices = torch.empty(shape, dtype=torch.int32, device=scores.device)
     counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=scores.device)
-    width = triton.next_power_of_2(columns)
+    width = max(32, triton.next_power_of_2(columns))
     _select[(batch * heads * rows,)](
         scores, scores if forced is None else forced, scores if budget is None else budget, indices, counts,
-        counts if kept is None else kept, rows, columns, RULE=rule, FORCED=forced is not None, MARK=mark, WIDTH=width,
+        counts if kept is None else kept, counts if bits is None else bits, rows, columns, RULE=rule,
+        FORCED=forced is not None, MARK=mark, PACK=bits is not None, WIDTH=width,
         num_warps=max(1, min(8, width // 256)),
     )  # fmt: skip
     return BlockLists(indices, counts, query_block, key_block, even=rule == "count" and forced is None, kept=kept)

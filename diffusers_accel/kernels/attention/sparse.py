@@ -90,6 +90,33 @@ class KeptBlocks:
         return found
 
 
+@dataclass(eq=False)
+class Carried:
+    """Choices of blocks that later steps use again, as a bit for each pair of blocks.
+
+    Attributes:
+        choosing: Whether the running denoiser call chooses anew.
+        branch: The running guidance branch.
+    """
+
+    choosing: bool = True
+    branch: str = ""
+    _bits: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def bits(self, key: Any, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """The bits of a layer's calls in the running branch, int32. CUDA graphs write and read them in place.
+
+        Args:
+            key: Names the layer and the call's shape.
+            shape: (batch, heads, query blocks, words of 32 key blocks).
+            device: The device.
+        """
+        place = (key, self.branch, device)
+        if place not in self._bits:
+            self._bits[place] = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._bits[place]
+
+
 def whole_sequence(queries: int, keys: int) -> Span | None:
     """The place of a call whose tokens are all of one row of blocks, as without a denoiser; `None` if its queries and
     keys are not the same tokens."""
@@ -113,6 +140,7 @@ class Sparse:
             `None` where it is not known, which makes the call dense.
         layer: Returns the running layer.
         kept_blocks: Receives the shares of computed blocks; `None` to count nothing.
+        carried: The choices that later steps use again; `None` if every call chooses.
     """
 
     selector: Selector
@@ -125,6 +153,7 @@ class Sparse:
     span: Callable[[int, int], Span | None] = whole_sequence
     layer: Callable[[], Any] = lambda: None
     kept_blocks: KeptBlocks | None = None
+    carried: Carried | None = None
     _static: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def takes(self, inputs: Inputs) -> bool:
@@ -170,7 +199,7 @@ class Sparse:
 
     def _lists(self, x: Inputs, data: Quantized) -> BlockLists:
         """The lists of a call; those of a rule that reads no values are kept for the next call of its shape."""
-        from .block_lists import select
+        from .block_lists import lists_of_bits, select
 
         batch, heads, device = x.query.shape[0], x.query.shape[2], x.query.device
         queries, keys = x.query.shape[1], x.key.shape[1]
@@ -181,6 +210,16 @@ class Sparse:
         if key in self._static:
             found: BlockLists = self._static[key]
             return found
+        kept, forced = self.kept(keys), _others(span, queries, keys, self.block, device)
+        bits = None
+        if self.carried is not None and self.selector.parts:
+            shape = (batch, heads, self._blocks(queries), -(-self._blocks(keys) // 32))
+            bits = self.carried.bits((self.layer(), *key), shape, device)
+            if not self.carried.choosing:
+                even = kept is not None and forced is None
+                return lists_of_bits(
+                    bits, self._blocks(keys), self.block, self.block, even=even, mark=self.centroids
+                )  # fmt: skip
         scores = self._scores(x, data, span)
         expected: tuple[int, ...] = (batch, heads, self._blocks(queries), self._blocks(keys))
         if not self.selector.parts:
@@ -193,12 +232,10 @@ class Sparse:
             )
         if not self.selector.parts:
             scores = scores.expand(batch, heads, -1, -1)
-        kept = self.kept(keys)
         budget = torch.full((batch * heads,), float(amount if kept is None else kept), device=device)
         lists = select(
             scores.nan_to_num(0.0) if not self.selector.logits else scores,
-            budget, self.block, self.block, rule=_RULES[rule], forced=_others(span, queries, keys, self.block, device),
-            mark=self.centroids,
+            budget, self.block, self.block, rule=_RULES[rule], forced=forced, mark=self.centroids, bits=bits,
         )  # fmt: skip
         if not self.selector.parts:
             self._static[key] = lists
