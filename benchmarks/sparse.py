@@ -77,8 +77,8 @@ def scores(x: Inputs, data: Any, block: tuple[int, int]) -> torch.Tensor:
     return block_scores(query, key, PARTS, PARTS, x.softmax_scale)
 
 
-def kernels() -> dict[str, Any]:
-    """Dense and sparse attention, and the parts of a sparse call."""
+def kernels(out: Path | None) -> dict[str, Any]:
+    """Dense and sparse attention, and the parts of a sparse call; written after each shape."""
     from diffusers_accel.kernels.attention import low_bit
     from diffusers_accel.kernels.attention.block_lists import long_first, operand_means
     from diffusers_accel.kernels.attention.quantize import quantize
@@ -125,6 +125,7 @@ def kernels() -> dict[str, Any]:
             row[f"{backend}, blocks {block[0]} x {block[1]}"] = each
             print(label, backend, block, each, flush=True)
         found[label] = row
+        measure.write("sparse", found, out)
     return found
 
 
@@ -182,8 +183,8 @@ FORWARDS = {
 _8BIT: dict[str, Any] = {"linear": "fp8", "compile": True}
 
 
-def forwards() -> dict[str, Any]:
-    """Seconds of a forward, stock, lossless, in 8 bits, and in 8 bits with sparse attention."""
+def forwards(out: Path | None) -> dict[str, Any]:
+    """Seconds of a forward: stock, lossless, 8 bits, 8 bits with sparse attention. Written after each model."""
     from denoisers import MODELS, build
     from denoisers import inputs as arguments
 
@@ -236,6 +237,7 @@ def forwards() -> dict[str, Any]:
                 each["speed-up over stock"] = round(row["stock"]["seconds"] / each["seconds"], 3)
                 each["40 steps, first 20% dense"] = round(40 * dense / (8 * dense + 32 * each["seconds"]), 3)
         found[f"{name}, {label}"] = row
+        measure.write("sparse-forwards", found, out)
         del pipe
         torch.cuda.empty_cache()
     return found
@@ -248,11 +250,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder for the result")
     options = parser.parse_args()
     if options.forwards:
-        measure.write("sparse-forwards", forwards(), options.out)
+        forwards(options.out)
     elif options.tiles:
         measure.write("sparse-tiles", tiles(), options.out)
     else:
-        measure.write("sparse", kernels(), options.out)
+        kernels(options.out)
 
 
 if __name__ == "__main__":

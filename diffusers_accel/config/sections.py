@@ -38,7 +38,8 @@ class SparseConfig(Section):
     whose tokens differ. `"bands"` (Sparse VideoGen) takes near frames, or one place in all frames, as each head needs.
     Two rules read places alone. `"window"` takes the nearest blocks, `"radial"` (Radial Attention) fewer with each
     doubling of the distance in frames. A name given to `register_sparse` is another rule. `"auto"` sets all fields that
-    have their defaults.
+    have their defaults. `"skip-softmax"` needs no blocks: the kernel computes all logits, and leaves out tiles of keys
+    that are far below the maximum so far.
 
     Raises:
         ConfigError: A value has another type than its field, or is out of its range.
@@ -67,6 +68,13 @@ class SparseConfig(Section):
         fixed share of blocks.""",
         minimum=-10,
         maximum=10,
+    )
+    threshold_scale_factor: float | None = option(
+        None,
+        """For `"skip-softmax"`: this number over the number of keys is the share of the running maximum below which the
+        weights of a tile are left out. `None` is 5000, the example of TensorRT-LLM.""",
+        exclusive_minimum=0,
+        maximum=1e9,
     )
     block: int = option(
         128,
@@ -127,6 +135,19 @@ class SparseConfig(Section):
                 f"{self.section}.{given[1]}: {given[0]}={getattr(self, given[0])} decides how many blocks already. "
                 "Give one of the two."
             )
+        if self.selector != "skip-softmax":
+            if self.threshold_scale_factor is not None:
+                raise ConfigError(
+                    f"{self.section}.threshold_scale_factor: {self.selector!r} has no threshold. Nearest: "
+                    "selector='skip-softmax'."
+                )
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("keep", "top_p", "tau", "block", "order", "centroids", "refresh", "layers"):
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"{self.section}.{name}: 'skip-softmax' chooses no blocks. Nearest: {name}={defaults[name]!r}."
+                )
 
     @classmethod
     def normalize_mapping(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -138,12 +159,8 @@ class SparseConfig(Section):
         if "algorithm" not in values:
             return values
         name, where = values["algorithm"], f"{cls.section}.algorithm"
-        if name == "skip_softmax":
-            raise ConfigError(
-                f"{where}: 'skip_softmax' decides within a tile of a dense kernel, which no kernel here does. Nearest: "
-                "{'selector': 'sub-blocks', 'keep': 0.5}."
-            )
         keys: dict[str, tuple[str, ...]] = {
+            "skip_softmax": ("threshold_scale_factor", "target_sparsity", "disabled_until_timestep"),
             "vsa": ("vsa_sparsity",),
             "sol_attn": ("tau", "thresh_type", "disabled_until_timestep", "dense_layers"),
         }
@@ -155,6 +172,16 @@ class SparseConfig(Section):
                 raise ConfigError(
                     f"{cls.section}: unknown key {shown(key)} of {name!r}. {nearest(str(key), keys[name])}"
                 )
+        if name == "skip_softmax":
+            if given.get("threshold_scale_factor") is None:
+                raise ConfigError(
+                    f"{where}: 'skip_softmax' needs threshold_scale_factor; a target_sparsity is reached by a formula "
+                    "that comes with a checkpoint. Nearest: threshold_scale_factor=5000."
+                )
+            return {
+                "selector": "skip-softmax", "threshold_scale_factor": given["threshold_scale_factor"],
+                "dense_until": given.get("disabled_until_timestep"),
+            }  # fmt: skip
         try:
             if name == "vsa":
                 kept = round(1 - float(given.get("vsa_sparsity", 0.9)), 6)
@@ -172,6 +199,11 @@ class SparseConfig(Section):
         """The share of blocks that `keep` stands for."""
         return 0.5 if self.keep is None else self.keep
 
+    @property
+    def scale_factor(self) -> float:
+        """The factor that `threshold_scale_factor` stands for."""
+        return 5000.0 if self.threshold_scale_factor is None else self.threshold_scale_factor
+
     def resolved(self) -> SparseConfig:
         """The section with the rule that `"auto"` stands for. A field with another value than its default stays."""
         if self.selector != "auto":
@@ -185,6 +217,8 @@ class SparseConfig(Section):
 
     def described(self) -> str:
         """The blocks that are kept, in words."""
+        if self.selector == "skip-softmax":
+            return f"tiles whose weights are not all below {self.scale_factor:g} / keys of the maximum so far"
         count = f"{self.share:.0%} of blocks"
         if self.top_p is not None:
             count = f"the blocks that hold {self.top_p:.0%} of the softmax"

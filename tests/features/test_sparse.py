@@ -335,6 +335,10 @@ def test_what_is_refused():
         accelerate(pipe, attention={"backend": "exact", "sparse": {"layers": {"blocks.9.*": 1.0}}})
     with pytest.raises(ConfigError, match=r"sparse\.tau: keep=0\.3 decides how many blocks already"):
         SparseConfig(keep=0.3, tau=1.0)
+    with pytest.raises(ConfigError, match=r"sparse\.keep: 'skip-softmax' chooses no blocks.*keep=None"):
+        SparseConfig(selector="skip-softmax", keep=0.3)
+    with pytest.raises(ConfigError, match=r"'sub-blocks' has no threshold.*selector='skip-softmax'"):
+        SparseConfig(threshold_scale_factor=3)
     with pytest.raises(Unsupported, match=r"top_p.*'window'.*'sub-blocks'"):
         accelerate(pipe, attention={"backend": "exact", "sparse": {"selector": "window", "top_p": 0.9}})
 
@@ -363,8 +367,12 @@ def test_settings_of_visual_gen():
         selector="means", block=64, order="morton", centroids=True, tau=1.5, dense_until=0.9,
         layers={"*.0.*": 1.0, "*.1.*": 1.0},
     )  # fmt: skip
+    skip = {"algorithm": "skip_softmax", "threshold_scale_factor": 900, "disabled_until_timestep": 0.8}
+    assert AccelConfig(attention={"sparse": skip}).attention.sparse == SparseConfig(
+        selector="skip-softmax", threshold_scale_factor=900, dense_until=0.8
+    )
     for values, message in (
-        ({"algorithm": "skip_softmax", "threshold_scale_factor": 5000}, "which no kernel here does"),
+        ({"algorithm": "skip_softmax", "target_sparsity": 0.5}, "needs threshold_scale_factor"),
         ({"algorithm": "vsb"}, "unknown algorithm 'vsb'.*'vsa'"),
         ({"algorithm": "vsa", "vsa_sparsty": 0.8}, "unknown key 'vsa_sparsty' of 'vsa'.*'vsa_sparsity'"),
         ({"algorithm": "vsa", "vsa_sparsity": "much"}, "expected numbers of 'vsa'"),
@@ -480,6 +488,25 @@ def test_shares_by_layer_and_step():
         assert len(expected) == len(found.branches)
         assert found.sparse_by_layer[f"transformer/{block}.attn1"] == pytest.approx(sum(expected) / len(expected))
     assert "sparse attention" in str(found) and "by layer, in 1 steps" in str(found)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e9])
+def test_tiles_that_are_left_out(factor, monkeypatch):
+    """None of so few keys at a low threshold; at the highest all whose maximum is not a new one, which `stats` says."""
+    monkeypatch.setitem(KERNELS._records, "triton", replace(KERNELS.get("triton"), at_least=None, dtypes=()))
+    entry, pipe = TINY["wan"], build("wan")
+    attention = {"backend": "triton", "cross_attention": "sdpa"}
+    accelerate(pipe, attention=attention)
+    dense = entry.run(pipe, steps=1)
+    sparse = {"selector": "skip-softmax", "threshold_scale_factor": factor, "min_tokens": 1}
+    accelerate(pipe, attention={**attention, "sparse": sparse})
+    found = entry.run(pipe, steps=1)
+    shares = stats(pipe).sparse_by_layer
+    assert len(shares) == 3 and set(stats(pipe).attention_kernels) == {"sdpa", f"triton, blocks by skip {factor:g}"}
+    if factor < 1:
+        close(found, dense)
+        assert set(shares.values()) == {1.0}
+    assert all(0 < share <= 1 for share in shares.values())
 
 
 def test_compiled_blocks():

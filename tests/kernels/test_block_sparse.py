@@ -304,6 +304,47 @@ def test_centroids_of_constant_keys_are_exact(recipe):
     assert exact.cosine(found, expected) > (0.99999 if recipe is EXACT else 0.999)
 
 
+def with_skips(query, key, value, tile, share):
+    """Attention in float64, tile by tile: a tile of keys whose weights are all below a share of the running maximum, in
+    every row of a tile of queries, is left out. Also the number of tiles that are not."""
+    q, k, v = (item.double().transpose(1, 2) for item in (query, key, value))
+    logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) * q.shape[-1] ** -0.5
+    computed = 0
+    for batch in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            for row in range(0, q.shape[2], tile.queries):
+                top = torch.full((min(tile.queries, q.shape[2] - row),), -math.inf, device=q.device).double()
+                for column in range(0, k.shape[2], tile.keys):
+                    part = logits[batch, head, row : row + tile.queries, column : column + tile.keys]
+                    highest = part.amax(-1)
+                    if (highest - top).max() > math.log(share):
+                        top, computed = torch.maximum(top, highest), computed + 1
+                    else:
+                        part.fill_(-math.inf)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return (logits.softmax(-1) @ v).transpose(1, 2), logits.logsumexp(-1), computed
+
+
+@pytest.mark.parametrize("recipe", DEFAULTS, ids=NAMES)
+@pytest.mark.parametrize("share", [1e-30, 0.05, 1.0])
+def test_tiles_far_below_the_maximum(recipe, share):
+    query, key, value = inputs(length=150, keys=400, kv_heads=1)
+    query[..., 0] += 8
+    key[:, 64:192, :, 0] += 8  # two tiles that all queries look at
+    x = Inputs(query, key, value, return_lse=True)
+    tile = low_bit.Tile(32, 64, 4, 2, prefetch_logits=recipe.qk is None)
+    computed = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    found, lse = low_bit.attention(x, recipe, skip=share, computed=computed, tile=tile)
+    expected, expected_lse, number = with_skips(query, key, value, tile, share)
+    every = 2 * 5 * 7
+    assert (number == every) == (share < 1e-20)
+    # Rounded logits may be on the other side of the threshold.
+    assert abs(int(computed) - number) <= (0 if recipe is EXACT or share < 1e-20 else 4)
+    if recipe is EXACT or share < 1e-20:
+        assert exact.cosine(found, expected) > (0.99999 if recipe is EXACT else 0.998)
+        assert (lse.double() - expected_lse).abs().max() < (4e-3 if recipe is EXACT else 0.2)
+
+
 def test_tiles_that_do_not_divide_blocks():
     query, key, value = inputs()
     every = torch.ones(1, 2, 2, 4, dtype=torch.bool, device=DEVICE)

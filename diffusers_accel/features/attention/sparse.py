@@ -15,7 +15,7 @@ from ...core.edits import Edit
 from ...core.noise import noise_fractions
 from ...errors import Unsupported
 from ...kernels.attention import KERNELS, SELECTORS, AttentionKernel, Carried, KeptBlocks, Sparse
-from ...kernels.attention.sparse import KEEP, TAU, TOP_P
+from ...kernels.attention.sparse import KEEP, SKIP, TAU, TOP_P
 from ..context import Denoiser, PipelineContext
 from .layers import Role, matches
 from .token_order import TokenOrder
@@ -101,6 +101,9 @@ def rule_of(denoiser: Denoiser, role: Role, config: SparseConfig, **running: Any
     """
     amounts = {TOP_P: config.top_p, TAU: config.tau}
     rule, amount = next(((name, value) for name, value in amounts.items() if value is not None), (KEEP, config.share))
+    selector = SELECTORS.get(config.selector)
+    if selector.within_tiles:
+        rule, amount = SKIP, config.scale_factor
     blocks = denoiser.adapter.blocks(denoiser.module)
     dense = math.ceil(config.dense_layers * len(blocks))
     by_layer: dict[Any, float] = {}
@@ -111,7 +114,7 @@ def rule_of(denoiser: Denoiser, role: Role, config: SparseConfig, **running: Any
         if layer.block is not None and layer.block < dense:
             by_layer[denoiser.name, role.name, layer.block] = 1.0
     return Sparse(
-        selector=SELECTORS.get(config.selector),
+        selector=selector,
         rule=rule,
         amount=float(amount),
         block=config.block,

@@ -50,14 +50,13 @@ def _logits(q, k, QK: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _softmax(
-    s, top, total, row_scale, key_scale_ptr, bias_ptr, tile, k_len,
-    QK: tl.constexpr, PV: tl.constexpr, KB: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
+def _scale(
+    s, row_scale, key_scale_ptr, bias_ptr, tile, k_len,
+    QK: tl.constexpr, KB: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The weights of one tile, the running maximum (base 2), the running sum, and the factor that rescales older
-    results."""
+    """One tile's logits up to the factors of its rows, these factors, the logits' offsets, and the rows' maxima (base
+    2). With a bias the logits are final."""
     OFFSET: tl.constexpr = _MAGIC if QK == 0 else 0.0
-    LIFT: tl.constexpr = _P_SCALE if PV == 1 else 0.0
     keys = tile * N + tl.arange(0, N)
     low = tl.zeros_like(row_scale)
     if QK != 2:
@@ -76,14 +75,27 @@ def _softmax(
     if BIAS:
         bias = tl.load(bias_ptr + keys, mask=keys < k_len, other=-float("inf"))
         s = s * row_scale[:, None] - low[:, None] + bias[None, :] * 1.4426950408889634
-        raised = tl.maximum(top, tl.max(s, 1))
+        highest = tl.max(s, 1)
+    else:
+        if MASKED:
+            s = tl.where((keys < k_len)[None, :], s, -float("inf"))
+        highest = (tl.max(s, 1) - OFFSET) * row_scale if KB % N == 0 else tl.max(s, 1) * row_scale
+    return s, row_scale, low, highest
+
+
+@triton.jit
+def _accumulate(
+    s, row_scale, low, highest, top, total, acc, v_desc, b, h, tile,
+    QK: tl.constexpr, PV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The running maximum, sum and result with one tile's keys."""
+    LIFT: tl.constexpr = _P_SCALE if PV == 1 else 0.0
+    raised = tl.maximum(top, highest)
+    if BIAS:
         # A row without a key so far has no maximum to subtract.
         base = tl.where(raised == -float("inf"), 0.0, raised)
         p = tl.exp2(s - (base - LIFT)[:, None])
     else:
-        if MASKED:
-            s = tl.where((keys < k_len)[None, :], s, -float("inf"))
-        raised = tl.maximum(top, (tl.max(s, 1) - OFFSET) * row_scale if KB % N == 0 else tl.max(s, 1) * row_scale)
         base = raised
         shift = raised + low - LIFT
         if QK == 0:
@@ -92,21 +104,40 @@ def _softmax(
         p = tl.exp2(s * row_scale[:, None] - shift[:, None])
     factor = tl.exp2(top - base)
     # Sums of each thread's own values: eight columns lie across four threads, which exchange nothing until the end.
-    return p, raised, total * factor[:, None] + tl.sum(p.reshape(p.shape[0], N // 8, 8), 1), factor
-
-
-@triton.jit
-def _add_values(
-    p, acc, factor, v_desc, b, h, tile,
-    PV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
+    total = total * factor[:, None] + tl.sum(p.reshape(M, N // 8, 8), 1)
     if PV == 1:
         v = v_desc.load([b, h, 0, tile * N]).reshape(DP, N)
         p = to_e4m3(p.reshape(M, N // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, N))
-        return acc * factor[:, None] + tl.dot(p, v.T)
+        acc = acc * factor[:, None] + tl.dot(p, v.T)
     else:
         v = v_desc.load([b, h, tile * N, 0]).reshape(N, DP)
-        return tl.dot(p.to(v_desc.dtype), v, acc * factor[:, None])
+        acc = tl.dot(p.to(v_desc.dtype), v, acc * factor[:, None])
+    return raised, total, acc
+
+
+@triton.jit
+def _attend(
+    s, row_scale, top, total, acc, computed, inside, skip, key_scale_ptr, bias_ptr, v_desc, b, h, tile, k_len,
+    QK: tl.constexpr, PV: tl.constexpr, KB: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr,
+    MASKED: tl.constexpr, BIAS: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """The running maximum, sum and result with one tile's keys, and the number of computed tiles. SKIP: a tile is left
+    out if it is below the running maximum by `skip` (base 2, negative) in all rows."""
+    s, row_scale, low, highest = _scale(
+        s, row_scale, key_scale_ptr, bias_ptr, tile, k_len, QK, KB, N, MASKED, BIAS
+    )  # fmt: skip
+    if SKIP:
+        # Rows beyond the last query would keep every tile.
+        if tl.max(tl.where(inside, highest - top, -float("inf")), 0) > skip:
+            top, total, acc = _accumulate(
+                s, row_scale, low, highest, top, total, acc, v_desc, b, h, tile, QK, PV, M, N, DP, BIAS
+            )
+            computed += 1
+    else:
+        top, total, acc = _accumulate(
+            s, row_scale, low, highest, top, total, acc, v_desc, b, h, tile, QK, PV, M, N, DP, BIAS
+        )
+    return top, total, acc, computed
 
 
 @triton.jit
@@ -118,7 +149,7 @@ def _add_centroids(
     LIFT: tl.constexpr = _P_SCALE if PV == 1 else 0.0
     WIDTH: tl.constexpr = 32
     tiles, d = tl.cdiv(k_len, N), tl.arange(0, DP)
-    for first in tl.range(0, tiles, WIDTH, num_stages=1):
+    for first in tl.range(0, tiles, WIDTH, num_stages=3):
         at = first + tl.arange(0, WIDTH)
         inside = (at < tiles)[:, None] & (d < D)[None, :]
         k = tl.load(k_mean_ptr + at[:, None] * D + d[None, :], mask=inside, other=0.0)
@@ -142,17 +173,17 @@ def _add_centroids(
 @triton.jit(do_not_specialize=["q_len", "k_len"])
 def _attention(
     q_desc, k_desc, v_desc, o_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, bias_ptr, correction_ptr, lse_ptr,
-    index_ptr, count_ptr, order_ptr, kept_ptr, k_mean_ptr, v_mean_ptr,
+    index_ptr, count_ptr, order_ptr, kept_ptr, k_mean_ptr, v_mean_ptr, computed_ptr, skip,
     logit_scale, q_len, k_len, query_blocks, heads, groups,
     QK: tl.constexpr, PV: tl.constexpr, KB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PREFETCH_LOGITS: tl.constexpr,
     TAIL: tl.constexpr, BIAS: tl.constexpr, BLOCK_SPARSE: tl.constexpr, ORDERED: tl.constexpr,
-    CENTROIDS: tl.constexpr, LSE: tl.constexpr, CORRECT_LSE: tl.constexpr,
+    CENTROIDS: tl.constexpr, SKIP: tl.constexpr, LSE: tl.constexpr, CORRECT_LSE: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of M queries, batch x head). QK: 0 int8, 1 e4m3, 2 as it is; PV: 0 as it is, 1 e4m3. BLOCK_SPARSE:
     the number of tiles that share a list of key tiles, 0 for all keys; program (tile of all heads), in the order of
     `order_ptr` if ORDERED. CENTROIDS: the means of the key tiles that are not listed take part, each as many times as
-    the tile has keys."""
+    the tile has keys. SKIP: tiles that are below the running maximum by `skip` are left out, and the others counted."""
     if BLOCK_SPARSE > 0:
         place = tl.program_id(0) // BLOCK_SPARSE
         if ORDERED:
@@ -174,6 +205,7 @@ def _attention(
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M, 8], tl.float32)
     acc = tl.zeros([M, DP], tl.float32)
+    computed, inside = 0, rows < q_len
     scales = k_scale_ptr + (b * kv_heads + hk) * tl.cdiv(k_len, KB)
     bias = bias_ptr + b * k_len
     full = k_len // N
@@ -201,34 +233,34 @@ def _attention(
                     next_tile = tl.load(listed + item)
                     k = k_desc.load([b, hk, next_tile * N, 0]).reshape(N, DP)
                     following = _logits(q, k, QK, M, N)
-                    p, top, total, factor = _softmax(
-                        s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
-                    )
-                    acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
+                    top, total, acc, computed = _attend(
+                        s, row_scale, top, total, acc, computed, inside, skip, scales, bias, v_desc, b, hk, tile, k_len,
+                        QK, PV, KB, M, N, DP, False, BIAS, SKIP,
+                    )  # fmt: skip
                     s = following
                     tile = next_tile
-                p, top, total, factor = _softmax(
-                    s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
-                )
-                acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
+                top, total, acc, computed = _attend(
+                    s, row_scale, top, total, acc, computed, inside, skip, scales, bias, v_desc, b, hk, tile, k_len,
+                    QK, PV, KB, M, N, DP, False, BIAS, SKIP,
+                )  # fmt: skip
         else:
             for item in tl.range(0, count, num_stages=STAGES):
                 # The next index is there before its keys are asked for.
                 next_tile = tl.load(listed + item + 1, mask=item + 1 < count, other=0)
                 k = k_desc.load([b, hk, tile * N, 0]).reshape(N, DP)
                 s = _logits(q, k, QK, M, N)
-                p, top, total, factor = _softmax(
-                    s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
-                )
-                acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
+                top, total, acc, computed = _attend(
+                    s, row_scale, top, total, acc, computed, inside, skip, scales, bias, v_desc, b, hk, tile, k_len,
+                    QK, PV, KB, M, N, DP, False, BIAS, SKIP,
+                )  # fmt: skip
                 tile = next_tile
         if tail:
             k = k_desc.load([b, hk, full * N, 0]).reshape(N, DP)
             s = _logits(q, k, QK, M, N)
-            p, top, total, factor = _softmax(
-                s, top, total, row_scale, scales, bias, full, k_len, QK, PV, KB, N, True, BIAS
-            )
-            acc = _add_values(p, acc, factor, v_desc, b, hk, full, PV, M, N, DP)
+            top, total, acc, computed = _attend(
+                s, row_scale, top, total, acc, computed, inside, skip, scales, bias, v_desc, b, hk, full, k_len,
+                QK, PV, KB, M, N, DP, True, BIAS, SKIP,
+            )  # fmt: skip
     else:
         if PREFETCH_LOGITS:
             # The matrix units compute the next tile's logits while this tile's softmax runs.
@@ -238,30 +270,32 @@ def _attention(
                 for tile in tl.range(0, full - 1, num_stages=STAGES):
                     k = k_desc.load([b, hk, (tile + 1) * N, 0]).reshape(N, DP)
                     following = _logits(q, k, QK, M, N)
-                    p, top, total, factor = _softmax(
-                        s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
-                    )
-                    acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
+                    top, total, acc, computed = _attend(
+                        s, row_scale, top, total, acc, computed, inside, skip, scales, bias, v_desc, b, hk, tile, k_len,
+                        QK, PV, KB, M, N, DP, False, BIAS, SKIP,
+                    )  # fmt: skip
                     s = following
-                p, top, total, factor = _softmax(
-                    s, top, total, row_scale, scales, bias, full - 1, k_len, QK, PV, KB, N, False, BIAS
-                )
-                acc = _add_values(p, acc, factor, v_desc, b, hk, full - 1, PV, M, N, DP)
+                top, total, acc, computed = _attend(
+                    s, row_scale, top, total, acc, computed, inside, skip, scales, bias, v_desc, b, hk, full - 1, k_len,
+                    QK, PV, KB, M, N, DP, False, BIAS, SKIP,
+                )  # fmt: skip
         else:
             for tile in tl.range(0, full, num_stages=STAGES):
                 k = k_desc.load([b, hk, tile * N, 0]).reshape(N, DP)
                 s = _logits(q, k, QK, M, N)
-                p, top, total, factor = _softmax(
-                    s, top, total, row_scale, scales, bias, tile, k_len, QK, PV, KB, N, False, BIAS
-                )
-                acc = _add_values(p, acc, factor, v_desc, b, hk, tile, PV, M, N, DP)
+                top, total, acc, computed = _attend(
+                    s, row_scale, top, total, acc, computed, inside, skip, scales, bias, v_desc, b, hk, tile, k_len,
+                    QK, PV, KB, M, N, DP, False, BIAS, SKIP,
+                )  # fmt: skip
         if TAIL:
             k = k_desc.load([b, hk, full * N, 0]).reshape(N, DP)
             s = _logits(q, k, QK, M, N)
-            p, top, total, factor = _softmax(
-                s, top, total, row_scale, scales, bias, full, k_len, QK, PV, KB, N, True, BIAS
-            )
-            acc = _add_values(p, acc, factor, v_desc, b, hk, full, PV, M, N, DP)
+            top, total, acc, computed = _attend(
+                s, row_scale, top, total, acc, computed, inside, skip, scales, bias, v_desc, b, hk, full, k_len,
+                QK, PV, KB, M, N, DP, True, BIAS, SKIP,
+            )  # fmt: skip
+    if SKIP:
+        tl.atomic_add(computed_ptr, computed)
     total = tl.sum(total, 1)
     if LSE:
         LIFT: tl.constexpr = _P_SCALE if PV == 1 else 0.0
@@ -372,11 +406,20 @@ def sparse_tile(recipe: Recipe, head_dim: int, arch: tuple[int, int] | None, que
     return Tile(min(query_block, 64), key_block, 4, 3 if deep else 2, prefetch_logits=recipe.qk is None)
 
 
+def tiles_of(x: Inputs, recipe: Recipe) -> int:
+    """The number of pairs of tiles of a dense call."""
+    (batch, q_len, heads, dim), k_len = x.query.shape, x.key.shape[1]
+    tile = choose_tile(recipe, dim, *_gpu(x.query.device), q_len, batch * heads)
+    return triton.cdiv(q_len, tile.queries) * triton.cdiv(k_len, tile.keys) * batch * heads
+
+
 def attention(
     x: Inputs,
     recipe: Recipe,
     *,
     choose: Callable[[Inputs, Quantized], BlockLists] | None = None,
+    skip: float | None = None,
+    computed: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> Any:
     """Quantizes the operands and computes attention.
@@ -387,6 +430,9 @@ def attention(
         recipe: The rounding of the operands.
         choose: Returns the blocks of keys that each block of queries attends to, from the call and its rounded
             operands. `None` for all keys.
+        skip: Share of the softmax's running maximum below which all weights of a tile of keys are left out; `None` to
+            leave out none. Not with a mask.
+        computed: int32 (1,), to which the number of tiles that are not left out is added, if `skip` is given.
         tile: Tile sizes; `choose_tile` or `sparse_tile` picks them if `None`. With `choose`, they divide the blocks.
 
     Returns:
@@ -429,12 +475,13 @@ def attention(
         unused if bias is None else bias.contiguous(),
         unused if data.lse_correction is None else data.lse_correction,
         unused if lse is None else lse,
-        indices, counts, order, kept, k_means, v_means,
+        indices, counts, order, kept, k_means, v_means, unused if computed is None else computed,
+        0.0 if skip is None else math.log2(skip),
         x.softmax_scale * LOG2E, q_len, k_len, query_blocks, heads, heads // kv_heads,
         QK={"int8": 0, "fp8": 1, None: 2}[recipe.qk], PV=int(bool(recipe.pv)), KB=recipe.k_block or n,
         D=dim, DP=padded, M=m, N=n, STAGES=tile.stages, PREFETCH_LOGITS=tile.prefetch_logits,
         TAIL=k_len % n != 0, BIAS=bias is not None, BLOCK_SPARSE=shared, ORDERED=lists is not None and not lists.even,
-        CENTROIDS=replaced, LSE=lse is not None, CORRECT_LSE=data.lse_correction is not None,
+        CENTROIDS=replaced, SKIP=skip is not None, LSE=lse is not None, CORRECT_LSE=data.lse_correction is not None,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return (out, lse) if x.return_lse else out

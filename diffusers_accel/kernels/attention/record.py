@@ -61,6 +61,19 @@ class QKNorm:
 class BlockChoice(Protocol):
     """Sparse attention of a call (`sparse.Sparse`)."""
 
+    @property
+    def within_tiles(self) -> bool:
+        """Whether the kernel decides for each tile, by `threshold`, instead of `choose`."""
+        ...
+
+    def threshold(self, keys: int) -> float:
+        """The share of the running maximum below which the weights of a tile are left out."""
+        ...
+
+    def count_tiles(self, computed: torch.Tensor, every: int) -> None:
+        """Counts a call whose kernel decided for each tile: int32 (1,) of computed tiles, and the number of all."""
+        ...
+
     def choose(self, x: Inputs, data: Any) -> Any:
         """The blocks of keys that each block of queries attends to.
 

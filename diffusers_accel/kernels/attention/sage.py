@@ -18,9 +18,17 @@ from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs
 def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
     def load() -> AttentionFunction:
         from .low_bit import attention as low_bit
+        from .low_bit import tiles_of
 
         def attention(x: Inputs) -> Any:
-            return low_bit(x, recipe, choose=None if x.sparse is None else x.sparse.choose)
+            if x.sparse is None:
+                return low_bit(x, recipe)
+            if not x.sparse.within_tiles:
+                return low_bit(x, recipe, choose=x.sparse.choose)
+            computed = torch.zeros(1, dtype=torch.int32, device=x.query.device)
+            found = low_bit(x, recipe, skip=x.sparse.threshold(x.key.shape[1]), computed=computed)
+            x.sparse.count_tiles(computed, tiles_of(x, recipe))
+            return found
 
         return attention
 

@@ -63,12 +63,14 @@ class Selector:
         scores: From `Blocks`: scores, (batch, heads, query blocks, key blocks), or (query blocks, key blocks) without
             parts, of any floating dtype. A block with a score of infinity is always kept.
         logits: Whether scores are logits, so that a share of their softmax (`top_p`) means something.
+        within_tiles: Whether there are no scores, because the kernel decides for each tile of keys by its logits.
     """
 
     name: str
     parts: int
     scores: Scores
     logits: bool = False
+    within_tiles: bool = False
 
 
 SELECTORS: Registry[Selector] = Registry("selector of sparse attention", "register_sparse")
@@ -145,6 +147,10 @@ def _bands(blocks: Blocks) -> torch.Tensor:
     return torch.where((held[0] >= held[1])[..., None, None], maps[0], maps[1])
 
 
+def _no_scores(blocks: Blocks) -> torch.Tensor:
+    raise ValueError("'skip-softmax' scores no blocks: the kernel decides for each tile.")
+
+
 for _selector in (
     Selector(name="sub-blocks", parts=4, scores=_logits, logits=True),
     Selector(name="means", parts=1, scores=_logits, logits=True),
@@ -152,6 +158,8 @@ for _selector in (
     Selector(name="bands", parts=1, scores=_bands),
     Selector(name="window", parts=0, scores=_window),
     Selector(name="radial", parts=0, scores=_radial),
+    # BLASST: logits are exact, and a tile far below the running maximum is left out.
+    Selector(name="skip-softmax", parts=0, scores=_no_scores, within_tiles=True),
 ):
     SELECTORS.add(_selector.name, _selector)
 

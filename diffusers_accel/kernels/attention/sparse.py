@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # How many blocks of keys a block of queries keeps: a share of them, the fewest with a share of the softmax, or those
 # above the mean by so many standard deviations.
 KEEP, TOP_P, TAU = "keep", "top_p", "tau"
+# Tiles of a dense kernel are left out whose weights are all below a share of the running maximum: the amount over the
+# number of keys.
+SKIP = "skip"
 # Layers whose numbers of kept blocks are told apart.
 _LAYERS = 1024
 _RULES = {KEEP: "count", TOP_P: "mass", TAU: "spread"}
@@ -129,9 +132,9 @@ class Sparse:
 
     Attributes:
         selector: The rule.
-        rule: How many blocks are kept: `"keep"`, `"top_p"` or `"tau"`.
-        amount: The share of the blocks for `"keep"`, the share of the softmax for `"top_p"`, or the number of standard
-            deviations for `"tau"`.
+        rule: How many blocks are kept: `"keep"`, `"top_p"`, `"tau"` or `"skip"`.
+        amount: The share of the blocks for `"keep"`, the share of the softmax for `"top_p"`, the number of standard
+            deviations for `"tau"`, or the threshold's scale factor for `"skip"`.
         block: Tokens of a block.
         centroids: Whether the mean of each block that is not kept stands for it.
         min_tokens: Number of tokens of pictures or frames from which on a call is sparse.
@@ -180,6 +183,25 @@ class Sparse:
         if kept is not None:
             return f"{kept / self._blocks(keys):.0%} of blocks"
         return f"blocks by {self.rule} {self.amount:g}"
+
+    @property
+    def within_tiles(self) -> bool:
+        """Whether the kernel decides for each tile, without lists."""
+        return self.selector.within_tiles
+
+    def threshold(self, keys: int) -> float:
+        """The share of the running maximum below which the weights of a tile are left out."""
+        return min(1.0, self.amount / keys)
+
+    def count_tiles(self, computed: torch.Tensor, every: int) -> None:
+        """Counts a call whose kernel decided for each tile.
+
+        Args:
+            computed: int32 (1,), the tiles that it computed.
+            every: Number of all tiles.
+        """
+        if self.kept_blocks is not None:
+            self.kept_blocks.add(self.layer(), computed, every)
 
     def choose(self, x: Inputs, data: Quantized) -> BlockLists:
         """The blocks of keys that each block of queries attends to.
