@@ -46,6 +46,7 @@ _TABLE = {"kind": "magcache", "mag_ratios": (1.0, 1.0)}
 # Rows: a feature -> settings of which all must be accepted. Layers of small pipelines are below every bound on size.
 FEATURES: dict[str, tuple[dict[str, Any], ...]] = {
     "attention kernels": ({"attention": "sdpa"},),
+    "sparse attention": ({"attention": {"sparse": "auto"}},),
     "low-bit linear layers": tuple({"linear": {"algo": name, "smallest": 0}} for name in ("fp8", "nvfp4")),
     "fused projections": ({"fuse": True},),
     "compilation": ({"compile": True},),
@@ -74,15 +75,17 @@ PUBLISHED: dict[str, Callable[[Any], Any]] = {
 
 @contextmanager
 def two_ranks() -> Iterator[None]:
-    """As a check sees one of two processes; graphs and streamed weights are asked about as on CUDA."""
+    """As a check sees one of two processes; graphs, streamed weights and lists of blocks are asked about as on CUDA."""
     from diffusers_accel.core.graphs import GRAPH_BACKENDS
     from diffusers_accel.core.streaming import TRANSFERS
+    from diffusers_accel.kernels.attention import KERNELS
 
     launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     as_cuda = (mock.patch.dict(table, {"cpu": table["cuda"]}) for table in (GRAPH_BACKENDS, TRANSFERS))
     # Whether a pipeline is refused does not depend on its VAE's peak, whose prediction takes a while.
     peaks = mock.patch("diffusers_accel.features.offload.planning.estimate", return_value={"whole": 0})
-    with mock.patch.dict(os.environ, launcher), next(as_cuda), next(as_cuda), peaks:
+    lists = mock.patch("diffusers_accel.features.attention.sparse.engine", return_value=KERNELS.get("triton"))
+    with mock.patch.dict(os.environ, launcher), next(as_cuda), next(as_cuda), peaks, lists:
         yield
 
 

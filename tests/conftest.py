@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
+from interpreter import patch_once
 from workers import by_default, piece, place, scheduler
 
 
@@ -59,6 +60,7 @@ def pytest_collection_finish():
     """Objects of imports live to the end. Frozen, they are passed over by garbage collection, a quarter of the time."""
     for name in ("torch._dynamo", "tiny"):
         importlib.import_module(name)
+    patch_once()
     gc.collect()
     gc.freeze()
 

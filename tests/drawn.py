@@ -23,11 +23,16 @@ INNER = [
     if isinstance(kind, type) and hasattr(kind, "section")
 ]
 # What a section must have besides the field that is drawn.
-BESIDE = {"LinearConfig": {"algo": "fp8"}, "PolicyConfig": {"name": "mine"}}
+BESIDE = {
+    "LinearConfig": {"algo": "fp8"},
+    "PolicyConfig": {"name": "mine"},
+    "SparseConfig.threshold_scale_factor": {"selector": "skip-softmax"},
+}
 
 
 def of(section, field, value):
-    return section(**{**BESIDE.get(section.__name__, {}), field.name: value})
+    beside = BESIDE.get(section.__name__, {}) | BESIDE.get(f"{section.__name__}.{field.name}", {})
+    return section(**{**beside, field.name: value})
 
 
 def whole(section):

@@ -152,12 +152,36 @@ def chosen(x: Inputs, span: Span, keep: float, parts: int, block: int) -> torch.
     return mask.repeat_interleave(block, 2).repeat_interleave(block, 3)[..., : query.shape[2], : key.shape[2]]
 
 
+def nearest(x: Inputs, span: Span, keep: float, tokens: torch.Tensor, block: int) -> torch.Tensor:
+    """The mask of pairs of tokens that `"window"` keeps: the boxes around each block, in the proportions of the grid.
+
+    Args:
+        tokens: The tokens of the grid in their order, as numbers in the model's.
+    """
+    frames, rows, columns = span.grid
+    places = torch.tensor([(f, r, c) for f in range(frames) for r in range(rows) for c in range(columns)]).float()
+    centers = []
+    for before, total in ((span.queries, x.query.shape[1]), (span.keys, x.key.shape[1])):
+        after = total - before - len(tokens)
+        parts = [torch.full((before, 3), torch.nan), places[tokens], torch.full((after, 3), torch.nan)]
+        centers.append(torch.stack([part.mean(0) for part in torch.cat(parts).split(block)]))
+    away = (centers[0][:, None] - centers[1]).abs() / torch.tensor(span.grid).float()
+    others = away.isnan().any(-1)
+    scores = (-(away.amax(-1) + 1e-3 * away.sum(-1))).masked_fill(others, torch.inf)
+    kept = max(1, round(keep * scores.shape[1]))
+    mask = torch.zeros_like(others).scatter(1, scores.sort(dim=1, descending=True, stable=True).indices[:, :kept], True)
+    mask = (mask | others).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return mask[: x.query.shape[1], : x.key.shape[1]]
+
+
 def reference(monkeypatch, spans, keep, parts=4, block=BLOCK, order="model"):
-    """A kernel `"reference"` that masks the calls of some lengths by the rule of means of parts.
+    """A kernel `"reference"` that masks the calls of some lengths by the rule of means of parts, or without parts by
+    `"window"`.
 
     Args:
         spans: Returns the place of the tokens of pictures or frames, from the numbers of queries and keys, or `None`.
     """
+    masks = {}
 
     def function(x):
         span = spans(x.query.shape[1], x.key.shape[1])
@@ -169,7 +193,12 @@ def reference(monkeypatch, spans, keep, parts=4, block=BLOCK, order="model"):
             rest = torch.arange(before + len(tokens), total)
             whole.append(torch.cat([torch.arange(before), tokens + before, rest]))
         moved = replace(x, query=x.query[:, whole[0]], key=x.key[:, whole[1]], value=x.value[:, whole[1]])
-        return sdpa(moved, chosen(moved, span, keep, parts, block))[:, whole[0].argsort()]
+        if parts:
+            mask = chosen(moved, span, keep, parts, block)
+        else:
+            mask = masks.setdefault(span, None)
+            mask = masks[span] = nearest(moved, span, keep, tokens, block) if mask is None else mask
+        return sdpa(moved, mask)[:, whole[0].argsort()]
 
     monkeypatch.setitem(KERNELS._records, "reference", AttentionKernel(name="reference", load=lambda: function))
 
@@ -208,14 +237,16 @@ def test_families(name, monkeypatch):
     call = {"steps": 2 if name.startswith("cosmos") else 1, **SIZES.get(name, {})}
     layers = f"*.{SPARSE[name]}"
     stock = entry.run(pipe, **call)
-    reference(monkeypatch, place_in(name), 0.34, 4, block, order)
+    # Lists by places are made once for a shape; they show whether places and order are right.
+    rule, parts = ("sub-blocks", 4) if name in ("wan", "flux") else ("window", 0)
+    reference(monkeypatch, place_in(name), 0.34, parts, block, order)
     accelerate(pipe, attention={"backend": "sdpa", "layers": {layers: "reference"}})
     expected = entry.run(pipe, **call)
     assert not same(expected, stock)
     in_blocks(monkeypatch, block)
     if name in ("wan", "flux"):
         by_engine(monkeypatch)
-    sparse = {"keep": 0.34, "min_tokens": 1, "order": order}
+    sparse = {"selector": rule, "keep": 0.34, "min_tokens": 1, "order": order}
     accelerate(pipe, attention={"backend": "sdpa", "layers": {layers: "exact"}, "sparse": sparse})
     close(entry.run(pipe, **call), expected)
     counts = stats(pipe).attention_kernels
@@ -226,7 +257,7 @@ def test_families(name, monkeypatch):
               if row.feature == "attention"]  # fmt: skip
     words = "" if order == "model" else f" in {order} order"
     assert any(
-        f"{SPARSE[name]} attends to 34% of blocks of {block} tokens{words}, chosen by 'sub-blocks'" in note
+        f"{SPARSE[name]} attends to 34% of blocks of {block} tokens{words}, chosen by {rule!r}" in note
         for note in row.notes
     )
     restore(pipe)
@@ -318,12 +349,14 @@ def test_what_is_refused():
     pipe = build("wan")
     with pytest.raises(Unsupported, match=r"'sdpa' takes no lists of blocks.*'sage-fp8'"):
         accelerate(pipe, attention={"backend": "sdpa", "sparse": True})
-    with pytest.raises(Unsupported, match=r"'auto' takes no lists of blocks on cpu.*'triton' on a CUDA device"):
+    with pytest.raises(
+        Unsupported, match=r"'auto' takes no lists of blocks on cpu.* in torch.float32.*'triton' on a CUDA device"
+    ):
         accelerate(pipe, attention={"sparse": "auto"})
     config = AccelConfig(attention={"backend": "exact", "sparse": True}, parallel={"ring": 2})
     context = SimpleNamespace(config=config)
     accelerate(pipe, attention="sdpa")
-    denoiser = SimpleNamespace(adapter=adapter_for(pipe.transformer), device="cpu")
+    denoiser = SimpleNamespace(adapter=adapter_for(pipe.transformer), device="cpu", dtype=torch.float32)
     role = SimpleNamespace(name="attn1", backends=["exact"], layers=[SimpleNamespace(path="blocks.0.attn1")])
     with pytest.raises(Unsupported, match=r"parallel\.ulysses"):
         sparse_attention.refuse(context, denoiser, [role], config.attention)

@@ -14,7 +14,7 @@ from ...config import AttentionConfig, SparseConfig
 from ...core.edits import Edit
 from ...core.noise import noise_fractions
 from ...errors import Unsupported
-from ...kernels.attention import KERNELS, SELECTORS, AttentionKernel, Carried, KeptBlocks, Sparse
+from ...kernels.attention import KERNELS, SELECTORS, AttentionKernel, Call, Carried, KeptBlocks, Sparse
 from ...kernels.attention.sparse import KEEP, SKIP, TAU, TOP_P
 from ..context import Denoiser, PipelineContext
 from .layers import Role, matches
@@ -149,10 +149,12 @@ def dense_phase(context: PipelineContext, config: SparseConfig) -> Callable[[], 
 
 
 def engine(denoiser: Denoiser, config: AttentionConfig) -> AttentionKernel | None:
-    """The kernel of sparse calls where `"auto"` chooses that of dense ones; `None` if none can run on the device."""
+    """The kernel of sparse calls where `"auto"` chooses that of dense ones; `None` if none can run on the device, or not
+    with the denoiser's dtype."""
     for name in _ENGINES[config.fidelity]:
-        if KERNELS.get(name).missing(denoiser.device) is None:
-            return KERNELS.get(name)
+        kernel = KERNELS.get(name)
+        if kernel.missing(denoiser.device) is None and kernel.refuses(Call(dtype=denoiser.dtype)) is None:
+            return kernel
     return None
 
 
@@ -192,8 +194,8 @@ def refuse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], conf
     if not any(takes_lists(denoiser, config, backend) for backend in backends):
         raise Unsupported(
             "attention.sparse",
-            f"{', '.join(map(repr, backends))} takes no lists of blocks on {denoiser.device}.",
-            "attention.backend='sage-fp8', 'sage', 'qk16pv8' or 'triton' on a CUDA device, or sparse=None.",
+            f"{', '.join(map(repr, backends))} takes no lists of blocks on {denoiser.device}, in {denoiser.dtype}.",
+            "attention.backend='sage-fp8', 'sage', 'qk16pv8' or 'triton' on a CUDA device, in 16 bits, or sparse=None.",
             str(denoiser),
         )
     for glob in found.layers or {}:
