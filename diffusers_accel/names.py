@@ -12,7 +12,8 @@ from typing import Any
 
 from .config import AccelConfig
 from .config.cache import MAGCACHE_ROW, POLICY, TEACACHE_ROW
-from .config.sections import BACKEND, FORMAT, KERNEL, MODE, SELECTOR
+from .config.sections import BACKEND, FORMAT, KERNEL, MODE
+from .config.sparse import SELECTOR
 from .core.registry import Registry
 from .errors import UnknownName, nearest, shown
 from .features.compile import options

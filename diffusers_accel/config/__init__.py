@@ -4,7 +4,8 @@ A section accepts its class, a mapping of its fields, or a shorthand string for 
 plain data: it imports nothing of the package but its errors, holds no run-time state, and round-trips through YAML.
 
 - `fields.py`: the declaration and validation of fields.
-- `sections.py`, `cache.py`, `parallel.py`, `offload.py`: the classes of sections. `accel.py`: `AccelConfig`, the whole.
+- `sections.py`, `sparse.py`, `cache.py`, `parallel.py`, `offload.py`: the classes of sections.
+- `accel.py`: `AccelConfig`, the whole.
 - `reading.py`: sections from mappings, shorthands and YAML files.
 """
 
@@ -39,10 +40,10 @@ from .sections import (
     FuseConfig,
     LinearConfig,
     RequestConfig,
-    SparseConfig,
     VAEConfig,
     WarmupConfig,
 )
+from .sparse import SparseConfig
 
 __all__ = [
     "CACHE_CONFIGS",

@@ -149,8 +149,8 @@ def dense_phase(context: PipelineContext, config: SparseConfig) -> Callable[[], 
 
 
 def engine(denoiser: Denoiser, config: AttentionConfig) -> AttentionKernel | None:
-    """The kernel of sparse calls where `"auto"` chooses that of dense ones; `None` if none can run on the device, or not
-    with the denoiser's dtype."""
+    """The kernel of sparse calls where `"auto"` chooses that of dense ones; `None` if none can run on the device with
+    the denoiser's dtype."""
     for name in _ENGINES[config.fidelity]:
         kernel = KERNELS.get(name)
         if kernel.missing(denoiser.device) is None and kernel.refuses(Call(dtype=denoiser.dtype)) is None:

@@ -69,11 +69,12 @@ class TokenOrder(TokenStreams):
             self._carried.choosing = self._chooses(state)
             self._carried.branch = "" if state is None else state.branch
         out = super().around_denoiser(inner, *args, **kwargs)
-        # A step that a cache skips computes a part of the layers at most: it chooses for none.
-        chose = self._carried is not None and self._carried.choosing and not self._dense()
-        if chose and state is not None and state.step is not None and state.mode is Mode.FULL:
+        # A step that a cache skips computes a part of the layers at most: it chooses for none, and counts for none.
+        if self._dense() or (state is not None and state.mode is not Mode.FULL):
+            return out
+        if self._carried is not None and self._carried.choosing and state is not None and state.step is not None:
             self._chosen[state.branch] = (state.request, state.step)
-        if self._kept is not None and not self._dense():
+        if self._kept is not None:
             place = (None, "") if state is None else (state.step, state.branch)
             self._kept.end_call((self.denoiser.name, *place))
         return out

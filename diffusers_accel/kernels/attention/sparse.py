@@ -182,6 +182,8 @@ class Sparse:
         kept = self.kept(keys)
         if kept is not None:
             return f"{kept / self._blocks(keys):.0%} of blocks"
+        if self.within_tiles:
+            return f"skip-softmax, {self.amount:g} / keys"
         return f"blocks by {self.rule} {self.amount:g}"
 
     @property
