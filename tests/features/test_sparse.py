@@ -309,6 +309,24 @@ def test_a_rule_of_the_user(monkeypatch):
         register_attention("listed", lambda *args: args[0], sparse=True)
 
 
+@pytest.mark.parametrize("parts", [0, 1])
+def test_a_score_of_infinity_of_a_users_rule(parts, monkeypatch):
+    """It is kept beyond the number of blocks, and no number is a block without a place."""
+    monkeypatch.setattr(SELECTORS, "_records", dict(SELECTORS._records))
+
+    def rule(blocks):
+        scores = torch.zeros(4, 4)
+        scores[:, 1:], scores[0, 0] = float("inf"), float("nan")
+        return scores.expand(1, 2, 4, 4) if parts else scores
+
+    register_sparse("three", rule, parts=parts)
+    query = torch.zeros(1, 64, 2, 16)
+    data = SimpleNamespace(query=query.transpose(1, 2), key=query.transpose(1, 2))
+    sparse = Sparse(selector=SELECTORS.get("three"), amount=0.25, block=BLOCK, min_tokens=1)
+    lists = sparse.choose(Inputs(query, query, query), data)
+    assert lists.counts.eq(3).all() and lists.indices[..., :3].eq(torch.tensor([1, 2, 3])).all()
+
+
 def test_calls_that_stay_dense(monkeypatch):
     """Short ones, those of which all blocks would be kept, cross-attention, dense steps and layers. A kernel that
     counts is enough."""

@@ -258,7 +258,8 @@ class Sparse:
             scores = scores.expand(batch, heads, -1, -1)
         budget = torch.full((batch * heads,), float(amount if kept is None else kept), device=device)
         lists = select(
-            scores.nan_to_num(0.0) if not self.selector.logits else scores,
+            # Blocks without a place are kept anyway; a score of infinity keeps its meaning.
+            scores if self.selector.logits else scores.nan_to_num(0.0, float("inf"), -float("inf")),
             budget, self.block, self.block, rule=_RULES[rule], forced=forced, mark=self.centroids, bits=bits,
         )  # fmt: skip
         if not self.selector.parts:
