@@ -439,7 +439,8 @@ def test_dense_phases(monkeypatch):
     def function(x):
         listed.append(x.sparse is not None)
         if x.sparse is not None:
-            x.sparse._count(x, SimpleNamespace(even=True, counts=None))
+            span = x.sparse.span(x.query.shape[1], x.key.shape[1])
+            x.sparse._count(x, span, SimpleNamespace(even=True, counts=None))
         return sdpa(x)
 
     monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
@@ -514,6 +515,21 @@ def test_a_choice_serves_several_steps(cache, monkeypatch):
     assert set(stats(pipe).sparse_by_step) == ({0, 1, 2, 3} if cache is None else {0, 1, 3})
     with pytest.raises(Unsupported, match=r"refresh.*cache='pab'"):
         accelerate(pipe, attention={"backend": "exact", "sparse": sparse}, cache="pab")
+
+
+def test_a_dense_request_after_a_sparse_one():
+    """It is too short to be sparse, and `stats` says nothing of blocks."""
+    entry, pipe = TINY["wan"], build("wan")
+    sparse = {"selector": "window", "keep": 0.34, "min_tokens": 30}
+    accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
+    entry.run(pipe, steps=1)
+    assert set(stats(pipe).sparse_by_step) == {0}
+    entry.run(pipe, steps=1, num_frames=5)
+    found = stats(pipe)
+    assert not found.sparse_by_step and not found.sparse_by_layer
+    assert set(found.attention_kernels) == {"exact", "sdpa"}
+    entry.run(pipe, steps=1)
+    assert set(stats(pipe).sparse_by_step) == {0}
 
 
 def test_shares_by_layer_and_step():

@@ -61,6 +61,8 @@ class TokenOrder(TokenStreams):
         self._grids: dict[tuple[int | None, tuple[Any, ...]], token_grid.Grid] = {}
         self._grid: token_grid.Grid | None = None
         self._entered: set[str] = set()
+        # Indices of orders on the device, by shape.
+        self._indices: dict[Any, torch.Tensor | None] = {}
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self._clock.current
@@ -76,7 +78,7 @@ class TokenOrder(TokenStreams):
             self._chosen[state.branch] = (state.request, state.step)
         if self._kept is not None:
             place = (None, "") if state is None else (state.step, state.branch)
-            self._kept.end_call((self.denoiser.name, *place))
+            self._kept.end_call((self.denoiser.name, *place), self._grid)
         return out
 
     def span(self, attends: AttentionStreams, queries: int, keys: int) -> Span | None:
@@ -165,4 +167,7 @@ class TokenOrder(TokenStreams):
                 self.instead,
                 str(self.denoiser),
             )
-        return of(self._grid, self._order, self._block, before, total, x.device)
+        key = (of, self._grid, before, total, x.device)
+        if key not in self._indices:
+            self._indices[key] = of(self._grid, self._order, self._block, before, total, x.device)
+        return self._indices[key]

@@ -18,7 +18,7 @@ import torch
 from . import token_grid
 from .record import Inputs
 from .selectors import Blocks, Selector, no_similarity
-from .token_grid import Span
+from .token_grid import Grid, Span
 
 if TYPE_CHECKING:
     from .block_lists import BlockLists
@@ -43,12 +43,12 @@ class KeptBlocks:
     A layer and a call are tuples that begin with the denoiser's name.
 
     Attributes:
-        fixed: Layer -> share, where it depends on no value.
-        calls: The sparse denoiser calls of the request.
+        fixed: (layer, grid of the tokens) -> share, where it depends on no value.
+        calls: The denoiser calls of the request outside the dense phase: name, grid of the tokens, sums after it.
     """
 
     fixed: dict[Any, float] = field(default_factory=dict)
-    calls: list[tuple[Any, dict[torch.device, torch.Tensor]]] = field(default_factory=list)
+    calls: list[tuple[Any, Grid, dict[torch.device, torch.Tensor]]] = field(default_factory=list)
     _sums: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     _rows: dict[Any, int] = field(default_factory=dict)
     _before: dict[torch.device, torch.Tensor] = field(default_factory=dict)
@@ -68,9 +68,9 @@ class KeptBlocks:
         sums[0] += counts.sum(dtype=torch.int64)
         sums[1] += counts.numel() * columns
 
-    def end_call(self, call: Any) -> None:
-        """Notes the sums after a sparse denoiser call, by its name."""
-        self.calls.append((call, {device: sums.clone() for device, sums in self._sums.items()}))
+    def end_call(self, call: Any, grid: Grid) -> None:
+        """Notes the sums after a denoiser call, by its name."""
+        self.calls.append((call, grid, {device: sums.clone() for device, sums in self._sums.items()}))
 
     def clear(self) -> None:
         """Forgets all calls, as a request begins."""
@@ -82,9 +82,10 @@ class KeptBlocks:
         """Call -> layer -> share of the pairs of blocks that were computed. Reads from the GPU."""
         found: dict[Any, dict[Any, float]] = {}
         before = {device: sums.cpu() for device, sums in self._before.items()}
-        for call, sums in self.calls:
+        for call, grid, sums in self.calls:
             shares = found.setdefault(call, {})
-            shares |= {layer: share for layer, share in self.fixed.items() if layer[0] == call[0]}
+            # A graph's replay does not come by here: the shares are those of its first call, of the same grid.
+            shares |= {layer: share for (layer, of), share in self.fixed.items() if layer[0] == call[0] and of == grid}
             for device, each in sums.items():
                 now = each.cpu()
                 kept, every = (now - before.get(device, torch.zeros_like(now))).unbind(1)
@@ -217,24 +218,24 @@ class Sparse:
         """
         from .block_lists import centroids
 
-        lists = self._lists(x, data)
-        self._count(x, lists)
+        span = self.span(x.query.shape[1], x.key.shape[1])
+        assert span is not None  # `takes` has asked
+        lists = self._lists(x, data, span)
+        self._count(x, span, lists)
         return replace(lists, centroids=centroids(x, data, self.block)) if self.centroids else lists
 
-    def _lists(self, x: Inputs, data: Quantized) -> BlockLists:
+    def _lists(self, x: Inputs, data: Quantized, span: Span) -> BlockLists:
         """The lists of a call; those of a rule that reads no values are kept for the next call of its shape."""
         from .block_lists import lists_of_bits, select
 
         batch, heads, device = x.query.shape[0], x.query.shape[2], x.query.device
         queries, keys = x.query.shape[1], x.key.shape[1]
-        span = self.span(queries, keys)
-        assert span is not None
         rule, amount = self._amount()
         key = (batch, heads, queries, keys, span, rule, amount, device)
         if key in self._static:
             found: BlockLists = self._static[key]
             return found
-        kept, forced = self.kept(keys), _others(span, queries, keys, self.block, device)
+        kept, forced = self.kept(keys), self._once(_others, span, queries, keys, self.block, device)
         bits = None
         if self.carried is not None and self.selector.parts:
             shape = (batch, heads, self._blocks(queries), -(-self._blocks(keys) // 32))
@@ -277,7 +278,7 @@ class Sparse:
             query_means, key_means = operand_means(x, data, size, size)
             similarity = functools.partial(_similarities, data, self.block, self_similarity)
         query_centers, key_centers = (
-            token_grid.centers(span.grid, span.order, span.block, before, total, self.block, device)
+            self._once(token_grid.centers, span.grid, span.order, span.block, before, total, self.block, device)
             for before, total in ((span.queries, x.query.shape[1]), (span.keys, x.key.shape[1]))
         )
         known = Blocks(
@@ -293,16 +294,23 @@ class Sparse:
         )
         return self.selector.scores(known)
 
+    def _once(self, function: Callable[..., Any], *key: Any) -> Any:
+        """A function's result for a shape, made once. CUDA graphs read it, so that it lives as long as they do."""
+        place = (function, *key)
+        if place not in self._static:
+            self._static[place] = function(*key)
+        return self._static[place]
+
     def _amount(self) -> tuple[str, float]:
         layer = self.layer() if self.by_layer else None
         return (KEEP, self.by_layer[layer]) if layer in self.by_layer else (self.rule, self.amount)
 
-    def _count(self, x: Inputs, lists: BlockLists) -> None:
+    def _count(self, x: Inputs, span: Span, lists: BlockLists) -> None:
         if self.kept_blocks is None:
             return
         columns = self._blocks(x.key.shape[1])
         if lists.even:
-            self.kept_blocks.fixed[self.layer()] = (self.kept(x.key.shape[1]) or 0) / columns
+            self.kept_blocks.fixed[self.layer(), span.grid] = (self.kept(x.key.shape[1]) or 0) / columns
         else:
             self.kept_blocks.add(self.layer(), lists.counts, columns)
 
@@ -314,7 +322,6 @@ def _similarities(data: Quantized, block: int, of: Callable[..., torch.Tensor]) 
     return of(data.query, block), of(data.key, block)
 
 
-@functools.lru_cache(maxsize=64)
 def _others(span: Span, queries: int, keys: int, block: int, device: torch.device) -> torch.Tensor | None:
     """The pairs of blocks with a token outside the grid: bool (query blocks, key blocks); `None` if there is none."""
     sides = []

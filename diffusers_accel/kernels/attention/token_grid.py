@@ -61,7 +61,12 @@ def cube(grid: Grid, block: int) -> Grid:
     return sides[0], sides[1], sides[2]
 
 
-@functools.lru_cache(maxsize=32)
+def _coordinates(grid: Grid) -> torch.Tensor:
+    """Frame, row and column of each token in the order of the models: int64 (tokens, 3)."""
+    return torch.cartesian_prod(*map(torch.arange, grid)).view(-1, 3)
+
+
+@functools.lru_cache(maxsize=8)
 def permutation(grid: Grid, order: str, block: int) -> torch.Tensor | None:
     """The tokens of a grid in an order: int64 (tokens,), indices in the order of the models. `None` for that order.
 
@@ -72,8 +77,7 @@ def permutation(grid: Grid, order: str, block: int) -> torch.Tensor | None:
     """
     if order == MODEL_ORDER:
         return None
-    frames, rows, columns = grid
-    at = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).view(-1, 3)
+    at = _coordinates(grid)
     if order == MORTON:
         # The bits of row, column and frame take turns, the lowest first.
         code = torch.zeros(len(at), dtype=torch.int64)
@@ -90,7 +94,6 @@ def permutation(grid: Grid, order: str, block: int) -> torch.Tensor | None:
     return (number * block + within).argsort(stable=True)
 
 
-@functools.lru_cache(maxsize=64)
 def indices(grid: Grid, order: str, block: int, before: int, total: int, device: torch.device) -> torch.Tensor | None:
     """The order of a whole sequence on a device: tokens of a grid are ordered, those before and after them stay.
 
@@ -112,7 +115,6 @@ def indices(grid: Grid, order: str, block: int, before: int, total: int, device:
     return torch.cat([torch.arange(before), found + before, after]).to(device)
 
 
-@functools.lru_cache(maxsize=64)
 def inverse(
     grid: Grid, order: str, block: int, before: int, total: int, device: torch.device
 ) -> torch.Tensor | None:  # fmt: skip
@@ -121,7 +123,6 @@ def inverse(
     return None if found is None else found.argsort()
 
 
-@functools.lru_cache(maxsize=64)
 def centers(
     grid: Grid, order: str, cube_tokens: int, before: int, total: int, block: int, device: torch.device
 ) -> torch.Tensor:
@@ -137,8 +138,7 @@ def centers(
         block: Tokens of a block.
         device: The device of the result.
     """
-    frames, rows, columns = grid
-    at = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns)).view(-1, 3).float()
+    at = _coordinates(grid).float()
     found = permutation(grid, order, cube_tokens)
     places = torch.full((total, 3), float("nan"))
     places[before : before + len(at)] = at if found is None else at[found]
