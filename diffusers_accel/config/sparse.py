@@ -69,7 +69,8 @@ class SparseConfig(Section):
     threshold_scale_factor: float | None = option(
         None,
         """For `"skip-softmax"`: this number over the number of keys is the share of the running maximum below which the
-        weights of a tile are left out. `None` is 5000, the example of TensorRT-LLM.""",
+        weights of a tile are left out. `None` is 5000, the example of TensorRT-LLM. Calls with no more keys than that
+        are dense.""",
         exclusive_minimum=0,
         maximum=1e9,
     )

@@ -375,7 +375,9 @@ def test_what_is_refused():
     context = SimpleNamespace(config=config)
     accelerate(pipe, attention="sdpa")
     denoiser = SimpleNamespace(adapter=adapter_for(pipe.transformer), device="cpu", dtype=torch.float32)
-    role = SimpleNamespace(name="attn1", backends=["exact"], layers=[SimpleNamespace(path="blocks.0.attn1")])
+    role = SimpleNamespace(
+        name="attn1", head_dim=16, backends=["exact"], layers=[SimpleNamespace(path="blocks.0.attn1")]
+    )
     with pytest.raises(Unsupported, match=r"parallel\.ulysses"):
         sparse_attention.refuse(context, denoiser, [role], config.attention)
     with pytest.raises(Unsupported, match=r"places of picture and video tokens in its self-attention are not known"):
@@ -559,9 +561,9 @@ def test_shares_by_layer_and_step():
     assert "sparse attention" in str(found) and "by layer, in 1 steps" in str(found)
 
 
-@pytest.mark.parametrize("factor", [1e-3, 1e9])
+@pytest.mark.parametrize("factor", [1e-3, 35.0, 36.0])
 def test_tiles_that_are_left_out(factor, monkeypatch):
-    """None of so few keys at a low threshold; at the highest all whose maximum is not a new one, which `stats` says."""
+    """None of 36 keys at a low threshold, which `stats` says. With a threshold of the whole maximum a call is dense."""
     monkeypatch.setitem(KERNELS._records, "triton", replace(KERNELS.get("triton"), at_least=None, dtypes=()))
     entry, pipe = TINY["wan"], build("wan")
     attention = {"backend": "triton", "cross_attention": "sdpa"}
@@ -571,12 +573,44 @@ def test_tiles_that_are_left_out(factor, monkeypatch):
     accelerate(pipe, attention={**attention, "sparse": sparse})
     found = entry.run(pipe, steps=1)
     shares = stats(pipe).sparse_by_layer
+    if factor == 36:
+        assert not shares and set(stats(pipe).attention_kernels) == {"sdpa", "triton"} and same(found, dense)
+        return
     assert len(shares) == 3
     assert set(stats(pipe).attention_kernels) == {"sdpa", f"triton, skip-softmax, {factor:g} / keys"}
     if factor < 1:
         close(found, dense)
         assert set(shares.values()) == {1.0}
     assert all(0 < share <= 1 for share in shares.values())
+
+
+def test_the_fastest_kernel_beside_lists(monkeypatch):
+    """Sparse calls run on a kernel that takes lists, the others on those of `"auto"`; layers too."""
+    monkeypatch.setattr(sparse_attention, "_ENGINES", {"exact": ("exact",), "8bit": ("exact",)})
+    entry, pipe = TINY["wan"], build("wan")
+    sparse = {"keep": 0.34, "min_tokens": 1, "dense_layers": 0.3}
+    accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
+    expected = entry.run(pipe, steps=1)
+    accelerate(pipe, attention={"sparse": sparse})
+    close(entry.run(pipe, steps=1), expected)
+    counts = stats(pipe).attention_kernels
+    # Two of three blocks; the first block and all cross-attention are dense.
+    assert counts["exact, 33% of blocks"] * 2 == counts["sdpa"] and len(counts) == 2
+    # No kernel that takes lists has such heads.
+    record = replace(KERNELS.get("exact"), head_dims=(64,))
+    monkeypatch.setitem(KERNELS._records, "exact", record)
+    with pytest.raises(Unsupported, match="'auto' takes no lists of blocks"):
+        accelerate(build("wan"), attention={"sparse": sparse})
+
+
+def test_noise_levels_that_are_unknown(monkeypatch):
+    entry, pipe = TINY["wan"], build("wan")
+    monkeypatch.setattr(sparse_attention, "noise_fractions", lambda scheduler: None)
+    sparse = {"selector": "window", "keep": 0.34, "min_tokens": 1, "dense_until": 0.5}
+    accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
+    with pytest.warns(UserWarning, match="does not tell its noise levels, so that every step is dense"):
+        entry.run(pipe, steps=2)
+    assert not stats(pipe).sparse_by_step
 
 
 def test_compiled_blocks():

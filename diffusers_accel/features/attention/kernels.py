@@ -37,7 +37,7 @@ def choice(
     """
     if backend == "auto":
         found = _fastest(denoiser, config.fidelity == "exact", context)
-        engine = sparse_attention.engine(denoiser, config) if sparse is not None else None
+        engine = sparse_attention.engine(denoiser, role, config) if sparse is not None else None
         return found if engine is None else replace(found, sparse=sparse, sparse_kernel=engine)
     kernel = KERNELS.get(backend)
     field = _field(denoiser, role, backend, config)

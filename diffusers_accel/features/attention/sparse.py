@@ -7,6 +7,7 @@ order of tokens, the dense phase, and the shares that `stats` reports.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -142,25 +143,32 @@ def dense_phase(context: PipelineContext, config: SparseConfig) -> Callable[[], 
         if state.request not in known:
             known.clear()
             known[state.request] = noise_fractions(context.clock.scheduler)
+            if known[state.request] is None:
+                kind = type(context.clock.scheduler).__name__
+                warnings.warn(
+                    f"attention.sparse.dense_until: {kind} does not tell its noise levels, so that every step is "
+                    "dense. Instead: dense_steps.", stacklevel=2,
+                )  # fmt: skip
         noise = known[state.request]
         return noise is None or state.step >= len(noise) or noise[state.step] >= config.dense_until
 
     return dense
 
 
-def engine(denoiser: Denoiser, config: AttentionConfig) -> AttentionKernel | None:
-    """The kernel of sparse calls where `"auto"` chooses that of dense ones; `None` if none can run on the device with
-    the denoiser's dtype."""
+def engine(denoiser: Denoiser, role: Role | None, config: AttentionConfig) -> AttentionKernel | None:
+    """The kernel of a role's sparse calls where `"auto"` chooses that of dense ones; `None` if none can run on the
+    device with the denoiser's dtype and the role's head_dim."""
+    call = Call(dtype=denoiser.dtype, head_dim=None if role is None else role.head_dim)
     for name in _ENGINES[config.fidelity]:
         kernel = KERNELS.get(name)
-        if kernel.missing(denoiser.device) is None and kernel.refuses(Call(dtype=denoiser.dtype)) is None:
+        if kernel.missing(denoiser.device) is None and kernel.refuses(call) is None:
             return kernel
     return None
 
 
-def takes_lists(denoiser: Denoiser, config: AttentionConfig, backend: str) -> bool:
-    """Whether a kernel's name stands for one that takes lists of blocks."""
-    return engine(denoiser, config) is not None if backend == "auto" else KERNELS.get(backend).sparse
+def takes_lists(denoiser: Denoiser, role: Role, config: AttentionConfig, backend: str) -> bool:
+    """Whether a kernel's name stands for one that takes lists of blocks in a role's calls."""
+    return engine(denoiser, role, config) is not None if backend == "auto" else KERNELS.get(backend).sparse
 
 
 def refuse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> None:
@@ -191,7 +199,7 @@ def refuse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], conf
             str(denoiser),
         )
     backends = dict.fromkeys(backend for role in able for backend in role.backends)
-    if not any(takes_lists(denoiser, config, backend) for backend in backends):
+    if not any(takes_lists(denoiser, role, config, backend) for role in able for backend in role.backends):
         raise Unsupported(
             "attention.sparse",
             f"{', '.join(map(repr, backends))} takes no lists of blocks on {denoiser.device}, in {denoiser.dtype}.",
@@ -231,7 +239,7 @@ def notes(denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> lis
         return []
     lines = []
     for role in roles:
-        listed = [takes_lists(denoiser, config, backend) for backend in role.backends]
+        listed = [takes_lists(denoiser, role, config, backend) for backend in role.backends]
         if not is_visual(denoiser, role) or not any(listed):
             continue
         some = "" if all(listed) else f" in {sum(listed)} of {len(listed)} layers"

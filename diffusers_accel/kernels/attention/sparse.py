@@ -162,12 +162,15 @@ class Sparse:
 
     def takes(self, inputs: Inputs) -> bool:
         """Whether a call is sparse: it has enough tokens of pictures or frames, and their place is known. A call with a
-        mask is dense, since a rule could keep blocks that the mask hides."""
+        mask is dense, since a rule could keep blocks that the mask hides. So is one whose threshold would leave out all
+        but new maxima."""
         if inputs.attn_mask is not None or inputs.is_causal:
             return False
         keys = inputs.key.shape[1]
         span = self.span(inputs.query.shape[1], keys)
         if span is None or span.tokens < self.min_tokens:
+            return False
+        if self.within_tiles and self.threshold(keys) >= 1:
             return False
         kept = self.kept(keys)
         return kept is None or kept < self._blocks(keys)
@@ -193,8 +196,9 @@ class Sparse:
         return self.selector.within_tiles
 
     def threshold(self, keys: int) -> float:
-        """The share of the running maximum below which the weights of a tile are left out."""
-        return min(1.0, self.amount / keys)
+        """The share of the running maximum below which the weights of a tile are left out; 1 or more for so few keys
+        that it means nothing."""
+        return self.amount / keys
 
     def count_tiles(self, computed: torch.Tensor, every: int) -> None:
         """Counts a call whose kernel decided for each tile.
