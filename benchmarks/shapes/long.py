@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).resolve().parent / "wan-shapes-long"
-# What it was trained for: 16 latent frames of 16x16 tokens.
+# Arguments of its training: 16 latent frames of 16x16 tokens.
 CALL: dict[str, Any] = {
     "height": 256,
     "width": 256,

@@ -181,8 +181,8 @@ PLANS: dict[str, Plan] = {
         samples={128: 30_000}, pool={128: 2_500},
         drop_captions=0.12, frames=FRAMES,
     ),
-    # 4,096 tokens: 16 latent frames of 16x16. What is new (sixteen frames, sixteen rows and columns) is learned on few
-    # tokens first: the frames at 128 pixels (1,024 tokens), the rows and columns on the clip's beginning (1,280).
+    # 4,096 tokens: 16 latent frames of 16x16. Few tokens come first: sixteen frames at 128 pixels (1,024 tokens), and
+    # sixteen rows and columns on the clip's beginning (1,280).
     "wan-shapes-long": Plan(
         kind="video", vae_share=0.2, encode_share=0.12, reserve_seconds=40,
         # wan-shapes' decoder saw 17 frames and drifts beyond them. Large batches: 16 chunks are many small kernels.

@@ -535,7 +535,7 @@ def test_a_dense_request_after_a_sparse_one():
 
 
 def test_shares_by_layer_and_step():
-    """Those that depend on values are read from what the lists say."""
+    """Shares that depend on values are the counts of the lists."""
     entry, pipe = TINY["wan"], build("wan")
     sparse = {"selector": "means", "tau": 0.0, "min_tokens": 1, "layers": {"blocks.1.attn1": 0.34}, "dense_steps": 0.5}
     counts = []

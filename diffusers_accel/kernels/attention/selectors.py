@@ -18,7 +18,7 @@ from .token_grid import Grid
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Blocks:
-    """What a rule knows of a call: its blocks of queries and of keys.
+    """A call as a rule sees it: its blocks of queries and of keys.
 
     Attributes:
         query_means: float32 (batch, heads, means, head_dim): means of the parts of each block of queries; `None` for a
