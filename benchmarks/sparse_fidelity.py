@@ -5,6 +5,7 @@ same shares of blocks of 32 tokens, beside a random choice and an oracle: the bl
 all of attention. Rules for a speed-up at this size would be of no use: figures are of fidelity alone.
 
     python benchmarks/sparse_fidelity.py              # on a GPU: sparse-fidelity.json
+    python benchmarks/sparse_fidelity.py --only auto  # rows with that in their names; the file keeps its others
     python benchmarks/sparse_fidelity.py --plot       # docs/sparse-fidelity.png from that
 """
 
@@ -47,6 +48,11 @@ RULES: dict[str, dict[str, Any]] = {
     "sub-blocks, morton": {"selector": "sub-blocks", "order": "morton"},
     "sub-blocks, cubes, centroids": {"selector": "sub-blocks", "order": "cubes", "centroids": True},
     "sub-blocks, morton, centroids": {"selector": "sub-blocks", "order": "morton", "centroids": True},
+    "means, clusters": {"selector": "means", "order": "clusters"},
+    "sub-blocks, clusters": {"selector": "sub-blocks", "order": "clusters"},
+    "means, clusters, centroids": {"selector": "means", "order": "clusters", "centroids": True},
+    "sub-blocks, clusters, centroids": {"selector": "sub-blocks", "order": "clusters", "centroids": True},
+    "oracle, clusters": {"selector": "oracle", "order": "clusters"},
 }
 # Rules whose share is found by values, and shares of the automatic rule.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -72,7 +78,7 @@ def most_softmax(blocks: Blocks) -> torch.Tensor:
     """The softmax that each block of queries gives to each block of keys; every part is a token."""
     shares = []
     for query, key in zip(blocks.query_means, blocks.key_means, strict=True):
-        weights = (query @ key.transpose(1, 2) * blocks.scale).softmax(-1)
+        weights = (query.float() @ key.float().transpose(1, 2) * blocks.scale).softmax(-1)
         heads, queries, keys = weights.shape
         shares.append(weights.view(heads, queries // BLOCK, BLOCK, keys // BLOCK, BLOCK).sum((2, 4)))
     return torch.stack(shares)
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--frames", type=int, default=61)
     parser.add_argument("--seconds", type=float, default=1e9, help="rows that begin later are left out")
+    parser.add_argument("--only", nargs="*", help="parts of names of rows, one of which a row has")
     parser.add_argument("--out", type=Path, default=None, help="folder for the result")
     options = parser.parse_args()
     if options.plot:
@@ -125,10 +132,14 @@ def main() -> None:
     accelerate(pipe, attention=attention)
     dense = videos(pipe, *made)
     rows: dict[str, Any] = {"stock": {"kept": 1.0, **psnr(stock, dense)}}
+    if options.only:
+        rows = json.loads((measure.RESULTS / "sparse-fidelity.json").read_text())["rows"] | rows
     wanted = {f"{name}, {share:.1%}": {**rule, "keep": share} for name, rule in RULES.items() for share in SHARES}
     for name, rule in (wanted | OTHERS).items():
+        if options.only and not any(part in name for part in options.only):
+            continue
         if time.monotonic() - begin > options.seconds:
-            rows[name] = {"left out": "no time"}
+            rows.setdefault(name, {"left out": "no time"})
             continue
         settings = {"dense_steps": 0.2, **rule, "block": BLOCK, "min_tokens": 1}
         accelerate(pipe, attention={**attention, "sparse": settings})
@@ -154,7 +165,7 @@ def plot(result: dict[str, Any]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5))
     selectors = list(dict.fromkeys(rule["selector"] for rule in RULES.values()))
-    styles = {"model": "-", "cubes": "--", "morton": ":"}
+    styles = {"model": "-", "cubes": "--", "morton": ":", "clusters": "-."}
     for name, rule in RULES.items():
         points = [result["rows"].get(f"{name}, {share:.1%}") for share in SHARES]
         known = [(100 * point["kept"], point["psnr mean"]) for point in points if point and "kept" in point]

@@ -27,6 +27,7 @@ BESIDE = {
     "LinearConfig": {"algo": "fp8"},
     "PolicyConfig": {"name": "mine"},
     "SparseConfig.threshold_scale_factor": {"selector": "skip-softmax"},
+    "SparseConfig.target_sparsity": {"selector": "skip-softmax"},
 }
 
 

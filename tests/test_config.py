@@ -256,6 +256,7 @@ NONSENSE = {
 
 def wrong_items(kind):
     """Values that are no item of a list or mapping of this kind."""
+    kind = typing.get_origin(kind) or kind
     others = {float: {int}, typing.Any: set(NONSENSE) - {object}}.get(kind, set())
     found = [
         value for other, values in NONSENSE.items() if other is not kind and other not in others for value in values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ SELECTOR = "selector of sparse attention"
 # The fields that `selector="auto"` sets.
 AUTO_SPARSE: dict[str, Any] = {
     "selector": "sub-blocks",
-    "keep": 0.5,
-    "order": "cubes",
+    "keep": 0.25,
+    "order": "clusters",
     "centroids": True,
     "dense_steps": 0.2,
     "min_tokens": 16384,
@@ -69,10 +70,17 @@ class SparseConfig(Section):
     threshold_scale_factor: float | None = option(
         None,
         """For `"skip-softmax"`: this number over the number of keys is the share of the running maximum below which the
-        weights of a tile are left out. `None` is 5000, the example of TensorRT-LLM. Calls with no more keys than that
-        are dense.""",
+        weights of a tile are left out. `None` is the number of ModelOpt's calibration in the checkpoint; without one it
+        is 5000, the example of TensorRT-LLM. Calls with no more keys than that are dense.""",
         exclusive_minimum=0,
         maximum=1e9,
+    )
+    target_sparsity: float | None = option(
+        None,
+        """For `"skip-softmax"`: share of the tiles to leave out. A formula of the checkpoint, to which ModelOpt has
+        fitted it, gives the threshold. `None` for `threshold_scale_factor`, or the checkpoint's own share.""",
+        minimum=0,
+        maximum=1,
     )
     block: int = option(
         128,
@@ -84,18 +92,28 @@ class SparseConfig(Section):
     order: str = option(
         "model",
         """The order of picture and video tokens in the denoiser: `"model"` for the model's own, row by row and frame by
-        frame; `"cubes"` for cubes of as many tokens as a block; `"morton"` for the Morton order.""",
-        choices=("model", "cubes", "morton"),
+        frame; `"cubes"` for cubes of as many tokens as a block; `"morton"` for the Morton order; `"clusters"` for an
+        order in each head and call that puts queries which attend alike, and keys which are attended to alike, into
+        one block.""",
+        choices=("model", "cubes", "morton", "clusters"),
     )
     centroids: bool = option(
         False,
         "Whether blocks that are not kept take part by the mean of their keys and of their values, with their number.",
     )
-    refresh: int = option(
-        1,
-        "Number of steps that share a choice of blocks, of each layer and guidance branch. 1 chooses in every step.",
+    refresh: int | None = option(
+        None,
+        """Largest number of steps that share a choice of blocks, of each layer and guidance branch. `None` is 1, a
+        choice in every step; with `drift` it is no bound.""",
         minimum=1,
         maximum=1000,
+    )
+    drift: float | None = option(
+        None,
+        """Relative L1 change of the denoiser's latents since a choice of blocks from which on a step chooses anew.
+        Each step then waits for one number from the GPU. `None` for no such bound.""",
+        exclusive_minimum=0,
+        maximum=10,
     )
     dense_steps: float = option(
         0.0, "Share of the steps, at the beginning, that are dense; between 0 and 1.", minimum=0, maximum=1
@@ -118,6 +136,15 @@ class SparseConfig(Section):
         maximum=1,
         examples=(None, {"*": 0.5}),
     )
+    heads: dict[str, tuple[float, ...]] | None = option(
+        None,
+        """Globs of attention modules -> share of blocks that each of their heads keeps, e.g. `{"blocks.0.*": [0.5,
+        0.25]}` for two heads. The first matching glob overrides `keep`, `top_p`, `tau` and `layers`.""",
+        exclusive_minimum=0,
+        maximum=1,
+        min_items=1,
+        examples=(None, {"*": [0.5, 0.25]}),
+    )
     min_tokens: int = option(
         4096, "Number of picture or video tokens from which on a call is sparse. Shorter calls are dense.", minimum=1
     )
@@ -134,14 +161,19 @@ class SparseConfig(Section):
                 "Give one of the two."
             )
         if self.selector != "skip-softmax":
-            if self.threshold_scale_factor is not None:
-                raise ConfigError(
-                    f"{self.section}.threshold_scale_factor: {self.selector!r} has no threshold. Nearest: "
-                    "selector='skip-softmax'."
-                )
+            for name in ("threshold_scale_factor", "target_sparsity"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{self.section}.{name}: {self.selector!r} has no threshold. Nearest: selector='skip-softmax'."
+                    )
             return
+        if self.threshold_scale_factor is not None and self.target_sparsity is not None:
+            raise ConfigError(
+                f"{self.section}.target_sparsity: threshold_scale_factor={self.threshold_scale_factor:g} is the "
+                "threshold already. Give one of the two."
+            )
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ("keep", "top_p", "tau", "block", "order", "centroids", "refresh", "layers"):
+        for name in ("keep", "top_p", "tau", "block", "order", "centroids", "refresh", "drift", "layers", "heads"):
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(
                     f"{self.section}.{name}: 'skip-softmax' chooses no blocks. Nearest: {name}={defaults[name]!r}."
@@ -171,13 +203,11 @@ class SparseConfig(Section):
                     f"{cls.section}: unknown key {shown(key)} of {name!r}. {nearest(str(key), keys[name])}"
                 )
         if name == "skip_softmax":
-            if given.get("threshold_scale_factor") is None:
-                raise ConfigError(
-                    f"{where}: 'skip_softmax' needs threshold_scale_factor; a target_sparsity is reached by a formula "
-                    "that comes with a checkpoint. Nearest: threshold_scale_factor=5000."
-                )
+            # TensorRT-LLM prefers the factor where both are given.
+            factor = given.get("threshold_scale_factor")
             return {
-                "selector": "skip-softmax", "threshold_scale_factor": given["threshold_scale_factor"],
+                "selector": "skip-softmax", "threshold_scale_factor": factor,
+                "target_sparsity": given.get("target_sparsity") if factor is None else None,
                 "dense_until": given.get("disabled_until_timestep"),
             }  # fmt: skip
         try:
@@ -196,6 +226,13 @@ class SparseConfig(Section):
     def share(self) -> float:
         """The share of blocks that `keep` stands for."""
         return 0.5 if self.keep is None else self.keep
+
+    @property
+    def shared_steps(self) -> int:
+        """The largest number of steps that share a choice of blocks."""
+        if self.refresh is not None:
+            return self.refresh
+        return 1 if self.drift is None else sys.maxsize
 
     @property
     def scale_factor(self) -> float:
@@ -222,6 +259,7 @@ class SparseConfig(Section):
             count = f"the blocks that hold {self.top_p:.0%} of the softmax"
         elif self.tau is not None:
             count = f"the blocks {self.tau:g} standard deviations above the mean"
-        order = "" if self.order == "model" else f" in {self.order} order"
+        orders = {"model": "", "clusters": ", clustered in each head"}
+        order = orders.get(self.order, f" in {self.order} order")
         rest = ", and to the means of the others" if self.centroids else ""
         return f"{count} of {self.block} tokens{order}, chosen by {self.selector!r}{rest}"

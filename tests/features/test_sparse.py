@@ -7,6 +7,7 @@ the order back.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -27,7 +28,16 @@ from diffusers_accel import (
     stats,
 )
 from diffusers_accel.features.attention import sparse as sparse_attention
-from diffusers_accel.kernels.attention import KERNELS, SELECTORS, AttentionKernel, Inputs, KeptBlocks, Span, Sparse
+from diffusers_accel.kernels.attention import (
+    KERNELS,
+    SELECTORS,
+    AttentionKernel,
+    Inputs,
+    KeptBlocks,
+    Span,
+    Sparse,
+    SparseSupport,
+)
 from diffusers_accel.kernels.attention.recipe import Recipe
 from diffusers_accel.kernels.attention.token_grid import cube
 from diffusers_accel.models import adapter_for
@@ -36,6 +46,7 @@ from diffusers_accel.sessions import session_of
 pytest.importorskip("triton")
 BLOCK = 16
 EXACT = Recipe(qk=None, k_block=0, pv=None)
+EVERY = SparseSupport(blocks=(8, 16, 32, 64, 128, 256))
 # Family -> larger pictures where one block would hold all tokens; larger blocks where there are many; the modules whose
 # attention is sparse; and the grid, with the numbers of queries and keys before it, for a number of queries and keys.
 SIZES = {
@@ -67,15 +78,22 @@ def exact(monkeypatch):
     def function(x):
         if x.sparse is None:
             return sdpa(x)
-        lists = x.sparse.choose(x, SimpleNamespace(query=x.query.transpose(1, 2), key=x.key.transpose(1, 2)))
+        lists = x.sparse.choose(x, operands(x))
         place = torch.arange(lists.indices.shape[3])
         columns = lists.indices.long().where(place < lists.counts[..., None], torch.tensor(len(place)))
         mask = torch.zeros(*lists.counts.shape, len(place) + 1, dtype=torch.bool).scatter(-1, columns, True)[..., :-1]
         mask = mask.repeat_interleave(lists.query_block, 2).repeat_interleave(lists.key_block, 3)
         return sdpa(x, mask[..., : x.query.shape[1], : x.key.shape[1]])
 
-    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
+    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=EVERY))
     in_blocks(monkeypatch, BLOCK)
+
+
+def operands(x):
+    """The operands of a call that rounds nothing."""
+    from diffusers_accel.kernels.attention.quantize import quantize
+
+    return quantize(x, EXACT)
 
 
 def by_engine(monkeypatch):
@@ -87,7 +105,7 @@ def by_engine(monkeypatch):
             return sdpa(x)
         return attention(x, EXACT, choose=None if x.sparse is None else x.sparse.choose)
 
-    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
+    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=EVERY))
 
 
 def in_blocks(monkeypatch, size):
@@ -306,7 +324,7 @@ def test_a_rule_of_the_user(monkeypatch):
     with pytest.raises(ValueError, match="parts is 0, 1, 2, 4 or 8, got 3"):
         register_sparse("odd", farthest, parts=3)
     with pytest.raises(ValueError, match="given no blocks"):
-        register_attention("listed", lambda *args: args[0], sparse=True)
+        register_attention("listed", lambda *args: args[0], sparse=EVERY)
 
 
 @pytest.mark.parametrize("parts", [0, 1])
@@ -321,9 +339,9 @@ def test_a_score_of_infinity_of_a_users_rule(parts, monkeypatch):
 
     register_sparse("three", rule, parts=parts)
     query = torch.zeros(1, 64, 2, 16)
-    data = SimpleNamespace(query=query.transpose(1, 2), key=query.transpose(1, 2))
     sparse = Sparse(selector=SELECTORS.get("three"), amount=0.25, block=BLOCK, min_tokens=1)
-    lists = sparse.choose(Inputs(query, query, query), data)
+    x = Inputs(query, query, query)
+    lists = sparse.choose(x, operands(x))
     assert lists.counts.eq(3).all() and lists.indices[..., :3].eq(torch.tensor([1, 2, 3])).all()
 
 
@@ -337,7 +355,7 @@ def test_calls_that_stay_dense(monkeypatch):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, x.attn_mask, scale=x.scale).transpose(1, 2)
 
     listed = []
-    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
+    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=EVERY))
     entry, pipe = TINY["wan"], build("wan")
     plain = {"backend": "exact", "cross_attention": "sdpa"}
     accelerate(pipe, attention=plain)
@@ -368,7 +386,7 @@ def test_what_is_refused():
     with pytest.raises(Unsupported, match=r"'sdpa' takes no lists of blocks.*'sage-fp8'"):
         accelerate(pipe, attention={"backend": "sdpa", "sparse": True})
     with pytest.raises(
-        Unsupported, match=r"'auto' takes no lists of blocks on cpu.* in torch.float32.*'triton' on a CUDA device"
+        Unsupported, match=r"no kernel takes lists of blocks on cpu.* in torch.float32.*'triton' on a CUDA device"
     ):
         accelerate(pipe, attention={"sparse": "auto"})
     config = AccelConfig(attention={"backend": "exact", "sparse": True}, parallel={"ring": 2})
@@ -424,8 +442,11 @@ def test_settings_of_visual_gen():
     assert AccelConfig(attention={"sparse": skip}).attention.sparse == SparseConfig(
         selector="skip-softmax", threshold_scale_factor=900, dense_until=0.8
     )
+    sparsity = {"algorithm": "skip_softmax", "target_sparsity": 0.75}
+    assert AccelConfig(attention={"sparse": sparsity}).attention.sparse == SparseConfig(
+        selector="skip-softmax", target_sparsity=0.75
+    )
     for values, message in (
-        ({"algorithm": "skip_softmax", "target_sparsity": 0.5}, "needs threshold_scale_factor"),
         ({"algorithm": "vsb"}, "unknown algorithm 'vsb'.*'vsa'"),
         ({"algorithm": "vsa", "vsa_sparsty": 0.8}, "unknown key 'vsa_sparsty' of 'vsa'.*'vsa_sparsity'"),
         ({"algorithm": "vsa", "vsa_sparsity": "much"}, "expected numbers of 'vsa'"),
@@ -445,7 +466,7 @@ def test_dense_phases(monkeypatch):
             x.sparse._count(x, span, SimpleNamespace(even=True, counts=None))
         return sdpa(x)
 
-    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=True))
+    monkeypatch.setitem(KERNELS._records, "exact", AttentionKernel(name="exact", load=lambda: function, sparse=EVERY))
     entry, pipe = TINY["wan"], build("wan")
     plain = {"backend": "exact", "cross_attention": "sdpa"}
     sparse = {"keep": 0.34, "min_tokens": 1}
@@ -599,7 +620,7 @@ def test_the_fastest_kernel_beside_lists(monkeypatch):
     # No kernel that takes lists has such heads.
     record = replace(KERNELS.get("exact"), head_dims=(64,))
     monkeypatch.setitem(KERNELS._records, "exact", record)
-    with pytest.raises(Unsupported, match="'auto' takes no lists of blocks"):
+    with pytest.raises(Unsupported, match="no kernel takes lists of blocks"):
         accelerate(build("wan"), attention={"sparse": sparse})
 
 
@@ -626,6 +647,13 @@ def test_compiled_blocks():
 def test_records():
     assert all(KERNELS.get(name).sparse for name in ("sage", "sage-fp8", "qk16pv8", "triton"))
     assert not any(KERNELS.get(name).sparse for name in ("sdpa", "fa3"))
+    device = SimpleNamespace(arch=(9, 0))
+    flash = SparseSupport(blocks=(64, 128), centroids=False, within_tiles=False, architectures=((9, 0),))
+    assert [flash.refuses(device, *kind) for kind in ((128, False, False), (32, False, False))] == [
+        None, "takes no blocks of 32 tokens"]  # fmt: skip
+    assert flash.refuses(device, 128, True, False) == "takes no centroids"
+    assert flash.refuses(device, 128, False, True) == "has no skip-softmax"
+    assert "takes no lists of blocks on" in flash.refuses(SimpleNamespace(arch=(10, 0)), 128, False, False)
     assert KERNELS.get("triton").exact and not KERNELS.get("triton").auto
     whole = Sparse(selector=SELECTORS.get("means"), amount=0.5, block=64, min_tokens=1)
     assert (whole.kept(64), whole.kept(640), whole.kept(641), replace(whole, amount=0.01).kept(640)) == (1, 5, 6, 1)
@@ -647,7 +675,7 @@ def test_scores_of_another_shape_are_refused(monkeypatch):
     """Their blocks do not exist: a kernel would read beyond the keys."""
     monkeypatch.setattr(SELECTORS, "_records", dict(SELECTORS._records))
     query = torch.zeros(1, 64, 2, 16)
-    data = SimpleNamespace(query=query.transpose(1, 2), key=query.transpose(1, 2))
+    x = Inputs(query, query, query)
     for name, scores in (
         ("wide", lambda blocks: torch.zeros(1, 2, 4, 8)),
         ("flat", lambda blocks: torch.zeros(2, 4, 4)),
@@ -656,4 +684,248 @@ def test_scores_of_another_shape_are_refused(monkeypatch):
         register_sparse(name, scores)
         sparse = Sparse(selector=SELECTORS.get(name), amount=0.5, block=BLOCK, min_tokens=1)
         with pytest.raises(ValueError, match=rf"'{name}' returned .*must return \(1, 2, 4, 4\)"):
-            sparse.choose(Inputs(query, query, query), data)
+            sparse.choose(x, operands(x))
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx2-no-cfg", "flux", "qwen"])
+def test_clustered_tokens(name, monkeypatch):
+    """An order in each head changes nothing where all blocks are kept, beside text too."""
+    by_engine(monkeypatch)
+    in_blocks(monkeypatch, 8)
+    entry, pipe = TINY[name], build(name)
+    plain = {"backend": "sdpa", "layers": {f"*{SPARSE[name]}": "exact"}}
+    accelerate(pipe, attention=plain)
+    dense = entry.run(pipe, steps=1)
+    sparse = {"tau": -10.0, "min_tokens": 1, "order": "clusters"}
+    accelerate(pipe, attention={**plain, "sparse": sparse})
+    moved = []
+    original = Sparse.clustered
+
+    def clustered(self, x):
+        ordered, back = original(self, x)
+        moved.append(not torch.equal(ordered.query, x.query))
+        return ordered, back
+
+    monkeypatch.setattr(Sparse, "clustered", clustered)
+    found = entry.run(pipe, steps=1)
+    assert any(moved)
+    close(found, dense)
+    assert set(stats(pipe).sparse_by_step.values()) == {1.0}
+    assert "clustered in each head" in str(explain(pipe, attention={**plain, "sparse": sparse}))
+
+
+def test_clusters_have_no_places():
+    for selector in ("window", "radial", "bands"):
+        attention = {"backend": "exact", "sparse": {"selector": selector, "order": "clusters"}}
+        with pytest.raises(Unsupported, match=rf"'{selector}' chooses by the places of blocks.*order='cubes'"):
+            accelerate(build("wan"), attention=attention)
+
+
+def test_clusters_of_an_earlier_step(monkeypatch):
+    """A choice of blocks is one of an order: both serve as many steps."""
+    from diffusers_accel.kernels.attention import clusters
+
+    by_engine(monkeypatch)
+    calls = []
+    original = clusters.cluster
+    monkeypatch.setattr(clusters, "cluster", lambda *args: (calls.append(1), original(*args))[1])
+    entry, pipe = TINY["wan"], build("wan")
+    sparse = {"keep": 0.34, "min_tokens": 1, "order": "clusters", "refresh": 2}
+    accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
+    entry.run(pipe, steps=4)
+    # Two branches of three blocks, in two of four steps.
+    assert len(calls) == 12
+
+
+def test_shares_of_heads():
+    """Each head keeps as many blocks as its share says."""
+    query = torch.randn(2, 64, 2, 16, generator=torch.Generator().manual_seed(0))
+    own = {None: ("keep", (1.0, 0.25))}
+    sparse = Sparse(selector=SELECTORS.get("means"), amount=0.5, block=BLOCK, min_tokens=1, by_layer=own)
+    x = Inputs(query, query, query)
+    assert sparse.takes(x) and sparse.label(64) == "62% of blocks, by head"
+    counts = sparse.choose(x, operands(x)).counts
+    assert counts[:, 0].eq(4).all() and counts[:, 1].eq(1).all()
+    one = Inputs(query[:, :, :1], query[:, :, :1], query[:, :, :1])
+    with pytest.raises(ValueError, match="shares of 2 heads, and a call has 1"):
+        sparse.choose(one, operands(one))
+
+
+def test_shares_of_heads_in_a_pipeline():
+    entry, pipe = TINY["wan"], build("wan")
+    plain = {"backend": "exact", "cross_attention": "sdpa"}
+    accelerate(pipe, attention={**plain, "sparse": {"keep": 0.34, "min_tokens": 1}})
+    alike = entry.run(pipe, steps=1)
+    # The first matching glob decides, and a layer that none matches keeps `keep`.
+    heads = {"blocks.0.*": [1.0, 0.34], "*.0.*": [0.34, 0.34]}
+    accelerate(pipe, attention={**plain, "sparse": {"keep": 0.34, "min_tokens": 1, "heads": heads}})
+    assert not same(entry.run(pipe, steps=1), alike)
+    shares = stats(pipe).sparse_by_layer
+    assert shares["transformer/0.attn1"] == pytest.approx(2 / 3)
+    assert shares["transformer/1.attn1"] == pytest.approx(1 / 3)
+    for heads, message in (
+        ({"*attn1": [0.5]}, r"1 shares are given, and blocks.0.attn1 has 2 heads"),
+        ({"*attn3": [0.5, 0.5]}, r"heads\['\*attn3'\].*matches no layer"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            accelerate(pipe, attention={**plain, "sparse": {"heads": heads}})
+    config = AccelConfig(attention={**plain, "sparse": {"heads": {"*": [0.5, 0.5]}}}, parallel={"ulysses": 2})
+    denoiser = SimpleNamespace(adapter=adapter_for(pipe.transformer), device="cpu", dtype=torch.float32)
+    layer = SimpleNamespace(path="blocks.0.attn1", module=pipe.transformer.blocks[0].attn1)
+    role = SimpleNamespace(name="attn1", head_dim=16, backends=["exact"], layers=[layer])
+    with pytest.raises(Unsupported, match=r"parallel\.ulysses and parallel\.tp share the heads"):
+        sparse_attention.refuse(SimpleNamespace(config=config), denoiser, [role], config.attention)
+
+
+@pytest.mark.parametrize(("drift", "choices"), [(1e-6, [0, 1, 2, 3]), (10.0, [0]), (None, [0])])
+def test_drift_of_the_latents(drift, choices, monkeypatch):
+    """A choice serves steps until the latents have moved as far."""
+    monkeypatch.setattr(SELECTORS, "_records", dict(SELECTORS._records))
+    entry, pipe = TINY["wan"], build("wan")
+    steps = []
+
+    def noted(blocks):
+        steps.append(session_of(pipe).context.clock.current.step)
+        return SELECTORS.get("means").scores(blocks)
+
+    register_sparse("noted", noted)
+    sparse = {"selector": "noted", "keep": 0.34, "min_tokens": 1, "refresh": 100, "drift": drift}
+    attention = {"backend": "exact", "cross_attention": "sdpa", "sparse": sparse}
+    accelerate(pipe, attention=attention)
+    entry.run(pipe, steps=4)
+    assert sorted(set(steps)) == choices
+    assert "serves for 100 steps" in str(explain(pipe, attention=attention))
+    until = "or until the latents have changed by"
+    assert (until in str(explain(pipe, attention=attention))) == (drift is not None)
+
+
+def test_drift_against_the_latents(monkeypatch):
+    """The bound is on the sum of absolute changes over the sum of absolute values."""
+    entry, pipe = TINY["wan"], build("wan")
+    seen = []
+    sparse = {"keep": 0.34, "min_tokens": 1, "drift": 10.0}
+    accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    entry.run(pipe, steps=4)
+    hook.remove()
+    latents = seen[::2]
+    changes = [float((each - latents[0]).abs().sum() / latents[0].abs().sum()) for each in latents]
+    assert changes[1] < changes[2] < changes[3]
+    steps = []
+    monkeypatch.setattr(SELECTORS, "_records", dict(SELECTORS._records))
+
+    def noted(blocks):
+        steps.append(session_of(pipe).context.clock.current.step)
+        return SELECTORS.get("means").scores(blocks)
+
+    register_sparse("noted", noted)
+    sparse = {**sparse, "selector": "noted", "drift": (changes[1] + changes[2]) / 2}
+    accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
+    entry.run(pipe, steps=4)
+    assert sorted(set(steps))[:2] == [0, 2]
+
+
+# As ModelOpt writes it: the coefficients are those of its example of Wan 2.2.
+FITTED = {
+    "config_groups": {
+        "group_0": {
+            "algorithm": "skip_softmax",
+            "targets": ["WanAttention"],
+            "ignore": ["blocks.0.*", "*attn2"],
+            "threshold_scale_factor": {
+                "formula": "a * exp(b * target_sparsity)",
+                "coefficients": {"a": 2142.73, "b": 4.2827},
+            },
+            "target_sparsity": 0.25,
+            "disabled_until_timestep": 0.86,
+        }
+    },
+    "producer": {"name": "modelopt"},
+}
+
+
+def rule_in(pipe, **sparse):
+    """The rule of self-attention, and the section that stands for it."""
+    found = sparse_attention.SparseAttention(
+        session_of(pipe).context.denoisers[0], SparseConfig(selector="skip-softmax", **sparse), session_of(pipe).context
+    )
+    roles, _ = sparse_attention_roles(found.denoiser)
+    return found.of(next(role for role in roles if role.name == "attn1")), found.config
+
+
+def sparse_attention_roles(denoiser):
+    from diffusers_accel.config import AttentionConfig
+    from diffusers_accel.features.attention.layers import roles
+
+    return roles(denoiser, AttentionConfig(backend="sdpa"))
+
+
+def test_the_calibration_of_a_checkpoint():
+    """Its formula, its dense steps and the modules that it leaves out; a value that is given stays."""
+    pipe = build("wan")
+    pipe.transformer.register_to_config(sparse_attention_config=FITTED)
+    accelerate(pipe, attention="sdpa")
+    rule, config = rule_in(pipe)
+    own = 2142.73 * math.exp(4.2827 * 0.25)
+    assert config.dense_until == 0.86 and config.threshold_scale_factor == pytest.approx(own)
+    assert rule.by_layer["transformer", "attn1", 0] == ("keep", 1.0)
+    for block in (1, 2):
+        assert rule.by_layer["transformer", "attn1", block] == ("skip", pytest.approx(own))
+    rule, config = rule_in(pipe, target_sparsity=0.75, dense_until=0.5)
+    other = 2142.73 * math.exp(4.2827 * 0.75)
+    assert config.dense_until == 0.5 and rule.by_layer["transformer", "attn1", 1] == ("skip", pytest.approx(other))
+    rule, config = rule_in(pipe, threshold_scale_factor=900.0)
+    assert (rule.by_layer, rule.amount, config.dense_until) == ({}, 900.0, None)
+    # Files of a language model hold the coefficients of two phases.
+    older = {"sparse_algo": "softmax_skip", "threshold_scale_factor": {"prefill": {"a": 3.0, "b": 1.0}}}
+    pipe.transformer.register_to_config(sparse_attention_config={"config_groups": {"group_0": older}})
+    rule, config = rule_in(pipe, target_sparsity=0.5)
+    assert config.threshold_scale_factor == pytest.approx(3 * math.exp(0.5))
+    # Without a share of its own, the default.
+    assert rule_in(pipe)[1].scale_factor == 5000
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (None, "no formula"),
+        ({"config_groups": {"g": {"algorithm": "vsa", "threshold_scale_factor": 3.0}}}, "no formula"),
+        ({"config_groups": {"g": {"algorithm": "skip_softmax", "threshold_scale_factor": 3.0}}}, "no formula"),
+        (
+            {
+                "config_groups": {
+                    "g": {
+                        "algorithm": "skip_softmax",
+                        "threshold_scale_factor": {"formula": "a + b", "coefficients": {"a": 1, "b": 1}},
+                    }
+                }
+            },
+            r"not understood: ValueError: 'a \+ b'",
+        ),
+        (
+            {
+                "config_groups": {
+                    "g": {"algorithm": "skip_softmax", "threshold_scale_factor": {"coefficients": {"a": 1}}}
+                }
+            },
+            r"not understood: KeyError: 'b'",
+        ),
+    ],
+)
+def test_a_calibration_that_is_not_understood(entry, message):
+    pipe = build("wan")
+    if entry is not None:
+        pipe.transformer.register_to_config(sparse_attention_config=entry)
+    sparse = {"selector": "skip-softmax", "target_sparsity": 0.5}
+    before = dict(pipe.transformer.attn_processors)
+    with pytest.raises(Unsupported, match=message):
+        accelerate(pipe, attention={"backend": "exact", "sparse": sparse})
+    assert dict(pipe.transformer.attn_processors) == before
+    for given, reason in (
+        ({"target_sparsity": 0.5}, "'sub-blocks' has no threshold"),
+        ({"selector": "skip-softmax", "target_sparsity": 0.5, "threshold_scale_factor": 9}, "Give one of the two"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            SparseConfig(**given)

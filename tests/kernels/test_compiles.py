@@ -30,6 +30,10 @@ FORMS = {
         {"RULE": rule, "FORCED": rule == "mass", "MARK": rule != "count", "PACK": rule == "spread", "WIDTH": 1024}
         for rule in ("count", "mass", "spread", "mask", "bits")
     ],
+    "attention.clusters._singular_vectors": [{"D": 96, "DP": 128, "RANK": 8, "COLUMNS": 16, "ITERATIONS": 8}],
+    "attention.clusters._project": [{"D": 96, "DP": 128, "ROWS": 128, "RANK": 8, "COLUMNS": 16}],
+    "attention.clusters._tree": [{"CHUNK": 1024, "LEVELS": 5, "RANK": 8}],
+    "attention.clusters._move": [{"D": 96, "DP": 128, "ROWS": 64, "BACK": back} for back in (False, True)],
     "attention.norm._rstd": [{"D": 128, "DP": 128, "HEADS": 16, "TOKENS": 4}],
     "attention.quantize._combine": [{"MEAN": True, "VALUES": True, "D": 96, "DP": 128, "SPLITS": 16}],
     "attention.quantize._round": [
@@ -84,7 +88,7 @@ TYPES = {
     **dict.fromkeys(("eps", "softmax_scale_log2", "logit_scale"), "fp32"),
     "packed_ptr": "*u8",
     **dict.fromkeys(("forced_ptr", "kept_ptr"), "*u8"),
-    **dict.fromkeys(("index_ptr", "count_ptr", "bits_ptr"), "*i32"),
+    **dict.fromkeys(("index_ptr", "count_ptr", "bits_ptr", "order_ptr", "passing_ptr"), "*i32"),
     "factor": "fp32",
     "scale": "fp32",
 }
@@ -96,6 +100,10 @@ OUTPUTS = {
     "_add": {"out_ptr": "*bf16"},
     "_means": {"x_ptr": "*i8", "out_ptr": "*fp32"},
     "_scores": {"q_ptr": "*fp32", "k_ptr": "*fp32", "out_ptr": "*fp32"},
+    "_singular_vectors": {},
+    "_project": {"out_ptr": "*fp16"},
+    "_tree": {"y_ptr": "*fp16"},
+    "_move": {"out_ptr": "*bf16"},
     "_qk_norm_rope": dict.fromkeys(("qo_ptr", "ko_ptr"), "*bf16"),
 }
 

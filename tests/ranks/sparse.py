@@ -10,7 +10,7 @@ from tiny import TINY, tensors
 
 from diffusers_accel import accelerate, restore, stats
 from diffusers_accel.features.attention import sparse
-from diffusers_accel.kernels.attention import KERNELS, AttentionKernel
+from diffusers_accel.kernels.attention import KERNELS, AttentionKernel, SparseSupport
 from diffusers_accel.kernels.attention.recipe import Recipe
 
 from .requests import _pipeline
@@ -37,7 +37,9 @@ def divided(name, parallel):
         return attention(x, Recipe(qk=None, k_block=0, pv=None), choose=choose)
 
     pipe, entry = _pipeline(name, None, False), TINY[name]
-    record = AttentionKernel(name="exact", load=lambda: function, sparse=True, mask=False, key_mask=True, causal=False)
+    record = AttentionKernel(
+        name="exact", load=lambda: function, sparse=SparseSupport(blocks=(16,)), mask=False, key_mask=True, causal=False
+    )  # fmt: skip
     settings = {
         "backend": "sdpa",
         "layers": {"*.attn1": "exact"},

@@ -51,7 +51,8 @@ def choice(
     if refused is not None:
         where = f" in {role.layers[0].path}" if role is not None else ""
         raise Unsupported(feature, f"{kernel.name} {refused}{where}.", instead, str(denoiser))
-    return Fixed(kernel, sparse if kernel.sparse else None)
+    listed = sparse is not None and sparse_attention.refuses(kernel, denoiser, config) is None
+    return Fixed(kernel, sparse if listed else None)
 
 
 def _field(denoiser: Denoiser, role: Role | None, backend: str, config: AttentionConfig) -> str:

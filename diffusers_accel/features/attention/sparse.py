@@ -15,10 +15,12 @@ from ...config import AttentionConfig, SparseConfig
 from ...core.edits import Edit
 from ...core.noise import noise_fractions
 from ...errors import Unsupported
-from ...kernels.attention import KERNELS, SELECTORS, AttentionKernel, Call, Carried, KeptBlocks, Sparse
-from ...kernels.attention.sparse import KEEP, SKIP, TAU, TOP_P
+from ...kernels.attention import KERNELS, SELECTORS, AttentionKernel, Call, Carried, KeptBlocks, Sparse, token_grid
+from ...kernels.attention.sparse import KEEP, SKIP, TAU, TOP_P, Amount
 from ..context import Denoiser, PipelineContext
+from . import skip_softmax
 from .layers import Role, matches
+from .skip_softmax import calibrated
 from .token_order import TokenOrder
 
 # The kernels of sparse calls where `backend="auto"` chooses: by fidelity, the first that can run.
@@ -42,14 +44,16 @@ class SparseAttention:
         context: PipelineContext,
         layer: Callable[[], int | None] = lambda: None,
     ):
-        self.denoiser, self.config = denoiser, config
+        self.denoiser, self.asked = denoiser, config
+        self.config = config = calibrated(denoiser, config)
         self.kept: KeptBlocks = context.stats.kept_blocks
         self.dense = dense_phase(context, config)
         self._layer = layer
-        self.carried = Carried() if config.refresh > 1 else None
+        self.carried = Carried() if config.shared_steps > 1 else None
         self._order = TokenOrder(
-            denoiser, context, config.order, config.block, self.dense, self.kept, self.carried, config.refresh
-        )
+            denoiser, context, config.order, config.block, self.dense, self.kept, self.carried, config.shared_steps,
+            config.drift,
+        )  # fmt: skip
 
     def edits(self, context: PipelineContext) -> Iterator[Edit]:
         """The layers that order tokens."""
@@ -71,7 +75,7 @@ class SparseAttention:
         return rule_of(
             self.denoiser,
             role,
-            self.config,
+            self.asked,
             span=lambda queries, keys: None if self.dense() else self._order.span(attends, queries, keys),
             layer=lambda: (self.denoiser.name, role.name, self._layer()),
             kept_blocks=self.kept,
@@ -97,9 +101,10 @@ def rule_of(denoiser: Denoiser, role: Role, config: SparseConfig, **running: Any
     Args:
         denoiser: The denoiser.
         role: The role.
-        config: The section, with its rule resolved.
+        config: The section as the user gave it, with its rule resolved.
         running: The attributes of `Sparse` that know the running call.
     """
+    asked, config = config, calibrated(denoiser, config)
     amounts = {TOP_P: config.top_p, TAU: config.tau}
     rule, amount = next(((name, value) for name, value in amounts.items() if value is not None), (KEEP, config.share))
     selector = SELECTORS.get(config.selector)
@@ -107,13 +112,20 @@ def rule_of(denoiser: Denoiser, role: Role, config: SparseConfig, **running: Any
         rule, amount = SKIP, config.scale_factor
     blocks = denoiser.adapter.blocks(denoiser.module)
     dense = math.ceil(config.dense_layers * len(blocks))
-    by_layer: dict[Any, float] = {}
+    by_layer: dict[Any, Amount] = {
+        (denoiser.name, role.name, layer.block): (KEEP, 1.0) if factor is None else (SKIP, factor)
+        for layer, factor in skip_softmax.by_layer(denoiser, asked, role.layers)
+    }
     for layer in role.layers:
+        name = denoiser.name, role.name, layer.block
+        for glob, shares in (config.heads or {}).items():
+            if matches(denoiser, layer.path, glob):
+                by_layer.setdefault(name, (KEEP, shares))
         for glob, keep in (config.layers or {}).items():
             if matches(denoiser, layer.path, glob):
-                by_layer.setdefault((denoiser.name, role.name, layer.block), keep)
+                by_layer.setdefault(name, (KEEP, keep))
         if layer.block is not None and layer.block < dense:
-            by_layer[denoiser.name, role.name, layer.block] = 1.0
+            by_layer[name] = (KEEP, 1.0)
     return Sparse(
         selector=selector,
         rule=rule,
@@ -161,14 +173,26 @@ def engine(denoiser: Denoiser, role: Role | None, config: AttentionConfig) -> At
     call = Call(dtype=denoiser.dtype, head_dim=None if role is None else role.head_dim)
     for name in _ENGINES[config.fidelity]:
         kernel = KERNELS.get(name)
-        if kernel.missing(denoiser.device) is None and kernel.refuses(call) is None:
+        able = kernel.missing(denoiser.device) is None and kernel.refuses(call) is None
+        if able and refuses(kernel, denoiser, config) is None:
             return kernel
     return None
 
 
+def refuses(kernel: AttentionKernel, denoiser: Denoiser, config: AttentionConfig) -> str | None:
+    """Why a kernel cannot compute the sparse attention of a configuration, or `None` if it can."""
+    found = settings(config)
+    if kernel.sparse is None or found is None:
+        return "takes no lists of blocks"
+    within = SELECTORS.get(found.selector).within_tiles
+    return kernel.sparse.refuses(denoiser.device, found.block, found.centroids, within)
+
+
 def takes_lists(denoiser: Denoiser, role: Role, config: AttentionConfig, backend: str) -> bool:
-    """Whether a kernel's name stands for one that takes lists of blocks in a role's calls."""
-    return engine(denoiser, role, config) is not None if backend == "auto" else KERNELS.get(backend).sparse
+    """Whether a kernel's name stands for one that computes the configuration's sparse attention in a role's calls."""
+    if backend == "auto":
+        return engine(denoiser, role, config) is not None
+    return refuses(KERNELS.get(backend), denoiser, config) is None
 
 
 def refuse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> None:
@@ -200,22 +224,37 @@ def refuse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], conf
         )
     backends = dict.fromkeys(backend for role in able for backend in role.backends)
     if not any(takes_lists(denoiser, role, config, backend) for role in able for backend in role.backends):
+        known = {name: refuses(KERNELS.get(name), denoiser, config) for name in backends if name != "auto"}
+        reasons = [f"{name!r} {reason}" for name, reason in known.items()]
+        if "auto" in backends:
+            reasons.append(f"no kernel takes lists of blocks on {denoiser.device}, in {denoiser.dtype}")
         raise Unsupported(
             "attention.sparse",
-            f"{', '.join(map(repr, backends))} takes no lists of blocks on {denoiser.device}, in {denoiser.dtype}.",
+            f"{', '.join(reasons)}.",
             "attention.backend='sage-fp8', 'sage', 'qk16pv8' or 'triton' on a CUDA device, in 16 bits, or sparse=None.",
             str(denoiser),
         )
-    for glob in found.layers or {}:
+    rule = SELECTORS.get(found.selector)
+    if found.order == token_grid.CLUSTERS and (rule.places or not rule.parts):
+        raise Unsupported(
+            "attention.sparse.order='clusters'",
+            f"{found.selector!r} chooses by the places of blocks, and clusters have none.",
+            "order='cubes', or a rule that reads means: 'sub-blocks', 'means', 'similarity'.",
+            str(denoiser),
+        )
+    globs = [("layers", glob) for glob in found.layers or {}] + [("heads", glob) for glob in found.heads or {}]
+    for name, glob in globs:
         if not any(matches(denoiser, layer.path, glob) for role in able for layer in role.layers):
             raise Unsupported(
-                f"attention.sparse.layers[{glob!r}]",
+                f"attention.sparse.{name}[{glob!r}]",
                 "it matches no layer that may be sparse.",
                 f"a glob over names like {able[0].layers[0].path!r}.",
                 str(denoiser),
             )
+    calibrated(denoiser, found)
+    _refuse_heads(context, denoiser, able, found)
     cache = context.config.cache if context.config is not None else None
-    if found.refresh > 1 and getattr(cache, "kind", "") == "pab":
+    if found.shared_steps > 1 and getattr(cache, "kind", "") == "pab":
         raise Unsupported(
             "attention.sparse.refresh",
             "cache='pab' leaves out attention layers one by one, so that a step may choose for some of them only.",
@@ -232,11 +271,34 @@ def refuse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], conf
         )
 
 
+def _refuse_heads(context: PipelineContext, denoiser: Denoiser, roles: list[Role], config: SparseConfig) -> None:
+    """Refuses shares of heads where a layer has another number of heads, and where ranks share the heads."""
+    for glob, shares in (config.heads or {}).items():
+        for layer in (layer for role in roles for layer in role.layers if matches(denoiser, layer.path, glob)):
+            heads = getattr(layer.module, "heads", None) or getattr(layer.module, "num_heads", None)
+            if isinstance(heads, int) and heads != len(shares):
+                raise Unsupported(
+                    f"attention.sparse.heads[{glob!r}]",
+                    f"{len(shares)} shares are given, and {layer.path} has {heads} heads.",
+                    f"{heads} shares.",
+                    str(denoiser),
+                )
+    parallel = context.config.parallel if context.config is not None else None
+    if config.heads and parallel is not None and (parallel.ulysses > 1 or parallel.tp > 1):
+        raise Unsupported(
+            "attention.sparse.heads",
+            "parallel.ulysses and parallel.tp share the heads among ranks.",
+            "attention.sparse.layers, or another kind of parallelism.",
+            str(denoiser),
+        )
+
+
 def notes(denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> list[str]:
     """Sparse attention in words: one sentence for each role, and one for the dense phase."""
     found = settings(config)
     if found is None:
         return []
+    found = calibrated(denoiser, found)
     lines = []
     for role in roles:
         listed = [takes_lists(denoiser, role, config, backend) for backend in role.backends]
@@ -247,8 +309,10 @@ def notes(denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> lis
             f"{denoiser.name}: {role.name}{some} attends to {found.described()}, in calls of {found.min_tokens} "
             "picture or video tokens or more; shorter calls are dense."
         )
-    if lines and found.refresh > 1:
-        lines.append(f"{denoiser.name}: a choice of blocks serves {found.refresh} steps.")
+    if lines and found.shared_steps > 1:
+        bounds = [] if found.refresh is None else [f"for {found.refresh} steps"]
+        bounds += [] if found.drift is None else [f"until the latents have changed by {found.drift:.1%}"]
+        lines.append(f"{denoiser.name}: a choice of blocks serves {' or '.join(bounds)}.")
     if lines and (phase := dense_parts(found)):
         lines.append(f"{denoiser.name}: {phase} stay dense.")
     return lines

@@ -34,6 +34,7 @@ class TokenOrder(TokenStreams):
         kept: Is told of each sparse call of the denoiser; `None` for no one.
         carried: Is told which calls choose blocks anew; `None` if all do.
         refresh: Number of steps that share a choice.
+        drift: Relative L1 change of the latents since a choice from which on a step chooses anew; `None` for no bound.
     """
 
     feature = "attention.sparse"
@@ -49,14 +50,15 @@ class TokenOrder(TokenStreams):
         kept: KeptBlocks | None = None,
         carried: Carried | None = None,
         refresh: int = 1,
+        drift: float | None = None,
     ):
         plan, visual = denoiser.adapter.sequence, denoiser.adapter.visual
         assert plan is not None and visual is not None
         super().__init__(denoiser, plan)
         self._clock, self._visual, self._order, self._block = context.clock, visual, order, block
-        self._dense, self._kept, self._carried, self._refresh = dense, kept, carried, refresh
-        # Branch -> request and step of the last call that chose blocks.
-        self._chosen: dict[str, tuple[int, int]] = {}
+        self._dense, self._kept, self._carried, self._refresh, self._drift = dense, kept, carried, refresh, drift
+        # Branch -> request and step of the last call that chose blocks, and its latents if their drift matters.
+        self._chosen: dict[str, tuple[int, int, torch.Tensor | None]] = {}
         # (request, shapes of the latents) -> the grid. Replaced as another request begins.
         self._grids: dict[tuple[int | None, tuple[Any, ...]], token_grid.Grid] = {}
         self._grid: token_grid.Grid | None = None
@@ -66,16 +68,19 @@ class TokenOrder(TokenStreams):
 
     def around_denoiser(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self._clock.current
-        self._grid = self._grid_of(by_name(self._names, args, kwargs), None if state is None else state.request)
+        arguments = by_name(self._names, args, kwargs)
+        self._grid = self._grid_of(arguments, None if state is None else state.request)
+        latents = None
         if self._carried is not None:
-            self._carried.choosing = self._chooses(state)
+            latents = self._latents(arguments)
+            self._carried.choosing = self._chooses(state, latents)
             self._carried.branch = "" if state is None else state.branch
         out = super().around_denoiser(inner, *args, **kwargs)
         # A step that a cache skips computes a part of the layers at most: it chooses for none, and counts for none.
         if self._dense() or (state is not None and state.mode is not Mode.FULL):
             return out
         if self._carried is not None and self._carried.choosing and state is not None and state.step is not None:
-            self._chosen[state.branch] = (state.request, state.step)
+            self._chosen[state.branch] = (state.request, state.step, latents)
         if self._kept is not None:
             place = (None, "") if state is None else (state.step, state.branch)
             self._kept.end_call((self.denoiser.name, *place), self._grid)
@@ -104,11 +109,24 @@ class TokenOrder(TokenStreams):
             before.append(replicated + sum(lengths[: names.index(stream)]))
         return Span(self._grid, before[0], before[1], self._order, self._block)
 
-    def _chooses(self, state: StepState | None) -> bool:
+    def _latents(self, arguments: dict[str, Any]) -> torch.Tensor | None:
+        """The latents of a call, if their drift matters: the pipeline may write the next step's into them."""
+        if self._drift is None:
+            return None
+        latents = arguments.get(self.denoiser.adapter.denoised[0])
+        items = latents if isinstance(latents, (list, tuple)) else [latents]
+        return torch.cat([item.detach().flatten().float() for item in items if isinstance(item, torch.Tensor)])
+
+    def _chooses(self, state: StepState | None, latents: torch.Tensor | None) -> bool:
         if state is None or state.step is None or state.repeated or state.branch not in self._chosen:
             return True
-        request, step = self._chosen[state.branch]
-        return request != state.request or not 0 < state.step - step < self._refresh
+        request, step, before = self._chosen[state.branch]
+        if request != state.request or not 0 < state.step - step < self._refresh:
+            return True
+        if self._drift is None or before is None or latents is None or before.shape != latents.shape:
+            return False
+        change = (latents - before).abs().sum() / before.abs().sum().clamp_min(1e-30)
+        return float(change) >= self._drift
 
     # --- the walk -----------------------------------------------------------------------------------------------------
 

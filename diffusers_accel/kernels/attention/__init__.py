@@ -11,6 +11,7 @@ Importing this package registers the records and imports no kernel package. The 
   symmetric memory; `peer_writes.py`: the Triton kernels of that.
 - `sparse.py`: sparse attention of a role's calls. `selectors.py`: the rules that score blocks of keys, and
   `register_sparse`. `token_grid.py`: orders of tokens and places of blocks. `block_lists.py`: Triton kernels of these.
+  `clusters.py`: an order of tokens for each head and call, in Triton.
 - `recipe.py`: the rounding of 8-bit attention, with plain references. Its Triton kernels, which only loaders import:
   `rows.py`, `norm.py`, `quantize.py`, `low_bit.py`.
 """
@@ -24,7 +25,7 @@ from .deferred import DeferredQK
 from .dispatch import DISPATCHERS, AttentionDispatcher, dispatch
 from .fused_qk_norm_rope import apply_rope, fused_qk_norm_rope_attention
 from .recipe import RECIPES
-from .record import KERNELS, AttentionKernel, Call, Inputs, recipes, register_attention
+from .record import KERNELS, AttentionKernel, Call, Inputs, SparseSupport, recipes, register_attention
 from .selectors import SELECTORS, Selector, register_sparse
 from .sparse import Carried, KeptBlocks, Sparse
 from .token_grid import Span
@@ -50,6 +51,7 @@ __all__ = [
     "Selector",
     "Span",
     "Sparse",
+    "SparseSupport",
     "ContextParallelAttention",
     "Timings",
     "UlyssesAllToAll",

@@ -68,7 +68,7 @@ def _means(
     number = tl.maximum(tl.minimum(length - group * POOL, POOL), 1)
     mean = tl.sum(x.reshape(TOKENS // POOL, POOL, DP), 1) * (factor / number)[:, None]
     to = out_ptr + (index.to(tl.int64) * means + group)[:, None] * D + d[None, :]
-    tl.store(to, mean, mask=(group < means)[:, None] & (d < D)[None, :])
+    tl.store(to, mean.to(out_ptr.dtype.element_ty), mask=(group < means)[:, None] & (d < D)[None, :])
 
 
 def means(
@@ -78,6 +78,7 @@ def means(
     factor: float = 1.0,
     *,
     directions: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The means of neighbouring tokens.
 
@@ -88,13 +89,14 @@ def means(
             values that are not rounded.
         factor: Factor of the means.
         directions: Whether each token is divided by its length first, so that no scale matters.
+        dtype: The dtype of the result.
 
     Returns:
-        float32 (batch, heads, means, head_dim).
+        (batch, heads, means, head_dim).
     """
     batch, heads, length, dim = x.shape
     groups = triton.cdiv(length, size)
-    out = torch.empty((batch, heads, groups, dim), dtype=torch.float32, device=x.device)
+    out = torch.empty((batch, heads, groups, dim), dtype=dtype, device=x.device)
     each = 1 if scale is None else shared_by(length, scale.shape[2])
     tokens = max(size, 64)
     _means[(triton.cdiv(length, tokens), batch * heads)](
@@ -109,6 +111,9 @@ def operand_means(x: Inputs, data: Quantized, queries: int, keys: int) -> tuple[
     """The means of neighbouring queries, and of neighbouring keys, whose products are logits without the softmax scale.
     Of a rounded key, its mean over the sequence is subtracted, which changes all logits of a row alike.
 
+    The pass that rounds could make them as well. It has a head's rows on several warps, so that adding these up there
+    took longer than a pass over the rounded operands, which have a byte for each value.
+
     Args:
         x: The call.
         data: Its operands, rounded or not.
@@ -116,13 +121,17 @@ def operand_means(x: Inputs, data: Quantized, queries: int, keys: int) -> tuple[
         keys: Number of keys of a mean, a power of two.
 
     Returns:
-        float32 (batch, heads, means, head_dim), and float32 (batch, kv_heads, means, head_dim).
+        (batch, heads, means, head_dim), and (batch, kv_heads, means, head_dim), in the dtype of the call.
     """
+    kind = x.value.dtype
     if data.query.is_floating_point() and data.query.element_size() > 1:
-        return means(data.query, queries), means(data.key, keys)
+        return means(data.query, queries, dtype=kind), means(data.key, keys, dtype=kind)
     # The scale of a rounded query has the softmax scale and log2(e) within it.
     factor = 1 / (x.softmax_scale * LOG2E)
-    return means(data.query, queries, data.query_scale, factor), means(data.key, keys, data.key_scale)
+    return (
+        means(data.query, queries, data.query_scale, factor, dtype=kind),
+        means(data.key, keys, data.key_scale, dtype=kind),
+    )
 
 
 def centroids(x: Inputs, data: Quantized, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,16 +144,16 @@ def centroids(x: Inputs, data: Quantized, block: int) -> tuple[torch.Tensor, tor
         block: Number of keys of a block, a power of two.
 
     Returns:
-        Means of the rounded keys and means of the values over the value's scales, (batch, kv_heads, blocks, head_dim)
-        each, in the dtype of the call.
+        Means of the keys as they are transformed, and means of the values over the value's scales, (batch, kv_heads,
+        blocks, head_dim) each, in the dtype of the call.
     """
-    rounded = data.key.element_size() == 1
-    keys = means(data.key, block, data.key_scale if rounded else None)
+    kind = x.value.dtype
+    keys = means(data.key, block, data.key_scale if data.key.element_size() == 1 else None, dtype=kind)
     values = means(x.value.transpose(1, 2), block)
     if data.value.element_size() == 1:
         # The kernel multiplies its sum by these scales.
         values = values / data.value_scale.view(*values.shape[:2], 1, -1)
-    return keys.to(x.value.dtype), values.to(x.value.dtype)
+    return keys, values.to(kind)
 
 
 def self_similarity(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -206,8 +215,8 @@ def block_scores(
     pairs of parts.
 
     Args:
-        query_means: float32 (batch, heads, parts, head_dim), contiguous.
-        key_means: float32 (batch, kv_heads, parts, head_dim), contiguous.
+        query_means: (batch, heads, parts, head_dim), contiguous, of any floating dtype.
+        key_means: (batch, kv_heads, parts, head_dim), contiguous, of the queries' dtype.
         query_parts: Parts of a block of queries, a power of two. The last block may have fewer.
         key_parts: Parts of a block of keys, a power of two. The last block may have fewer.
         scale: Softmax scale of the logits.
@@ -218,10 +227,12 @@ def block_scores(
     (batch, heads, q_groups, dim), (_, kv_heads, k_groups, _) = query_means.shape, key_means.shape
     rows, columns = triton.cdiv(q_groups, query_parts), triton.cdiv(k_groups, key_parts)
     out = torch.empty((batch, heads, rows, columns), dtype=torch.float32, device=query_means.device)
-    r, c = max(1, 64 // query_parts), max(1, 64 // key_parts)
+    # Each program reads its means from L2: larger tiles read less.
+    side = 128 if query_means.element_size() == 2 else 64
+    r, c = max(1, side // query_parts), max(1, side // key_parts)
     _scores[(triton.cdiv(rows, r), triton.cdiv(columns, c), batch * heads)](
         query_means, key_means, out, scale, rows, columns, q_groups, k_groups, heads, heads // kv_heads,
-        QS=query_parts, KS=key_parts, D=dim, DP=triton.next_power_of_2(dim), R=r, C=c, num_warps=4,
+        QS=query_parts, KS=key_parts, D=dim, DP=triton.next_power_of_2(dim), R=r, C=c, num_warps=side // 16,
     )  # fmt: skip
     return out
 
@@ -309,6 +320,7 @@ def select(
     forced: torch.Tensor | None = None,
     mark: bool = False,
     bits: torch.Tensor | None = None,
+    even: bool = True,
 ) -> BlockLists:
     """Keeps the blocks with the highest scores. A block with a score of infinity is always kept.
 
@@ -324,10 +336,12 @@ def select(
         mark: Whether the lists have `kept` too.
         bits: int32 (batch, heads, query blocks, words of 32 key blocks), which receives a bit for each kept block;
             `None` to write none.
+        even: Whether all rows have the same budget.
     """
     scores = scores.contiguous()
     always = None if forced is None else forced.to(torch.uint8).contiguous()
-    return _launch(scores, scores.shape, budget, always, rule, query_block, key_block, mark, bits)
+    lists = _launch(scores, scores.shape, budget, always, rule, query_block, key_block, mark, bits)
+    return replace(lists, even=lists.even and even)
 
 
 def lists_of(mask: torch.Tensor, query_block: int, key_block: int, *, mark: bool = False) -> BlockLists:

@@ -99,6 +99,11 @@ class AttentionDispatcher:
         if sparse is not None:
             inputs, fused = replace(inputs, sparse=sparse), replace(fused, sparse=sparse)
             self.counts[f"{kernel.name}, {sparse.label(inputs.key.shape[1])}"] += 1
+            if sparse.clusters(inputs):
+                ordered, back = sparse.clustered(
+                    replace(inputs, query=materialized(query), key=materialized(key))
+                )  # fmt: skip
+                return back(self._function(kernel)(ordered))
         else:
             self.counts[kernel.name] += 1
         return run(kernel)

@@ -66,6 +66,11 @@ class BlockChoice(Protocol):
         """Whether the kernel decides for each tile, by `threshold`, instead of `choose`."""
         ...
 
+    def clustered(self, x: Inputs) -> tuple[Inputs, Callable[[Any], Any]]:
+        """The call with its tokens in the order of their blocks, and a function that takes the order of its result
+        back."""
+        ...
+
     def threshold(self, keys: int) -> float:
         """The share of the running maximum below which the weights of a tile are left out."""
         ...
@@ -214,6 +219,40 @@ def key_bias(inputs: Inputs) -> torch.Tensor | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparseSupport:
+    """The sparse attention that a kernel can compute.
+
+    Attributes:
+        blocks: Supported numbers of tokens of a block.
+        centroids: Whether means may stand for blocks that are not kept.
+        within_tiles: Whether the kernel can decide for each tile, without lists.
+        architectures: CUDA compute capabilities on which it is supported; empty for all of the kernel's.
+    """
+
+    blocks: tuple[int, ...] = (32, 64, 128)
+    centroids: bool = True
+    within_tiles: bool = True
+    architectures: tuple[tuple[int, int], ...] = ()
+
+    def refuses(self, device: Device, block: int, centroids: bool, within_tiles: bool) -> str | None:
+        """Why the kernel cannot compute sparse attention of that kind, or `None` if it can.
+
+        Args:
+            device: The device.
+            block: Tokens of a block.
+            centroids: Whether means stand for blocks that are not kept.
+            within_tiles: Whether the kernel decides for each tile.
+        """
+        if self.architectures and device.arch not in self.architectures:
+            return f"takes no lists of blocks on {device}"
+        if within_tiles:
+            return None if self.within_tiles else "has no skip-softmax"
+        if centroids and not self.centroids:
+            return "takes no centroids"
+        return None if block in self.blocks else f"takes no blocks of {block} tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionKernel:
     """An attention kernel.
 
@@ -237,7 +276,7 @@ class AttentionKernel:
         lse: Whether the kernel can return the LSE.
         exact: Whether the kernel computes in the precision of its inputs, without quantization.
         fuses_qk_norm_rope: Whether the kernel applies the QK-norm and the rotary embedding of its `Inputs`.
-        sparse: Whether the kernel takes the `sparse` of its `Inputs`.
+        sparse: The kinds of `Inputs.sparse` that the kernel takes; `None` for none.
         auto: Whether `"auto"` may choose the kernel. A user's own function is used by name only.
         refusal: Returns the reason why an installed package cannot be used (e.g. a version with a known error), or
             `None`.
@@ -261,7 +300,7 @@ class AttentionKernel:
     lse: bool = False
     exact: bool = True
     fuses_qk_norm_rope: bool = False
-    sparse: bool = False
+    sparse: SparseSupport | None = None
     auto: bool = True
     refusal: Callable[[], str | None] = lambda: None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .recipe import RECIPES, Recipe
-from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs
+from .record import KERNELS, AttentionFunction, AttentionKernel, Inputs, SparseSupport
 
 
 def _loader(recipe: Recipe) -> Callable[[], AttentionFunction]:
@@ -51,7 +51,7 @@ def _record(name: str, recipe: Recipe) -> AttentionKernel:
         lse=True,
         exact=recipe.qk is None and recipe.pv is None,
         fuses_qk_norm_rope=recipe.qk is not None,
-        sparse=True,
+        sparse=SparseSupport(),
         auto="/" not in name and name != "triton",
     )
 

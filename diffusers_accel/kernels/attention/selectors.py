@@ -21,10 +21,10 @@ class Blocks:
     """A call as a rule sees it: its blocks of queries and of keys.
 
     Attributes:
-        query_means: float32 (batch, heads, means, head_dim): means of the parts of each block of queries; `None` for a
-            rule without parts.
-        key_means: float32 (batch, kv_heads, means, head_dim): means of the parts of each block of keys; `None` for a
-            rule without parts.
+        query_means: (batch, heads, means, head_dim), in the dtype of the call: means of the parts of each block of
+            queries; `None` for a rule without parts.
+        key_means: (batch, kv_heads, means, head_dim), in the dtype of the call: means of the parts of each block of
+            keys; `None` for a rule without parts.
         scale: Softmax scale of the logits.
         parts: Parts of a block. The last block may have fewer.
         grid: Frames, rows and columns of the tokens of pictures or frames.
@@ -64,6 +64,7 @@ class Selector:
             parts, of any floating dtype. A block with a score of infinity is always kept.
         logits: Whether scores are logits, so that a share of their softmax (`top_p`) means something.
         within_tiles: Whether there are no scores, because the kernel decides for each tile of keys by its logits.
+        places: Whether it reads the places of blocks.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Selector:
     scores: Scores
     logits: bool = False
     within_tiles: bool = False
+    places: bool = False
 
 
 SELECTORS: Registry[Selector] = Registry("selector of sparse attention", "register_sparse")
@@ -155,9 +157,9 @@ for _selector in (
     Selector(name="sub-blocks", parts=4, scores=_logits, logits=True),
     Selector(name="means", parts=1, scores=_logits, logits=True),
     Selector(name="similarity", parts=1, scores=_similar, logits=True),
-    Selector(name="bands", parts=1, scores=_bands),
-    Selector(name="window", parts=0, scores=_window),
-    Selector(name="radial", parts=0, scores=_radial),
+    Selector(name="bands", parts=1, scores=_bands, places=True),
+    Selector(name="window", parts=0, scores=_window, places=True),
+    Selector(name="radial", parts=0, scores=_radial, places=True),
     # BLASST: logits are exact, and a tile far below the running maximum is left out.
     Selector(name="skip-softmax", parts=0, scores=_no_scores, within_tiles=True),
 ):

@@ -2,8 +2,8 @@
 
 A call's tokens form blocks in the order that they come in. A rule (`selectors.py`) scores all pairs of blocks, and each
 block of queries attends to the highest scores. Blocks with tokens of text or sound are always kept, and their queries
-attend to everything. Kernels that take lists call `Sparse.choose` with their operands. Importing this module needs no
-Triton.
+attend to everything. Kernels that take lists call `Sparse.choose` with their operands. Where blocks are clusters,
+`Sparse.clustered` orders the tokens of each head before. Importing this module needs no Triton.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ KEEP, TOP_P, TAU = "keep", "top_p", "tau"
 # Tiles of a dense kernel are left out whose weights are all below a share of the running maximum: the amount over the
 # number of keys.
 SKIP = "skip"
+# One of these, and its number; for `KEEP` also a share for each head.
+Amount = tuple[str, "float | tuple[float, ...]"]
 # Layers whose numbers of kept blocks are told apart.
 _LAYERS = 1024
 _RULES = {KEEP: "count", TOP_P: "mass", TAU: "spread"}
@@ -96,7 +98,7 @@ class KeptBlocks:
 
 @dataclass(eq=False)
 class Carried:
-    """Choices of blocks that later steps use again, as a bit for each pair of blocks.
+    """Choices that later steps use again: a bit for each pair of blocks, and the order of clustered tokens.
 
     Attributes:
         choosing: Whether the running denoiser call chooses anew.
@@ -105,20 +107,20 @@ class Carried:
 
     choosing: bool = True
     branch: str = ""
-    _bits: dict[Any, torch.Tensor] = field(default_factory=dict)
+    _kept: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def bits(self, key: Any, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """The bits of a layer's calls in the running branch, int32. CUDA graphs write and read them in place.
+    def kept(self, key: Any, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """What a layer's calls have kept in the running branch, int32. CUDA graphs write and read it in place.
 
         Args:
-            key: Names the layer and the call's shape.
-            shape: (batch, heads, query blocks, words of 32 key blocks).
+            key: Names what is kept, the layer and the call's shape.
+            shape: The shape: (batch, heads, query blocks, words of 32 key blocks), or (batch, heads, tokens).
             device: The device.
         """
         place = (key, self.branch, device)
-        if place not in self._bits:
-            self._bits[place] = torch.zeros(shape, dtype=torch.int32, device=device)
-        return self._bits[place]
+        if place not in self._kept:
+            self._kept[place] = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._kept[place]
 
 
 def whole_sequence(queries: int, keys: int) -> Span | None:
@@ -139,7 +141,7 @@ class Sparse:
         block: Tokens of a block.
         centroids: Whether the mean of each block that is not kept stands for it.
         min_tokens: Number of tokens of pictures or frames from which on a call is sparse.
-        by_layer: Layer -> share kept, instead of `amount`; 1 for a dense layer.
+        by_layer: Layer -> rule and amount instead of these, a share of 1 for a dense layer.
         span: Returns the place of the tokens of pictures or frames, from the numbers of queries and keys of a call;
             `None` where it is not known, which makes the call dense.
         layer: Returns the running layer.
@@ -153,7 +155,7 @@ class Sparse:
     block: int
     centroids: bool = False
     min_tokens: int
-    by_layer: dict[Any, float] = field(default_factory=dict)
+    by_layer: dict[Any, Amount] = field(default_factory=dict)
     span: Callable[[int, int], Span | None] = whole_sequence
     layer: Callable[[], Any] = lambda: None
     kept_blocks: KeptBlocks | None = None
@@ -177,17 +179,23 @@ class Sparse:
 
     def kept(self, keys: int) -> int | None:
         """The number of key blocks that each block of queries attends to in the running layer; `None` if it depends on
-        values."""
+        values, or on the head."""
         rule, amount = self._amount()
-        return max(1, round(amount * self._blocks(keys))) if rule == KEEP else None
+        return self._number(amount, keys) if rule == KEEP and isinstance(amount, float) else None
+
+    def _number(self, share: float, keys: int) -> int:
+        return max(1, round(share * self._blocks(keys)))
 
     def label(self, keys: int) -> str:
         """The share of the running layer's blocks, in words."""
         kept = self.kept(keys)
         if kept is not None:
             return f"{kept / self._blocks(keys):.0%} of blocks"
+        amount = self._amount()[1]
+        if isinstance(amount, tuple):
+            return f"{sum(amount) / len(amount):.0%} of blocks, by head"
         if self.within_tiles:
-            return f"skip-softmax, {self.amount:g} / keys"
+            return f"skip-softmax, {amount:g} / keys"
         return f"blocks by {self.rule} {self.amount:g}"
 
     @property
@@ -198,7 +206,9 @@ class Sparse:
     def threshold(self, keys: int) -> float:
         """The share of the running maximum below which the weights of a tile are left out; 1 or more for so few keys
         that it means nothing."""
-        return self.amount / keys
+        amount = self._amount()[1]
+        assert isinstance(amount, float)
+        return amount / keys
 
     def count_tiles(self, computed: torch.Tensor, every: int) -> None:
         """Counts a call whose kernel decided for each tile.
@@ -209,6 +219,48 @@ class Sparse:
         """
         if self.kept_blocks is not None:
             self.kept_blocks.add(self.layer(), computed, every)
+
+    def clusters(self, x: Inputs) -> bool:
+        """Whether the tokens of a sparse call are ordered by `clustered`."""
+        span = self.span(x.query.shape[1], x.key.shape[1])
+        return span is not None and span.order == token_grid.CLUSTERS
+
+    def clustered(self, x: Inputs) -> tuple[Inputs, Callable[[Any], Any]]:
+        """The call with its tokens in the order of their blocks, and a function that takes the order of its result
+        back: of the output, and of the LSE if there is one.
+
+        Args:
+            x: The call, with QK-norm and rotary embedding applied.
+        """
+        from ..operands import row_contiguous
+        from .clusters import cluster, ordered
+
+        x = replace(x, query=row_contiguous(x.query), key=row_contiguous(x.key), value=row_contiguous(x.value))
+        span = self.span(x.query.shape[1], x.key.shape[1])
+        assert span is not None
+        orders = None
+        if self.carried is not None:
+            layer = self.layer()
+            orders = tuple(
+                self.carried.kept((side, layer, span), (each.shape[0], each.shape[2], each.shape[1]), each.device)
+                for side, each in (("queries", x.query), ("keys", x.key))
+            )
+        if orders is None or self.carried is None or self.carried.choosing:
+            found = cluster(x.query, x.key, self.block, span.chunks)
+            if orders is not None:
+                for kept, new in zip(orders, found, strict=True):
+                    kept.copy_(new)
+            orders = found
+        queries, keys = orders
+        moved = replace(x, query=ordered(x.query, queries), key=ordered(x.key, keys), value=ordered(x.value, keys))
+
+        def back(result: Any) -> Any:
+            if not x.return_lse:
+                return ordered(result, queries, back=True)
+            out, lse = result
+            return ordered(out, queries, back=True), torch.empty_like(lse).scatter_(2, queries.long(), lse)
+
+        return moved, back
 
     def choose(self, x: Inputs, data: Quantized) -> BlockLists:
         """The blocks of keys that each block of queries attends to.
@@ -243,7 +295,7 @@ class Sparse:
         bits = None
         if self.carried is not None and self.selector.parts:
             shape = (batch, heads, self._blocks(queries), -(-self._blocks(keys) // 32))
-            bits = self.carried.bits((self.layer(), *key), shape, device)
+            bits = self.carried.kept(("blocks", self.layer(), *key), shape, device)
             if not self.carried.choosing:
                 even = kept is not None and forced is None
                 return lists_of_bits(
@@ -261,11 +313,18 @@ class Sparse:
             )
         if not self.selector.parts:
             scores = scores.expand(batch, heads, -1, -1)
-        budget = torch.full((batch * heads,), float(amount if kept is None else kept), device=device)
+        if isinstance(amount, tuple):
+            if len(amount) != heads:
+                raise ValueError(f"attention.sparse.heads gives shares of {len(amount)} heads, and a call has {heads}.")
+            counts = tuple(float(self._number(share, keys)) for share in amount)
+            budget = self._once(_budgets, counts, batch, device)
+        else:
+            budget = torch.full((batch * heads,), float(amount if kept is None else kept), device=device)
         lists = select(
             # Blocks without a place are kept anyway; a score of infinity keeps its meaning.
             scores if self.selector.logits else scores.nan_to_num(0.0, float("inf"), -float("inf")),
             budget, self.block, self.block, rule=_RULES[rule], forced=forced, mark=self.centroids, bits=bits,
+            even=kept is not None,
         )  # fmt: skip
         if not self.selector.parts:
             self._static[key] = lists
@@ -305,9 +364,9 @@ class Sparse:
             self._static[place] = function(*key)
         return self._static[place]
 
-    def _amount(self) -> tuple[str, float]:
+    def _amount(self) -> Amount:
         layer = self.layer() if self.by_layer else None
-        return (KEEP, self.by_layer[layer]) if layer in self.by_layer else (self.rule, self.amount)
+        return self.by_layer.get(layer, (self.rule, self.amount))
 
     def _count(self, x: Inputs, span: Span, lists: BlockLists) -> None:
         if self.kept_blocks is None:
@@ -324,6 +383,10 @@ class Sparse:
 
 def _similarities(data: Quantized, block: int, of: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return of(data.query, block), of(data.key, block)
+
+
+def _budgets(counts: tuple[float, ...], batch: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(counts, device=device).repeat(batch)
 
 
 def _others(span: Span, queries: int, keys: int, block: int, device: torch.device) -> torch.Tensor | None:

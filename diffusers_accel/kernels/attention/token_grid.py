@@ -2,7 +2,8 @@
 
 Sparse attention groups neighbouring tokens of a sequence into blocks. In the order of the models, row by row and frame
 by frame, a block is a strip of a frame. Cubes and the Morton order make it compact in space and time, so that fewer
-blocks hold what a query attends to.
+blocks hold what a query attends to. Clusters go on from there: each call orders the tokens of a chunk by what they
+attend to (`clusters.py`), and the order here brings neighbours into one chunk.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import torch
 
 # Names of orders of tokens.
-MODEL_ORDER, CUBES, MORTON = "model", "cubes", "morton"
-ORDERS = (MODEL_ORDER, CUBES, MORTON)
+MODEL_ORDER, CUBES, MORTON, CLUSTERS = "model", "cubes", "morton", "clusters"
+ORDERS = (MODEL_ORDER, CUBES, MORTON, CLUSTERS)
+# Blocks of a chunk, within which tokens are clustered; a power of two.
+CHUNK_BLOCKS = 32
 
 Grid = tuple[int, int, int]
 
@@ -29,7 +32,7 @@ class Span:
         queries: Number of queries before the first of them.
         keys: Number of keys before the first of them.
         order: The order of the tokens.
-        block: Tokens of a cube, for the order `"cubes"`.
+        block: Tokens of a cube, for the order `"cubes"`, or of a cluster.
     """
 
     grid: Grid
@@ -42,6 +45,15 @@ class Span:
     def tokens(self) -> int:
         """Number of tokens of pictures or frames."""
         return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def chunks(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Places of the first and behind the last of the tokens that are clustered, among the queries and among the
+        keys. A block with other tokens before them keeps all of its own."""
+        first, second = (
+            (-(-before // self.block) * self.block, before + self.tokens) for before in (self.queries, self.keys)
+        )
+        return first, second
 
 
 def cube(grid: Grid, block: int) -> Grid:
@@ -73,10 +85,12 @@ def permutation(grid: Grid, order: str, block: int) -> torch.Tensor | None:
     Args:
         grid: Frames, rows and columns.
         order: One of `ORDERS`.
-        block: Tokens of a cube, for `"cubes"`.
+        block: Tokens of a cube, for `"cubes"`, or of a cluster.
     """
     if order == MODEL_ORDER:
         return None
+    if order == CLUSTERS:
+        return permutation(grid, CUBES, block * CHUNK_BLOCKS)
     at = _coordinates(grid)
     if order == MORTON:
         # The bits of row, column and frame take turns, the lowest first.
@@ -127,7 +141,7 @@ def centers(
     grid: Grid, order: str, cube_tokens: int, before: int, total: int, block: int, device: torch.device
 ) -> torch.Tensor:
     """The mean frame, row and column of each block of a sequence: float32 (blocks, 3); NaN for a block that has a token
-    outside the grid.
+    outside the grid. A cluster has the place of its chunk.
 
     Args:
         grid: Frames, rows and columns.
@@ -142,4 +156,7 @@ def centers(
     found = permutation(grid, order, cube_tokens)
     places = torch.full((total, 3), float("nan"))
     places[before : before + len(at)] = at if found is None else at[found]
+    if order == CLUSTERS:
+        for chunk in places[-(-before // block) * block : before + len(at)].split(block * CHUNK_BLOCKS):
+            chunk.copy_(chunk.mean(0).expand_as(chunk))
     return torch.stack([part.mean(0) for part in places.split(block)]).to(device)

@@ -1,0 +1,154 @@
+"""Skip-softmax as a checkpoint is calibrated for it: the `sparse_attention_config` that NVIDIA's ModelOpt writes.
+
+The configuration of a denoiser then says, for groups of attention modules, how a threshold follows from the share of
+tiles to leave out, at which noise level sparse steps begin, and which modules stay dense. diffusers keeps the entry.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ...config import SparseConfig
+from ...errors import Unsupported, shown
+from ..context import Denoiser
+from .layers import Layer
+
+# The only formula that ModelOpt fits.
+_FORMULA = re.compile(r"\s*a\s*\*\s*(np\.|math\.)?exp\(\s*b\s*\*\s*target_sparsity\s*\)\s*")
+_WHERE = "attention.sparse='skip-softmax'"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Attention modules with one threshold.
+
+    Attributes:
+        factor: Scale factor of the threshold, from the group's own share of tiles; `None` without such a share.
+        a: Coefficient of the formula `a * exp(b * share)`; `None` without a formula.
+        b: Coefficient of the formula; `None` without one.
+        targets: Class names of the modules; empty for all.
+        ignore: Globs of module paths that stay dense.
+        dense_until: Noise level down to which steps are dense; `None` for no such bound.
+    """
+
+    factor: float | None
+    a: float | None
+    b: float | None
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    dense_until: float | None
+
+    def scale_factor(self, share: float | None) -> float | None:
+        """The scale factor for a share of tiles to leave out; the group's own without a share."""
+        if share is None:
+            return self.factor
+        return None if self.a is None or self.b is None else self.a * math.exp(self.b * share)
+
+    def takes(self, layer: Layer) -> bool:
+        """Whether a layer is one of the group's modules."""
+        return not self.targets or type(layer.module).__name__ in self.targets
+
+    def ignores(self, layer: Layer) -> bool:
+        """Whether a layer stays dense."""
+        return any(fnmatchcase(layer.path, glob) or fnmatchcase(layer.path, f"*.{glob}") for glob in self.ignore)
+
+
+def groups(denoiser: Denoiser) -> list[Group]:
+    """The groups of a denoiser's checkpoint; none without a calibration of skip-softmax.
+
+    Raises:
+        Unsupported: The entry has a formula or a value that is not understood.
+    """
+    entry = getattr(denoiser.module, "config", {}).get("sparse_attention_config")
+    found = entry.get("config_groups", {}) if isinstance(entry, Mapping) else {}
+    values = found.values() if isinstance(found, Mapping) else ()
+    return [_group(each, denoiser) for each in values if _is_skip_softmax(each)]
+
+
+def _is_skip_softmax(values: Any) -> bool:
+    if not isinstance(values, Mapping):
+        return False
+    name = values.get("algorithm", values.get("sparse_algo", ""))
+    return str(name).replace("-", "_").startswith(("skip_softmax", "softmax_skip"))
+
+
+def _group(values: Mapping[str, Any], denoiser: Denoiser) -> Group:
+    fitted = values.get("threshold_scale_factor")
+    try:
+        a = b = None
+        factor = float(fitted) if isinstance(fitted, (int, float)) else None
+        if isinstance(fitted, Mapping):
+            # Older files hold the coefficients of a language model's two phases.
+            within = fitted.get("coefficients") or fitted.get("prefill") or fitted
+            if not _FORMULA.fullmatch(str(fitted.get("formula", "a * exp(b * target_sparsity)"))):
+                raise ValueError(shown(fitted.get("formula")))
+            a, b = float(within["a"]), float(within["b"])
+            share = values.get("target_sparsity")
+            share = share.get("prefill") if isinstance(share, Mapping) else share
+            factor = None if share is None else a * math.exp(b * float(share))
+        until = values.get("disabled_until_timestep")
+        return Group(
+            factor=factor, a=a, b=b, targets=tuple(map(str, values.get("targets") or ())),
+            ignore=tuple(map(str, values.get("ignore") or ())), dense_until=None if until is None else float(until),
+        )  # fmt: skip
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise Unsupported(
+            _WHERE,
+            f"the checkpoint's sparse_attention_config has a threshold_scale_factor that is not understood: "
+            f"{type(error).__name__}: {error}.",
+            "attention.sparse.threshold_scale_factor=5000, which overrides it.",
+            str(denoiser),
+        ) from None
+
+
+def calibrated(denoiser: Denoiser, config: SparseConfig) -> SparseConfig:
+    """The section with the threshold and the dense steps of the denoiser's checkpoint, where it is skip-softmax and
+    leaves them open.
+
+    Args:
+        denoiser: The denoiser.
+        config: The section, with its rule resolved.
+
+    Raises:
+        Unsupported: The checkpoint has no formula for `target_sparsity`, or one that is not understood.
+    """
+    if config.selector != "skip-softmax" or config.threshold_scale_factor is not None:
+        return config
+    found = groups(denoiser)
+    factors = [group.scale_factor(config.target_sparsity) for group in found]
+    factor = next((each for each in factors if each is not None), None)
+    if factor is None and config.target_sparsity is not None:
+        raise Unsupported(
+            "attention.sparse.target_sparsity",
+            "the checkpoint's configuration has no formula (sparse_attention_config) from which a threshold follows.",
+            "threshold_scale_factor=5000, or a checkpoint that ModelOpt has calibrated.",
+            str(denoiser),
+        )
+    until = config.dense_until if config.dense_until is not None else next(
+        (group.dense_until for group in found if group.dense_until is not None), None
+    )  # fmt: skip
+    return replace(config, threshold_scale_factor=factor, target_sparsity=None, dense_until=until)
+
+
+def by_layer(denoiser: Denoiser, config: SparseConfig, layers: list[Layer]) -> Iterator[tuple[Layer, float | None]]:
+    """The layers with a threshold of their own by the checkpoint: the scale factor, `None` for a dense layer.
+
+    Args:
+        denoiser: The denoiser.
+        config: The section as the user gave it, with its rule resolved.
+        layers: The attention modules.
+    """
+    if config.selector != "skip-softmax" or config.threshold_scale_factor is not None:
+        return
+    found = groups(denoiser)
+    for layer in layers:
+        group = next((group for group in found if group.takes(layer)), None)
+        if found and (group is None or group.ignores(layer)):
+            yield layer, None
+        elif group is not None and (factor := group.scale_factor(config.target_sparsity)) is not None:
+            yield layer, factor
