@@ -687,11 +687,32 @@ def test_scores_of_another_shape_are_refused(monkeypatch):
             sparse.choose(x, operands(x))
 
 
+def drawn_clusters(monkeypatch):
+    """Any order of the tokens of each head instead of clusters, whose kernels the interpreter runs slowly; a list of
+    the calls."""
+    from diffusers_accel.kernels.attention import clusters
+
+    calls = []
+
+    def drawn(query, key, block, spans):
+        calls.append(spans)
+        orders = []
+        for x, (begin, end) in zip((query, key), spans, strict=True):
+            order = torch.arange(x.shape[1]).repeat(x.shape[0], x.shape[2], 1)
+            for row in order.flatten(0, 1):
+                row[begin:end] = begin + torch.randperm(end - begin)
+            orders.append(order.to(torch.int32))
+        return tuple(orders)
+
+    monkeypatch.setattr(clusters, "cluster", drawn)
+    return calls
+
+
 @pytest.mark.parametrize("name", ["wan", "ltx2-no-cfg", "flux", "qwen"])
 def test_clustered_tokens(name, monkeypatch):
     """An order in each head changes nothing where all blocks are kept, beside text too."""
-    by_engine(monkeypatch)
     in_blocks(monkeypatch, 8)
+    drawn_clusters(monkeypatch)
     entry, pipe = TINY[name], build(name)
     plain = {"backend": "sdpa", "layers": {f"*{SPARSE[name]}": "exact"}}
     accelerate(pipe, attention=plain)
@@ -723,12 +744,7 @@ def test_clusters_have_no_places():
 
 def test_clusters_of_an_earlier_step(monkeypatch):
     """A choice of blocks is one of an order: both serve as many steps."""
-    from diffusers_accel.kernels.attention import clusters
-
-    by_engine(monkeypatch)
-    calls = []
-    original = clusters.cluster
-    monkeypatch.setattr(clusters, "cluster", lambda *args: (calls.append(1), original(*args))[1])
+    calls = drawn_clusters(monkeypatch)
     entry, pipe = TINY["wan"], build("wan")
     sparse = {"keep": 0.34, "min_tokens": 1, "order": "clusters", "refresh": 2}
     accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})

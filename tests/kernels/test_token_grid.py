@@ -10,6 +10,12 @@ from diffusers_accel.kernels.attention import token_grid
 CPU = torch.device("cpu")
 
 
+def test_chunks_begin_with_a_block():
+    """Tokens of a block that has others before them stay where they are."""
+    span = token_grid.Span((2, 5, 10), 12, 64, token_grid.CLUSTERS, 32)
+    assert span.chunks == ((32, 112), (64, 164))
+
+
 def test_sides_of_cubes():
     """Columns grow first and frames last; no axis grows beyond its size while another can."""
     assert token_grid.cube((21, 30, 52), 128) == (4, 4, 8)
