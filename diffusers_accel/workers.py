@@ -23,7 +23,7 @@ from .api import accelerate
 from .checkpoints.loading import from_pretrained
 from .compat.torch_private import pytree
 from .config import AccelConfig
-from .core.mesh import free_port, rank_environment
+from .core.processes import free_port, rank_environment
 from .errors import AccelError, Unsupported
 from .resolve import begins_on_host, resolve_parallel
 

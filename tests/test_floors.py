@@ -29,7 +29,7 @@ TRITON = {
     "kernels/rounding.py",
     *(
         f"kernels/attention/{name}.py"
-        for name in ("rows", "norm", "quantize", "low_bit", "block_lists", "qk_norm_rope", "peer_writes")
+        for name in ("rows", "norm", "quantize", "low_bit", "block_lists", "clusters", "qk_norm_rope", "peer_writes")
     ),
     "kernels/elementwise/rows.py",
     *(f"kernels/linear/{name}.py" for name in ("gemm", "quantize_activations", "quantize_weights")),

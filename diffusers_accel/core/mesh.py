@@ -15,7 +15,6 @@ from __future__ import annotations
 import datetime
 import functools
 import os
-import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,27 +38,6 @@ def world_size() -> int | None:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _LAUNCHER_VARIABLES) else None
-
-
-def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The variables with which a launcher on one machine tells a process its rank.
-
-    Args:
-        rank: The process's rank.
-        ranks: The number of processes.
-        port: A free TCP port of this machine, the same for all of them.
-    """
-    return {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-
-
-def free_port() -> int:
-    """A free TCP port of this machine, for ranks to meet at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def init_process_group(device: str) -> None:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from diffusers_accel.core.mesh import free_port, rank_environment
+from diffusers_accel.core.processes import free_port, rank_environment
 
 SECONDS = 240
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers_accel.core.mesh import free_port
+from diffusers_accel.core.processes import free_port
 
 from . import SECONDS, preloaded
 

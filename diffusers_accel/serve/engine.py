@@ -1,0 +1,505 @@
+"""The queue of a model's jobs, its replicas, and the Python interface to both.
+
+Jobs are taken oldest first, by whichever replica is free. A thread for each replica hands them on and hears of their
+steps; a replica whose rank died is started again, and its job waits at its old place once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import random
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import AccelConfig, read_yaml
+from ..errors import AccelError, ConfigError, Unsupported, shown
+from .jobs import COMPLETED, FAILED, QUEUED, Job, JobStore
+from .replica import Replica, ReplicaFailed
+
+# Longest pause before a replica is started again, in seconds.
+_LONGEST_PAUSE = 60.0
+
+
+class JobFailed(AccelError):
+    """A job ended with an error.
+
+    Args:
+        message: The reason.
+        code: `"invalid_request"` for arguments that the pipeline refuses, `"out_of_memory"`, `"worker_died"` after two
+            attempts, `"closed"`, or `"failed"`.
+    """
+
+    def __init__(self, message: str, code: str):
+        super().__init__(message)
+        self.code = code
+
+
+class JobCancelled(JobFailed):
+    """A job was cancelled before it was done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a job has made.
+
+    Attributes:
+        kind: `"image"` or `"video"`.
+        files: The written files: PNG of a picture, NumPy's format of a video.
+        width: Width in pixels.
+        height: Height in pixels.
+        frames: Number of frames of a video; `None` for a picture.
+        seeds: The seed of each result.
+        seconds: Seconds of the pipeline's call.
+        stats: `stats` of the pipeline after the call as a table, if it was asked for.
+        audio: The file of a video's sound, in NumPy's format; `None` without.
+    """
+
+    kind: str
+    files: tuple[Path, ...]
+    width: int
+    height: int
+    frames: int | None = None
+    seeds: tuple[int, ...] = ()
+    seconds: float = 0.0
+    stats: str | None = None
+    audio: Path | None = None
+
+    @property
+    def images(self) -> list[Any]:
+        """The pictures, `PIL.Image` each."""
+        from PIL import Image
+
+        found = []
+        for file in self.files if self.kind == "image" else ():
+            with Image.open(file) as picture:
+                found.append(picture.copy())
+        return found
+
+    @property
+    def videos(self) -> list[Any]:
+        """The videos: uint8 arrays (frames, height, width, channels)."""
+        import numpy as np
+
+        return [np.load(file) for file in self.files] if self.kind == "video" else []
+
+
+class Generation:
+    """A job that was handed to an engine. It can be waited for, awaited, watched and cancelled.
+
+    Attributes:
+        id: The job's name.
+        step: The last step that is over, from 1; 0 before the first.
+        steps: Number of steps; 0 before the first is over.
+    """
+
+    def __init__(self, engine: Engine, job: Job):
+        self._engine, self.id = engine, job.id
+        self.step = self.steps = 0
+        self._done: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        self._watchers: list[Callable[[], None]] = []
+
+    @property
+    def status(self) -> str:
+        """`"queued"`, `"in_progress"`, `"completed"` or `"failed"`."""
+        job = self._engine.jobs.get(self.id)
+        return FAILED if job is None else job.status
+
+    @property
+    def progress(self) -> float:
+        """The share of the steps that is over, between 0 and 1."""
+        if self._done.done() and self._done.exception() is None:
+            return 1.0
+        return self.step / self.steps if self.steps else 0.0
+
+    def result(self, timeout: float | None = None) -> Result:
+        """The result; waits for it.
+
+        Args:
+            timeout: Seconds to wait at most; `None` for no bound.
+
+        Raises:
+            JobCancelled: The job was cancelled.
+            JobFailed: The job ended with an error.
+            TimeoutError: It has not ended in time.
+        """
+        return self._done.result(timeout)
+
+    def cancel(self) -> bool:
+        """Cancels the job: at once while it waits, at its next step while it is computed. Whether it had not ended."""
+        return self._engine.cancel(self.id)
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return asyncio.wrap_future(self._done).__await__()
+
+    async def watch(self) -> AsyncIterator[tuple[int, int]]:
+        """(step, steps) whenever a step is over, until the job ends. Steps that are over at once are one item."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake(*_: Any) -> None:
+            loop.call_soon_threadsafe(changed.set)
+
+        self._watchers.append(wake)
+        self._done.add_done_callback(wake)
+        seen = 0
+        try:
+            while not self._done.done() or seen < self.step:
+                if seen < self.step:
+                    seen = self.step
+                    yield self.step, self.steps
+                    continue
+                await changed.wait()
+                changed.clear()
+        finally:
+            self._watchers.remove(wake)
+
+    def _stepped(self, step: int, steps: int) -> None:
+        self.step, self.steps = step, steps
+        for watcher in list(self._watchers):
+            watcher()
+
+    def _ended(self, job: Job) -> None:
+        if self._done.done():
+            return
+        if job.status == COMPLETED:
+            self._done.set_result(_result(job))
+        else:
+            self._done.set_exception(_error(job))
+
+
+@dataclass
+class _Running:
+    """A job's handles in this process."""
+
+    generations: list[Generation] = field(default_factory=list)
+    cancelled: bool = False
+
+
+class Engine:
+    """A model in processes of its own, behind a queue. These import the script that makes them, which therefore needs
+    `if __name__ == "__main__":`.
+
+    Args:
+        model: A folder, a Hugging Face id, the name of a demo checkpoint, or a function that returns a stock pipeline.
+            Workers import the function, so it is defined in a module.
+        config: A preset's name, a configuration, its mapping, or a YAML file. `None` is the preset "lossless".
+        replicas: Number of copies of the pipeline, each on GPUs of its own.
+        dtype: Name of the weights' dtype; bfloat16 on GPUs and float32 elsewhere if `None`.
+        device: The device of each worker; its own GPU, else the CPU, if `None`.
+        load: Arguments of `from_pretrained`, or of the function.
+        data: Folder of the jobs and their files. Jobs that wait there, or were in progress, are computed. A folder that
+            ends with the engine if `None`.
+        deadline: Seconds in which a replica must have loaded the model.
+        sections: Fields of `AccelConfig`, over the fields of `config`.
+
+    Raises:
+        ConfigError: The configuration cannot be read.
+        Unsupported: Workers cannot import the function, or the number of ranks is not said.
+        ReplicaFailed: A worker could not load or accelerate the pipeline.
+
+    Example:
+        with Engine("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "balanced", replicas=2) as engine:
+            jobs = [engine.submit(prompt=text, num_frames=81) for text in prompts]
+            videos = [job.result().videos[0] for job in jobs]
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Callable[..., Any],
+        config: str | Path | AccelConfig | Mapping[str, Any] | None = None,
+        *,
+        replicas: int = 1,
+        dtype: str | None = None,
+        device: str | None = None,
+        load: Mapping[str, Any] | None = None,
+        data: str | Path | None = None,
+        deadline: float = 1800.0,
+        **sections: Any,
+    ):
+        spec, ranks = _spec(model, config, sections)
+        spec |= {"dtype": dtype, "device": device, "load": dict(load or {})}
+        self.model = spec["model"] or spec["function"]
+        self._temporary = data is None
+        self._folder = Path(tempfile.mkdtemp(prefix="diffusers-accel-") if data is None else data)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.jobs = JobStore(self._folder / "jobs.sqlite")
+        self._deadline, self._closing = deadline, threading.Event()
+        self._waiting = threading.Condition()
+        self._running: dict[str, _Running] = {}
+        self._replicas = [Replica(spec, ranks, number * ranks) for number in range(replicas)]
+        self._started: list[concurrent.futures.Future[None]] = [concurrent.futures.Future() for _ in self._replicas]
+        self._threads = [
+            threading.Thread(target=self._work, args=pair, daemon=True, name=f"replica {number}")
+            for number, pair in enumerate(zip(self._replicas, self._started, strict=True))
+        ]
+        self.jobs.recover()
+        try:
+            for thread in self._threads:
+                thread.start()
+            for started in self._started:
+                started.result()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: str | None = None,
+        *,
+        seed: int | None = None,
+        n: int = 1,
+        stats: bool = False,
+        owner: str = "",
+        key: str | None = None,
+        **arguments: Any,
+    ) -> Generation:
+        """Adds a job to the queue. It is on the disk when this returns.
+
+        Args:
+            prompt: The prompt, if the pipeline takes one.
+            seed: Seed of the first result; the others have the numbers after it. Drawn if `None`.
+            n: Number of results.
+            stats: Whether the result has `stats` of the pipeline.
+            owner: Whose job it is, for `key`.
+            key: Idempotency key: a second job of the owner with it is the first one.
+            arguments: Arguments of the pipeline's call: plain values, and `PIL.Image` pictures or lists of them.
+
+        Raises:
+            Unsupported: An argument is neither plain nor a picture.
+            JobFailed: The engine is closed.
+        """
+        if self._closing.is_set():
+            raise JobFailed("The engine is closed.", "closed")
+        name = f"job_{random.SystemRandom().getrandbits(96):024x}"
+        given = {**({} if prompt is None else {"prompt": prompt}), **arguments}
+        images = {argument: value for argument, value in given.items() if _are_pictures(value)}
+        plain = {argument: value for argument, value in given.items() if argument not in images}
+        for argument, value in plain.items():
+            if not _is_plain(value):
+                raise Unsupported(
+                    f"Engine.submit({argument}=)", f"{shown(value)} cannot be sent to a worker.",
+                    "plain values (texts, numbers, lists, mappings) or PIL pictures.",
+                )  # fmt: skip
+        folder = self._folder / "files" / name
+        request = {
+            "arguments": plain, "images": {each: _saved(value, folder, each) for each, value in images.items()},
+            "seed": random.SystemRandom().getrandbits(31) if seed is None else int(seed), "n": int(n),
+            "folder": str(folder), "stats": bool(stats),
+        }  # fmt: skip
+        with self._waiting:
+            job, new = self.jobs.add(self.model, request, owner=owner, key=key, name=name)
+            generation = Generation(self, job)
+            if job.ended:
+                generation._ended(job)
+            else:
+                self._running.setdefault(job.id, _Running()).generations.append(generation)
+            self._waiting.notify()
+        if not new:
+            shutil.rmtree(folder, ignore_errors=True)
+        return generation
+
+    def generate(self, prompt: str | None = None, **arguments: Any) -> Result:
+        """The result of a job; waits for it. Arguments are those of `submit`.
+
+        Raises:
+            JobFailed: The job ended with an error.
+        """
+        return self.submit(prompt, **arguments).result()
+
+    def cancel(self, name: str) -> bool:
+        """Cancels a job: at once while it waits, at its next step while it is computed. Whether it had not ended."""
+        with self._waiting:
+            job = self.jobs.get(name)
+            if job is None or job.ended:
+                return False
+            if job.status == QUEUED:
+                ended = self.jobs.fail(name, "cancelled", "The job was cancelled.")
+                if ended is not None:
+                    self._end(ended)
+                return ended is not None
+            self._running.setdefault(name, _Running()).cancelled = True
+        for replica in self._replicas:
+            replica.cancel(name)
+        return True
+
+    def close(self) -> None:
+        """Ends the workers. Jobs that have not ended stay in `data`, and end with an error in this process."""
+        self._closing.set()
+        with self._waiting:
+            self._waiting.notify_all()
+        for replica in self._replicas:
+            replica.kill()
+        for thread in self._threads:
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join()
+        for running in list(self._running.values()):
+            for generation in running.generations:
+                if not generation._done.done():
+                    generation._done.set_exception(JobFailed("The engine was closed.", "closed"))
+        self.jobs.close()
+        if self._temporary:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # --- a replica's thread -------------------------------------------------------------------------------------------
+
+    def _work(self, replica: Replica, started: concurrent.futures.Future[None]) -> None:
+        pause = 0.0
+        while not self._closing.is_set():
+            if not replica.alive:
+                if self._closing.wait(pause):
+                    break
+                replica.kill()
+                try:
+                    replica.start(self._deadline)
+                except BaseException as error:  # the first start answers to the caller
+                    if not started.done():
+                        started.set_exception(error)
+                        return
+                    pause = min(_LONGEST_PAUSE, max(1.0, 2 * pause))
+                    continue
+                if self._closing.is_set():
+                    break
+                if not started.done():
+                    started.set_result(None)
+            job = self._next()
+            if job is None:
+                continue
+            try:
+                answer = replica.run(job.id, job.request, functools.partial(self._step, job.id))
+                pause = 0.0
+            except ReplicaFailed:
+                if self._closing.is_set():
+                    break
+                pause = max(0.5, pause)
+                self._died(job)
+                continue
+            self._answered(job, answer)
+        replica.kill()
+
+    def _next(self) -> Job | None:
+        with self._waiting:
+            job = self.jobs.claim(self.model)
+            if job is None:
+                # A time, because another process may add to the folder's jobs.
+                self._waiting.wait(1.0)
+            return job
+
+    def _step(self, name: str, step: int, steps: int) -> None:
+        running = self._running.get(name)
+        if running is None:
+            return
+        for generation in list(running.generations):
+            generation._stepped(step, steps)
+        if running.cancelled and step < steps:
+            # It was cancelled before the replica had begun it.
+            for replica in self._replicas:
+                replica.cancel(name)
+
+    def _answered(self, job: Job, answer: Mapping[str, Any]) -> None:
+        ended = (
+            self.jobs.complete(job.id, answer["result"])
+            if answer["kind"] == "done"
+            else self.jobs.fail(job.id, answer["code"], answer["message"])
+        )
+        if ended is not None:
+            self._end(ended)
+
+    def _died(self, job: Job) -> None:
+        running = self._running.get(job.id)
+        if running is not None and running.cancelled:
+            left = self.jobs.fail(job.id, "cancelled", "The job was cancelled.")
+        else:
+            left = self.jobs.requeue(job.id)
+        if left is not None and left.ended:
+            self._end(left)
+
+    def _end(self, job: Job) -> None:
+        with self._waiting:
+            running = self._running.pop(job.id, None)
+        for generation in running.generations if running is not None else ():
+            generation._ended(job)
+
+
+def _spec(model: Any, config: Any, sections: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """The model as `worker.load` reads it, and its number of ranks."""
+    if isinstance(config, AccelConfig):
+        config = config.to_dict()
+    elif isinstance(config, Path) or (isinstance(config, str) and config.endswith((".yaml", ".yml"))):
+        config = read_yaml(Path(config))
+    elif isinstance(config, Mapping):
+        config = AccelConfig.from_dict(config).to_dict()
+    elif config is not None and not isinstance(config, str):
+        raise ConfigError(f"Engine(config=): expected a preset's name, a mapping or a YAML file, got {shown(config)}.")
+    given = AccelConfig.from_dict(dict(sections)).to_dict()
+    off = {name: None for name, value in sections.items() if value is None}
+    whole = {**(config if isinstance(config, dict) else {}), **given}
+    parallel = AccelConfig.from_dict({"parallel": whole.get("parallel")}).parallel
+    if parallel is not None and parallel.any_world_size:
+        raise Unsupported(
+            "Engine", "fsdp alone does not say how many ranks there are.", "ParallelConfig(fsdp=True, ulysses=2), say."
+        )
+    spec = {"model": None, "function": None, "config": config, "sections": {**given, **off}}
+    if callable(model):
+        name = f"{getattr(model, '__module__', '__main__')}:{getattr(model, '__qualname__', '')}"
+        if "__main__" in name or "<" in name or "." in name.partition(":")[2]:
+            raise Unsupported(
+                "Engine", "its workers cannot import the function that makes the pipeline.",
+                "a function of a module, or the pipeline's folder or Hugging Face id.",
+            )  # fmt: skip
+        spec["function"] = name
+    else:
+        spec["model"] = str(model)
+    return spec, 1 if parallel is None else parallel.ranks
+
+
+def _result(job: Job) -> Result:
+    made = dict(job.result or {})
+    return Result(
+        kind=made["kind"], files=tuple(map(Path, made["files"])), width=made["width"], height=made["height"],
+        frames=made.get("frames"), seeds=tuple(made["seeds"]), seconds=made["seconds"], stats=made.get("stats"),
+        audio=Path(made["audio"]) if made.get("audio") else None,
+    )  # fmt: skip
+
+
+def _error(job: Job) -> JobFailed:
+    error = job.error or {"code": "failed", "message": "The job is not known any more."}
+    kind = JobCancelled if error["code"] == "cancelled" else JobFailed
+    return kind(error["message"], error["code"])
+
+
+def _are_pictures(value: Any) -> bool:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return bool(items) and all(hasattr(item, "save") and hasattr(item, "getbands") for item in items)
+
+
+def _saved(value: Any, folder: Path, argument: str) -> list[str]:
+    """The files of pictures, PNG each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for place, picture in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+        file = folder / f"input-{argument}-{place}.png"
+        picture.save(file, "PNG")
+        files.append(str(file))
+    return files
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))
