@@ -1,5 +1,8 @@
 """Settings of the whole suite: no network, no GPU unless asked for, one way to count threads, and who runs which tests.
 
+`python -m pytest` leaves out the tests marked `thorough`, which take as long as half of the others: `-m thorough` runs
+these alone, and `-m ""` all.
+
 Tests see no GPU, so that they pass on any machine: small pipelines are put together on the CPU, and ranks are forked,
 which a process that uses CUDA cannot be. `--gpu` runs the tests that are meant for one, marked `gpu`, and no others.
 """
@@ -40,6 +43,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 def pytest_configure(config):
     os.environ.update(settings(config.getoption("--gpu")))
     config.addinivalue_line("markers", "gpu: meant for a GPU too; what `--gpu` runs")
+    config.addinivalue_line("markers", "thorough: every family, size or pair of a rule of which others test an example")
+    if config.getoption("--gpu"):
+        config.option.markexpr = ""
     import torch
 
     if config.getoption("--gpu") and not torch.cuda.is_available():

@@ -202,6 +202,7 @@ class Sequence:
         return {type(part) for part in parts if not type(part).__module__.startswith("peft.")}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", PIPELINES)
 def test_sequences(name, seed, monkeypatch):

@@ -174,6 +174,7 @@ def two_machines(folder, *command):
     return two(FOUND, 1, folder, node.command, *command)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("started", [one_machine, two_machines])
 def test_ranks_are_started_and_one_of_them_saves(run, folders, tmp_path, started):
     files = [tmp_path / "one.png", tmp_path / "two.png"]

@@ -64,6 +64,7 @@ def test_stock_classes_and_size():
         demo.load("flux-shape")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_show_what_was_asked(name, made):
     kind = demo.CHECKPOINTS[name].kind
@@ -83,6 +84,7 @@ def test_vae_reconstruction(name, made):
     assert score.reconstruction_psnr(pipe.vae, demo.CHECKPOINTS[name].kind, 128, scenes_each, batch=4) >= 30.0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_teacache_keeps_fidelity_and_skips_forty_percent(name, made):
     pipe, _, captions, stock = made(name)

@@ -63,6 +63,7 @@ SKIPPING = {
 STEPS = 6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name):
     """A rule that computes all steps equals stock bit for bit. Skipping leaves no trace in the next request, and

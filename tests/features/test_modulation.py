@@ -35,6 +35,7 @@ def close(found, expected, tolerance=1e-4):
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["flux", "flux-schnell", "flux-img2img", "qwen", "sd3"])
 def test_every_product_is_known(name, asked):
     """In two requests of one length, with different prompts, and in a longer one."""

@@ -644,6 +644,7 @@ def test_stats_say_how_much_was_hidden(late):
     assert "blocks ahead" in str(stats(pipe))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "linear"), [("flux", None), ("flux", "fp8"), ("flux", "nvfp4"), ("qwen", None), ("sd3", None)]
 )

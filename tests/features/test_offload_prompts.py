@@ -93,6 +93,7 @@ def variants(name):
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_arguments(name):
     entry, pipe, stock = TINY[name], build(name), build(name)

@@ -142,6 +142,7 @@ def test_the_peak_of_flux_by_hand():
     assert predicted_bytes(vae, shape, torch.bfloat16, "whole") == pytest.approx(by_hand, rel=0.01)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", LATENTS)
 def test_decode_takes_the_predicted_bytes(name, small_tiles):
     vae, shape = build(name).vae, LATENTS[name]
@@ -155,6 +156,7 @@ def test_decode_takes_the_predicted_bytes(name, small_tiles):
         layer.undo()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["flux", "wan", "wan-ti2v", "qwen", "ltx2"])
 def test_encode_takes_the_predicted_bytes(name, small_tiles):
     vae = build(name).vae
@@ -167,6 +169,7 @@ def test_encode_takes_the_predicted_bytes(name, small_tiles):
         layer.undo()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", REAL)
 def test_later_ways_need_less_at_real_sizes(name):
     vae, shape = on_meta(name)

@@ -76,6 +76,7 @@ def graphs_on_the_cpu(monkeypatch):
     monkeypatch.setattr(planning, "estimate", lambda *_: {"whole": 0})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pairs(name, copied, graphs_on_the_cpu):
     entry, pipe = TINY[name], build(name)

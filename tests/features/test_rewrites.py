@@ -142,6 +142,7 @@ def beside_stock(seen, monkeypatch):
 FLIPPED = 0.003
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "kind"),
     # Both formats on two families, one on each other.
@@ -373,6 +374,7 @@ def test_operators():
         torch.library.opcheck(function, args)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 def test_inductor_takes_them(monkeypatch, tmp_path, on_cpu):
     """As inductor's own pass, on the CPU, with its modes."""

@@ -793,6 +793,7 @@ def test_shares_of_heads_in_a_pipeline():
         sparse_attention.refuse(SimpleNamespace(config=config), denoiser, [role], config.attention)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("drift", "choices"), [(1e-6, [0, 1, 2, 3]), (10.0, [0]), (None, [0])])
 def test_drift_of_the_latents(drift, choices, monkeypatch):
     """A choice serves steps until the latents have moved as far."""
@@ -815,6 +816,7 @@ def test_drift_of_the_latents(drift, choices, monkeypatch):
     assert (until in str(explain(pipe, attention=attention))) == (drift is not None)
 
 
+@pytest.mark.thorough
 def test_drift_against_the_latents(monkeypatch):
     """The bound is on the sum of absolute changes over the sum of absolute values."""
     entry, pipe = TINY["wan"], build("wan")

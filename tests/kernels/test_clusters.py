@@ -148,7 +148,7 @@ def test_an_order_and_back():
 
 
 @pytest.mark.parametrize("recipe", [next(iter(RECIPES["sage-fp8"].values())), EXACT], ids=["sage-fp8", "16-bit"])
-@pytest.mark.parametrize("kv_heads", [2, 1])
+@pytest.mark.parametrize("kv_heads", [pytest.param(2, marks=pytest.mark.thorough), 1])
 def test_attention_over_clusters(recipe, kv_heads):
     """With all blocks it is dense attention; with a quarter of them it is the masked attention of the lists, and holds
     more of the softmax than blocks of neighbours."""

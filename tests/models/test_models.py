@@ -130,6 +130,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_without_a_graph_break(name):
     """`fullgraph=True` raises on a break; the eager backend computes what stock computes."""

@@ -37,6 +37,7 @@ def test_other_models(pools, name):
     agrees(pools[2], name, {})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}, {"dp": 2}, {"cfg": 2, "vae": 2}])
 @pytest.mark.parametrize("name", KINDS)
 def test_beside_a_division(pools, name, way):

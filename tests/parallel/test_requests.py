@@ -55,6 +55,7 @@ def test_models_that_nobody_described(pools, name):
     agrees(pools[2], name, ON_2["cfg"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "way"),
     [
@@ -164,6 +165,7 @@ def test_cached(pools, name, cache, way):
     assert any(branch["skipped"] > 0 for _, branches, *_ in found for branch in branches.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["flux-true-cfg", "ltx2-i2v-stg"])
 def test_over_symmetric_memory(pools, name):
     """Recorded too, and one of them compiled: a graph knows buffers by their address."""

@@ -59,6 +59,7 @@ def test_recorded_sums_over_symmetric_memory(pools):
         assert replays > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "way"),
     # Every way on one kind, and two of them on each of the others, which have had two ranks.

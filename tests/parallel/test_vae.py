@@ -23,6 +23,7 @@ def close(name):
     return ROUNDED if name == "ltx" else CLOSE
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "size", "dim"),
     [
