@@ -110,8 +110,9 @@ class SparseConfig(Section):
     )
     drift: float | None = option(
         None,
-        """Relative L1 change of the denoiser's latents since a choice of blocks from which on a step chooses anew.
-        Each step then waits for one number from the GPU. `None` for no such bound.""",
+        """Relative L1 change of the denoiser's latents since a choice of blocks from which on a step chooses anew;
+        conditioning channels and reference pictures count among them. Each step then waits for one number from the GPU.
+        `None` for no such bound.""",
         exclusive_minimum=0,
         maximum=10,
     )

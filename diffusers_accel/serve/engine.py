@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import fcntl
 import functools
+import logging
+import os
 import random
 import shutil
+import sqlite3
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
@@ -23,8 +28,18 @@ from ..errors import AccelError, ConfigError, Unsupported, shown
 from .jobs import COMPLETED, FAILED, QUEUED, Job, JobStore
 from .replica import Replica, ReplicaFailed
 
+_LOG = logging.getLogger(__name__)
 # Longest pause before a replica is started again, in seconds.
 _LONGEST_PAUSE = 60.0
+# Arguments of a pipeline's call that the engine sets -> what is given instead.
+_OWN = {
+    "generator": "seed.",
+    "output_type": "nothing: results are files.",
+    "return_dict": "nothing: results are files.",
+    "callback_on_step_end": "Generation.watch().",
+    "num_images_per_prompt": "n.",
+    "num_videos_per_prompt": "n.",
+}
 
 
 class JobFailed(AccelError):
@@ -103,11 +118,15 @@ class Generation:
         self._engine, self.id = engine, job.id
         self.step = self.steps = 0
         self._done: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        # Who stops waiting for it (`asyncio.wait_for`) does not end it.
+        self._done.set_running_or_notify_cancel()
         self._watchers: list[Callable[[], None]] = []
 
     @property
     def status(self) -> str:
         """`"queued"`, `"in_progress"`, `"completed"` or `"failed"`."""
+        if self._done.done():
+            return COMPLETED if self._done.exception() is None else FAILED
         job = self._engine.jobs.get(self.id)
         return FAILED if job is None else job.status
 
@@ -132,7 +151,10 @@ class Generation:
         return self._done.result(timeout)
 
     def cancel(self) -> bool:
-        """Cancels the job: at once while it waits, at its next step while it is computed. Whether it had not ended."""
+        """Cancels the job: at once while it waits, at its next step while it is computed. Whether it had not ended.
+
+        A pipeline that tells no steps computes it to the end, and its result is dropped.
+        """
         return self._engine.cancel(self.id)
 
     def __await__(self) -> Generator[Any, None, Result]:
@@ -143,7 +165,9 @@ class Generation:
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def wake(*_: Any) -> None:
-            loop.call_soon_threadsafe(changed.set)
+            # The loop may be closed before the job ends.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(changed.set)
 
         self._watchers.append(wake)
         self._done.add_done_callback(wake)
@@ -200,7 +224,8 @@ class Engine:
 
     Raises:
         ConfigError: The configuration cannot be read.
-        Unsupported: Workers cannot import the function, or the number of ranks is not said.
+        Unsupported: Workers cannot import the function, the number of ranks is not said, or another engine has the
+            folder `data`.
         ReplicaFailed: A worker could not load or accelerate the pipeline.
 
     Example:
@@ -226,19 +251,23 @@ class Engine:
         spec |= {"dtype": dtype, "device": device, "load": dict(load or {})}
         self.model = spec["model"] or spec["function"]
         self._temporary = data is None
-        self._folder = Path(tempfile.mkdtemp(prefix="diffusers-accel-") if data is None else data)
+        self._folder = Path(tempfile.mkdtemp(prefix="diffusers-accel-") if data is None else data).resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self._folder)
         self.jobs = JobStore(self._folder / "jobs.sqlite")
         self._deadline, self._closing = deadline, threading.Event()
         self._waiting = threading.Condition()
         self._running: dict[str, _Running] = {}
+        # Jobs that replicas of this engine compute.
+        self._claimed: set[str] = set()
+        self._ready = threading.Event()
         self._replicas = [Replica(spec, ranks, number * ranks) for number in range(replicas)]
         self._started: list[concurrent.futures.Future[None]] = [concurrent.futures.Future() for _ in self._replicas]
         self._threads = [
             threading.Thread(target=self._work, args=pair, daemon=True, name=f"replica {number}")
             for number, pair in enumerate(zip(self._replicas, self._started, strict=True))
         ]
-        self.jobs.recover()
+        self.jobs.recover(self.model)
         try:
             for thread in self._threads:
                 thread.start()
@@ -247,6 +276,8 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        # A replica begins no job of a folder whose engine may not start.
+        self._ready.set()
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -269,15 +300,19 @@ class Engine:
             n: Number of results.
             stats: Whether the result has `stats` of the pipeline.
             owner: Whose job it is, for `key`.
-            key: Idempotency key: a second job of the owner with it is the first one.
-            arguments: Arguments of the pipeline's call: plain values, and `PIL.Image` pictures or lists of them.
+            key: Idempotency key: a second job of the owner with it is the first one, also if that has failed.
+            arguments: Arguments of the pipeline's call: plain values, and `PIL.Image` pictures or lists of them. Tuples
+                arrive as lists.
 
         Raises:
-            Unsupported: An argument is neither plain nor a picture.
+            Unsupported: An argument is neither plain nor a picture, or the engine sets it.
             JobFailed: The engine is closed.
         """
-        if self._closing.is_set():
-            raise JobFailed("The engine is closed.", "closed")
+        for argument, instead in _OWN.items():
+            if argument in arguments:
+                raise Unsupported(f"Engine.submit({argument}=)", "the engine sets it.", instead)
+        if n < 1 or (n > 1 and isinstance(prompt, (list, tuple))):
+            raise Unsupported("Engine.submit(n=)", f"there are {n} results of {shown(prompt)}.", "n=1, or one prompt.")
         name = f"job_{random.SystemRandom().getrandbits(96):024x}"
         given = {**({} if prompt is None else {"prompt": prompt}), **arguments}
         images = {argument: value for argument, value in given.items() if _are_pictures(value)}
@@ -295,6 +330,9 @@ class Engine:
             "folder": str(folder), "stats": bool(stats),
         }  # fmt: skip
         with self._waiting:
+            if self._closing.is_set():
+                shutil.rmtree(folder, ignore_errors=True)
+                raise JobFailed("The engine is closed.", "closed")
             job, new = self.jobs.add(self.model, request, owner=owner, key=key, name=name)
             generation = Generation(self, job)
             if job.ended:
@@ -317,7 +355,7 @@ class Engine:
     def cancel(self, name: str) -> bool:
         """Cancels a job: at once while it waits, at its next step while it is computed. Whether it had not ended."""
         with self._waiting:
-            job = self.jobs.get(name)
+            job = None if self._closing.is_set() else self.jobs.get(name)
             if job is None or job.ended:
                 return False
             if job.status == QUEUED:
@@ -331,20 +369,26 @@ class Engine:
         return True
 
     def close(self) -> None:
-        """Ends the workers. Jobs that have not ended stay in `data`, and end with an error in this process."""
-        self._closing.set()
+        """Ends the workers. Jobs that have not ended wait in `data`, and end with an error in this process."""
         with self._waiting:
+            if self._closing.is_set():
+                return
+            self._closing.set()
             self._waiting.notify_all()
         for replica in self._replicas:
-            replica.kill()
+            replica.close()
         for thread in self._threads:
             if thread.ident is not None and thread is not threading.current_thread():
                 thread.join()
-        for running in list(self._running.values()):
-            for generation in running.generations:
-                if not generation._done.done():
-                    generation._done.set_exception(JobFailed("The engine was closed.", "closed"))
-        self.jobs.close()
+        with self._waiting:
+            for name in self._claimed:
+                self.jobs.release(name)
+            for running in self._running.values():
+                for generation in running.generations:
+                    if not generation._done.done():
+                        generation._done.set_exception(JobFailed("The engine was closed.", "closed"))
+            self.jobs.close()
+        self._lock.close()
         if self._temporary:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -366,36 +410,52 @@ class Engine:
                 try:
                     replica.start(self._deadline)
                 except BaseException as error:  # the first start answers to the caller
+                    replica.kill()
                     if not started.done():
                         started.set_exception(error)
                         return
+                    if not self._closing.is_set():
+                        _LOG.error("a replica of %s could not be started again: %s", self.model, error)
                     pause = min(_LONGEST_PAUSE, max(1.0, 2 * pause))
                     continue
-                if self._closing.is_set():
-                    break
                 if not started.done():
                     started.set_result(None)
-            job = self._next()
-            if job is None:
+            if not self._ready.wait(1.0):
                 continue
             try:
-                answer = replica.run(job.id, job.request, functools.partial(self._step, job.id))
-                pause = 0.0
-            except ReplicaFailed:
-                if self._closing.is_set():
-                    break
-                pause = max(0.5, pause)
-                self._died(job)
+                job = self._next()
+            except sqlite3.Error as error:
+                _LOG.error("the jobs of %s cannot be read: %s", self.model, error)
+                self._closing.wait(1.0)
                 continue
-            self._answered(job, answer)
+            if job is not None:
+                pause = self._compute(replica, job, pause)
         replica.kill()
+
+    def _compute(self, replica: Replica, job: Job, pause: float) -> float:
+        """Computes a job, and returns the pause before the replica's next start, in seconds."""
+        try:
+            answer = replica.run(job.id, job.request, functools.partial(self._step, job.id))
+            self._answered(job, answer)
+            return 0.0
+        except ReplicaFailed as error:
+            if not self._closing.is_set():
+                _LOG.warning("%s: %s", job.id, error)
+                self._died(job)
+        except Exception:  # the job's rows and handles may be in any state; its replica computes something unknown
+            _LOG.exception("%s failed in the front", job.id)
+            replica.kill()
+            with contextlib.suppress(sqlite3.Error):
+                self._died(job)
+        return max(0.5, pause)
 
     def _next(self) -> Job | None:
         with self._waiting:
-            job = self.jobs.claim(self.model)
+            job = None if self._closing.is_set() else self.jobs.claim(self.model)
             if job is None:
-                # A time, because another process may add to the folder's jobs.
                 self._waiting.wait(1.0)
+            else:
+                self._claimed.add(job.id)
             return job
 
     def _step(self, name: str, step: int, steps: int) -> None:
@@ -410,13 +470,14 @@ class Engine:
                 replica.cancel(name)
 
     def _answered(self, job: Job, answer: Mapping[str, Any]) -> None:
-        ended = (
-            self.jobs.complete(job.id, answer["result"])
-            if answer["kind"] == "done"
-            else self.jobs.fail(job.id, answer["code"], answer["message"])
-        )
-        if ended is not None:
-            self._end(ended)
+        running = self._running.get(job.id)
+        if running is not None and running.cancelled:
+            ended = self.jobs.fail(job.id, "cancelled", "The job was cancelled.")
+        elif answer["kind"] == "done":
+            ended = self.jobs.complete(job.id, answer["result"])
+        else:
+            ended = self.jobs.fail(job.id, answer["code"], answer["message"])
+        self._end(ended or self.jobs.get(job.id) or job)
 
     def _died(self, job: Job) -> None:
         running = self._running.get(job.id)
@@ -424,12 +485,16 @@ class Engine:
             left = self.jobs.fail(job.id, "cancelled", "The job was cancelled.")
         else:
             left = self.jobs.requeue(job.id)
-        if left is not None and left.ended:
-            self._end(left)
+        self._claimed.discard(job.id)
+        if left is None or left.ended:
+            self._end(left or self.jobs.get(job.id) or job)
 
     def _end(self, job: Job) -> None:
         with self._waiting:
+            self._claimed.discard(job.id)
             running = self._running.pop(job.id, None)
+        if job.status != COMPLETED:
+            shutil.rmtree(self._folder / "files" / job.id, ignore_errors=True)
         for generation in running.generations if running is not None else ():
             generation._ended(job)
 
@@ -462,8 +527,27 @@ def _spec(model: Any, config: Any, sections: Mapping[str, Any]) -> tuple[dict[st
             )  # fmt: skip
         spec["function"] = name
     else:
-        spec["model"] = str(model)
+        # The name of its jobs is the same wherever a process has been started.
+        folder = Path(model).expanduser()
+        spec["model"] = str(folder.resolve() if folder.is_dir() else model)
     return spec, 1 if parallel is None else parallel.ranks
+
+
+def _locked(folder: Path) -> Any:
+    """The lock of a folder, held until it is closed: an engine takes the jobs there for its own.
+
+    Raises:
+        Unsupported: Another engine has it.
+    """
+    opened = (folder / "lock").open("w")
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        opened.close()
+        raise Unsupported(
+            "Engine(data=)", f"another engine has {str(folder)!r}.", "a folder for each engine."
+        ) from None
+    return opened
 
 
 def _result(job: Job) -> Result:
@@ -492,7 +576,10 @@ def _saved(value: Any, folder: Path, argument: str) -> list[str]:
     files = []
     for place, picture in enumerate(value if isinstance(value, (list, tuple)) else [value]):
         file = folder / f"input-{argument}-{place}.png"
-        picture.save(file, "PNG")
+        with file.open("wb") as opened:
+            picture.save(opened, "PNG")
+            opened.flush()
+            os.fsync(opened.fileno())
         files.append(str(file))
     return files
 

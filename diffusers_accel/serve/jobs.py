@@ -36,7 +36,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     created_at REAL NOT NULL,
     started_at REAL,
     completed_at REAL,
-    UNIQUE (owner, key)
+    UNIQUE (model, owner, key)
 );
 CREATE INDEX IF NOT EXISTS waiting ON jobs (model, status, number);
 """
@@ -107,7 +107,8 @@ class JobStore:
         key: str | None = None,
         name: str | None = None,
     ) -> tuple[Job, bool]:
-        """A new job, which waits; or the job that the owner has already added with the same key.
+        """A new job, which waits; or the job of the model that the owner has already added with the same key, ended or
+        not.
 
         Args:
             model: The model's name.
@@ -123,13 +124,13 @@ class JobStore:
         with self._lock:
             found = self._database.execute(
                 "INSERT INTO jobs (id, model, owner, key, status, attempt, request, created_at) "
-                "VALUES (?, ?, ?, ?, ?, 0, ?, ?) ON CONFLICT (owner, key) DO NOTHING RETURNING *",
+                "VALUES (?, ?, ?, ?, ?, 0, ?, ?) ON CONFLICT (model, owner, key) DO NOTHING RETURNING *",
                 values,
             ).fetchone()
             if found is not None:
                 return _job(found), True
-            query = "SELECT * FROM jobs WHERE owner = ? AND key = ?"
-            return _job(self._database.execute(query, (owner, key)).fetchone()), False
+            query = "SELECT * FROM jobs WHERE model = ? AND owner = ? AND key = ?"
+            return _job(self._database.execute(query, (model, owner, key)).fetchone()), False
 
     def claim(self, model: str) -> Job | None:
         """The oldest waiting job of a model, which is in progress from now on; `None` if none waits."""
@@ -162,10 +163,21 @@ class JobStore:
         message = f"The worker died while it computed this job, {ATTEMPTS} times."
         return self._end(name, FAILED, "error", {"code": "worker_died", "message": message}, (IN_PROGRESS,))
 
-    def recover(self) -> list[Job]:
-        """The jobs that another front has left in progress, after `requeue`. A front calls it as it starts."""
+    def release(self, name: str) -> Job | None:
+        """Lets a job in progress wait again, as if it had not been begun; `None` if it was not in progress."""
         with self._lock:
-            left = self._database.execute("SELECT id FROM jobs WHERE status = ?", (IN_PROGRESS,)).fetchall()
+            found = self._database.execute(
+                "UPDATE jobs SET status = ?, started_at = NULL, attempt = attempt - 1 WHERE id = ? AND status = ? "
+                "RETURNING *",
+                (QUEUED, name, IN_PROGRESS),
+            ).fetchone()
+        return None if found is None else _job(found)
+
+    def recover(self, model: str) -> list[Job]:
+        """A model's jobs that another front has left in progress, after `requeue`. A front calls it as it starts."""
+        query = "SELECT id FROM jobs WHERE model = ? AND status = ?"
+        with self._lock:
+            left = self._database.execute(query, (model, IN_PROGRESS)).fetchall()
         found = [self.requeue(row["id"]) for row in left]
         return [job for job in found if job is not None]
 

@@ -6,6 +6,7 @@ then. A request that raises is answered as failed and ends nothing, as long as e
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import threading
@@ -27,16 +28,7 @@ def _context() -> Any:
 
 
 class ReplicaFailed(AccelError):
-    """A replica could not load its model, or one of its ranks died. All of its ranks have been ended.
-
-    Args:
-        message: The rank and the reason.
-        deliberate: Whether the model cannot be loaded, so that another start would fail alike.
-    """
-
-    def __init__(self, message: str, deliberate: bool = False):
-        super().__init__(message)
-        self.deliberate = deliberate
+    """A replica could not load its model, or one of its ranks died. All of its ranks have been ended."""
 
 
 class Replica:
@@ -53,12 +45,16 @@ class Replica:
         self.processes: list[Any] = []
         self._pipes: list[Any] = []
         self._sending = threading.Lock()
+        # Processes are started and ended by two threads: the replica's, and the one that closes it.
+        self._starting = threading.RLock()
+        self._closed = False
         self._running: str | None = None
 
     @property
     def alive(self) -> bool:
         """Whether its ranks have been started and none has ended."""
-        return bool(self.processes) and all(process.is_alive() for process in self.processes)
+        processes = self.processes
+        return len(processes) == self.ranks and all(process.is_alive() for process in processes)
 
     def start(self, deadline: float) -> None:
         """Starts the ranks, and waits until all have loaded the model.
@@ -67,26 +63,28 @@ class Replica:
             deadline: Seconds that this may take.
 
         Raises:
-            ReplicaFailed: A rank could not load the model, died, or was not ready in time.
+            ReplicaFailed: A rank could not load the model, died, or was not ready in time; or the replica was closed.
         """
         from .worker import work
 
-        context = _context()
-        port = free_port()
+        context, port = _context(), free_port()
         for rank in range(self.ranks):
             here, there = context.Pipe()
             environment = rank_environment(rank, self.ranks, port, self.first_device)
-            process = context.Process(
-                target=work, args=(environment, there, dict(self.spec)), daemon=True, name=f"rank {rank}"
-            )
-            process.start()
+            arguments = (environment, there, dict(self.spec))
+            process = context.Process(target=work, args=arguments, daemon=True, name=f"rank {rank}")
+            with self._starting:
+                if self._closed:
+                    self.kill()
+                    raise ReplicaFailed("the replica was closed.")
+                process.start()
+                self.processes.append(process)
+                self._pipes.append(here)
             there.close()
-            self.processes.append(process)
-            self._pipes.append(here)
         for _, message in self._answers(time.monotonic() + deadline):
             if message["kind"] == FAILED:
                 self.kill()
-                raise ReplicaFailed(message["message"], deliberate=True)
+                raise ReplicaFailed(message["message"])
 
     def run(self, name: str, request: Mapping[str, Any], step: Callable[[int, int], None]) -> dict[str, Any]:
         """Computes a job.
@@ -104,12 +102,12 @@ class Replica:
         """
         with self._sending:
             self._running = name
-            try:
-                for pipe in self._pipes:
+            # A rank that is gone is found by the wait below.
+            with contextlib.suppress(OSError):
+                for pipe in list(self._pipes):
                     send(pipe, RUN, id=name, request=request)
-            except OSError:
-                pass  # the wait below finds out which rank died
         found: dict[str, Any] = {}
+        ends = False
         try:
             for rank, message in self._answers(None):
                 if message["kind"] == STEP:
@@ -117,29 +115,44 @@ class Replica:
                 # Rank 0 has the result; one rank's error is everyone's.
                 elif message["kind"] == FAILED or (rank == 0 and not found):
                     found = message if found.get("kind") != FAILED else found
+                ends = ends or bool(message.get("ends"))
+        except ReplicaFailed:
+            # A rank that has said why is believed; the others waited for it until they were ended.
+            if found.get("kind") != FAILED:
+                raise
         finally:
             with self._sending:
                 self._running = None
+        if ends:
+            self.kill()
         return found
 
     def cancel(self, name: str) -> bool:
         """Asks the ranks to end a job at its next step. Whether it is the one that runs."""
         with self._sending:
-            if self._running != name or not self._pipes:
+            pipes = list(self._pipes)
+            if self._running != name or not pipes:
                 return False
             try:
-                send(self._pipes[0], CANCEL, id=name)
+                send(pipes[0], CANCEL, id=name)
             except OSError:
                 return False
             return True
 
     def kill(self) -> None:
         """Ends all ranks."""
-        processes, self.processes, self._pipes = self.processes, [], []
+        with self._starting:
+            processes, self.processes, self._pipes = self.processes, [], []
         for process in processes:
             process.kill()
         for process in processes:
             process.join()
+
+    def close(self) -> None:
+        """Ends all ranks, and starts none from now on."""
+        with self._starting:
+            self._closed = True
+        self.kill()
 
     def _answers(self, deadline: float | None) -> Iterator[tuple[int, dict[str, Any]]]:
         """(rank, message) of each message, until every rank has answered with other than a step.
@@ -147,7 +160,10 @@ class Replica:
         Raises:
             ReplicaFailed: A rank died, or the deadline has passed. All ranks have been ended.
         """
-        waiting = dict(zip(self._pipes, range(self.ranks), strict=True))
+        with self._starting:
+            processes, waiting = list(self.processes), {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        if len(waiting) < self.ranks:
+            raise ReplicaFailed("its ranks have been ended.")
         while waiting:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready = multiprocessing.connection.wait(list(waiting), left)
@@ -160,9 +176,8 @@ class Replica:
                 try:
                     message = receive(pipe)
                 except (EOFError, OSError):
-                    process = self.processes[rank]
-                    process.join(5)
-                    code = process.exitcode
+                    processes[rank].join(5)
+                    code = processes[rank].exitcode
                     self.kill()
                     raise ReplicaFailed(f"rank {rank} died (exit code {code}).") from None
                 if message["kind"] in (READY, DONE, FAILED):

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import AccelError
+from ..errors import AccelError, Unsupported
 from .messages import CANCEL, DONE, FAILED, READY, RUN, STEP, receive, send
 
 # GPU memory above that after loading, in bytes, from which on a rank that ran out of it starts anew.
@@ -39,6 +40,8 @@ def work(environment: Mapping[str, str], pipe: Any, spec: Mapping[str, Any]) -> 
         pipe: The connection to the front.
         spec: The model, as `load` reads it.
     """
+    # Ctrl-C reaches all processes of a terminal: the front decides what ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environment)
     threading.Thread(target=_end_with_the_front, daemon=True).start()
     rank = int(environment["RANK"])
@@ -58,7 +61,8 @@ def work(environment: Mapping[str, str], pipe: Any, spec: Mapping[str, Any]) -> 
             return
         if message["kind"] != RUN:
             continue  # the cancelling of a job that has ended
-        steps = _Steps(pipe, message["id"], rank, control)
+        steps = _Steps(pipe, message["id"], rank, control, spec)
+        spoilt = False
         answer: dict[str, Any]
         try:
             answer = {"kind": DONE, "result": compute(pipeline, message["request"], steps, rank)}
@@ -70,11 +74,11 @@ def work(environment: Mapping[str, str], pipe: Any, spec: Mapping[str, Any]) -> 
             traceback.print_exc()
             code = "out_of_memory" if "OutOfMemory" in type(error).__name__ else "failed"
             answer = {"kind": FAILED, "code": code, "message": f"{type(error).__name__}: {error}"}
+            # Ranks may have left each other in the middle of a collective; a GPU's error stays; so may memory.
+            spoilt = control is not None or _broken() or _leftover(baseline)
         kind = answer.pop("kind")
-        spoilt = answer.get("code") == "out_of_memory" and _leftover(baseline)
-        send(pipe, kind, id=message["id"], **answer)
+        send(pipe, kind, id=message["id"], ends=spoilt, **answer)
         if spoilt:
-            # What an error has left behind would make the next job run out of memory too.
             sys.exit(1)
 
 
@@ -94,9 +98,15 @@ def load(spec: Mapping[str, Any]) -> Any:
     from ..checkpoints.loading import from_pretrained
     from ..resolve import begins_on_host
 
-    gpu = torch.cuda.is_available() and not str(spec.get("device") or "").startswith("cpu")
+    gpu = _on_gpu(spec)
     if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        number = int(os.environ["LOCAL_RANK"])
+        if spec.get("device") is None and number >= torch.cuda.device_count():
+            raise Unsupported(
+                "Engine", f"a rank needs GPU {number}, and this machine has {torch.cuda.device_count()}.",
+                "fewer replicas or ranks.",
+            )  # fmt: skip
+        torch.cuda.set_device(spec.get("device") or number)
     device = torch.device(spec.get("device") or (f"cuda:{torch.cuda.current_device()}" if gpu else "cpu"))
     dtype = getattr(torch, spec.get("dtype") or ("bfloat16" if gpu else "float32"))
     if spec.get("function"):
@@ -176,10 +186,12 @@ class _Steps:
         job: The job's id.
         rank: This rank.
         control: The process group by which rank 0 tells the others to end; `None` for one rank.
+        spec: The model, as `load` reads it.
     """
 
-    def __init__(self, pipe: Any, job: str, rank: int, control: Any):
+    def __init__(self, pipe: Any, job: str, rank: int, control: Any, spec: Mapping[str, Any]):
         self.pipe, self.job, self.rank, self.control = pipe, job, rank, control
+        self._paced = _on_gpu(spec)
         self._events: list[Any] = []
 
     def __call__(self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -203,12 +215,12 @@ class _Steps:
 
     def _pace(self) -> None:
         """Keeps the host two steps ahead of the GPU at most: a step that is said to be over nearly is."""
+        if not self._paced:
+            return
         import torch
 
-        if not torch.cuda.is_available():
-            return
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(torch.cuda.current_device()))
         self._events.append(event)
         if len(self._events) > 2:
             self._events.pop(0).synchronize()
@@ -269,9 +281,16 @@ def _write(found: Any, folder: Path) -> dict[str, Any]:
 def _whole(file: Path, write: Any) -> str:
     """Writes a file that appears under its name once it is whole."""
     part = file.with_name(f".{file.name}")
-    with part.open("wb") as opened:
-        write(opened)
-    part.replace(file)
+    try:
+        with part.open("wb") as opened:
+            write(opened)
+            opened.flush()
+            # A row that says "completed" may not outlive the file.
+            os.fsync(opened.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     return str(file)
 
 
@@ -280,13 +299,32 @@ def _end_with_the_front() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)
+        # Not an exception: the main thread may be anywhere.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _on_gpu(spec: Mapping[str, Any]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and not str(spec.get("device") or "").startswith("cpu")
+
+
+def _broken() -> bool:
+    """Whether this process can use its GPU no more."""
+    import torch
+
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize(torch.cuda.current_device())
+    except RuntimeError:
+        return True
+    return False
 
 
 def _allocated() -> int:
     import torch
 
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return torch.cuda.memory_allocated(torch.cuda.current_device()) if torch.cuda.is_initialized() else 0
 
 
 def _leftover(baseline: int) -> bool:
@@ -294,6 +332,6 @@ def _leftover(baseline: int) -> bool:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return _allocated() > baseline + _LEFT_OVER

@@ -32,6 +32,7 @@ from diffusers_accel.kernels.attention import (
     KERNELS,
     SELECTORS,
     AttentionKernel,
+    Carried,
     Inputs,
     KeptBlocks,
     Span,
@@ -895,12 +896,26 @@ def test_the_calibration_of_a_checkpoint():
     other = 2142.73 * math.exp(4.2827 * 0.75)
     assert config.dense_until == 0.5 and rule.by_layer["transformer", "attn1", 1] == ("skip", pytest.approx(other))
     rule, config = rule_in(pipe, threshold_scale_factor=900.0)
-    assert (rule.by_layer, rule.amount, config.dense_until) == ({}, 900.0, None)
-    # Files of a language model hold the coefficients of two phases.
-    older = {"sparse_algo": "softmax_skip", "threshold_scale_factor": {"prefill": {"a": 3.0, "b": 1.0}}}
-    pipe.transformer.register_to_config(sparse_attention_config={"config_groups": {"group_0": older}})
+    # What the checkpoint leaves out stays dense.
+    assert (rule.by_layer, rule.amount) == ({("transformer", "attn1", 0): ("keep", 1.0)}, 900.0)
+    assert config.dense_until == 0.86
+    # Files of a language model hold the coefficients of two phases, and what groups share beside them. Globs may begin
+    # with the name of the component, and classes may have another name.
+    older = {
+        "config_groups": {
+            "group_0": {
+                "sparse_algo": "softmax_skip",
+                "targets": ["Attention"],
+                "ignore": ["transformer.blocks.1.attn1"],
+            }
+        },
+        "threshold_scale_factor": {"prefill": {"a": 3.0, "b": 1.0}},
+    }
+    pipe.transformer.register_to_config(sparse_attention_config=older)
     rule, config = rule_in(pipe, target_sparsity=0.5)
     assert config.threshold_scale_factor == pytest.approx(3 * math.exp(0.5))
+    assert rule.by_layer["transformer", "attn1", 1] == ("keep", 1.0)
+    assert rule.by_layer["transformer", "attn1", 0] == ("skip", pytest.approx(3 * math.exp(0.5)))
     # Without a share of its own, the default.
     assert rule_in(pipe)[1].scale_factor == 5000
 
@@ -911,6 +926,7 @@ def test_the_calibration_of_a_checkpoint():
         (None, "no formula"),
         ({"config_groups": {"g": {"algorithm": "vsa", "threshold_scale_factor": 3.0}}}, "no formula"),
         ({"config_groups": {"g": {"algorithm": "skip_softmax", "threshold_scale_factor": 3.0}}}, "no formula"),
+        ({"config_groups": {"g": {"algorithm": "skip_softmax", "threshold_scale_factor": 0}}}, "a factor of 0"),
         (
             {
                 "config_groups": {
@@ -947,3 +963,59 @@ def test_a_calibration_that_is_not_understood(entry, message):
     ):
         with pytest.raises(ConfigError, match=reason):
             SparseConfig(**given)
+
+
+def test_dense_steps_of_the_section_above_choose_nothing(monkeypatch):
+    """A choice that no layer has made is not taken for one."""
+    monkeypatch.setattr(SELECTORS, "_records", dict(SELECTORS._records))
+    entry, pipe = TINY["wan"], build("wan")
+    steps = []
+
+    def noted(blocks):
+        steps.append(session_of(pipe).context.clock.current.step)
+        return SELECTORS.get("means").scores(blocks)
+
+    register_sparse("noted", noted)
+    sparse = {"selector": "noted", "keep": 0.34, "min_tokens": 1, "refresh": 4}
+    attention = {"backend": "sdpa", "layers": {"*attn1": "exact"}, "sparse": sparse}
+    accelerate(pipe, attention={**attention, "dense_steps": 0.5, "dense_backend": "sdpa"})
+    entry.run(pipe, steps=4)
+    assert sorted(set(steps)) == [2]
+
+
+def test_a_choice_is_of_a_shape(monkeypatch):
+    """Requests of other sizes have choices, and orders, of their own."""
+    drawn_clusters(monkeypatch)
+    entry, pipe = TINY["wan"], build("wan")
+    sparse = {"keep": 0.34, "min_tokens": 1, "refresh": 2, "order": "clusters"}
+    accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
+    for prompts in (1, 2, 1):
+        entry.run(pipe, steps=2, num_videos_per_prompt=prompts)
+
+
+def test_carried_choices():
+    """Nothing is kept of another shape, and what is not kept is chosen."""
+    carried = Carried()
+    carried.choosing = False
+    cpu = torch.device("cpu")
+    assert carried.chooses("a", (1, 2), cpu) and not carried.chooses("a", (1, 2), cpu)
+    assert carried.chooses("a", (2, 2), cpu)
+    carried.branch = "other"
+    assert carried.chooses("a", (1, 2), cpu)
+    assert carried.kept("a", (1, 2), cpu).shape != carried.kept("a", (2, 2), cpu).shape
+
+
+def test_joint_attention_and_ulysses():
+    """Tokens of text and pictures come rank by rank then: blocks of text are not known."""
+    pipe = build("flux")
+    accelerate(pipe, attention="sdpa")
+    denoiser = SimpleNamespace(adapter=adapter_for(pipe.transformer), device="cpu", dtype=torch.float32)
+    role = SimpleNamespace(name="attn", backends=["exact"], head_dim=16, layers=[SimpleNamespace(path="blocks.0.attn")])
+    config = AccelConfig(attention={"backend": "exact", "sparse": True}, parallel={"ulysses": 2})
+    with pytest.raises(Unsupported, match="text and pictures jointly"):
+        sparse_attention.refuse(SimpleNamespace(config=config), denoiser, [role], config.attention)
+
+
+def test_a_grid_smaller_than_a_block():
+    span = Span((1, 4, 4), 3, 3, "clusters", 32)
+    assert span.chunks == ((19, 19), (19, 19))

@@ -216,7 +216,6 @@ if __name__ == "__main__":
     engine = Engine(models.flux, {}, load={"seconds": 0.1}, data=sys.argv[1])
     jobs = [engine.submit("a fox", seed=seed, height=32, width=32, num_inference_steps=3) for seed in range(3)]
     jobs[0].result()
-    jobs[1].cancel if len(sys.argv) > 2 else None
     print("one", *[pid for replica in engine._replicas for pid in (p.pid for p in replica.processes)], flush=True)
     import time
     time.sleep(600)
@@ -257,3 +256,60 @@ def test_a_front_that_is_killed(tmp_path):
 def test_the_front_has_no_torch():
     code = "import sys, diffusers_accel.serve; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_who_stops_waiting_ends_nothing(slow):
+    async def impatient():
+        job = slow.submit("a fox", seed=1, **{**SIZE, "num_inference_steps": 20})
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(job, 0.2)
+        async for _ in job.watch():
+            break
+        return job
+
+    job = asyncio.run(impatient())
+    assert job.result(30).seeds == (1,) and job.progress == 1.0
+
+
+def test_engines_that_are_closed_lose_no_attempt(tmp_path):
+    """A job that is interrupted waits, however often; only one engine has a folder."""
+    for number in range(3):
+        with engine(models.flux, data=tmp_path, load={"seconds": 0.05}) as made:
+            if number == 0:
+                job = made.submit("a fox", seed=3, **{**SIZE, "num_inference_steps": 60})
+                with pytest.raises(Unsupported, match="another engine has"):
+                    engine(models.flux, data=tmp_path)
+            wait_for(lambda jobs=made.jobs, name=job.id: jobs.get(name).status == "in_progress")
+    with pytest.raises(JobFailed, match="closed"):
+        job.result(0)
+    assert job.status == "failed" and not job.cancel()
+    with engine(models.flux, data=tmp_path) as made:
+        wait_for(lambda: made.jobs.get(job.id).ended)
+        assert made.jobs.get(job.id).status == "completed" and made.jobs.get(job.id).attempt == 1
+
+
+def test_an_error_in_the_front(monkeypatch):
+    """What it did with the job is unknown: the job runs again, in a new process, and the queue goes on."""
+    with engine(models.flux) as made:
+        before = processes(made)
+        complete = made.jobs.complete
+        errors = [OSError("disk full")]
+
+        def fails_once(*given):
+            if errors:
+                raise errors.pop()
+            return complete(*given)
+
+        monkeypatch.setattr(made.jobs, "complete", fails_once)
+        assert made.generate("a fox", seed=6, **SIZE).seeds == (6,)
+        assert processes(made) != before and not errors
+
+
+def test_arguments_that_the_engine_sets(slow):
+    for given, message in (
+        ({"output_type": "pt"}, "results are files"),
+        ({"num_images_per_prompt": 2}, r"Instead: n\."),
+        ({"n": 0}, "n=1"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            slow.submit("a fox", **given)

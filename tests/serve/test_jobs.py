@@ -51,11 +51,19 @@ def test_a_job_whose_worker_dies_runs_twice(jobs):
     assert left.status == FAILED and left.error["code"] == "worker_died" and left.ended
 
 
+def test_a_job_that_was_not_begun_after_all(jobs):
+    jobs.add("model", {}, name="a")
+    for _ in range(3):
+        assert jobs.claim("model").attempt == 1 and jobs.release("a").attempt == 0
+    assert jobs.release("a") is None
+
+
 def test_a_key_is_one_job(jobs):
     first, new = jobs.add("model", {"n": 1}, owner="me", key="k")
     again, second = jobs.add("model", {"n": 2}, owner="me", key="k")
     assert new and not second and again == first
-    assert jobs.add("model", {}, owner="you", key="k")[1] and jobs.add("model", {})[1] and jobs.add("model", {})[1]
+    assert jobs.add("model", {}, owner="you", key="k")[1] and jobs.add("other", {}, owner="me", key="k")[1]
+    assert jobs.add("model", {})[1] and jobs.add("model", {})[1]
 
 
 def test_another_front_goes_on(tmp_path):
@@ -71,7 +79,7 @@ def test_another_front_goes_on(tmp_path):
     assert one.claim("model").id == "twice"
     # The first front has ended without a word.
     two = JobStore(tmp_path / "jobs.sqlite")
-    assert {job.id: job.status for job in two.recover()} == {"running": QUEUED, "twice": FAILED}
+    assert {job.id: job.status for job in two.recover("model")} == {"running": QUEUED, "twice": FAILED}
     assert two.get("done").status == COMPLETED and two.claim("model").id == "running"
     assert two.claim("model").id == "waiting"
     one.close()

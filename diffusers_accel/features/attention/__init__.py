@@ -122,7 +122,11 @@ def edits(context: PipelineContext, config: AttentionConfig) -> Iterator[Edit]:
         settings = sparse.settings(config)
         chosen = None
         if settings is not None:
-            chosen = sparse.SparseAttention(denoiser, settings, context, lambda running=running: running.block)  # type: ignore[misc]
+            # In dense steps of this section no layer chooses blocks either.
+            chosen = sparse.SparseAttention(
+                denoiser, settings, context, lambda running=running: running.block,  # type: ignore[misc]
+                lambda: bool(config.dense_steps) and _in_dense_steps(context, config.dense_steps),
+            )  # fmt: skip
             yield from chosen.edits(context)
         owners = Counter(id(layer.module.processor) for role in roles for layer in role.layers)
         for role in roles:

@@ -21,6 +21,9 @@ from .layers import Layer
 # The only formula that ModelOpt fits.
 _FORMULA = re.compile(r"\s*a\s*\*\s*(np\.|math\.)?exp\(\s*b\s*\*\s*target_sparsity\s*\)\s*")
 _WHERE = "attention.sparse='skip-softmax'"
+# Keys that stand in a group or beside all of them, and the largest scale factor of a configuration.
+_SHARED = ("threshold_scale_factor", "target_sparsity", "disabled_until_timestep", "ignore")
+_LARGEST = 1e9
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,28 @@ class Group:
         """The scale factor for a share of tiles to leave out; the group's own without a share."""
         if share is None:
             return self.factor
-        return None if self.a is None or self.b is None else self.a * math.exp(self.b * share)
+        if self.a is None or self.b is None:
+            return None
+        return min(_LARGEST, max(1e-9, self.a * math.exp(min(700.0, self.b * share))))
 
     def takes(self, layer: Layer) -> bool:
         """Whether a layer is one of the group's modules."""
         return not self.targets or type(layer.module).__name__ in self.targets
 
-    def ignores(self, layer: Layer) -> bool:
-        """Whether a layer stays dense."""
-        return any(fnmatchcase(layer.path, glob) or fnmatchcase(layer.path, f"*.{glob}") for glob in self.ignore)
+    def ignores(self, denoiser: Denoiser, layer: Layer) -> bool:
+        """Whether a layer stays dense. Globs match a path in the denoiser, its end, or that in the pipeline."""
+        names = (layer.path, f"{denoiser.name}.{layer.path}")
+        return any(
+            fnmatchcase(name, each) for glob in self.ignore for each in (glob, f"*.{glob}") for name in names
+        )  # fmt: skip
 
 
-def groups(denoiser: Denoiser) -> list[Group]:
+def groups(denoiser: Denoiser, config: SparseConfig) -> list[Group]:
     """The groups of a denoiser's checkpoint; none without a calibration of skip-softmax.
+
+    Args:
+        denoiser: The denoiser.
+        config: The section. If it gives a threshold, those of the checkpoint are not read.
 
     Raises:
         Unsupported: The entry has a formula or a value that is not understood.
@@ -67,7 +79,10 @@ def groups(denoiser: Denoiser) -> list[Group]:
     entry = getattr(denoiser.module, "config", {}).get("sparse_attention_config")
     found = entry.get("config_groups", {}) if isinstance(entry, Mapping) else {}
     values = found.values() if isinstance(found, Mapping) else ()
-    return [_group(each, denoiser) for each in values if _is_skip_softmax(each)]
+    # Some files hold what all groups share beside them.
+    shared = {key: entry[key] for key in _SHARED if key in entry} if isinstance(entry, Mapping) else {}
+    fitted = config.threshold_scale_factor is None
+    return [_group({**shared, **each}, denoiser, fitted) for each in values if _is_skip_softmax(each)]
 
 
 def _is_skip_softmax(values: Any) -> bool:
@@ -77,8 +92,8 @@ def _is_skip_softmax(values: Any) -> bool:
     return str(name).replace("-", "_").startswith(("skip_softmax", "softmax_skip"))
 
 
-def _group(values: Mapping[str, Any], denoiser: Denoiser) -> Group:
-    fitted = values.get("threshold_scale_factor")
+def _group(values: Mapping[str, Any], denoiser: Denoiser, with_factor: bool) -> Group:
+    fitted = values.get("threshold_scale_factor") if with_factor else None
     try:
         a = b = None
         factor = float(fitted) if isinstance(fitted, (int, float)) else None
@@ -91,6 +106,8 @@ def _group(values: Mapping[str, Any], denoiser: Denoiser) -> Group:
             share = values.get("target_sparsity")
             share = share.get("prefill") if isinstance(share, Mapping) else share
             factor = None if share is None else a * math.exp(b * float(share))
+        if factor is not None and not 0 < factor <= _LARGEST:
+            raise ValueError(f"a factor of {factor:g}")
         until = values.get("disabled_until_timestep")
         return Group(
             factor=factor, a=a, b=b, targets=tuple(map(str, values.get("targets") or ())),
@@ -108,7 +125,7 @@ def _group(values: Mapping[str, Any], denoiser: Denoiser) -> Group:
 
 def calibrated(denoiser: Denoiser, config: SparseConfig) -> SparseConfig:
     """The section with the threshold and the dense steps of the denoiser's checkpoint, where it is skip-softmax and
-    leaves them open.
+    leaves them open. Modules that the checkpoint leaves out stay dense in any case (`by_layer`).
 
     Args:
         denoiser: The denoiser.
@@ -117,10 +134,12 @@ def calibrated(denoiser: Denoiser, config: SparseConfig) -> SparseConfig:
     Raises:
         Unsupported: The checkpoint has no formula for `target_sparsity`, or one that is not understood.
     """
-    if config.selector != "skip-softmax" or config.threshold_scale_factor is not None:
+    if config.selector != "skip-softmax":
         return config
-    found = groups(denoiser)
-    factors = [group.scale_factor(config.target_sparsity) for group in found]
+    found = groups(denoiser, config)
+    if not found and config.target_sparsity is None:
+        return config
+    factors = [config.threshold_scale_factor, *(group.scale_factor(config.target_sparsity) for group in found)]
     factor = next((each for each in factors if each is not None), None)
     if factor is None and config.target_sparsity is not None:
         raise Unsupported(
@@ -143,12 +162,16 @@ def by_layer(denoiser: Denoiser, config: SparseConfig, layers: list[Layer]) -> I
         config: The section as the user gave it, with its rule resolved.
         layers: The attention modules.
     """
-    if config.selector != "skip-softmax" or config.threshold_scale_factor is not None:
+    if config.selector != "skip-softmax":
         return
-    found = groups(denoiser)
+    found = groups(denoiser, config)
+    # Names of classes of another version say nothing about these modules.
+    named = any(group.takes(layer) for group in found for layer in layers)
     for layer in layers:
-        group = next((group for group in found if group.takes(layer)), None)
-        if found and (group is None or group.ignores(layer)):
+        group = next((group for group in found if group.takes(layer) or not named), None)
+        if found and (group is None or group.ignores(denoiser, layer)):
             yield layer, None
-        elif group is not None and (factor := group.scale_factor(config.target_sparsity)) is not None:
-            yield layer, factor
+        elif group is not None and config.threshold_scale_factor is None:
+            factor = group.scale_factor(config.target_sparsity)
+            if factor is not None:
+                yield layer, factor

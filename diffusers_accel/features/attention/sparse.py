@@ -35,6 +35,7 @@ class SparseAttention:
         config: The section, with its rule resolved.
         context: The pipeline.
         layer: Returns the running block; `None` outside of blocks.
+        dense: Returns whether the running step is dense for another reason than the section.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class SparseAttention:
         config: SparseConfig,
         context: PipelineContext,
         layer: Callable[[], int | None] = lambda: None,
+        dense: Callable[[], bool] = lambda: False,
     ):
         self.denoiser, self.asked = denoiser, config
         self.config = config = calibrated(denoiser, config)
         self.kept: KeptBlocks = context.stats.kept_blocks
-        self.dense = dense_phase(context, config)
+        phase = dense_phase(context, config)
+        self.dense = lambda: dense() or phase()
         self._layer = layer
         self.carried = Carried() if config.shared_steps > 1 else None
         self._order = TokenOrder(
@@ -262,6 +265,16 @@ def refuse(context: PipelineContext, denoiser: Denoiser, roles: list[Role], conf
             str(denoiser),
         )
     parallel = context.config.parallel if context.config is not None else None
+    plan = denoiser.adapter.sequence
+    joint = [role for role in able if plan and len(plan.attention[role.name.rpartition(".")[2]].queries) > 1]
+    if parallel is not None and parallel.ulysses > 1 and joint:
+        raise Unsupported(
+            "attention.sparse",
+            f"{joint[0].name} attends to text and pictures jointly, and parallel.ulysses brings their tokens rank by "
+            "rank, so that blocks of text are not known.",
+            "parallel.cfg, or attention.sparse=None.",
+            str(denoiser),
+        )
     if parallel is not None and parallel.partial:
         raise Unsupported(
             "attention.sparse",

@@ -57,8 +57,9 @@ class TokenOrder(TokenStreams):
         super().__init__(denoiser, plan)
         self._clock, self._visual, self._order, self._block = context.clock, visual, order, block
         self._dense, self._kept, self._carried, self._refresh, self._drift = dense, kept, carried, refresh, drift
-        # Branch -> request and step of the last call that chose blocks, and its latents if their drift matters.
-        self._chosen: dict[str, tuple[int, int, torch.Tensor | None]] = {}
+        self._outputs = context.outputs
+        # Branch -> request, step and shapes of the last call that chose blocks, and its latents if their drift matters.
+        self._chosen: dict[str, tuple[int, int, Any, torch.Tensor | None]] = {}
         # (request, shapes of the latents) -> the grid. Replaced as another request begins.
         self._grids: dict[tuple[int | None, tuple[Any, ...]], token_grid.Grid] = {}
         self._grid: token_grid.Grid | None = None
@@ -70,17 +71,18 @@ class TokenOrder(TokenStreams):
         state = self._clock.current
         arguments = by_name(self._names, args, kwargs)
         self._grid = self._grid_of(arguments, None if state is None else state.request)
-        latents = None
+        latents = shapes = None
         if self._carried is not None:
+            shapes = tuple(item.shape for item in self._items(arguments))
             latents = self._latents(arguments)
-            self._carried.choosing = self._chooses(state, latents)
+            self._carried.choosing = self._chooses(state, shapes, latents)
             self._carried.branch = "" if state is None else state.branch
         out = super().around_denoiser(inner, *args, **kwargs)
         # A step that a cache skips computes a part of the layers at most: it chooses for none, and counts for none.
         if self._dense() or (state is not None and state.mode is not Mode.FULL):
             return out
         if self._carried is not None and self._carried.choosing and state is not None and state.step is not None:
-            self._chosen[state.branch] = (state.request, state.step, latents)
+            self._chosen[state.branch] = (state.request, state.step, shapes, latents)
         if self._kept is not None:
             place = (None, "") if state is None else (state.step, state.branch)
             self._kept.end_call((self.denoiser.name, *place), self._grid)
@@ -113,20 +115,27 @@ class TokenOrder(TokenStreams):
         """The latents of a call, if their drift matters: the pipeline may write the next step's into them."""
         if self._drift is None:
             return None
+        return torch.cat([item.detach().flatten().float() for item in self._items(arguments)])
+
+    def _items(self, arguments: dict[str, Any]) -> list[torch.Tensor]:
+        """The latents of a call, conditioning channels and reference tokens included where the denoiser takes them."""
         latents = arguments.get(self.denoiser.adapter.denoised[0])
         items = latents if isinstance(latents, (list, tuple)) else [latents]
-        return torch.cat([item.detach().flatten().float() for item in items if isinstance(item, torch.Tensor)])
+        return [item for item in items if isinstance(item, torch.Tensor)]
 
-    def _chooses(self, state: StepState | None, latents: torch.Tensor | None) -> bool:
+    def _chooses(self, state: StepState | None, shapes: Any, latents: torch.Tensor | None) -> bool:
         if state is None or state.step is None or state.repeated or state.branch not in self._chosen:
             return True
-        request, step, before = self._chosen[state.branch]
-        if request != state.request or not 0 < state.step - step < self._refresh:
+        request, step, shapes_before, before = self._chosen[state.branch]
+        if request != state.request or shapes != shapes_before or not 0 < state.step - step < self._refresh:
             return True
-        if self._drift is None or before is None or latents is None or before.shape != latents.shape:
+        if self._drift is None or before is None or latents is None:
             return False
-        change = (latents - before).abs().sum() / before.abs().sum().clamp_min(1e-30)
-        return float(change) >= self._drift
+        sums = torch.stack([(latents - before).abs().sum(), before.abs().sum()])
+        if self._outputs.all_reduce is not None:
+            # Ranks may round differently, and must decide alike.
+            sums = self._outputs.all_reduce(sums)
+        return float(sums[0] / sums[1].clamp_min(1e-30)) >= self._drift
 
     # --- the walk -----------------------------------------------------------------------------------------------------
 

@@ -402,7 +402,7 @@ def register_attention(name: str, function: Any = None, *, replace: bool = False
     Raises:
         ValueError: The name is taken, or `properties` has `sparse`.
     """
-    if properties.get("sparse"):
+    if properties.pop("sparse", None):
         raise ValueError(f"register_attention: {name!r}: a registered function is given no blocks. Leave out sparse.")
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -32,7 +32,8 @@ class Blocks:
             with other tokens, whose keys are all kept.
         key_centers: float32 (key blocks, 3): mean frame, row and column of each block of keys; NaN for a block with
             other tokens, which is always kept.
-        kept: Number of key blocks that each block of queries keeps, if that is fixed.
+        kept: Number of key blocks that each block of queries keeps, if that is fixed; of heads with shares of their
+            own, the largest.
         similarity: Returns the mean cosine between tokens of a block, float32 (batch, heads, query blocks) and (batch,
             kv_heads, key blocks).
     """

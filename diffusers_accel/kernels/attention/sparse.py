@@ -108,6 +108,7 @@ class Carried:
     choosing: bool = True
     branch: str = ""
     _kept: dict[Any, torch.Tensor] = field(default_factory=dict)
+    _chosen: set[Any] = field(default_factory=set)
 
     def kept(self, key: Any, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """What a layer's calls have kept in the running branch, int32. CUDA graphs write and read it in place.
@@ -117,10 +118,18 @@ class Carried:
             shape: The shape: (batch, heads, query blocks, words of 32 key blocks), or (batch, heads, tokens).
             device: The device.
         """
-        place = (key, self.branch, device)
+        place = (key, shape, self.branch, device)
         if place not in self._kept:
             self._kept[place] = torch.zeros(shape, dtype=torch.int32, device=device)
         return self._kept[place]
+
+    def chooses(self, key: Any, shape: tuple[int, ...], device: torch.device) -> bool:
+        """Whether a call chooses, which is noted: because its step does, or because nothing is kept for it yet."""
+        place = (key, shape, self.branch, device)
+        if not self.choosing and place in self._chosen:
+            return False
+        self._chosen.add(place)
+        return True
 
 
 def whole_sequence(queries: int, keys: int) -> Span | None:
@@ -181,7 +190,12 @@ class Sparse:
         """The number of key blocks that each block of queries attends to in the running layer; `None` if it depends on
         values, or on the head."""
         rule, amount = self._amount()
-        return self._number(amount, keys) if rule == KEEP and isinstance(amount, float) else None
+        return self._number(amount, keys) if rule == KEEP and not isinstance(amount, tuple) else None
+
+    def _most(self, keys: int) -> int | None:
+        """The largest number of blocks that a head keeps; `None` if it depends on values."""
+        amount = self._amount()[1]
+        return self._number(max(amount), keys) if isinstance(amount, tuple) else self.kept(keys)
 
     def _number(self, share: float, keys: int) -> int:
         return max(1, round(share * self._blocks(keys)))
@@ -238,14 +252,17 @@ class Sparse:
         x = replace(x, query=row_contiguous(x.query), key=row_contiguous(x.key), value=row_contiguous(x.value))
         span = self.span(x.query.shape[1], x.key.shape[1])
         assert span is not None
-        orders = None
+        orders, chooses = None, True
         if self.carried is not None:
-            layer = self.layer()
-            orders = tuple(
-                self.carried.kept((side, layer, span), (each.shape[0], each.shape[2], each.shape[1]), each.device)
+            places = [
+                ((side, self.layer(), span), (each.shape[0], each.shape[2], each.shape[1]), each.device)
                 for side, each in (("queries", x.query), ("keys", x.key))
-            )
-        if orders is None or self.carried is None or self.carried.choosing:
+            ]
+            orders = tuple(self.carried.kept(*place) for place in places)
+            # Both sides are noted.
+            noted = [self.carried.chooses(*place) for place in places]
+            chooses = any(noted)
+        if orders is None or chooses:
             found = cluster(x.query, x.key, self.block, span.chunks)
             if orders is not None:
                 for kept, new in zip(orders, found, strict=True):
@@ -295,8 +312,9 @@ class Sparse:
         bits = None
         if self.carried is not None and self.selector.parts:
             shape = (batch, heads, self._blocks(queries), -(-self._blocks(keys) // 32))
-            bits = self.carried.kept(("blocks", self.layer(), *key), shape, device)
-            if not self.carried.choosing:
+            place = ("blocks", self.layer(), *key)
+            bits = self.carried.kept(place, shape, device)
+            if not self.carried.chooses(place, shape, device):
                 even = kept is not None and forced is None
                 return lists_of_bits(
                     bits, self._blocks(keys), self.block, self.block, even=even, mark=self.centroids
@@ -352,7 +370,7 @@ class Sparse:
             grid=span.grid,
             query_centers=query_centers,
             key_centers=key_centers,
-            kept=self.kept(x.key.shape[1]),
+            kept=self._most(x.key.shape[1]),
             similarity=similarity,
         )
         return self.selector.scores(known)

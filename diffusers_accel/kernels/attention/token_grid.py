@@ -51,7 +51,8 @@ class Span:
         """Places of the first and behind the last of the tokens that are clustered, among the queries and among the
         keys. A block with other tokens before them keeps all of its own."""
         first, second = (
-            (-(-before // self.block) * self.block, before + self.tokens) for before in (self.queries, self.keys)
+            (min(-(-before // self.block) * self.block, before + self.tokens), before + self.tokens)
+            for before in (self.queries, self.keys)
         )
         return first, second
 
