@@ -301,6 +301,7 @@ def test_weights_that_are_offloaded():
     remove_hook_from_module(pipe.transformer)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sections", [{}, {"fuse": True}, {"linear": {"algo": "int8", "smallest": 0}}])
 def test_compiled_blocks_are_captured(sections):
     entry, pipe = TINY["flux"], build("flux")

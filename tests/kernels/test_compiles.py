@@ -160,6 +160,7 @@ def main() -> None:
             print("compiled", path, constants, flush=True)
 
 
+@pytest.mark.thorough
 def test_every_kernel_compiles(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -122,6 +122,7 @@ def test_requests_without_guidance(pools, name):
     agrees(pools[2], name, ON_2["cfg"], rest=({"guidance_scale": 1.0},))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "way"),
     # Each way twice, on families of several kinds.

@@ -25,6 +25,7 @@ def started(request, monkeypatch):
         monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: context)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("fails", "words", "parallel", "started"),
     [
