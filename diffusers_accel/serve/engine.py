@@ -248,7 +248,10 @@ class Engine:
         **sections: Any,
     ):
         spec, ranks = _spec(model, config, sections)
-        spec |= {"dtype": dtype, "device": device, "load": dict(load or {})}
+        # Ranks on the CPU share its cores: threads of several that wait for each other's cores take many times as long.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // (replicas * ranks))
+        spec |= {"dtype": dtype, "device": device, "load": dict(load or {}), "threads": threads}
         self.model = spec["model"] or spec["function"]
         self._temporary = data is None
         self._folder = Path(tempfile.mkdtemp(prefix="diffusers-accel-") if data is None else data).resolve()

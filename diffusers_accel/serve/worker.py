@@ -88,8 +88,8 @@ def load(spec: Mapping[str, Any]) -> Any:
     Args:
         spec: `model`: a folder, a Hugging Face id or the name of a demo checkpoint; or `function`, `"module:name"` of a
             function that returns a stock pipeline. `load`: its arguments. `dtype`: the name of a dtype, or `None`.
-            `device`: the device, or `None` for this rank's GPU, else the CPU. `config`: a preset's name or the mapping
-            of a configuration. `sections`: sections over that.
+            `device`: the device, or `None` for this rank's GPU, else the CPU. `threads`: those of a rank on the CPU.
+            `config`: a preset's name or the mapping of a configuration. `sections`: sections over that.
     """
     import torch
 
@@ -107,6 +107,8 @@ def load(spec: Mapping[str, Any]) -> Any:
                 "fewer replicas or ranks.",
             )  # fmt: skip
         torch.cuda.set_device(spec.get("device") or number)
+    else:
+        torch.set_num_threads(spec["threads"])
     device = torch.device(spec.get("device") or (f"cuda:{torch.cuda.current_device()}" if gpu else "cpu"))
     dtype = getattr(torch, spec.get("dtype") or ("bfloat16" if gpu else "float32"))
     if spec.get("function"):
