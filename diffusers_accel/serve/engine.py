@@ -19,7 +19,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -442,14 +442,18 @@ class Engine:
             self._answered(job, answer)
             return 0.0
         except ReplicaFailed as error:
-            if not self._closing.is_set():
-                _LOG.warning("%s: %s", job.id, error)
-                self._died(job)
-        except Exception:  # the job's rows and handles may be in any state; its replica computes something unknown
+            if self._closing.is_set():
+                return pause
+            _LOG.warning("%s: %s", job.id, error)
+        except Exception:  # the job's row may be in any state, and its replica computes something unknown
             _LOG.exception("%s failed in the front", job.id)
             replica.kill()
-            with contextlib.suppress(sqlite3.Error):
-                self._died(job)
+        try:
+            self._died(job)
+        except sqlite3.Error as error:
+            # The row cannot be written: it stays in progress until an engine with this folder begins anew.
+            _LOG.exception("%s cannot be written", job.id)
+            self._end(replace(job, status=FAILED, error={"code": "failed", "message": f"its row: {error}"}))
         return max(0.5, pause)
 
     def _next(self) -> Job | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -289,7 +290,7 @@ def test_engines_that_are_closed_lose_no_attempt(tmp_path):
 
 
 def test_an_error_in_the_front(monkeypatch):
-    """What it did with the job is unknown: the job runs again, in a new process, and the queue goes on."""
+    """A job whose answer was not written runs again in a new process, and the queue goes on."""
     with engine(models.flux) as made:
         before = processes(made)
         complete = made.jobs.complete
@@ -303,6 +304,26 @@ def test_an_error_in_the_front(monkeypatch):
         monkeypatch.setattr(made.jobs, "complete", fails_once)
         assert made.generate("a fox", seed=6, **SIZE).seeds == (6,)
         assert processes(made) != before and not errors
+
+
+def test_rows_that_cannot_be_written(monkeypatch):
+    """The handle ends with an error instead of waiting for ever, and the queue goes on."""
+    with engine(models.flux) as made:
+        errors = [sqlite3.OperationalError("disk full")] * 2
+
+        def full(original):
+            def call(*given):
+                if errors:
+                    raise errors.pop()
+                return original(*given)
+
+            return call
+
+        monkeypatch.setattr(made.jobs, "complete", full(made.jobs.complete))
+        monkeypatch.setattr(made.jobs, "requeue", full(made.jobs.requeue))
+        with pytest.raises(JobFailed, match="its row: disk full"):
+            made.generate("a fox", **SIZE)
+        assert made.generate("a fox", seed=8, **SIZE).seeds == (8,)
 
 
 def test_arguments_that_the_engine_sets(slow):
