@@ -881,7 +881,7 @@ def sparse_attention_roles(denoiser):
     return roles(denoiser, AttentionConfig(backend="sdpa"))
 
 
-def test_the_calibration_of_a_checkpoint():
+def test_the_calibration_of_a_checkpoint(monkeypatch):
     """Its formula, its dense steps and the modules that it leaves out; a value that is given stays."""
     pipe = build("wan")
     pipe.transformer.register_to_config(sparse_attention_config=FITTED)
@@ -896,7 +896,7 @@ def test_the_calibration_of_a_checkpoint():
     other = 2142.73 * math.exp(4.2827 * 0.75)
     assert config.dense_until == 0.5 and rule.by_layer["transformer", "attn1", 1] == ("skip", pytest.approx(other))
     rule, config = rule_in(pipe, threshold_scale_factor=900.0)
-    # What the checkpoint leaves out stays dense.
+    # Modules that the checkpoint ignores stay dense.
     assert (rule.by_layer, rule.amount) == ({("transformer", "attn1", 0): ("keep", 1.0)}, 900.0)
     assert config.dense_until == 0.86
     # Files of a language model hold the coefficients of two phases, and what groups share beside them. Globs may begin
@@ -916,6 +916,16 @@ def test_the_calibration_of_a_checkpoint():
     assert config.threshold_scale_factor == pytest.approx(3 * math.exp(0.5))
     assert rule.by_layer["transformer", "attn1", 1] == ("keep", 1.0)
     assert rule.by_layer["transformer", "attn1", 0] == ("skip", pytest.approx(3 * math.exp(0.5)))
+    sparse = SparseConfig(selector="skip-softmax", target_sparsity=0.5)
+    monkeypatch.setattr(sparse_attention, "settings", lambda config: config.sparse.resolved())
+    said = " ".join(str(explain(pipe, attention={"backend": "exact", "sparse": sparse})).split())
+    assert "calibration is for Attention; no layer of attn1" in said
+    for b in (60.0, 1e6, -1e6):
+        pipe.transformer.register_to_config(
+            sparse_attention_config={**older, "threshold_scale_factor": {"a": 1.0, "b": b}}
+        )  # fmt: skip
+        with pytest.raises(Unsupported, match="not above 0 and up to"):
+            rule_in(pipe, target_sparsity=0.5)
     # Without a share of its own, the default.
     assert rule_in(pipe)[1].scale_factor == 5000
 

@@ -47,12 +47,25 @@ class Group:
     dense_until: float | None
 
     def scale_factor(self, share: float | None) -> float | None:
-        """The scale factor for a share of tiles to leave out; the group's own without a share."""
+        """The scale factor for a share of tiles to leave out; the group's own without a share.
+
+        Raises:
+            Unsupported: The formula gives a number that is no scale factor.
+        """
         if share is None:
             return self.factor
         if self.a is None or self.b is None:
             return None
-        return min(_LARGEST, max(1e-9, self.a * math.exp(min(700.0, self.b * share))))
+        # Beyond 700 the exponential leaves the range of floats.
+        factor = self.a * math.exp(min(700.0, self.b * share))
+        if not 0 < factor <= _LARGEST:
+            raise Unsupported(
+                f"attention.sparse.target_sparsity={share:g}",
+                f"the checkpoint's formula, {self.a:g} * exp({self.b:g} * {share:g}), gives {factor:g}, which is not "
+                f"above 0 and up to {_LARGEST:g}.",
+                "a smaller share, or threshold_scale_factor=5000.",
+            )
+        return factor
 
     def takes(self, layer: Layer) -> bool:
         """Whether a layer is one of the group's modules."""
@@ -154,6 +167,21 @@ def calibrated(denoiser: Denoiser, config: SparseConfig) -> SparseConfig:
     return replace(config, threshold_scale_factor=factor, target_sparsity=None, dense_until=until)
 
 
+def unknown_targets(denoiser: Denoiser, config: SparseConfig, layers: list[Layer]) -> list[str]:
+    """The class names of the checkpoint's groups, if none of them is a layer's class: names of another version. The
+    groups are then for all layers, which `explain` says.
+
+    Args:
+        denoiser: The denoiser.
+        config: The section as the user gave it, with its rule resolved.
+        layers: The attention modules.
+    """
+    found = groups(denoiser, config) if config.selector == "skip-softmax" else []
+    if any(group.takes(layer) for group in found for layer in layers):
+        return []
+    return [name for group in found for name in group.targets]
+
+
 def by_layer(denoiser: Denoiser, config: SparseConfig, layers: list[Layer]) -> Iterator[tuple[Layer, float | None]]:
     """The layers with a threshold of their own by the checkpoint: the scale factor, `None` for a dense layer.
 
@@ -165,8 +193,7 @@ def by_layer(denoiser: Denoiser, config: SparseConfig, layers: list[Layer]) -> I
     if config.selector != "skip-softmax":
         return
     found = groups(denoiser, config)
-    # Names of classes of another version say nothing about these modules.
-    named = any(group.takes(layer) for group in found for layer in layers)
+    named = not unknown_targets(denoiser, config, layers)
     for layer in layers:
         group = next((group for group in found if group.takes(layer) or not named), None)
         if found and (group is None or group.ignores(denoiser, layer)):

@@ -311,7 +311,7 @@ def notes(denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> lis
     found = settings(config)
     if found is None:
         return []
-    found = calibrated(denoiser, found)
+    asked, found = found, calibrated(denoiser, found)
     lines = []
     for role in roles:
         listed = [takes_lists(denoiser, role, config, backend) for backend in role.backends]
@@ -322,6 +322,11 @@ def notes(denoiser: Denoiser, roles: list[Role], config: AttentionConfig) -> lis
             f"{denoiser.name}: {role.name}{some} attends to {found.described()}, in calls of {found.min_tokens} "
             "picture or video tokens or more; shorter calls are dense."
         )
+        if unknown := skip_softmax.unknown_targets(denoiser, asked, role.layers):
+            lines.append(
+                f"{denoiser.name}: the checkpoint's calibration is for {', '.join(unknown)}; no layer of {role.name} "
+                "is of these classes, and it is taken for all of them."
+            )
     if lines and found.shared_steps > 1:
         bounds = [] if found.refresh is None else [f"for {found.refresh} steps"]
         bounds += [] if found.drift is None else [f"until the latents have changed by {found.drift:.1%}"]
