@@ -62,7 +62,7 @@ class JobCancelled(JobFailed):
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a job has made.
+    """The files of a job that is done, and their measures.
 
     Attributes:
         kind: `"image"` or `"video"`.

@@ -794,12 +794,9 @@ def test_shares_of_heads_in_a_pipeline():
         sparse_attention.refuse(SimpleNamespace(config=config), denoiser, [role], config.attention)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize(("drift", "choices"), [(1e-6, [0, 1, 2, 3]), (10.0, [0]), (None, [0])])
-def test_drift_of_the_latents(drift, choices, monkeypatch):
-    """A choice serves steps until the latents have moved as far."""
+def noted_steps(monkeypatch, pipe):
+    """The rule `"noted"`, which scores as `"means"`; the step of each of its calls."""
     monkeypatch.setattr(SELECTORS, "_records", dict(SELECTORS._records))
-    entry, pipe = TINY["wan"], build("wan")
     steps = []
 
     def noted(blocks):
@@ -807,6 +804,15 @@ def test_drift_of_the_latents(drift, choices, monkeypatch):
         return SELECTORS.get("means").scores(blocks)
 
     register_sparse("noted", noted)
+    return steps
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("drift", "choices"), [(1e-6, [0, 1, 2, 3]), (10.0, [0]), (None, [0])])
+def test_drift_of_the_latents(drift, choices, monkeypatch):
+    """A choice serves steps until the latents have moved as far."""
+    entry, pipe = TINY["wan"], build("wan")
+    steps = noted_steps(monkeypatch, pipe)
     sparse = {"selector": "noted", "keep": 0.34, "min_tokens": 1, "refresh": 100, "drift": drift}
     attention = {"backend": "exact", "cross_attention": "sdpa", "sparse": sparse}
     accelerate(pipe, attention=attention)
@@ -832,14 +838,7 @@ def test_drift_against_the_latents(monkeypatch):
     latents = seen[::2]
     changes = [float((each - latents[0]).abs().sum() / latents[0].abs().sum()) for each in latents]
     assert changes[1] < changes[2] < changes[3]
-    steps = []
-    monkeypatch.setattr(SELECTORS, "_records", dict(SELECTORS._records))
-
-    def noted(blocks):
-        steps.append(session_of(pipe).context.clock.current.step)
-        return SELECTORS.get("means").scores(blocks)
-
-    register_sparse("noted", noted)
+    steps = noted_steps(monkeypatch, pipe)
     sparse = {**sparse, "selector": "noted", "drift": (changes[1] + changes[2]) / 2}
     accelerate(pipe, attention={"backend": "exact", "cross_attention": "sdpa", "sparse": sparse})
     entry.run(pipe, steps=4)
@@ -977,15 +976,8 @@ def test_a_calibration_that_is_not_understood(entry, message):
 
 def test_dense_steps_of_the_section_above_choose_nothing(monkeypatch):
     """A choice that no layer has made is not taken for one."""
-    monkeypatch.setattr(SELECTORS, "_records", dict(SELECTORS._records))
     entry, pipe = TINY["wan"], build("wan")
-    steps = []
-
-    def noted(blocks):
-        steps.append(session_of(pipe).context.clock.current.step)
-        return SELECTORS.get("means").scores(blocks)
-
-    register_sparse("noted", noted)
+    steps = noted_steps(monkeypatch, pipe)
     sparse = {"selector": "noted", "keep": 0.34, "min_tokens": 1, "refresh": 4}
     attention = {"backend": "sdpa", "layers": {"*attn1": "exact"}, "sparse": sparse}
     accelerate(pipe, attention={**attention, "dense_steps": 0.5, "dense_backend": "sdpa"})

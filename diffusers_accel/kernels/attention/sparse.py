@@ -111,10 +111,10 @@ class Carried:
     _chosen: set[Any] = field(default_factory=set)
 
     def kept(self, key: Any, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """What a layer's calls have kept in the running branch, int32. CUDA graphs write and read it in place.
+        """The tensor that a layer's calls keep in the running branch, int32. CUDA graphs write and read it in place.
 
         Args:
-            key: Names what is kept, the layer and the call's shape.
+            key: Names the choice (blocks, or the order of one side), the layer and the call's shape.
             shape: The shape: (batch, heads, query blocks, words of 32 key blocks), or (batch, heads, tokens).
             device: The device.
         """
