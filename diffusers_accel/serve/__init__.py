@@ -7,11 +7,12 @@ which it starts, watches and starts again. The files:
 - `messages.py`: what the front and a rank say to each other, as JSON over a pipe.
 - `replica.py`: the ranks of one replica, seen from the front.
 - `worker.py`: a rank: loads a pipeline, accelerates it, and computes one job after the other.
-- `engine.py`: the queue, its replicas, and the Python interface.
+- `engine.py`: the queue, its replicas, and the Python interface. `generation.py`: a job as the caller holds it.
 """
 
 from __future__ import annotations
 
-from .engine import Engine, Generation, JobCancelled, JobFailed, Result
+from .engine import Engine
+from .generation import Generation, JobCancelled, JobFailed, Result
 
 __all__ = ["Engine", "Generation", "JobCancelled", "JobFailed", "Result"]
